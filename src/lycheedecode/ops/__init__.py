@@ -1,0 +1,120 @@
+"""The four operations of a decode step, each defined once (`reference.py`) and implemented as often as it pays.
+
+    scan_blocks     queries x keys of the retrieval heads      -> what every block is worth     [R, B, N]
+    select_blocks   block scores                               -> selections                    [R, B, K]
+    attend_blocks   all heads, each over its donor's selection -> output                        [B, H * G, D]
+    attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
+
+Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
+`N = ceil(S / block_size)` blocks, `K` selected blocks, `R` retrieval heads, `H` the KV heads asked for.
+Every query is the newest token of its sequence, whose key and value are already in the cache. Accumulation is float32.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..config import HybridConfig
+from . import reference
+from .types import KV, Selections
+
+__all__ = ["KV", "Selections", "attend", "attend_blocks", "scan_blocks", "select_blocks"]
+
+
+def scan_blocks(
+    query: Tensor, kv: KV, heads: tuple[int, ...], block_size: int, scale: float, score: str = "mass"
+) -> Tensor:
+    """What every block is worth to each of the retrieval heads `heads`; reads keys only.
+
+    A query head's attention weights over the whole cache are a softmax of `scale * q . k`. The block's score is the
+    sum (`mass`) or the largest (`max`) of the weights inside it, averaged over the query heads of the group.
+
+    Args:
+        query: `[B, Hq, D]`.
+        kv: the layer's cache.
+        heads: KV heads to scan, `R` of them.
+        block_size: tokens per block.
+        scale: factor on the logits, usually `D ** -0.5`.
+        score: `mass` or `max`.
+
+    Returns:
+        float32 `[R, B, N]`; blocks beyond a sequence's length score 0.
+    """
+    _check(query, kv)
+    return _implementation(query).scan_blocks(query, kv, heads, block_size, scale, score)
+
+
+def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
+    """Turn block scores into selections, written into `out` in place.
+
+    Sinks and recent tokens are always selected and count towards the budget; with `refresh_every > 1` so are the
+    blocks of the tokens that come before the next selection. Equal scores: the earlier block wins.
+
+    Args:
+        scores: float32 `[R, B, N]` from `scan_blocks`.
+        kv: the layer's cache (only its lengths are used).
+        config: strategy and budget.
+        out: rows of these heads, `blocks` int32 `[R, B, K]` and `counts` int32 `[R, B]`; unused entries become -1.
+    """
+    if out.blocks.shape[:2] != scores.shape[:2]:
+        raise ValueError(f"out.blocks is {tuple(out.blocks.shape)}, but scores are {tuple(scores.shape)}.")
+    _implementation(scores).select_blocks(scores, kv, config, out)
+
+
+def attend_blocks(
+    query: Tensor,
+    kv: KV,
+    selections: Selections,
+    rows: Tensor,
+    block_size: int,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Attention of KV heads, each over the blocks of one row of the selections; reads nothing else.
+
+    Args:
+        query: `[B, Hq, D]`.
+        kv: the layer's cache.
+        selections: all selections of the model, `[R, B, K]`.
+        rows: int64 `[H]`, the row that each of these heads attends over.
+        block_size: tokens per block.
+        scale: factor on the logits.
+        heads: the `H` KV heads, ascending; None means all of the layer.
+
+    Returns:
+        `[B, H * G, D]` in the dtype of `query`; zeros for a sequence of length 0.
+    """
+    _check(query, kv)
+    return _implementation(query).attend_blocks(query, kv, selections, rows, block_size, scale, heads)
+
+
+def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
+    """Dense attention of KV heads over the whole cache; arguments and result as in `attend_blocks`."""
+    _check(query, kv)
+    return _implementation(query).attend(query, kv, scale, heads)
+
+
+def _implementation(tensor: Tensor) -> ModuleType:
+    return reference
+
+
+def _check(query: Tensor, kv: KV) -> None:
+    keys, values = kv.keys, kv.values
+    if query.dim() != 3 or keys.dim() != 4 or keys.shape != values.shape:
+        raise ValueError(
+            f"query must be [B, Hq, D] and keys and values [P, Hkv, S, D]; they are {tuple(query.shape)}, "
+            f"{tuple(keys.shape)} and {tuple(values.shape)}."
+        )
+    if query.shape[2] != keys.shape[3] or query.shape[1] % keys.shape[1]:
+        raise ValueError(f"query {tuple(query.shape)} does not fit keys {tuple(keys.shape)}: Hq = G * Hkv, same D.")
+    if query.dtype != keys.dtype or keys.dtype != values.dtype or not query.dtype.is_floating_point:
+        raise ValueError(f"query, keys and values must share one float dtype, not {query.dtype}, {keys.dtype}.")
+    if kv.page_table is None and keys.shape[0] != query.shape[0]:
+        raise ValueError(f"a contiguous cache needs one page a sequence: {keys.shape[0]} for {query.shape[0]} queries.")
+    for name in ("lengths", "starts", "page_table"):
+        tensor = getattr(kv, name)
+        if tensor is not None and (tensor.dtype != torch.int32 or tensor.shape[0] != query.shape[0]):
+            raise ValueError(f"{name} must be int32 with a row for each of the {query.shape[0]} sequences.")

@@ -1,0 +1,144 @@
+"""The operations in plain PyTorch: their definition, the oracle of every kernel, and the CPU path.
+
+Written to be read next to the contracts in `ops/__init__.py`, and not slow by carelessness: sparse heads gather only
+their blocks, query heads of a group share one matrix product, nothing is expanded to `Hq` heads.
+"""
+
+from __future__ import annotations
+
+from math import ceil, inf
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import HybridConfig
+from .types import KV, Selections
+
+
+def scan_blocks(
+    query: Tensor, kv: KV, heads: tuple[int, ...], block_size: int, scale: float, score: str = "mass"
+) -> Tensor:
+    grouped = _by_kv_head(query, kv)
+    exists = _existing_tokens(kv)
+    scores = []
+    for head in heads:
+        logits = grouped[:, head].float() @ _all_tokens(kv.keys, kv, head).float().mT * scale  # [B, G, S]
+        if exists is not None:
+            logits = logits.masked_fill(~exists[:, None], -inf)
+        weights = logits.softmax(-1)
+        weights = F.pad(weights, (0, -kv.slots % block_size)).unflatten(-1, (-1, block_size))
+        per_query_head = weights.sum(-1) if score == "mass" else weights.amax(-1)
+        scores.append(per_query_head.mean(1))
+    return torch.stack(scores).nan_to_num_(0.0) if exists is not None else torch.stack(scores)
+
+
+def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
+    size, lookahead, capacity = config.block_size, config.refresh_every - 1, out.blocks.shape[-1]
+    lengths = kv.token_counts()[:, None].long()  # [B, 1]
+    scores = F.pad(scores, (0, max(ceil((kv.slots + lookahead) / size) - scores.shape[-1], 0)))
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    exists = block * size < (lengths + lookahead) * (lengths > 0)  # [B, N]
+    forced = exists & ((block * size < config.sink_tokens) | ((block + 1) * size > lengths - config.recent_tokens))
+    ranked = scores.masked_fill(forced, inf).masked_fill(~exists, -inf)
+    value, chosen = ranked.sort(dim=-1, descending=True, stable=True)
+    value, chosen = value[..., :capacity], chosen[..., :capacity]
+
+    keep = value > -inf
+    if config.selection == "ratio":
+        wanted = torch.ceil(config.budget_ratio * exists.sum(-1, keepdim=True))
+        keep &= (torch.arange(value.shape[-1], device=value.device) < wanted) | (value == inf)
+    elif config.selection == "threshold":
+        keep &= value >= config.threshold
+    elif config.selection == "top_p":
+        mass = scores.gather(-1, chosen).masked_fill(~keep, 0.0)
+        keep &= (mass.cumsum(-1) - mass < config.top_p) | (value == inf)
+
+    out.blocks.fill_(-1)
+    out.blocks[..., : value.shape[-1]] = chosen.masked_fill(~keep, -1)
+    out.counts.copy_(keep.sum(-1))
+
+
+def attend_blocks(
+    query: Tensor,
+    kv: KV,
+    selections: Selections,
+    rows: Tensor,
+    block_size: int,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+) -> Tensor:
+    grouped = _by_kv_head(query, kv, heads)  # [B, H, G, D]
+    blocks = selections.blocks.index_select(0, rows).transpose(0, 1)  # [B, H, K]
+    within = torch.arange(block_size, device=query.device)
+    token = (blocks[..., None] * block_size + within).flatten(-2)  # [B, H, K * block_size]
+    lengths = kv.slots if kv.lengths is None and kv.starts is None else kv.token_counts()[:, None, None]
+    chosen = (token >= 0) & (token < lengths)
+    token = token.masked_fill(~chosen, 0)
+    keys = _some_tokens(kv.keys, kv, token, heads).float()
+    # A weight of 0 does not silence a NaN that was read on behalf of an unused entry.
+    values = _some_tokens(kv.values, kv, token, heads).float().masked_fill_(~chosen[..., None], 0.0)
+    logits = (grouped.float() @ keys.mT).mul_(scale).masked_fill_(~chosen[:, :, None], -inf)
+    return _finish(logits, values, query)
+
+
+def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
+    grouped = _by_kv_head(query, kv, heads)
+    keys, values = _all_tokens(kv.keys, kv, heads).float(), _all_tokens(kv.values, kv, heads).float()
+    logits = (grouped.float() @ keys.mT).mul_(scale)
+    exists = _existing_tokens(kv)
+    if exists is not None:
+        logits = logits.masked_fill_(~exists[:, None, None], -inf)
+        values = values.masked_fill(~exists[:, None, :, None], 0.0)
+    return _finish(logits, values, query)
+
+
+def _finish(logits: Tensor, values: Tensor, query: Tensor) -> Tensor:
+    """softmax(logits) @ values, `[B, H, G, T]` x `[B, H, T, D]` -> `[B, H * G, D]`; a row without tokens gives 0."""
+    weights = logits.softmax(-1).nan_to_num_(0.0)
+    return (weights @ values).flatten(1, 2).to(query.dtype)
+
+
+def _by_kv_head(query: Tensor, kv: KV, heads: tuple[int, ...] | None = None) -> Tensor:
+    """`[B, Hq, D]` -> `[B, H, G, D]`."""
+    grouped = query.unflatten(1, (kv.keys.shape[1], -1))
+    return grouped if heads is None else grouped[:, list(heads)]
+
+
+def _existing_tokens(kv: KV) -> Tensor | None:
+    """bool `[B, S]`: which slots hold a token; None when all do."""
+    if kv.lengths is None and kv.starts is None:
+        return None
+    slot = torch.arange(kv.slots, device=kv.keys.device)
+    first = torch.zeros_like(kv.token_counts()) if kv.starts is None else kv.starts
+    return (slot >= first[:, None]) & (slot < (first + kv.token_counts())[:, None])
+
+
+def _all_tokens(cache: Tensor, kv: KV, heads: int | tuple[int, ...] | None) -> Tensor:
+    """Every slot of some heads: `[B, S, D]` for one head, `[B, H, S, D]` for several; a view where that is possible."""
+    if heads is not None:
+        cache = cache[:, heads if isinstance(heads, int) else list(heads)]
+    if kv.page_table is not None:
+        cache = cache[kv.page_table.clamp(min=0).long()]  # [B, pages, (H,) page, D]
+        cache = cache.movedim(1, -3).flatten(-3, -2)
+    return cache
+
+
+def _some_tokens(cache: Tensor, kv: KV, token: Tensor, heads: tuple[int, ...] | None) -> Tensor:
+    """Tokens `[B, H, T]` of each head, `[B, H, T, D]`, read as rows of the cache's storage: one gather, any layout."""
+    slot = token if kv.starts is None else token + kv.starts[:, None, None]
+    sequence = torch.arange(token.shape[0], device=token.device)[:, None, None]
+    head = torch.arange(cache.shape[1], device=token.device) if heads is None else token.new_tensor(heads)
+    head = head[:, None]
+    page = sequence
+    if kv.page_table is not None:
+        page = kv.page_table[sequence, slot // cache.shape[2]]
+        slot = slot % cache.shape[2]
+    dim = cache.shape[3]
+    if cache.stride(3) != 1 or any(stride % dim for stride in cache.stride()[:3]):
+        return cache[page, head, slot]
+    strides = [stride // dim for stride in cache.stride()[:3]]
+    row = page * strides[0] + head * strides[1] + slot.long() * strides[2]
+    num_rows = 1 + sum((size - 1) * stride for size, stride in zip(cache.shape, strides))
+    rows = cache.as_strided((num_rows, dim), (dim, 1))
+    return rows.index_select(0, row.flatten()).view(*token.shape, dim)

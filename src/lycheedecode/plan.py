@@ -1,0 +1,282 @@
+"""HeadPlan: which donor every KV head has. A head that is its own donor is a retrieval head."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+FORMAT = "lycheedecode-head-plan/1"
+Head = tuple[int, int]
+"""`(layer, KV head)`."""
+
+
+class PlanError(ValueError):
+    """A head plan that cannot be read, is not valid, or does not fit the model; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The donor of every KV head of a model.
+
+    The plan is valid when every donor is a retrieval head (its own donor) of the same or an earlier layer, so that a
+    single pass over the layers can select before it attends.
+
+    Attributes:
+        donors: `L x Hkv` pairs `(layer, KV head)`.
+        model: what the plan was made for: `name`, `revision`, `architecture` (any may be missing).
+        gate_means: `L x Hkv` expected gate values from identification, or None.
+        provenance: how the plan was made: data, seed, steps, settings, versions.
+    """
+
+    donors: tuple[tuple[Head, ...], ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    gate_means: tuple[tuple[float, ...], ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "donors", _as_donors(self.donors))
+        for layer, row in enumerate(self.donors):
+            for head, donor in enumerate(row):
+                self._check_donor(layer, head, donor)
+        if self.gate_means is not None:
+            means = tuple(tuple(float(mean) for mean in row) for row in self.gate_means)
+            if [len(row) for row in means] != [len(row) for row in self.donors]:
+                raise PlanError(f"gate_means must have the shape of donors, {self.num_layers} x {self.num_kv_heads}.")
+            object.__setattr__(self, "gate_means", means)
+
+    def _check_donor(self, layer: int, head: int, donor: Head) -> None:
+        donor_layer, donor_head = donor
+        where = f"layer {layer}, KV head {head}"
+        if not (0 <= donor_layer < self.num_layers and 0 <= donor_head < self.num_kv_heads):
+            raise PlanError(
+                f"The donor {donor} of {where} does not exist in a plan of {self.num_layers} layers "
+                f"and {self.num_kv_heads} KV heads."
+            )
+        if donor_layer > layer:
+            raise PlanError(f"The donor {donor} of {where} lies in a later layer: its selection would come too late.")
+        if self.donors[donor_layer][donor_head] != donor:
+            raise PlanError(f"The donor {donor} of {where} is not a retrieval head (it is not its own donor).")
+
+    # ------------------------------------------------------------------ reading the plan
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.donors)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.donors[0])
+
+    @cached_property
+    def retrieval(self) -> tuple[Head, ...]:
+        """All retrieval heads in layer order; the position in this tuple is the head's row in the selections."""
+        return tuple(
+            (layer, head)
+            for layer, row in enumerate(self.donors)
+            for head, donor in enumerate(row)
+            if donor == (layer, head)
+        )
+
+    @cached_property
+    def _rows(self) -> dict[Head, int]:
+        return {head: row for row, head in enumerate(self.retrieval)}
+
+    def retrieval_heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads of `layer` that select; their rows of the selections are consecutive, from `first_row(layer)`."""
+        return tuple(head for head_layer, head in self.retrieval if head_layer == layer)
+
+    def sparse_heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads of `layer` that only attend."""
+        return tuple(head for head in range(self.num_kv_heads) if self.donors[layer][head] != (layer, head))
+
+    def first_row(self, layer: int) -> int:
+        """Number of retrieval heads before `layer`."""
+        return sum(head_layer < layer for head_layer, _ in self.retrieval)
+
+    def donor_rows(self, layer: int) -> tuple[int, ...]:
+        """For every KV head of `layer`, the row of the selections that it attends over."""
+        return tuple(self._rows[donor] for donor in self.donors[layer])
+
+    # ------------------------------------------------------------------ making plans
+
+    @classmethod
+    def from_donors(cls, donors: Sequence[Sequence[Sequence[int]]], **details: Any) -> HeadPlan:
+        """A plan from an `L x Hkv` table of `(layer, KV head)` pairs; `details` are the other attributes."""
+        return cls(donors=donors, **details)  # type: ignore[arg-type]
+
+    @classmethod
+    def all_retrieval(cls, num_layers: int, num_kv_heads: int, **details: Any) -> HeadPlan:
+        """Every head selects for itself."""
+        return cls.same_index(((layer, head) for layer in range(num_layers) for head in range(num_kv_heads)),
+                              num_layers, num_kv_heads, **details)  # fmt: skip
+
+    @classmethod
+    def same_index(cls, retrieval: Any, num_layers: int, num_kv_heads: int, **details: Any) -> HeadPlan:
+        """The paper's inheritance: a sparse head reuses the nearest earlier retrieval head of its own index.
+
+        `retrieval` is an iterable of `(layer, KV head)`; all of layer 0 is always among them.
+        """
+        chosen = {(int(layer), int(head)) for layer, head in retrieval}
+        donors: list[list[Head]] = []
+        for layer in range(num_layers):
+            donors.append(
+                [
+                    (layer, head) if layer == 0 or (layer, head) in chosen else donors[layer - 1][head]
+                    for head in range(num_kv_heads)
+                ]
+            )
+        return cls(donors=donors, **details)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str]) -> HeadPlan:
+        """Read a bundled plan by name (`bundled_plans()` lists them) or a JSON file by path."""
+        name = os.fspath(name_or_path)
+        bundled = resources.files("lycheedecode") / "plans" / f"{name}.json"
+        path = Path(name)
+        if not path.is_file() and name in bundled_plans():
+            return cls.from_json(bundled.read_text(encoding="utf-8"), source=name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise PlanError(
+                f"There is no head plan file {name!r}, and no bundled plan of that name "
+                f"(bundled: {', '.join(bundled_plans()) or 'none'})."
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"The head plan {name!r} cannot be read: {_reason(error)}.") from None
+        return cls.from_json(text, source=name)
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any], source: str = "head plan") -> HeadPlan:
+        """A plan from its JSON text or the parsed object."""
+        try:
+            data = json.loads(text) if isinstance(text, str) else text
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{source}: not valid JSON (line {error.lineno}: {error.msg}).") from None
+        if not isinstance(data, Mapping) or "donors" not in data:
+            raise PlanError(f"{source}: not a head plan (it has no 'donors').")
+        if data.get("format") != FORMAT:
+            raise PlanError(f"{source}: format {data.get('format')!r} is not {FORMAT!r}.")
+        model = dict(data.get("model") or {})
+        shape = {key: model.pop(key, None) for key in ("num_layers", "num_kv_heads")}
+        try:
+            plan = cls(data["donors"], model, data.get("gate_means"), dict(data.get("provenance") or {}))
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{source}: {_reason(error)}.") from None
+        for key, said in shape.items():
+            if said is not None and said != getattr(plan, key):
+                raise PlanError(f"{source}: says {key} = {said}, but its donors have {getattr(plan, key)}.")
+        return plan
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "format": FORMAT,
+            "model": {**self.model, "num_layers": self.num_layers, "num_kv_heads": self.num_kv_heads},
+            "donors": [[list(donor) for donor in row] for row in self.donors],
+            "gate_means": None if self.gate_means is None else [[round(m, 4) for m in row] for row in self.gate_means],
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON: all of it or, when interrupted, nothing."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(_dump(self.to_json()), encoding="utf-8")
+        partial.replace(path)
+
+    # ------------------------------------------------------------------ fitting a model
+
+    def check_fits(self, *, num_layers: int, num_kv_heads: int, architecture: str | None = None) -> None:
+        """Raise `PlanError` with one sentence that says what differs from the model."""
+        made_for = self.model.get("name") or "another model"
+        for what, ours, theirs in (
+            ("layers", self.num_layers, num_layers),
+            ("KV heads per layer", self.num_kv_heads, num_kv_heads),
+            ("architecture", self.model.get("architecture") or architecture, architecture),
+        ):
+            if ours != theirs:
+                unit = f"{ours} {what}" if isinstance(ours, int) else f"{what} {ours}"
+                raise PlanError(f"This head plan is for {made_for} with {unit}; the model has {theirs}.")
+
+    def shard(self, rank: int, world: int) -> HeadPlan:
+        """The plan of one tensor-parallel rank, which holds a contiguous range of every layer's KV heads.
+
+        Raises `PlanError` when the heads do not divide evenly or a donor lies on another rank.
+        """
+        if not 0 <= rank < world:
+            raise PlanError(f"Rank {rank} does not exist in a group of {world}.")
+        if self.num_kv_heads % world:
+            raise PlanError(f"{self.num_kv_heads} KV heads cannot be divided evenly over {world} ranks.")
+        size = self.num_kv_heads // world
+        first = rank * size
+        donors = []
+        for layer, row in enumerate(self.donors):
+            for head in range(first, first + size):
+                if row[head][1] // size != rank:
+                    raise PlanError(
+                        f"The donor {row[head]} of layer {layer}, KV head {head} lies on tensor-parallel rank "
+                        f"{row[head][1] // size}, not {rank}: identify again with donors kept inside {world} shards."
+                    )
+            donors.append([(donor[0], donor[1] - first) for donor in row[first : first + size]])
+        means = None if self.gate_means is None else [row[first : first + size] for row in self.gate_means]
+        return HeadPlan(donors, self.model, means, {**self.provenance, "shard": [rank, world]})  # type: ignore[arg-type]
+
+    def stage(self, first: int, last: int) -> HeadPlan:
+        """The plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` when a donor lies before it."""
+        if not 0 <= first < last <= self.num_layers:
+            raise PlanError(f"Layers {first} to {last - 1} do not exist in a plan of {self.num_layers} layers.")
+        for layer in range(first, last):
+            for head, donor in enumerate(self.donors[layer]):
+                if donor[0] < first:
+                    raise PlanError(
+                        f"The donor {donor} of layer {layer}, KV head {head} lies in an earlier pipeline stage than "
+                        f"layers {first} to {last - 1}: identify again with donors kept inside stages."
+                    )
+        donors = [[(donor[0] - first, donor[1]) for donor in row] for row in self.donors[first:last]]
+        means = None if self.gate_means is None else self.gate_means[first:last]
+        return HeadPlan(donors, self.model, means, {**self.provenance, "stage": [first, last]})  # type: ignore[arg-type]
+
+
+def bundled_plans() -> list[str]:
+    """Names of the plans that ship with the package."""
+    folder = resources.files("lycheedecode") / "plans"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def _as_donors(table: Any) -> tuple[tuple[Head, ...], ...]:
+    try:
+        donors = tuple(tuple((int(layer), int(head)) for layer, head in row) for row in table)
+    except (TypeError, ValueError):
+        raise PlanError("donors must be a table of (layer, KV head) pairs, a row for each layer.") from None
+    if not donors or not donors[0] or len({len(row) for row in donors}) != 1:
+        raise PlanError("donors must have at least one layer, and the same number of KV heads in every layer.")
+    return donors
+
+
+def _dump(data: dict[str, Any]) -> str:
+    """JSON with a line for each layer, so that a plan can be read and compared by eye."""
+    lines = []
+    for key, value in data.items():
+        if key in ("donors", "gate_means") and value is not None:
+            rows = ",\n".join("    " + json.dumps(row) for row in value)
+            lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+        else:
+            body = json.dumps(value, indent=2).replace("\n", "\n  ")
+            lines.append(f"  {json.dumps(key)}: {body}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).rstrip(".")
