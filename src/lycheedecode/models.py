@@ -99,8 +99,8 @@ def load_model(
             where,
             dtype=_dtype(dtype, target),
             device_map=device_map,
-            use_safetensors=None if "gguf_file" in options else True,
             trust_remote_code=False,
+            **(_dequantized() if "gguf_file" in options else {"use_safetensors": True}),
             **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -130,6 +130,13 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
             raise ModelError("Reading a GGUF file needs the package gguf: pip install gguf.")
         return str(path.parent), {"gguf_file": path.name}
     return name, {}
+
+
+def _dequantized() -> dict[str, Any]:
+    """Plain weights from a GGUF file; by default transformers keeps them packed and unpacks in every product."""
+    from transformers.utils.quantization_config import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _device(device: str) -> torch.device:
@@ -176,14 +183,14 @@ def route_attention(model: nn.Module, function: Callable[..., Any]) -> Iterator[
     )
     before = [config._attn_implementation for config in configs]
     registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    for registry, entry in zip(registries, (function, sdpa_mask)):
+    for registry, entry in zip(registries, (function, sdpa_mask), strict=True):
         registry[name] = entry
     try:
         for config in configs:
             config._attn_implementation = name
         yield
     finally:
-        for config, implementation in zip(configs, before):
+        for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
         for registry in registries:
             del registry[name]
