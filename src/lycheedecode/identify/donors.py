@@ -1,0 +1,133 @@
+"""Which donor suits which head: measured on the full model, then read off for any choice of retrieval heads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HybridConfig
+from ..plan import Head, HeadPlan
+from .replay import Lesson, choose_blocks, full, replay
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which heads may serve which: a donor of the same or an earlier layer, on the same device.
+
+    Attributes:
+        num_layers, num_kv_heads: shape of the model.
+        same_layer: whether a retrieval head may serve its own layer's heads (needs selection before attention).
+        shards: tensor-parallel ranks; each holds a contiguous range of KV heads and donors stay inside it.
+        stages: pipeline stages of equal depth; donors stay inside.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    same_layer: bool = True
+    shards: int = 1
+    stages: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shards < 1 or self.num_kv_heads % self.shards:
+            raise ValueError(f"{self.num_kv_heads} KV heads cannot be divided evenly over {self.shards} shards.")
+        if not 1 <= self.stages <= self.num_layers:
+            raise ValueError(f"{self.num_layers} layers cannot be divided into {self.stages} pipeline stages.")
+
+    @property
+    def always_retrieval(self) -> tuple[Head, ...]:
+        """Heads that nobody could serve: those of each stage's first layer."""
+        first = [
+            layer for layer in range(self.num_layers) if layer == 0 or self._stage(layer) != self._stage(layer - 1)
+        ]
+        return tuple((layer, head) for layer in first for head in range(self.num_kv_heads))
+
+    def allows(self, donor: Head, head: Head) -> bool:
+        """Whether `donor` may serve `head`."""
+        size = self.num_kv_heads // self.shards
+        before = donor[0] < head[0] or (self.same_layer and donor[0] == head[0]) or donor == head
+        return before and donor[1] // size == head[1] // size and self._stage(donor[0]) == self._stage(head[0])
+
+    def matrix(self) -> Tensor:
+        """bool `[L * Hkv, L * Hkv]`: `[head, donor]`, heads counted layer by layer."""
+        heads = self.heads()
+        return torch.tensor([[self.allows(donor, head) for donor in heads] for head in heads])
+
+    def heads(self) -> list[Head]:
+        """All heads, layer by layer."""
+        return [(layer, head) for layer in range(self.num_layers) for head in range(self.num_kv_heads)]
+
+    def _stage(self, layer: int) -> int:
+        return layer * self.stages // self.num_layers
+
+
+@torch.no_grad()
+def measure_coverage(model: nn.Module, lessons: Iterable[Lesson], config: HybridConfig, reach: Reach) -> Tensor:
+    """How well each head's selection would serve every other head.
+
+    Returns:
+        float32 `[L * Hkv, L * Hkv]`: the share of `head`'s attention mass inside the blocks that `donor` would select
+        for itself, averaged over answer tokens, `[head, donor]`; 0 for donors of later layers.
+    """
+    size = reach.num_layers * reach.num_kv_heads
+    total, tokens = torch.zeros(size, size, dtype=torch.float64), 0
+    for lesson in lessons:
+        total += _covered_mass(model, lesson, config, reach.num_kv_heads, size)
+        tokens += int(lesson.mask.sum())
+    return (total / tokens).float()
+
+
+def _covered_mass(model: nn.Module, lesson: Lesson, config: HybridConfig, width: int, size: int) -> Tensor:
+    """Covered attention mass `[head, donor]`, summed over the answer tokens of one lesson."""
+    total = torch.zeros(size, size, dtype=torch.float64)
+    chosen: list[Tensor] = []
+
+    def attend(layer: int, weights: Tensor, values: Tensor) -> Tensor:
+        chosen.append(choose_blocks(weights, config))
+        padded = F.pad(weights, (0, -weights.shape[-1] % config.block_size))
+        mass = padded.unflatten(-1, (-1, config.block_size)).sum(-1).mean(2)  # [B, Hkv, T, N]
+        mass = mass * lesson.mask.to(mass.device)[:, None, :, None]
+        for earlier, blocks in enumerate(chosen):
+            covered = torch.einsum("bhtn,bdtn->hd", mass, blocks.to(mass.device, mass.dtype)).double().cpu()
+            total[layer * width : (layer + 1) * width, earlier * width : (earlier + 1) * width] = covered
+        return full(layer, weights, values)
+
+    replay(model, lesson, attend)
+    return total
+
+
+def assign_donors(
+    retrieval: Collection[Head], coverage: Tensor, reach: Reach, overrides: dict[Head, Head] | None = None
+) -> list[list[Head]]:
+    """The donor table in which every sparse head has the retrieval head that covers it best.
+
+    Args:
+        retrieval: the retrieval heads; those of `reach.always_retrieval` are added.
+        coverage: from `measure_coverage`.
+        reach: which heads may serve which.
+        overrides: donors that are settled already; one that no longer retrieves or is out of reach is ignored.
+    """
+    chosen = set(retrieval) | set(reach.always_retrieval)
+    index = {head: i for i, head in enumerate(reach.heads())}
+    overrides = overrides or {}
+    table: list[list[Head]] = []
+    for layer in range(reach.num_layers):
+        row = []
+        for head in ((layer, h) for h in range(reach.num_kv_heads)):
+            if head in chosen:
+                row.append(head)
+            elif overrides.get(head) in chosen:
+                row.append(overrides[head])
+            else:
+                within = [donor for donor in sorted(chosen) if reach.allows(donor, head)]
+                row.append(max(within, key=lambda donor: float(coverage[index[head], index[donor]])))
+        table.append(row)
+    return table
+
+
+def remap(plan_heads: Collection[Head], coverage: Tensor, reach: Reach) -> HeadPlan:
+    """A plan of these retrieval heads with the best-covering donors."""
+    return HeadPlan.from_donors(assign_donors(plan_heads, coverage, reach))

@@ -1,0 +1,112 @@
+"""Where the filler text of prompts comes from."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+MAX_CHARACTERS = 8_000_000
+"""More text than any prompt needs; reading stops there."""
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+class TextError(ValueError):
+    """Text that cannot be read; the message is one sentence."""
+
+
+def load_text(source: str) -> str:
+    """Text to hide passkeys in.
+
+    Args:
+        source: `prose` (the reference manual that comes with Python), `noise` (a few sentences, repeated), a text
+            file, `FILE.jsonl:COLUMN` or `FILE.csv:COLUMN`, or `DATASET:COLUMN` for a hub or local data set of the
+            package `datasets` (its `train` split).
+
+    Raises:
+        TextError: missing file or column, wrong encoding, too little text.
+    """
+    if source == "noise":
+        return NOISE * (400_000 // len(NOISE))
+    if source == "prose":
+        return _prose()
+    path, _, column = source.partition(":")
+    if Path(source).is_file() or not column:
+        text = _read(source)
+    elif path.endswith((".jsonl", ".csv")):
+        text = _join(_column(path, column), source)
+    else:
+        text = _join(_dataset(path, column), source)
+    if len(text.split()) < 100:
+        raise TextError(f"The text {source!r} has fewer than 100 words.")
+    return text[:MAX_CHARACTERS]
+
+
+def _prose() -> str:
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics.values())
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(MAX_CHARACTERS)
+    except FileNotFoundError:
+        raise TextError(f"There is no text file {path!r} (built in: prose, noise).") from None
+    except UnicodeDecodeError:
+        raise TextError(f"The text file {path!r} is not UTF-8.") from None
+    except OSError as error:
+        raise TextError(f"The text file {path!r} cannot be read: {error.strerror}.") from None
+
+
+def _column(path: str, column: str) -> Iterator[str]:
+    lines = _read(path).splitlines()
+    records: Iterable[dict[str, object]] = csv.DictReader(lines) if path.endswith(".csv") else _json_lines(path, lines)
+    for record in records:
+        if not isinstance(record, dict) or column not in record:
+            raise TextError(f"{path}: a record has no column {column!r}.")
+        yield str(record[column])
+
+
+def _json_lines(path: str, lines: list[str]) -> Iterator[dict[str, object]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                # A file larger than MAX_CHARACTERS is cut inside its last line.
+                if number == len(lines) and number > 1:
+                    return
+                raise TextError(f"{path}: line {number} is not valid JSON ({error.msg}).") from None
+
+
+def _dataset(name: str, column: str) -> Iterator[str]:
+    if importlib.util.find_spec("datasets") is None:
+        raise TextError(f"Reading the data set {name!r} needs the package datasets: pip install 'lycheedecode[eval]'.")
+    from datasets import load_dataset
+
+    try:
+        records = load_dataset(name, split="train", streaming=True)
+        for record in records:
+            yield str(record[column])
+    except KeyError:
+        raise TextError(f"The data set {name!r} has no column {column!r}.") from None
+    except (OSError, ValueError) as error:
+        raise TextError(f"The data set {name!r} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _join(pieces: Iterator[str], source: str) -> str:
+    taken, size = [], 0
+    for piece in islice(pieces, 1_000_000):
+        taken.append(piece)
+        size += len(piece)
+        if size > MAX_CHARACTERS:
+            break
+    if not taken:
+        raise TextError(f"{source}: no records.")
+    return "\n\n".join(taken)

@@ -1,0 +1,226 @@
+"""Learning the gates: distillation from the full model, step by step, resumable at any of them.
+
+step:  fresh prompts -> one dense prefill -> teacher and student replay the answers
+       student head:  z * (retrieval output) + (1 - z) * (attention over its donor's blocks)
+       loss:          distance from the teacher + Lagrangian of the expected share of open gates
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import HybridConfig
+from .donors import Reach
+from .gates import GATES
+from .objective import Lagrangian, hidden_loss, logit_loss
+from .prompts import Cell, PromptMaker
+from .replay import choose_blocks, full, over_blocks, prepare, replay
+from .settings import IdentifySettings
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of the training after a step, for whoever shows it."""
+
+    step: int
+    steps: int
+    loss: float
+    density: float
+    """Expected share of open gates among the heads that are learnt."""
+    open_heads: int
+    """Heads with E[z] > 0.5, those that always retrieve included."""
+
+
+class Gated:
+    """A student with soft roles: every head mixes its two possible outputs by its gate.
+
+    Args:
+        z: `[L, Hkv]` gate values of this step.
+        config: budget, blocks, form.
+        donor_of: int64 `[L * Hkv]`, the donor of each head were it sparse; None: the same index of the layer before,
+            whose own donor a sparse head passes on (the paper).
+    """
+
+    def __init__(self, z: Tensor, config: HybridConfig, donor_of: Tensor | None) -> None:
+        self._z, self._config, self._donor_of = z, config, donor_of
+        self._chosen: list[Tensor] = []  # a layer each, bool [B, Hkv, T, N]
+        self._carried: Tensor | None = None
+
+    def __call__(self, layer: int, weights: Tensor, values: Tensor) -> Tensor:
+        size = self._config.block_size
+        own = choose_blocks(weights.detach(), self._config)
+        borrowed = self._borrow(layer, own)
+        if self._config.retrieval_attention == "full":
+            retrieval = full(layer, weights, values)
+        else:
+            retrieval = over_blocks(weights, values, own, size)
+        z = self._z[layer].to(weights.device)[:, None, None, None]
+        return z * retrieval + (1 - z) * over_blocks(weights, values, borrowed, size)
+
+    def _borrow(self, layer: int, own: Tensor) -> Tensor:
+        if self._donor_of is None:
+            borrowed = own if self._carried is None else self._carried.to(own.device)
+            is_open = (self._z[layer].detach() > 0.5).to(own.device)[:, None, None]
+            self._carried = torch.where(is_open, own, borrowed)
+            return borrowed
+        self._chosen.append(own)
+        width = own.shape[1]
+        donors = self._donor_of[layer * width : (layer + 1) * width].tolist()
+        return torch.stack([self._chosen[donor // width][:, donor % width].to(own.device) for donor in donors], 1)
+
+
+class Trainer:
+    """Trains the gates of one model.
+
+    Args:
+        model: frozen Hugging Face decoder.
+        makers: a prompt maker for each text of `settings.train_cells`.
+        settings: what to train and how.
+        reach: which heads may serve which.
+        coverage: `[head, donor]` from `measure_coverage`, needed unless donors are of the same index.
+        folder: where the state is kept to resume from; None keeps none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        makers: dict[str, PromptMaker],
+        settings: IdentifySettings,
+        reach: Reach,
+        coverage: Tensor | None,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.makers, self.settings, self.reach = model, makers, settings, reach
+        self.folder = folder
+        self.device = model.get_input_embeddings().weight.device
+        self.gates = GATES[settings.gates](reach.num_layers, reach.num_kv_heads).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.gates.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        fixed = torch.zeros(reach.num_layers, reach.num_kv_heads, dtype=torch.bool)
+        for layer, head in reach.always_retrieval:
+            fixed[layer, head] = True
+        self.learnt = ~fixed.to(self.device)
+        wanted = settings.num_retrieval_heads - len(reach.always_retrieval)
+        self.lagrangian = Lagrangian(
+            wanted / int(self.learnt.sum()),
+            settings.penalty,
+            start=settings.multiplier,
+            learning_rate=settings.multiplier_learning_rate,
+        )
+        self._coverage = None
+        if settings.donors == "remapped":
+            if coverage is None:
+                raise ValueError("Training with remapped donors needs the coverage matrix.")
+            itself = torch.eye(coverage.shape[0], dtype=torch.bool)
+            self._coverage = coverage.masked_fill(~reach.matrix() | itself, -1.0)
+        self.step = 0
+
+    def run(self, report: Callable[[Progress], None], history: list[Progress] | None = None) -> Tensor:
+        """Train to the end and return E[z], `[L, Hkv]`; heads that always retrieve have 1."""
+        self._resume()
+        while self.step < self.settings.steps:
+            progress = self._train_one_step()
+            if history is not None:
+                history.append(progress)
+            report(progress)
+            if self.folder is not None and (self.step % 50 == 0 or self.step == self.settings.steps):
+                self._save()
+        return self.gate_means()
+
+    @torch.no_grad()
+    def gate_means(self) -> Tensor:
+        return torch.where(self.learnt, self.gates.mean(), 1.0).float().cpu()
+
+    def _train_one_step(self) -> Progress:
+        settings = self.settings
+        rng = random.Random(f"{settings.seed}/{self.step}")
+        noise = torch.Generator().manual_seed(rng.randrange(2**31))
+        cell: Cell = rng.choice(settings.train_cells)
+        lesson = prepare(self.model, cell.make(self.makers, settings.batch_size, rng), settings.prefill_chunk)
+
+        z = torch.where(self.learnt, self.gates.sample(noise), 1.0)
+        student = replay(self.model, lesson, Gated(z, settings.config, self._donors(z)))
+        if settings.loss == "hidden":
+            loss = hidden_loss(student, lesson.teacher, lesson.mask)
+        else:
+            loss = logit_loss(student, lesson.teacher, lesson.mask, self.model.get_output_embeddings())
+        density = self.gates.open_probability()[self.learnt].mean()
+        total = settings.loss_weight * loss + self.lagrangian.penalty(density, self.step / settings.steps)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(self.step, settings.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        self.gates.constrain()
+        self.step += 1
+        open_heads = int((self.gate_means() > 0.5).sum())
+        return Progress(self.step, settings.steps, float(loss.detach()), float(density.detach()), open_heads)
+
+    def _donors(self, z: Tensor) -> Tensor | None:
+        """Each head's best donor among the heads that are open at this step."""
+        if self._coverage is None:
+            return None
+        is_open = (z.detach() > 0.5).flatten().cpu()
+        return self._coverage.masked_fill(~is_open, -0.5).where(self._coverage >= 0, -1.0).argmax(1)
+
+    # ------------------------------------------------------------------ keeping and finding state
+
+    def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"gates.{name}": value for name, value in self.gates.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()})
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(tensors, self.folder / "gates.partial")
+        state = {"step": self.step, "lagrangian": self.lagrangian.state(), "settings": self.settings.to_dict()}
+        (self.folder / "state.partial").write_text(json.dumps(state), encoding="utf-8")
+        (self.folder / "gates.partial").replace(self.folder / f"gates-{self.step}.safetensors")
+        # The state names its gates by step, so the pair stays consistent however the process ends.
+        (self.folder / "state.partial").replace(self.folder / "state.json")
+        for old in self.folder.glob("gates-*.safetensors"):
+            if old.name != f"gates-{self.step}.safetensors":
+                old.unlink()
+
+    def _resume(self) -> None:
+        if self.folder is None or not (self.folder / "state.json").is_file():
+            return
+        state: dict[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        if state["settings"] != self.settings.to_dict():
+            raise ValueError(
+                f"The interrupted identification in {str(self.folder)!r} had other settings: "
+                "give the same ones, or remove that folder."
+            )
+        tensors = load_file(self.folder / f"gates-{state['step']}.safetensors")
+        self.gates.load_state_dict({name: tensors[f"gates.{name}"] for name in self.gates.state_dict()})
+        saved = self.optimizer.state_dict()
+        for name, value in tensors.items():
+            kind, number, *rest = name.split(".")
+            if kind == "optimizer":
+                saved["state"].setdefault(int(number), {})[rest[0]] = value
+        self.optimizer.load_state_dict(saved)
+        self.lagrangian.restore(state["lagrangian"])
+        self.step = state["step"]
+
+
+def _schedule(step: int, steps: int, floor: float = 0.1) -> float:
+    """Learning-rate factor: up over the first fifth of the steps, down over the last, never below `floor`."""
+    fifth = max(steps / 5, 1)
+    return max(floor, min(1.0, (step + 1) / fifth, (steps - step) / fifth))
+
+
+def top_heads(means: Tensor, number: int, always: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The `number` heads with the highest E[z], those of `always` first."""
+    ranked = sorted(
+        ((layer, head) for layer in range(means.shape[0]) for head in range(means.shape[1])),
+        key=lambda head: (head not in set(always), -float(means[head])),
+    )
+    return sorted(ranked[:number])
