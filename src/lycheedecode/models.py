@@ -126,8 +126,9 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no GGUF file {name!r}.")
-        if importlib.util.find_spec("gguf") is None:
-            raise ModelError("Reading a GGUF file needs the package gguf: pip install gguf.")
+        # transformers asks for accelerate as well, though the weights end up on one device.
+        if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
+            raise ModelError("Reading a GGUF file needs gguf and accelerate: pip install 'lycheedecode[gguf]'.")
         return str(path.parent), {"gguf_file": path.name}
     return name, {}
 

@@ -252,6 +252,8 @@ class HeadPlan:
 def bundled_plans() -> list[str]:
     """Names of the plans that ship with the package."""
     folder = resources.files("lycheedecode") / "plans"
+    if not folder.is_dir():
+        return []
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
