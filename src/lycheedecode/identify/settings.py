@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -90,7 +91,7 @@ class IdentifySettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        return {**asdict(self), "config": self.config.to_dict()}
+        return json.loads(json.dumps(asdict(self)))
 
 
 def paper_settings(**changes: Any) -> IdentifySettings:
