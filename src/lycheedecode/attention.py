@@ -1,9 +1,11 @@
-"""One layer of a hybrid decode step: scan -> select -> attend. The only module that knows both plan and operations."""
+"""One layer of a decode step: scan -> select -> attend. The only module that knows both plan and operations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,22 +16,71 @@ from .ops import KV, Selections
 from .plan import HeadPlan
 
 
-class HybridAttention:
-    """Decode attention of a model whose heads follow a plan.
+class DecodeAttention(Protocol):
+    """What a decode step does in its attention layers; `Engine` decodes with any of these.
 
     Layers are called in order, once a step; the selections that a layer writes serve it and the layers after it.
+    """
+
+    refresh_every: int
+    """Steps from one selection to the next."""
+
+    def allocate(self, batch: int, slots: int, device: torch.device | str) -> Selections | None:
+        """Buffers for `batch` sequences whose cache has up to `slots` slots; None where nothing is selected."""
+
+    def __call__(
+        self, layer: int, query: Tensor, kv: KV, selections: Selections | None, scale: float, refresh: bool = True
+    ) -> Tensor:
+        """Attention output `[B, Hq, D]` of one layer for one new token a sequence."""
+
+    def bytes_read(self, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int) -> Tensor:
+        """Bytes of the KV cache that the step just made read for each sequence, float64 `[B]`.
+
+        Args:
+            lengths: int32 `[B]`, cached tokens of each sequence at that step.
+            selections: the buffers as the step left them.
+            refreshed: whether it selected.
+            key_bytes: bytes of one key of one KV head, `D * itemsize`; a value has as many.
+        """
+
+
+class FullAttention:
+    """Dense decode attention: every head reads everything. The baseline."""
+
+    refresh_every = 1
+
+    def __init__(self, num_layers: int, num_kv_heads: int) -> None:
+        self._num_heads = num_layers * num_kv_heads
+
+    def allocate(self, batch: int, slots: int, device: torch.device | str) -> None:
+        """Nothing is selected."""
+
+    def __call__(
+        self, layer: int, query: Tensor, kv: KV, selections: Selections | None, scale: float, refresh: bool = True
+    ) -> Tensor:
+        return ops.attend(query, kv, scale)
+
+    def bytes_read(self, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int) -> Tensor:
+        return lengths.double() * (2 * self._num_heads * key_bytes)
+
+
+class HybridAttention:
+    """Decode attention of a model whose heads follow a plan; a `DecodeAttention`.
 
     Args:
         plan: the donor of every KV head.
         config: budget, strategy, form.
+        layers: the layers that follow the plan, None for all; only `bytes_read` needs to know.
     """
 
-    def __init__(self, plan: HeadPlan, config: HybridConfig) -> None:
+    def __init__(self, plan: HeadPlan, config: HybridConfig, layers: Sequence[int] | None = None) -> None:
         self.plan = plan
         self.config = config
+        self.refresh_every = config.refresh_every
+        self._layers = [_Roles.of(plan, layer) for layer in range(plan.num_layers)]
+        self._scans, self._readers = self._count_readers(range(plan.num_layers) if layers is None else layers)
 
     def allocate(self, batch: int, slots: int, device: torch.device | str) -> Selections:
-        """Selections for `batch` sequences whose cache has up to `slots` slots."""
         config = self.config
         num_blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
         return Selections.allocate(len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks), device)
@@ -50,25 +101,69 @@ class HybridAttention:
         Returns:
             `[B, Hq, D]`.
         """
-        plan, config = self.plan, self.config
-        retrieval = plan.retrieval_heads(layer)
-        if retrieval and refresh:
-            scores = ops.scan_blocks(query, kv, retrieval, config.block_size, scale, config.block_score)
-            ops.select_blocks(scores, kv, config, out=selections.rows(plan.first_row(layer), len(retrieval)))
-
-        rows = _as_index(plan.donor_rows(layer), query.device)
-        if config.retrieval_attention == "selected" or not retrieval:
+        config, roles = self.config, self._layers[layer]
+        if roles.retrieval and refresh:
+            scores = ops.scan_blocks(query, kv, roles.retrieval, config.block_size, scale, config.block_score)
+            ops.select_blocks(scores, kv, config, out=selections.rows(roles.first_row, len(roles.retrieval)))
+        if config.retrieval_attention == "selected" or not roles.retrieval:
+            rows = _as_index(roles.donor_rows, query.device)
             return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale)
+        return self._attend_in_two_forms(roles, query, kv, selections, scale)
 
-        output = torch.empty_like(query).unflatten(1, (plan.num_kv_heads, -1))  # [B, Hkv, G, D]
-        output[:, list(retrieval)] = ops.attend(query, kv, scale, retrieval).unflatten(1, (len(retrieval), -1))
-        sparse = plan.sparse_heads(layer)
-        if sparse:
-            attended = ops.attend_blocks(query, kv, selections, rows[list(sparse)], config.block_size, scale, sparse)
-            output[:, list(sparse)] = attended.unflatten(1, (len(sparse), -1))
+    def _attend_in_two_forms(
+        self, roles: _Roles, query: Tensor, kv: KV, selections: Selections, scale: float
+    ) -> Tensor:
+        """The paper's form: retrieval heads attend to everything, sparse heads to their donors' selections."""
+        output = torch.empty_like(query).unflatten(1, (self.plan.num_kv_heads, -1))  # [B, Hkv, G, D]
+        dense = ops.attend(query, kv, scale, roles.retrieval)
+        output[:, _as_index(roles.retrieval, query.device)] = dense.unflatten(1, (len(roles.retrieval), -1))
+        if roles.sparse:
+            rows = _as_index(tuple(roles.donor_rows[head] for head in roles.sparse), query.device)
+            sparse = ops.attend_blocks(query, kv, selections, rows, self.config.block_size, scale, roles.sparse)
+            output[:, _as_index(roles.sparse, query.device)] = sparse.unflatten(1, (len(roles.sparse), -1))
         return output.flatten(1, 2)
+
+    def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
+        """Keys scanned by retrieval heads, and keys and values attended by every head (see `DecodeAttention`).
+
+        Dense retrieval heads read keys and values once: their scan is a by-product of their attention.
+        """
+        in_block = lengths[:, None] - selections.blocks * self.config.block_size  # [R, B, K]
+        tokens = in_block.clamp(0, self.config.block_size).masked_fill(selections.blocks < 0, 0).sum(-1)
+        attended = _as_weights(self._readers, lengths.device) @ tokens.double()  # [B]
+        scanned = lengths.double() * self._scans
+        dense = self.config.retrieval_attention == "full"
+        return key_bytes * (2 * attended + scanned * (2 if dense else refreshed))
+
+    def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """How many heads scan, and how many attend over each row of the selections."""
+        dense = self.config.retrieval_attention == "full"
+        scans, readers = 0, [0] * len(self.plan.retrieval)
+        for roles in (self._layers[layer] for layer in layers):
+            scans += len(roles.retrieval)
+            for head in roles.sparse if dense else range(self.plan.num_kv_heads):
+                readers[roles.donor_rows[head]] += 1
+        return scans, tuple(readers)
+
+
+class _Roles(NamedTuple):
+    """What the plan says of one layer, looked up once."""
+
+    retrieval: tuple[int, ...]
+    sparse: tuple[int, ...]
+    first_row: int
+    donor_rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: HeadPlan, layer: int) -> _Roles:
+        return cls(plan.retrieval_heads(layer), plan.sparse_heads(layer), plan.first_row(layer), plan.donor_rows(layer))
 
 
 @lru_cache(maxsize=4096)
-def _as_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+def _as_index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _as_weights(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)

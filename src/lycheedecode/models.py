@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,33 +164,51 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 _route_numbers = itertools.count()
+_ROUTE_PREFIX = "lycheedecode_"
 
 
-@contextmanager
-def route_attention(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Send every attention layer of a Hugging Face model through `function` while the context is open.
+class AttentionRoute:
+    """Sends every attention layer of a Hugging Face model through `function` while it is open (a context manager).
 
     `function` has the signature of transformers' attention interface: `(module, query, key, value, attention_mask,
     scaling=..., **kwargs) -> (output [B, T, Hq, D], None)`. It gets the masks that SDPA would get. Nothing is left
-    behind on exit: the registered name is unique to this context and removed with it.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    behind on exit: the registered name is unique to this route and removed with it. Opening costs microseconds, so a
+    generation loop can open the route for each step and leave the model alone in between.
 
-    name = f"lycheedecode_{next(_route_numbers)}"
-    configs = list(
-        {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
-    )
-    before = [config._attn_implementation for config in configs]
-    registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    for registry, entry in zip(registries, (function, sdpa_mask), strict=True):
-        registry[name] = entry
-    try:
-        for config in configs:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
+    Raises:
+        ModelError: on opening, when the model's attention is routed already.
+    """
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._name = f"{_ROUTE_PREFIX}{next(_route_numbers)}"
+        modules = (module for module in model.modules() if hasattr(module, "config"))
+        self._configs = list({id(module.config): module.config for module in modules}.values())
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        before = [config._attn_implementation for config in self._configs]
+        if any(str(name).startswith(_ROUTE_PREFIX) for name in before):
+            raise ModelError("The attention of this model is already routed by LycheeDecode: leave that context first.")
+        ALL_ATTENTION_FUNCTIONS[self._name] = self._function
+        ALL_MASK_ATTENTION_FUNCTIONS[self._name] = sdpa_mask
+        self._before = before
+        for config in self._configs:
+            config._attn_implementation = self._name
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        for config, implementation in zip(self._configs, self._before, strict=True):
             config._attn_implementation = implementation
-        for registry in registries:
-            del registry[name]
+        del ALL_ATTENTION_FUNCTIONS[self._name]
+        del ALL_MASK_ATTENTION_FUNCTIONS[self._name]
+
+
+def route_attention(model: nn.Module, function: Callable[..., Any]) -> AttentionRoute:
+    """`with route_attention(model, function): ...`; see `AttentionRoute`."""
+    return AttentionRoute(model, function)
