@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,9 @@ class HeadPlan:
             raise PlanError(f"{source}: not a head plan (it has no 'donors').")
         if data.get("format") != FORMAT:
             raise PlanError(f"{source}: format {data.get('format')!r} is not {FORMAT!r}.")
+        for key in ("model", "provenance"):
+            if not isinstance(data.get(key) or {}, Mapping):
+                raise PlanError(f"{source}: {key} must be an object, not {data[key]!r}.")
         model = dict(data.get("model") or {})
         shape = {key: model.pop(key, None) for key in ("num_layers", "num_kv_heads")}
         try:
@@ -204,9 +208,9 @@ class HeadPlan:
         for what, ours, theirs in (
             ("layers", self.num_layers, num_layers),
             ("KV heads per layer", self.num_kv_heads, num_kv_heads),
-            ("architecture", self.model.get("architecture") or architecture, architecture),
+            ("architecture", self.model.get("architecture"), architecture),
         ):
-            if ours != theirs:
+            if ours is not None and theirs is not None and ours != theirs:
                 unit = f"{ours} {what}" if isinstance(ours, int) else f"{what} {ours}"
                 raise PlanError(f"This head plan is for {made_for} with {unit}; the model has {theirs}.")
 
@@ -259,7 +263,7 @@ def bundled_plans() -> list[str]:
 
 def _as_donors(table: Any) -> tuple[tuple[Head, ...], ...]:
     try:
-        donors = tuple(tuple((int(layer), int(head)) for layer, head in row) for row in table)
+        donors = tuple(tuple((index(layer), index(head)) for layer, head in row) for row in table)
     except (TypeError, ValueError):
         raise PlanError("donors must be a table of (layer, KV head) pairs, a row for each layer.") from None
     if not donors or not donors[0] or len({len(row) for row in donors}) != 1:

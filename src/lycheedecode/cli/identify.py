@@ -1,0 +1,135 @@
+"""`lycheedecode identify`: the retrieval heads and donors of a model."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from ..config import HybridConfig
+from ..identify import Cell, IdentifySettings, Progress, paper_settings
+from ..identify import identify as find_plan
+from ..models import DEFAULT_MODEL, load_model
+from .options import Device, DeviceMap, Dtype, Json, Model, Revision, Verbose, takes, takes_form
+from .report import Steps, check_writable, errors, progress, quiet, write_json
+
+app = typer.Typer(add_completion=False)
+_Cells = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="TEXT:TOKENS:TASK:COUNT", help="A kind of prompt, as prose:2048:passkey:5; may be repeated."),
+]
+
+
+@app.command(no_args_is_help=True)
+@takes("changes", IdentifySettings, leave_out=("config", "train_cells", "calibrate_cells"))
+@takes_form
+def identify(
+    output: Annotated[Path, typer.Argument(metavar="PLAN", help="Where the plan goes (JSON).")],
+    changes: dict[str, Any],
+    form: dict[str, Any],
+    model: Model = DEFAULT_MODEL,
+    preset: Annotated[Literal["default", "paper"], typer.Option(help="What the options change.")] = "default",
+    text: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SOURCE", help="Text for the prompts that have prose: a file, FILE.jsonl:COLUMN, ..."),
+    ] = None,
+    train: _Cells = None,
+    calibrate: _Cells = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")] = False,
+    png: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Draw gates and donors (extra: plot).")] = None,  # noqa: UP045
+    revision: Revision = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    json_file: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Find the retrieval heads and donors of a model."""
+    check_writable(output, png, json_file)
+    settings = _settings(preset, changes, form, text, train, calibrate)
+    state = output.with_name(output.name + ".state")
+    if state.exists() and not resume:
+        raise ValueError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
+    if resume and not state.exists():
+        raise ValueError(f"There is no interrupted identification to resume: {str(state)!r} does not exist.")
+    if png is not None:
+        from ..views.png import require_matplotlib
+
+        require_matplotlib()
+
+    with quiet(verbose):
+        with progress(f"Loading {model}"):
+            network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
+        history: list[Progress] = []
+        started = time.perf_counter()
+        with Steps(settings.steps) as steps:
+
+            def on_step(state: Progress) -> None:
+                history.append(state)
+                steps.show(
+                    state.step, f"loss {state.loss:.4f}, density {state.density:.3f}, {state.open_heads} heads open"
+                )
+
+            plan = find_plan(
+                network, tokenizer, settings, folder=state, on_step=on_step,
+                on_stage=lambda line: errors.print(line, style="dim"),
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+    plan.save(output)
+    shutil.rmtree(state, ignore_errors=True)
+
+    from ..views import caption, facts
+
+    print(f"{output}: {caption(plan)}")
+    if png is not None:
+        from ..views import png as picture
+
+        png.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(plan, png, output.stem)
+    shown = history[:: max(len(history) // 200, 1)]
+    result = {**facts(plan), "seconds": round(seconds, 1), "history": [vars(state) for state in shown]}
+    write_json(json_file, "identify", {"model": model, "preset": preset, **settings.to_dict()}, result)
+
+
+def _settings(
+    preset: str,
+    changes: dict[str, Any],
+    form: dict[str, Any],
+    text: str | None,
+    train: list[str] | None,
+    calibrate: list[str] | None,
+) -> IdentifySettings:
+    base = paper_settings() if preset == "paper" else IdentifySettings()
+    cells = {
+        name: _with_text(tuple(map(_cell, given)) if given else getattr(base, name), text)
+        for name, given in (("train_cells", train), ("calibrate_cells", calibrate))
+    }
+    return replace(base, config=_changed(base.config, form), **cells, **changes)
+
+
+def _changed(config: HybridConfig, form: dict[str, Any]) -> HybridConfig:
+    """A preset's form with some options changed; what belongs to the budget is replaced as a whole."""
+    budget = ("budget_tokens", "budget_ratio", "selection", "top_p", "threshold")
+    kept = config.to_dict()
+    if any(name in form for name in budget):
+        kept = {name: value for name, value in kept.items() if name not in budget}
+    return HybridConfig(**{**kept, **form})
+
+
+def _cell(text: str) -> Cell:
+    source, *numbers = text.rsplit(":", 3)
+    if len(numbers) != 3 or not (numbers[0].isdigit() and numbers[2].isdigit()):
+        raise ValueError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
+    if numbers[1] not in ("passkey", "multi_hop"):
+        raise ValueError(f"{text!r}: the task must be passkey or multi_hop, not {numbers[1]!r}.")
+    return Cell(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
+
+
+def _with_text(cells: tuple[Cell, ...], text: str | None) -> tuple[Cell, ...]:
+    return (
+        cells if text is None else tuple(replace(cell, text=text) if cell.text == "prose" else cell for cell in cells)
+    )

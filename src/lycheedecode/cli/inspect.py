@@ -1,0 +1,45 @@
+"""`lycheedecode inspect`: look at a head plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..plan import HeadPlan
+from .options import Json
+from .report import check_writable, progress, write_json, write_text
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    plan: Annotated[str, typer.Argument(help="A bundled plan's name, or a file.", metavar="PLAN")],
+    gates: Annotated[bool, typer.Option("--gates", help="Show gate means instead of donors.")] = False,
+    png: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a picture (extra: plot).")] = None,  # noqa: UP045
+    html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page that needs no network.")] = None,  # noqa: UP045
+    json_file: Json = None,
+) -> None:
+    """Show a head plan: who retrieves, and whose selection the others reuse."""
+    from rich.console import Console
+
+    from ..views import facts, page, table
+    from ..views import png as picture
+
+    loaded = HeadPlan.load(plan)
+    if gates and loaded.gate_means is None:
+        raise ValueError(f"The plan {plan!r} has no gate means: leave out --gates.")
+    check_writable(png, html, json_file)
+    name = Path(plan).name.removesuffix(".json")
+    if png is not None:
+        picture.require_matplotlib()
+    Console(highlight=False).print(table.render(loaded, name, gates))
+    if png is not None:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        with progress("Drawing"):
+            picture.save(loaded, png, name)
+    if html is not None:
+        write_text(html, page.render(loaded, name))
+    write_json(json_file, "inspect", {"plan": plan}, {**facts(loaded), "plan": loaded.to_json()})

@@ -1,0 +1,133 @@
+"""What every command says: progress on stderr, and the machine-readable result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..environment import describe_environment
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class OutputError(ValueError):
+    """A file that cannot be written; the message is one sentence."""
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse a result file that cannot be written before the work is done, not after it."""
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+        target = path if path.exists() else folder
+        if path.is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
+            raise OutputError(f"The file {str(path)!r} cannot be written: name one in a folder that you may write to.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | None, command: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write the result of a command with what is needed to make it again; nothing without a path."""
+    if path is None:
+        return
+    report = {"command": command, "settings": settings, "environment": describe_environment(), "result": result}
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def progress(message: str) -> Iterator[None]:
+    """Say on stderr what is going on when it takes longer than a second."""
+    started = time.perf_counter()
+    waiting = threading.Timer(1.0, lambda: errors.print(f"{message} ...", style="dim"))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+    if time.perf_counter() - started > 10:
+        errors.print(f"{message}: {time.perf_counter() - started:.0f} s", style="dim")
+
+
+@contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """Keep libraries from writing to stderr, unless `verbose`."""
+    if verbose:
+        yield
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as hf_logging
+
+    before = hf_logging.get_verbosity()
+    bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.captureWarnings(False)
+        hf_logging.set_verbosity(before)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def read_text(path: Path) -> str:
+    """A text file of the user's; `-` is standard input. Raises `ValueError` with one sentence."""
+    name = "standard input" if str(path) == "-" else f"the file {str(path)!r}"
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {str(path)!r}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name[0].upper()}{name[1:]} is not UTF-8 text (byte {error.start}).") from None
+    except OSError as error:
+        raise ValueError(f"{name[0].upper()}{name[1:]} cannot be read: {error.strerror}.") from None
+
+
+class Steps:
+    """Progress of many steps: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=errors, disable=not errors.is_terminal)
+        self._task = self._bar.add_task("", total=total)
+        self._total = total
+        self._said = time.perf_counter()
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, text: str) -> None:
+        """The steps done so far, and what they led to."""
+        self._bar.update(self._task, completed=step, description=text)
+        if not errors.is_terminal and (time.perf_counter() - self._said > 10 or step == self._total):
+            self._said = time.perf_counter()
+            errors.print(f"step {step} of {self._total}: {text}", style="dim")

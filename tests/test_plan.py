@@ -1,0 +1,197 @@
+"""HeadPlan: what is valid, what a file may hold, and how plans are divided."""
+
+import json
+import random
+
+import pytest
+
+from lycheedecode import HeadPlan, PlanError
+from lycheedecode.plan import FORMAT, bundled_plans
+
+TABLE = [[(0, 0), (0, 1)], [(0, 1), (1, 1)], [(0, 0), (1, 1)]]
+
+
+def test_roles_and_rows():
+    plan = HeadPlan.from_donors(TABLE)
+    assert (plan.num_layers, plan.num_kv_heads) == (3, 2)
+    assert plan.retrieval == ((0, 0), (0, 1), (1, 1))
+    assert [plan.retrieval_heads(layer) for layer in range(3)] == [(0, 1), (1,), ()]
+    assert [plan.sparse_heads(layer) for layer in range(3)] == [(), (0,), (0, 1)]
+    assert [plan.first_row(layer) for layer in range(3)] == [0, 2, 3]
+    assert [plan.donor_rows(layer) for layer in range(3)] == [(0, 1), (1, 2), (0, 2)]
+    assert plan.donors[1][0] == (0, 1)
+
+
+def test_a_donor_may_lie_in_the_same_layer():
+    plan = HeadPlan.from_donors([[(0, 1), (0, 1)]])
+    assert plan.retrieval == ((0, 1),)
+    assert plan.donor_rows(0) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("donors", "said"),
+    [
+        ([[(0, 0)], [(2, 0)]], "does not exist"),
+        ([[(0, 0), (0, 2)]], "does not exist"),
+        ([[(0, 0), (0, -1)]], "does not exist"),
+        ([[(1, 0)], [(1, 0)]], "too late"),
+        ([[(0, 0)], [(0, 0)], [(1, 0)]], "not a retrieval head"),
+        ([[(0, 0), (0, 1)], [(0, 0)]], "same number of KV heads"),
+        ([], "at least one layer"),
+        ([[]], "at least one layer"),
+        ([[0, 1]], "table of"),
+        (None, "table of"),
+        ([[("a", 0)]], "table of"),
+        ([[(0.5, 0)]], "table of"),
+    ],
+)
+def test_invalid_donors_are_refused(donors, said):
+    with pytest.raises(PlanError, match=said):
+        HeadPlan.from_donors(donors)
+
+
+def test_gate_means_must_have_the_shape_of_donors():
+    with pytest.raises(PlanError, match="3 x 2"):
+        HeadPlan.from_donors(TABLE, gate_means=[[1.0, 1.0]])
+
+
+def test_same_index_inherits_from_the_nearest_retrieval_head_of_its_index():
+    plan = HeadPlan.same_index([(2, 1)], 4, 2)
+    assert plan.retrieval == ((0, 0), (0, 1), (2, 1))
+    assert [row[0] for row in plan.donors] == [(0, 0)] * 4
+    assert [row[1] for row in plan.donors] == [(0, 1), (0, 1), (2, 1), (2, 1)]
+
+
+def test_all_retrieval():
+    plan = HeadPlan.all_retrieval(3, 2)
+    assert len(plan.retrieval) == 6
+    assert all(plan.sparse_heads(layer) == () for layer in range(3))
+
+
+# ---------------------------------------------------------------------- files
+
+
+def make_plan(seed: int = 0, layers: int = 7, heads: int = 3, **details) -> HeadPlan:
+    """A valid plan with random roles and donors."""
+    rng = random.Random(seed)
+    donors: list[list[tuple[int, int]]] = []
+    known = [(0, rng.randrange(heads))]
+    for layer in range(layers):
+        own = {head for head in range(heads) if rng.random() < 0.3} | {head for at, head in known if at == layer}
+        known += [(layer, head) for head in sorted(own) if (layer, head) not in known]
+        donors.append([(layer, head) if head in own else rng.choice(known) for head in range(heads)])
+    return HeadPlan.from_donors(donors, **details)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_saved_plan_loads_as_it_was(tmp_path, seed):
+    means = [[round(random.Random(seed).random(), 4)] * 3] * 7
+    details = {"model": {"name": "tiny", "architecture": "LlamaForCausalLM"}, "gate_means": means}
+    plan = make_plan(seed, **details, provenance={"seed": seed, "data": "prose"})
+    plan.save(tmp_path / "new" / "plan.json")
+    assert HeadPlan.load(tmp_path / "new" / "plan.json") == plan
+    assert HeadPlan.from_json(plan.to_json()) == plan
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "plan.json"]
+
+
+def test_a_file_has_a_line_for_each_layer(tmp_path):
+    make_plan().save(tmp_path / "plan.json")
+    lines = (tmp_path / "plan.json").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith("    [[") for line in lines) == 7
+
+
+def changed(**changes) -> str:
+    return json.dumps({**make_plan().to_json(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a head plan"),
+        ("{}", "not a head plan"),
+        ("3", "not a head plan"),
+        (changed(format="other/1"), f"is not '{FORMAT}'"),
+        (changed(donors=[[[5, 0]]]), "does not exist"),
+        (changed(model={"num_layers": 8}), "says num_layers = 8, but its donors have 7"),
+        (changed(model={"num_kv_heads": 2}), "says num_kv_heads = 2, but its donors have 3"),
+        (changed(gate_means=[[0.5]]), "gate_means"),
+        (changed(gate_means=[["x", 0, 0]] * 7), "could not convert"),
+        (changed(gate_means=7), "not iterable"),
+        (changed(model=[1]), "model must be an object"),
+        (changed(provenance="trained"), "provenance must be an object"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text, said):
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PlanError, match=said) as caught:
+        HeadPlan.load(path)
+    assert "plan.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(PlanError, match="no head plan file"):
+        HeadPlan.load(tmp_path / "missing.json")
+    with pytest.raises(PlanError, match="cannot be read"):
+        HeadPlan.load(tmp_path)
+    (tmp_path / "latin.json").write_bytes(b'{"donors": "\xe9"}')
+    with pytest.raises(PlanError, match="cannot be read"):
+        HeadPlan.load(tmp_path / "latin.json")
+
+
+@pytest.mark.parametrize("name", bundled_plans())
+def test_bundled_plans_load_and_say_where_they_come_from(name):
+    plan = HeadPlan.load(name)
+    assert plan.model["name"]
+    assert plan.provenance
+
+
+# ---------------------------------------------------------------------- fitting a model
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan = HeadPlan.all_retrieval(4, 2, model={"name": "tiny", "architecture": "LlamaForCausalLM"})
+    plan.check_fits(num_layers=4, num_kv_heads=2)
+    plan.check_fits(num_layers=4, num_kv_heads=2, architecture="LlamaForCausalLM")
+    HeadPlan.all_retrieval(4, 2).check_fits(num_layers=4, num_kv_heads=2, architecture="LlamaForCausalLM")
+    with pytest.raises(PlanError, match="tiny with 4 layers; the model has 5"):
+        plan.check_fits(num_layers=5, num_kv_heads=2)
+    with pytest.raises(PlanError, match="2 KV heads per layer; the model has 8"):
+        plan.check_fits(num_layers=4, num_kv_heads=8)
+    with pytest.raises(PlanError, match="architecture LlamaForCausalLM; the model has Qwen3ForCausalLM"):
+        plan.check_fits(num_layers=4, num_kv_heads=2, architecture="Qwen3ForCausalLM")
+
+
+def test_shards_keep_their_own_donors():
+    plan = HeadPlan.same_index([(1, 3), (2, 0)], 3, 4, gate_means=[[0.1, 0.2, 0.3, 0.4]] * 3)
+    left, right = plan.shard(0, 2), plan.shard(1, 2)
+    assert [shard.num_kv_heads for shard in (left, right)] == [2, 2]
+    for layer in range(3):
+        joined = [*left.donors[layer], *((at, head + 2) for at, head in right.donors[layer])]
+        assert tuple(joined) == plan.donors[layer]
+    assert right.gate_means[0] == (0.3, 0.4)
+    assert right.provenance["shard"] == [1, 2]
+
+
+def test_a_donor_on_another_rank_is_refused():
+    plan = HeadPlan.from_donors([[(0, 0), (0, 0)]])
+    with pytest.raises(PlanError, match=r"lies on tensor-parallel rank 0, not 1"):
+        plan.shard(1, 2)
+    with pytest.raises(PlanError, match="cannot be divided evenly over 3 ranks"):
+        plan.shard(0, 3)
+    with pytest.raises(PlanError, match="Rank 2 does not exist"):
+        plan.shard(2, 2)
+
+
+def test_stages_count_layers_from_their_first():
+    plan = HeadPlan.from_donors([[(0, 0)], [(0, 0)], [(2, 0)], [(2, 0)]])
+    stage = plan.stage(2, 4)
+    assert stage.donors == (((0, 0),), ((0, 0),))
+    assert stage.provenance["stage"] == [2, 4]
+    with pytest.raises(PlanError, match="earlier pipeline stage"):
+        plan.stage(1, 4)
+    for first, last in ((2, 2), (-1, 2), (2, 5)):
+        with pytest.raises(PlanError, match="do not exist"):
+            plan.stage(first, last)
