@@ -1,6 +1,7 @@
 """LycheeDecode: every head is sparse; a few of them look first."""
 
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import Any
 
 from .config import HybridConfig
 from .plan import HeadPlan, PlanError
@@ -10,4 +11,21 @@ try:
 except metadata.PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["HeadPlan", "HybridConfig", "PlanError", "__version__"]
+# These need transformers, whose import takes seconds, so they are looked up when they are first asked for.
+_LATER = {
+    "Engine": ".engine",
+    "Sampling": ".sampling",
+    "hybrid": ".integrations.transformers",
+}
+
+__all__ = ["Engine", "HeadPlan", "HybridConfig", "PlanError", "Sampling", "__version__", "hybrid"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import HybridConfig
-from . import reference
+from . import cpu, reference
 from .types import KV, Selections
 
 __all__ = ["KV", "Selections", "attend", "attend_blocks", "scan_blocks", "select_blocks"]
@@ -98,7 +98,7 @@ def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = 
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
-    return reference
+    return cpu if tensor.device.type == "cpu" else reference
 
 
 def _check(query: Tensor, kv: KV) -> None:

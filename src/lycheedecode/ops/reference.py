@@ -6,6 +6,7 @@ their blocks, query heads of a group share one matrix product, nothing is expand
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil, inf
 
 import torch
@@ -19,28 +20,38 @@ from .types import KV, Selections
 def scan_blocks(
     query: Tensor, kv: KV, heads: tuple[int, ...], block_size: int, scale: float, score: str = "mass"
 ) -> Tensor:
-    grouped = _by_kv_head(query, kv)
+    grouped = by_kv_head(query, kv)
     exists = _existing_tokens(kv)
     scores = []
     for head in heads:
-        logits = grouped[:, head].float() @ _all_tokens(kv.keys, kv, head).float().mT * scale  # [B, G, S]
+        logits = (grouped[:, head].float() * scale) @ _all_tokens(kv.keys, kv, head).float().mT  # [B, G, S]
         if exists is not None:
-            logits = logits.masked_fill(~exists[:, None], -inf)
+            logits = logits.masked_fill_(~exists[:, None], -inf)
         weights = logits.softmax(-1)
+        if kv.starts is not None:
+            weights = _from_first_token(weights, kv.starts)
         weights = F.pad(weights, (0, -kv.slots % block_size)).unflatten(-1, (-1, block_size))
         per_query_head = weights.sum(-1) if score == "mass" else weights.amax(-1)
         scores.append(per_query_head.mean(1))
     return torch.stack(scores).nan_to_num_(0.0) if exists is not None else torch.stack(scores)
 
 
+def _from_first_token(weights: Tensor, starts: Tensor) -> Tensor:
+    """Weights of slots, `[B, G, S]`, -> weights of tokens: each sequence moved to the left by its padding."""
+    slots = weights.shape[-1]
+    slot = torch.arange(slots, device=weights.device) + starts[:, None]  # [B, S]
+    moved = weights.gather(-1, slot.clamp(max=slots - 1)[:, None].expand_as(weights))
+    return moved.masked_fill(slot[:, None] >= slots, 0.0)
+
+
 def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
-    size, lookahead, capacity = config.block_size, config.refresh_every - 1, out.blocks.shape[-1]
-    lengths = kv.token_counts()[:, None].long()  # [B, 1]
-    scores = F.pad(scores, (0, max(ceil((kv.slots + lookahead) / size) - scores.shape[-1], 0)))
-    block = torch.arange(scores.shape[-1], device=scores.device)
-    exists = block * size < (lengths + lookahead) * (lengths > 0)  # [B, N]
-    forced = exists & ((block * size < config.sink_tokens) | ((block + 1) * size > lengths - config.recent_tokens))
-    ranked = scores.masked_fill(forced, inf).masked_fill(~exists, -inf)
+    capacity = out.blocks.shape[-1]
+    if kv.lengths is None and kv.starts is None:
+        exists, forced = _blocks_of_full_slots(kv.slots, config, scores.device)
+    else:
+        exists, forced = _blocks_of(kv.token_counts(), kv.slots, config)
+    scores = F.pad(scores, (0, exists.shape[-1] - scores.shape[-1]))
+    ranked = scores.masked_fill(forced, inf).masked_fill_(~exists, -inf)
     value, chosen = ranked.sort(dim=-1, descending=True, stable=True)
     value, chosen = value[..., :capacity], chosen[..., :capacity]
 
@@ -54,9 +65,25 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections)
         mass = scores.gather(-1, chosen).masked_fill(~keep, 0.0)
         keep &= (mass.cumsum(-1) - mass < config.top_p) | (value == inf)
 
-    out.blocks.fill_(-1)
-    out.blocks[..., : value.shape[-1]] = chosen.masked_fill(~keep, -1)
-    out.counts.copy_(keep.sum(-1))
+    out.blocks[..., : value.shape[-1]] = chosen.masked_fill_(~keep, -1)
+    out.blocks[..., value.shape[-1] :] = -1
+    torch.sum(keep, -1, dtype=torch.int32, out=out.counts)
+
+
+def _blocks_of(lengths: Tensor, slots: int, config: HybridConfig) -> tuple[Tensor, Tensor]:
+    """Which blocks a selection may hold, and which it must, bool `[B, N]` each, for sequences of `lengths` tokens."""
+    size, lookahead = config.block_size, config.refresh_every - 1
+    lengths = lengths[:, None]
+    block = torch.arange(ceil((slots + lookahead) / size), device=lengths.device)
+    exists = (block * size < lengths + lookahead) & (lengths > 0)
+    forced = exists & ((block * size < config.sink_tokens) | ((block + 1) * size > lengths - config.recent_tokens))
+    return exists, forced
+
+
+@lru_cache(maxsize=4)
+def _blocks_of_full_slots(slots: int, config: HybridConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same, `[1, N]`, where every slot holds a token: all layers of a step ask the same."""
+    return _blocks_of(torch.tensor([slots], device=device), slots, config)
 
 
 def attend_blocks(
@@ -68,7 +95,7 @@ def attend_blocks(
     scale: float,
     heads: tuple[int, ...] | None = None,
 ) -> Tensor:
-    grouped = _by_kv_head(query, kv, heads)  # [B, H, G, D]
+    grouped = by_kv_head(query, kv, heads)  # [B, H, G, D]
     blocks = selections.blocks.index_select(0, rows).transpose(0, 1)  # [B, H, K]
     within = torch.arange(block_size, device=query.device)
     token = (blocks[..., None] * block_size + within).flatten(-2)  # [B, H, K * block_size]
@@ -78,28 +105,30 @@ def attend_blocks(
     keys = _some_tokens(kv.keys, kv, token, heads).float()
     # A weight of 0 does not silence a NaN that was read on behalf of an unused entry.
     values = _some_tokens(kv.values, kv, token, heads).float().masked_fill_(~chosen[..., None], 0.0)
-    logits = (grouped.float() @ keys.mT).mul_(scale).masked_fill_(~chosen[:, :, None], -inf)
-    return _finish(logits, values, query)
+    logits = ((grouped.float() * scale) @ keys.mT).masked_fill_(~chosen[:, :, None], -inf)
+    return _finish(logits, values, query, some_empty=True)
 
 
 def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
-    grouped = _by_kv_head(query, kv, heads)
+    grouped = by_kv_head(query, kv, heads)
     keys, values = _all_tokens(kv.keys, kv, heads).float(), _all_tokens(kv.values, kv, heads).float()
-    logits = (grouped.float() @ keys.mT).mul_(scale)
+    logits = (grouped.float() * scale) @ keys.mT
     exists = _existing_tokens(kv)
     if exists is not None:
         logits = logits.masked_fill_(~exists[:, None, None], -inf)
         values = values.masked_fill(~exists[:, None, :, None], 0.0)
-    return _finish(logits, values, query)
+    return _finish(logits, values, query, some_empty=exists is not None)
 
 
-def _finish(logits: Tensor, values: Tensor, query: Tensor) -> Tensor:
+def _finish(logits: Tensor, values: Tensor, query: Tensor, some_empty: bool) -> Tensor:
     """softmax(logits) @ values, `[B, H, G, T]` x `[B, H, T, D]` -> `[B, H * G, D]`; a row without tokens gives 0."""
-    weights = logits.softmax(-1).nan_to_num_(0.0)
+    weights = logits.softmax(-1)
+    if some_empty:
+        weights = weights.nan_to_num_(0.0)
     return (weights @ values).flatten(1, 2).to(query.dtype)
 
 
-def _by_kv_head(query: Tensor, kv: KV, heads: tuple[int, ...] | None = None) -> Tensor:
+def by_kv_head(query: Tensor, kv: KV, heads: tuple[int, ...] | None = None) -> Tensor:
     """`[B, Hq, D]` -> `[B, H, G, D]`."""
     grouped = query.unflatten(1, (kv.keys.shape[1], -1))
     return grouped if heads is None else grouped[:, list(heads)]

@@ -1,0 +1,109 @@
+"""Hugging Face `generate`, made hybrid for as long as a context is open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..attention import HybridAttention
+from ..config import HybridConfig
+from ..models import ModelError, route_attention
+from ..ops import KV, Selections
+from ..plan import HeadPlan
+from ..routing import RoutedAttention, supported_shape
+
+
+@contextmanager
+def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None) -> Iterator[nn.Module]:
+    """Decode steps of `model` follow `plan` while the context is open; nothing is left behind when it closes.
+
+    Whatever calls the model may be used: `generate` greedily, with sampling, beams or streaming, in batches padded on
+    the left, with dynamic or static caches, with a prefix in `past_key_values`. Several tokens at once (the prompt,
+    the candidates of assisted decoding) are dense. Compilation of static caches is off inside the context.
+
+    >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):  # doctest: +SKIP
+    ...     model.generate(**inputs, max_new_tokens=100)
+
+    Raises:
+        ModelError: the model's attention cannot be replaced, or is routed already.
+        PlanError: the plan does not fit the model.
+        ValueError: a setting that only `Engine` can honour.
+    """
+    config = config or HybridConfig()
+    if config.correction_every:
+        raise ValueError("Cache Correction (correction_every) rewrites the cache, which only Engine can do.")
+    if config.refresh_every > 1:
+        raise ValueError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
+    shape = supported_shape(model, plan)
+    if getattr(model.config, "output_attentions", False):
+        raise ModelError("Attention weights (output_attentions) do not exist in hybrid decoding.")
+    routed = RoutedAttention(shape, _Steps(HybridAttention(plan, config, shape.global_layers)))
+    with route_attention(model, routed), _without_compilation(model):
+        yield model
+
+
+class _Steps:
+    """Finds out, from the masks alone, where the tokens of each sequence lie; once a step, not once a layer."""
+
+    def __init__(self, attention: HybridAttention) -> None:
+        self._attention = attention
+        self._layer = -1
+        self._mask: Tensor | None = None
+        self._lengths: Tensor | None = None
+        self._starts: Tensor | None = None
+        self._selections: Selections | None = None
+        self._room = (0, 0)
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        if layer <= self._layer or mask is not self._mask:
+            self._lengths, self._starts = (None, None) if mask is None else token_spans(mask, keys.shape[2])
+        self._layer, self._mask = layer, mask
+        self._make_room(keys)
+        kv = KV(keys, values, self._lengths, self._starts)
+        return self._attention(layer, query, kv, self._selections, scale)
+
+    def _make_room(self, keys: Tensor) -> None:
+        batch, slots = keys.shape[0], keys.shape[2]
+        if batch != self._room[0] or slots > self._room[1]:
+            self._room = batch, slots + 256  # a cache that grows by a token a step then seldom asks again
+            self._selections = self._attention.allocate(*self._room, keys.device)
+
+
+def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]:
+    """`(lengths, starts)`, int32 `[B]` each, of a decode step's mask, bool `[B, 1, 1, S]`; None, None if all is seen.
+
+    Raises:
+        ModelError: a mask that is not boolean, differs between heads, or has gaps.
+    """
+    if mask.dim() != 4 or mask.dtype.is_floating_point or mask.shape[1:] != (1, 1, slots):
+        raise ModelError(
+            f"Hybrid decoding needs a boolean mask [B, 1, 1, {slots}], not {mask.dtype} {tuple(mask.shape)}."
+        )
+    seen = mask[:, 0, 0].bool()
+    if seen.all():
+        return None, None
+    lengths = seen.sum(-1)
+    starts = seen.int().argmax(-1)
+    last = slots - 1 - seen.flip(-1).int().argmax(-1)
+    if (last - starts + 1 != lengths).any():
+        raise ModelError("Hybrid decoding needs the tokens of a sequence side by side; this attention mask has gaps.")
+    return lengths.int(), starts.int()
+
+
+@contextmanager
+def _without_compilation(model: nn.Module) -> Iterator[None]:
+    """`generate` compiles the decode step of a static cache on a GPU; reading masks would break its graph apart."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        yield
+        return
+    before = settings.disable_compile
+    settings.disable_compile = True
+    try:
+        yield
+    finally:
+        settings.disable_compile = before

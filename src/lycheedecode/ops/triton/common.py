@@ -1,0 +1,292 @@
+"""What the kernels share: where a token lies in the cache, one step of a running softmax, and how partial results meet.
+
+Kernels take a layer's cache as `cache_arguments` lists it. Names in kernels: `b` a sequence, `h` one of the heads asked
+for, `head` its index in the cache, `g` a query head of the group, `d` a channel. Shapes that a compiled kernel is
+specialised for are capitals; `GP`, `DP`: `G`, `D` padded to what a matrix instruction takes. Logits are in base 2.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import lru_cache
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import KV
+
+LOG2_E = 1.4426950408889634
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+class Tuning(NamedTuple):
+    """How a kernel cuts its work; never changes what it computes.
+
+    Attributes:
+        splits: programs that share the tokens of one head of one sequence.
+        tile: tokens that a program handles at once.
+        warps: of a program.
+        stages: depth of its load pipeline.
+        early: start while the kernel before it still drains (programmatic dependent launch).
+    """
+
+    splits: int
+    tile: int
+    warps: int
+    stages: int
+    early: bool = False
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """Options of the launch itself."""
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, "EARLY": self.early}
+        return {**options, "launch_pdl": True} if self.early else options
+
+
+# ---------------------------------------------------------------------- before a launch
+
+
+def cache_arguments(kv: KV) -> tuple[Any, ...]:
+    """The cache as kernels take it: `keys, values, lengths, starts, page_table`, strides, slots, page."""
+    table = kv.page_table
+    return (
+        *(kv.keys, kv.values, kv.lengths, kv.starts, table),
+        *kv.keys.stride()[:3],
+        *kv.values.stride()[:3],
+        0 if table is None else table.stride(0),
+        kv.slots,
+        0 if table is None else kv.keys.shape[2],
+    )
+
+
+def check_strides(query: Tensor | None, kv: KV) -> None:
+    """Refuse what the kernels cannot address, naming the argument."""
+    named = {"query": query, "keys": kv.keys, "values": kv.values, "page_table": kv.page_table}
+    for name, tensor in {**named, "lengths": kv.lengths, "starts": kv.starts}.items():
+        if tensor is None:
+            continue
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} must have a contiguous last dimension, not strides {tensor.stride()}.")
+        if query is not None and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}.")
+
+
+def padded(group: int, dim: int) -> dict[str, int]:
+    """Group size and head dim, and what a matrix instruction takes in their place."""
+    return {"G": group, "D": dim, "GP": max(16, power_of_two(group)), "DP": max(16, power_of_two(dim))}
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def even_splits(pairs: int, tiles: int, programs: int, most: int) -> int:
+    """Splits of each of `pairs` heads that make about `programs` programs in all, of at least one tile each."""
+    wanted = power_of_two(ceil(programs / pairs))
+    return max(min(wanted, most, power_of_two(tiles)), 1)
+
+
+@lru_cache(maxsize=4096)
+def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, dtype=torch.int32, device=device)
+
+
+def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:
+    """int32 `[H]` on the cache's device; None for all heads in order."""
+    num_heads = kv.keys.shape[1]
+    if heads is None or heads == tuple(range(num_heads)):
+        return None
+    if not all(0 <= head < num_heads for head in heads):
+        raise ValueError(f"heads {heads} do not all exist: the cache has {num_heads} KV heads.")
+    return _head_index(heads, kv.keys.device)
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Kernels start on the current device: make it the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+class _Arrivals:
+    """Counters that are zero between launches: the last program to arrive sets its own back to zero.
+
+    Calls take turns in one buffer, so that launches that are in flight together do not share a counter.
+    """
+
+    _SIZE = 1 << 18
+    _buffers: dict[torch.device, tuple[Tensor, int]]
+
+    def __init__(self) -> None:
+        self._buffers = {}
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        """int32 `[count]` zeros."""
+        buffer, first = self._buffers.get(device, (None, 0))
+        if buffer is None or count > len(buffer):
+            buffer, first = torch.zeros(max(self._SIZE, count), dtype=torch.int32, device=device), 0
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return buffer[:count]  # it lives in the graph, which zeroes it at every replay
+        if first + count > len(buffer):
+            first = 0
+        self._buffers[device] = buffer, first + count
+        return buffer[first : first + count]
+
+
+take_arrivals = _Arrivals().take
+
+
+def merge_space(batch: int, heads: int, splits: int, group: int, dim: int, device: torch.device) -> tuple[Any, ...]:
+    """What `finish` needs to merge splits: partial results, their log-sums, counters."""
+    if splits == 1:
+        return None, None, None
+    partial = torch.empty((batch * heads, splits, group, dim), dtype=torch.float32, device=device)
+    sums = torch.empty((batch * heads, splits, group), dtype=torch.float32, device=device)
+    return partial, sums, take_arrivals(batch * heads, device)
+
+
+# ---------------------------------------------------------------------- inside a kernel
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """With an early start: let the next kernel start early too, then wait until the one before has written all."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def extent(b, lengths, starts, slots):
+    """First slot of a sequence, and its tokens."""
+    first = 0
+    if starts is not None:
+        first = tl.load(starts + b)
+    count = slots - first
+    if lengths is not None:
+        count = tl.minimum(count, tl.load(lengths + b))
+    return first, count
+
+
+@triton.jit
+def locate(b, slot, exists, page_table, stride_table, PAGE: tl.constexpr):
+    """Page and entry of slots, 64-bit; reads the page table only where the token exists."""
+    if PAGE == 0:
+        page = slot.to(tl.int64) * 0 + b
+        entry = slot.to(tl.int64)
+    else:
+        page = tl.load(page_table + b.to(tl.int64) * stride_table + slot // PAGE, mask=exists, other=0).to(tl.int64)
+        entry = (slot % PAGE).to(tl.int64)
+    return page, entry
+
+
+@triton.jit
+def load_query(query, b, head, stride_b, stride_h, G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr):
+    """`[GP, DP]`: the queries of a group, zeros around them."""
+    g = tl.arange(0, GP)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    at = query + b.to(tl.int64) * stride_b + (head * G + g) * stride_h + d
+    return tl.load(at, mask=(g < G) & (d < D), other=0.0)
+
+
+@triton.jit
+def load_tokens(cache, page, entry, head, exists, stride_page, stride_head, stride_slot, D: tl.constexpr, DP: tl.constexpr):
+    """`[tokens, DP]`: rows of the cache, zeros where nothing exists."""
+    d = tl.arange(0, DP)[None, :]
+    row = page * stride_page + head.to(tl.int64) * stride_head + entry * stride_slot
+    mask = exists[:, None] if DP == D else exists[:, None] & (d < D)
+    return tl.load(cache + row[:, None] + d, mask=mask, other=0.0)
+
+
+@triton.jit
+def logits_of(q, k, exists, scale):
+    """`[GP, tokens]` logits in base 2; -inf where nothing exists."""
+    x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where(exists[None, :], x, float("-inf"))
+
+
+@triton.jit
+def finite(peak):
+    """A maximum that may be subtracted: -inf, the maximum of nothing, becomes 0."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def attend_tile(acc, peak, total, q, k, v, exists, scale):
+    """Add a tile of tokens to a running softmax: `acc [GP, DP]` values, `peak [GP]` largest logit, `total [GP]` mass."""
+    x = logits_of(q, k, exists, scale)
+    new_peak = tl.maximum(peak, tl.max(x, 1))
+    shift = finite(new_peak)
+    p = tl.exp2(x - shift[:, None])
+    fade = tl.exp2(peak - shift)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, new_peak, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def finish(
+    output, partial, sums, arrivals, acc, peak, total, pair, split,
+    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write row `pair` of `output [B * H, G, D]`: at once, or by the program that arrives last of its splits."""
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    within = g[:, None] * D + d[None, :]
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLITS == 1:
+        tl.store(output + pair.to(tl.int64) * (G * D) + within, result.to(output.dtype.element_ty), mask=mask)
+    else:
+        part = pair.to(tl.int64) * SPLITS + split
+        tl.store(partial + part * (G * D) + within, result, mask=mask)
+        tl.store(sums + part * G + g, peak + tl.log2(total), mask=g < G)
+        tl.debug_barrier()  # every thread's part is written before the arrival is counted
+        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == SPLITS - 1:
+            tl.debug_barrier()
+            _merge(output, partial, sums, pair, G, D, DP, SPLITS, CHUNK)
+            tl.store(arrivals + pair, 0)
+
+
+@triton.jit
+def _merge(
+    output, partial, sums, pair,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Average of the partial results of all splits, weighted by their mass; `CHUNK` splits at a time."""
+    GROUP: tl.constexpr = triton.next_power_of_2(G)
+    ALL: tl.constexpr = triton.next_power_of_2(SPLITS)
+    g = tl.arange(0, GROUP)
+    d = tl.arange(0, DP)
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    first = pair.to(tl.int64) * SPLITS
+
+    s = tl.arange(0, ALL)
+    at = sums + (first + s)[:, None] * G + g[None, :]
+    mass = tl.load(at, mask=(s < SPLITS)[:, None] & (g < G)[None, :], other=float("-inf"), cache_modifier=".cg")
+    peak = finite(tl.max(mass, 0))
+    total = tl.sum(tl.exp2(mass - peak[None, :]), 0)
+
+    acc = tl.zeros([GROUP, DP], tl.float32)
+    for chunk in tl.static_range(0, SPLITS, CHUNK):
+        s = chunk + tl.arange(0, CHUNK)
+        here = (s < SPLITS)[:, None] & (g < G)[None, :]
+        at = sums + (first + s)[:, None] * G + g[None, :]
+        weight = tl.exp2(tl.load(at, mask=here, other=float("-inf"), cache_modifier=".cg") - peak[None, :])
+        at = partial + (first + s)[:, None, None] * (G * D) + (g[:, None] * D + d[None, :])[None, :, :]
+        part = tl.load(at, mask=here[:, :, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(weight[:, :, None] * part, 0)
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    at = output + pair.to(tl.int64) * (G * D) + g[:, None] * D + d[None, :]
+    tl.store(at, result.to(output.dtype.element_ty), mask=mask)
+
+
+def merge_chunk(splits: int, group: int, dim: int, warps: int) -> int:
+    """Splits merged at once: as many as fit into 64 registers a thread."""
+    fits = 64 * 32 * warps // (power_of_two(group) * max(16, power_of_two(dim)))
+    return min(max(1 << max(fits, 1).bit_length() - 1, 1), power_of_two(splits))

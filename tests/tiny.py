@@ -1,0 +1,106 @@
+"""Tiny random models of several families, and a tokenizer with a token for every byte."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lycheedecode import HeadPlan
+
+LAYERS, KV_HEADS = 4, 2
+_SHAPE = {
+    "vocab_size": 260,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # sharp attention, so that leaving out a token shows
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    # Two layers of four look through a sliding window.
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+}
+
+
+def model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
+    """A random model in eval mode, the same one every time."""
+    config_class, model_class, own = FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(**{**_SHAPE, **own, **changes})
+    return model_class(config).eval().requires_grad_(False).to(dtype)
+
+
+def plan(sliding: tuple[int, ...] = ()) -> HeadPlan:
+    """Four retrieval heads of eight; donors of the same and of earlier layers. Layers in `sliding` keep to themselves."""
+    donors = [[(0, 0), (0, 1)], [(1, 0), (0, 0)], [(0, 1), (1, 0)], [(1, 0), (3, 1)]]
+    for layer in sliding:
+        donors[layer] = [(layer, head) for head in range(KV_HEADS)]
+    if sliding:
+        donors = [[donor if donor[0] not in sliding or donor[0] == layer else (0, donor[1]) for donor in row]
+                  for layer, row in enumerate(donors)]  # fmt: skip
+    return HeadPlan.from_donors(donors)
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Random token ids, the same ones every time."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(4, 260, (length,), generator=generator).tolist() for length in lengths]
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Prompts as `generate` takes them: padded on the left."""
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Four special tokens, then one token for each byte."""
+    specials = ["<pad>", "<s>", "</s>", "<user>"]
+    characters = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(characters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<user>"],
+        chat_template="{% for m in messages %}<user>{{ m.content }}</s>{% endfor %}",
+    )
