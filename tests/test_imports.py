@@ -1,0 +1,103 @@
+"""Imports point downward only, and importing the package does next to nothing."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lycheedecode
+
+ROOT = Path(lycheedecode.__file__).parent
+LEVELS = [
+    {"config", "environment"},
+    {"plan"},
+    {"ops"},
+    {"attention", "sampling", "views"},
+    {"models"},
+    {"cache", "generation", "routing"},
+    {"engine", "policies"},
+    {"identify", "integrations"},
+    {"evaluate", "bench"},
+    {"cli", "demo"},
+]
+"""Modules and packages from the bottom up; each may import what lies on lower levels."""
+LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+OPTIONAL = {"datasets", "gguf", "lm_eval", "matplotlib", "triton", "vllm"}
+HOMES = {"triton": "ops/triton", "vllm": "integrations/vllm", "lm_eval": "integrations/lm_eval"}
+
+
+def unit_of(path: Path) -> str:
+    """The module or package right below the root that a file belongs to; `` for the root's own `__init__`."""
+    first = path.parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
+    """Full names of what a file imports anywhere in it, with line numbers."""
+    package = ["lycheedecode", *path.parts[:-1]]
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield name, node.lineno
+            yield from ((f"{name}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def imported_units(path: Path) -> Iterator[tuple[str, int]]:
+    for name, line in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] == "lycheedecode" and len(parts) > 1 and parts[1] in LEVEL_OF:
+            yield parts[1], line
+
+
+def test_every_module_has_a_level():
+    units = {unit_of(path) for path in FILES} - {""}
+    assert units <= set(LEVEL_OF), f"add to LEVELS: {sorted(units - set(LEVEL_OF))}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if unit_of(path)], ids=lambda path: path.as_posix())
+def test_imports_point_downward(path):
+    unit = unit_of(path)
+    for other, line in imported_units(path):
+        allowed = other == unit or LEVEL_OF[other] < LEVEL_OF[unit]
+        assert allowed, f"{path}:{line}: {unit} must not import {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_optional_packages_are_imported_where_they_are_used(path):
+    """At the top of a file an extra would be needed by everybody."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for node in tree.body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for name in names:
+            package = name.split(".")[0]
+            home = HOMES.get(package)
+            at_home = home is not None and path.as_posix().startswith(home)
+            assert package not in OPTIONAL or at_home, f"{path}:{node.lineno} imports {name}"
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, lycheedecode, lycheedecode.cli, lycheedecode.cli.inspect; "
+        "print(*sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_public_names_exist():
+    for name in lycheedecode.__all__:
+        assert getattr(lycheedecode, name) is not None
+    assert set(lycheedecode.__all__) <= set(dir(lycheedecode))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lycheedecode.nothing
