@@ -64,7 +64,7 @@ def model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: 
 
 
 def plan(sliding: tuple[int, ...] = ()) -> HeadPlan:
-    """Four retrieval heads of eight; donors of the same and of earlier layers. Layers in `sliding` keep to themselves."""
+    """Four retrieval heads of eight; donors of the same and of earlier layers; `sliding` layers keep to themselves."""
     donors = [[(0, 0), (0, 1)], [(1, 0), (0, 0)], [(0, 1), (1, 0)], [(1, 0), (3, 1)]]
     for layer in sliding:
         donors[layer] = [(layer, head) for head in range(KV_HEADS)]

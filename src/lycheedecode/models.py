@@ -193,8 +193,9 @@ class AttentionRoute:
         before = [config._attn_implementation for config in self._configs]
         if any(str(name).startswith(_ROUTE_PREFIX) for name in before):
             raise ModelError("The attention of this model is already routed by LycheeDecode: leave that context first.")
-        ALL_ATTENTION_FUNCTIONS[self._name] = self._function
-        ALL_MASK_ATTENTION_FUNCTIONS[self._name] = sdpa_mask
+        # Masks are made only for names in the class-wide mapping, so assignment to the registry would not do.
+        ALL_ATTENTION_FUNCTIONS.register(self._name, self._function)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, sdpa_mask)
         self._before = before
         for config in self._configs:
             config._attn_implementation = self._name
@@ -205,8 +206,8 @@ class AttentionRoute:
 
         for config, implementation in zip(self._configs, self._before, strict=True):
             config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[self._name]
-        del ALL_MASK_ATTENTION_FUNCTIONS[self._name]
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            registry._global_mapping.pop(self._name)  # transformers has no public opposite of `register`
 
 
 def route_attention(model: nn.Module, function: Callable[..., Any]) -> AttentionRoute:

@@ -50,7 +50,8 @@ class RoutedAttention:
         **options: Any,
     ) -> tuple[Tensor, None]:
         for name, what in _NOT_PLAIN.items():
-            if options.get(name) not in (None, False):
+            given = options.get(name)
+            if given is not None and given is not False:
                 raise ModelError(f"LycheeDecode decodes plain softmax attention only, not {what} ({name}).")
         if self.decode is None or query.shape[2] != 1 or module.layer_idx not in self._global_layers:
             return self._dense(module, query, key, value, attention_mask, scaling=scaling, **options)

@@ -46,12 +46,9 @@ def paged(kv, page):
 
 def naive_weights(query, tokens, head, group):
     """Softmax weights of each query head of a group, float64 `[G, length]`."""
-    return torch.stack(
-        [
-            torch.softmax(torch.stack([SCALE * query[head * group + g].double() @ k.double() for k in tokens[0, head]]), 0)
-            for g in range(group)
-        ]
-    )  # fmt: skip
+    queries = query[head * group : (head + 1) * group].double()
+    logits = [[SCALE * q @ k for k in tokens[0, head].double()] for q in queries]
+    return torch.tensor(logits, dtype=torch.float64).softmax(-1)
 
 
 def naive_attend(query, tokens, head, group, kept):
@@ -62,12 +59,12 @@ def naive_attend(query, tokens, head, group, kept):
 
 
 LAYOUTS = {
-    "plain": dict(lengths=[63, 63]),
-    "lengths": dict(lengths=[63, 40], slots=70),
-    "left padding": dict(lengths=[20, 63], starts=[43, 0]),
-    "odd dim": dict(lengths=[63, 17], starts=[0, 5], dim=80),
-    "a short one": dict(lengths=[3, 50]),
-    "an empty one": dict(lengths=[0, 33]),
+    "plain": {"lengths": [63, 63]},
+    "lengths": {"lengths": [63, 40], "slots": 70},
+    "left padding": {"lengths": [20, 63], "starts": [43, 0]},
+    "odd dim": {"lengths": [63, 17], "starts": [0, 5], "dim": 80},
+    "a short one": {"lengths": [3, 50]},
+    "an empty one": {"lengths": [0, 33]},
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -197,7 +194,7 @@ def select(scores, config, lengths=None, capacity=None, starts=None):
     return [set(entries.tolist()) - {-1} for entries in out.blocks.flatten(0, 1)]
 
 
-SMALL = dict(block_size=4, sink_tokens=0, recent_tokens=1)
+SMALL = {"block_size": 4, "sink_tokens": 0, "recent_tokens": 1}
 SCORES = torch.tensor([[[0.05, 0.4, 0.1, 0.3, 0.1, 0.05]]])
 
 

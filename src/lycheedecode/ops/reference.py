@@ -168,6 +168,6 @@ def _some_tokens(cache: Tensor, kv: KV, token: Tensor, heads: tuple[int, ...] | 
         return cache[page, head, slot]
     strides = [stride // dim for stride in cache.stride()[:3]]
     row = page * strides[0] + head * strides[1] + slot.long() * strides[2]
-    num_rows = 1 + sum((size - 1) * stride for size, stride in zip(cache.shape, strides))
+    num_rows = 1 + sum((size - 1) * stride for size, stride in zip(cache.shape, strides, strict=False))
     rows = cache.as_strided((num_rows, dim), (dim, 1))
     return rows.index_select(0, row.flatten()).view(*token.shape, dim)
