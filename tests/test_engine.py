@@ -86,6 +86,13 @@ def test_scores_are_the_logits_of_a_forward_pass(llama):
     torch.testing.assert_close(scored, expected, atol=2e-3, rtol=1e-3)
 
 
+def test_logits_are_ordinary_tensors(llama):
+    context = Engine(llama).prefill(tiny.prompts(9))
+    for logits in (context.logits, Engine(llama).decode_one_token(context, torch.tensor([5]))):
+        logits.div_(2)
+        assert not logits.is_inference()
+
+
 def test_one_prefill_serves_many_engines(llama):
     rows, answers = tiny.prompts(60, 41), tiny.prompts(7, 7)
     context = Engine(llama).prefill(rows)

@@ -262,7 +262,6 @@ class Engine:
 
     # ------------------------------------------------------------------ inside a step
 
-    @torch.no_grad()
     def _forward(self, cache: KVCache, token_ids: Tensor, decode: Decode | None = None) -> Tensor:
         """Tokens `[B, T]` -> logits `[B, V]` after the last; dense unless `decode` says otherwise."""
         first, last = cache.length, cache.length + token_ids.shape[1]
@@ -273,7 +272,7 @@ class Engine:
             if decode is None or not self._all_global:  # our own attention knows where sequences start
                 mask = torch.arange(last, device=token_ids.device) >= cache.starts[:, None]
         self._routed.decode = decode
-        with self._route:
+        with self._route, torch.inference_mode():
             output = self.model(
                 input_ids=token_ids,
                 position_ids=positions,
@@ -282,7 +281,7 @@ class Engine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1].float().clone()  # an ordinary tensor, which callers may change
 
     def _selections(self, cache: KVCache) -> tuple[Any, bool]:
         """The selections of the step to come, and whether it selects anew."""

@@ -6,9 +6,9 @@ A decode step of a small model is some twenty milliseconds, so here every tensor
 from __future__ import annotations
 
 from functools import lru_cache
+from math import inf
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -42,32 +42,38 @@ def attend_blocks(
         first = first + start
         slot = torch.minimum(torch.maximum(first, start), limit)
     token = slot[..., None] + _steps(block_size)  # [B, H, K, block_size]
-    chosen = ((token >= first[..., None]) & (token < (first + block_size)[..., None])).flatten(2)[:, :, None]
+    unread = ((token < first[..., None]) | (token >= (first + block_size)[..., None])).flatten(2)[:, :, None]
     shape = (*grouped.shape[:2], -1, query.shape[2])
-    keys = _blocks(kv.keys, slot, block_size, heads).view(shape)  # [B, H, K * block_size, D]
-    values = _blocks(kv.values, slot, block_size, heads).view(shape)
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=chosen, scale=scale).flatten(1, 2)
+    row = (slot + _first_rows(kv.keys.shape[0], kv.keys.shape[1], _row_strides(kv.keys), heads)).flatten()
+    # Keys and values [B, H, K * block_size, D] use the same memory, one after the other.
+    keys = reference.floats(_blocks(kv.keys, row, block_size).view(shape))
+    logits = ((grouped.float() * scale) @ keys.mT).masked_fill_(unread, -inf)
+    values = reference.floats(_blocks(kv.values, row, block_size).view(shape))
+    return (logits.softmax(-1) @ values).flatten(1, 2).to(query.dtype)
 
 
 def _has_whole_blocks(kv: KV, block_size: int) -> bool:
     """Whether tokens lie one after another in memory, and every sequence has enough of them to fill a block."""
+    if kv.page_table is not None or kv.keys.stride() != kv.values.stride():
+        return False
+    dim = kv.keys.shape[3]
+    batch, head, slot, last = kv.keys.stride()
     shortest = kv.slots if kv.starts is None and kv.lengths is None else int(kv.token_counts().min())
-    return kv.page_table is None and shortest >= block_size and _is_packed(kv.keys) and _is_packed(kv.values)
+    return last == 1 and slot == dim and batch % dim == 0 and head % dim == 0 and shortest >= block_size
 
 
-def _is_packed(cache: Tensor) -> bool:
-    dim = cache.shape[3]
-    batch, head, slot, last = cache.stride()
-    return last == 1 and slot == dim and batch % dim == 0 and head % dim == 0
+def _row_strides(cache: Tensor) -> tuple[int, int]:
+    """Tokens from one sequence to the next, and from one head to the next."""
+    return cache.stride(0) // cache.shape[3], cache.stride(1) // cache.shape[3]
 
 
-def _blocks(cache: Tensor, slot: Tensor, block_size: int, heads: tuple[int, ...] | None) -> Tensor:
-    """The `block_size` tokens from each `slot` `[B, H, K]` on, one row each, `[B * H * K, block_size * D]`."""
+def _blocks(cache: Tensor, row: Tensor, block_size: int) -> Tensor:
+    """The `block_size` tokens from each `row` `[n]` of the cache on, `[n, block_size * D]`."""
     batch, num_heads, slots, dim = cache.shape
-    strides = cache.stride(0) // dim, cache.stride(1) // dim
+    strides = _row_strides(cache)
     num_rows = (batch - 1) * strides[0] + (num_heads - 1) * strides[1] + slots - block_size + 1
     overlapping = cache.as_strided((num_rows, block_size * dim), (dim, 1))  # row i: tokens i to i + block_size - 1
-    return overlapping.index_select(0, (slot + _first_rows(batch, num_heads, strides, heads)).flatten())
+    return overlapping.index_select(0, row)
 
 
 @lru_cache(maxsize=256)

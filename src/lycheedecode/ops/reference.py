@@ -6,6 +6,7 @@ their blocks, query heads of a group share one matrix product, nothing is expand
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from math import ceil, inf
 
@@ -24,7 +25,7 @@ def scan_blocks(
     exists = _existing_tokens(kv)
     scores = []
     for head in heads:
-        logits = (grouped[:, head].float() * scale) @ _all_tokens(kv.keys, kv, head).float().mT  # [B, G, S]
+        logits = (grouped[:, head].float() * scale) @ floats(_all_tokens(kv.keys, kv, head)).mT  # [B, G, S]
         if exists is not None:
             logits = logits.masked_fill_(~exists[:, None], -inf)
         weights = logits.softmax(-1)
@@ -111,13 +112,13 @@ def attend_blocks(
 
 def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
     grouped = by_kv_head(query, kv, heads)
-    keys, values = _all_tokens(kv.keys, kv, heads).float(), _all_tokens(kv.values, kv, heads).float()
-    logits = (grouped.float() * scale) @ keys.mT
+    logits = (grouped.float() * scale) @ floats(_all_tokens(kv.keys, kv, heads)).mT
     exists = _existing_tokens(kv)
-    if exists is not None:
-        logits = logits.masked_fill_(~exists[:, None, None], -inf)
-        values = values.masked_fill(~exists[:, None, :, None], 0.0)
-    return _finish(logits, values, query, some_empty=exists is not None)
+    if exists is None:
+        return _finish(logits, floats(_all_tokens(kv.values, kv, heads)), query, some_empty=False)
+    logits = logits.masked_fill_(~exists[:, None, None], -inf)
+    values = floats(_all_tokens(kv.values, kv, heads), copy=True).masked_fill_(~exists[:, None, :, None], 0.0)
+    return _finish(logits, values, query, some_empty=True)
 
 
 def _finish(logits: Tensor, values: Tensor, query: Tensor, some_empty: bool) -> Tensor:
@@ -151,6 +152,27 @@ def _all_tokens(cache: Tensor, kv: KV, heads: int | tuple[int, ...] | None) -> T
         cache = cache[kv.page_table.clamp(min=0).long()]  # [B, pages, (H,) page, D]
         cache = cache.movedim(1, -3).flatten(-3, -2)
     return cache
+
+
+class _Scratch(threading.local):
+    memory = torch.empty(0)
+
+
+_scratch = _Scratch()
+
+
+def floats(tokens: Tensor, copy: bool = False) -> Tensor:
+    """`tokens` in float32, valid until the next call.
+
+    On a CPU the copy reuses memory: the page faults of fresh megabytes would cost several times the arithmetic.
+    """
+    if tokens.dtype == torch.float32 and not copy:
+        return tokens
+    if tokens.device.type != "cpu":
+        return tokens.to(torch.float32, copy=copy)
+    if _scratch.memory.numel() < tokens.numel():
+        _scratch.memory = torch.empty(tokens.numel() * 5 // 4)
+    return _scratch.memory[: tokens.numel()].view(tokens.shape).copy_(tokens.detach())
 
 
 def _some_tokens(cache: Tensor, kv: KV, token: Tensor, heads: tuple[int, ...] | None) -> Tensor:
