@@ -174,6 +174,15 @@ def test_cpu_path_equals_reference(layout, dtype):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0.02)
 
 
+def test_memory_is_reused_inside_and_outside_inference_mode():
+    reference._scratch.memory = torch.empty(0)
+    kv, _ = make_cache([63, 63], dtype=torch.bfloat16)
+    query = torch.randn(2, 6, 16).bfloat16()
+    with torch.inference_mode():
+        inside = reference.attend(query, kv, SCALE)
+    assert torch.equal(reference.attend(query, kv, SCALE), inside)
+
+
 # ---------------------------------------------------------------------- selection
 
 

@@ -171,7 +171,8 @@ def floats(tokens: Tensor, copy: bool = False) -> Tensor:
     if tokens.device.type != "cpu":
         return tokens.to(torch.float32, copy=copy)
     if _scratch.memory.numel() < tokens.numel():
-        _scratch.memory = torch.empty(tokens.numel() * 5 // 4)
+        with torch.inference_mode(False):  # memory from inside inference mode could not be written outside it
+            _scratch.memory = torch.empty(tokens.numel() * 5 // 4)
     return _scratch.memory[: tokens.numel()].view(tokens.shape).copy_(tokens.detach())
 
 
