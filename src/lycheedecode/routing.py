@@ -64,7 +64,8 @@ def supported_shape(model: nn.Module, plan: HeadPlan | None) -> ModelShape:
     """The shape of a model that can be decoded with a plan.
 
     Raises:
-        ModelError: its attention does not pass through transformers' attention interface, or is not plain.
+        ModelError: its attention does not pass through transformers' attention interface, is not plain, or spread over
+            several devices.
         PlanError: the plan does not fit the model.
     """
     shape = ModelShape.of(model)
@@ -73,6 +74,11 @@ def supported_shape(model: nn.Module, plan: HeadPlan | None) -> ModelShape:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise ModelError(f"{shape.architecture} has multi-head latent attention, which has no KV heads to choose from.")
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    if len(devices) > 1:
+        raise ModelError(
+            f"{shape.architecture} is spread over devices {', '.join(devices)}; decoding needs one device."
+        )
     if not shape.global_layers:
         raise ModelError(f"{shape.architecture} has no layer with full attention, so there is nothing to make sparse.")
     if plan is not None:

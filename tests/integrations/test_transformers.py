@@ -210,6 +210,15 @@ def test_a_second_context_on_the_same_model_is_refused(llama):
     assert traces(llama) == before
 
 
+def test_a_model_on_several_devices_is_refused(llama):
+    llama.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    try:
+        with pytest.raises(ModelError, match="spread over devices 0, cpu"):
+            enter(llama)
+    finally:
+        del llama.hf_device_map
+
+
 def test_attention_weights_are_refused(llama):
     batch = tiny.padded(tiny.prompts(9))
     with hybrid(llama, tiny.plan(), TIGHT), pytest.raises(ModelError, match="output_attentions"):
