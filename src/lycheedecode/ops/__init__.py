@@ -4,6 +4,7 @@
     select_blocks   block scores                               -> selections                    [R, B, K]
     attend_blocks   all heads, each over its donor's selection -> output                        [B, H * G, D]
     attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
+    scan_select     the first two in as few launches as pay
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
 `N = ceil(S / block_size)` blocks, `K` selected blocks, `R` retrieval heads, `H` the KV heads asked for.
@@ -12,6 +13,8 @@ Every query is the newest token of its sequence, whose key and value are already
 
 from __future__ import annotations
 
+import warnings
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -21,7 +24,11 @@ from ..config import HybridConfig
 from . import cpu, reference
 from .types import KV, Selections
 
-__all__ = ["KV", "Selections", "attend", "attend_blocks", "scan_blocks", "select_blocks"]
+kernels: ModuleType | None = None
+if torch.version.cuda and find_spec("triton"):
+    from . import triton as kernels
+
+__all__ = ["KV", "Selections", "attend", "attend_blocks", "scan_blocks", "scan_select", "select_blocks"]
 
 
 def scan_blocks(
@@ -61,7 +68,20 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections)
     """
     if out.blocks.shape[:2] != scores.shape[:2]:
         raise ValueError(f"out.blocks is {tuple(out.blocks.shape)}, but scores are {tuple(scores.shape)}.")
-    _implementation(scores).select_blocks(scores, kv, config, out)
+    _implementation(kv.keys).select_blocks(scores, kv, config, out)
+
+
+def scan_select(
+    query: Tensor, kv: KV, heads: tuple[int, ...], config: HybridConfig, scale: float, out: Selections
+) -> None:
+    """`select_blocks(scan_blocks(...))`, without the scores in between; arguments as there."""
+    _check(query, kv)
+    implementation = _implementation(query)
+    if implementation is kernels:
+        implementation.scan_select(query, kv, heads, config, scale, out)
+    else:
+        scores = implementation.scan_blocks(query, kv, heads, config.block_size, scale, config.block_score)
+        implementation.select_blocks(scores, kv, config, out)
 
 
 def attend_blocks(
@@ -98,7 +118,14 @@ def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = 
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
-    return cpu if tensor.device.type == "cpu" else reference
+    """The kernels on a CUDA GPU that can run them; on a CPU its own way; else the reference."""
+    if not tensor.is_cuda:
+        return cpu if tensor.device.type == "cpu" else reference
+    obstacle = "Triton is not installed" if kernels is None else kernels.why_not(tensor)
+    if obstacle is None:
+        return kernels
+    warnings.warn(f"Decode attention takes the slow path in plain PyTorch: {obstacle}.", stacklevel=3)
+    return reference
 
 
 def _check(query: Tensor, kv: KV) -> None:

@@ -29,10 +29,10 @@ def _attend_kernel(
     TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    common.wait_for_inputs(EARLY)
     head = h
     if heads is not None:
         head = tl.load(heads + h)
-    common.wait_for_inputs(EARLY)
     first, count = common.extent(b, lengths, starts, slots)
     q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
 

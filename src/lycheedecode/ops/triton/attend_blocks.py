@@ -31,11 +31,11 @@ def _attend_blocks_kernel(
     BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    common.wait_for_inputs(EARLY)
     row = tl.load(rows + h)
     head = h
     if heads is not None:
         head = tl.load(heads + h)
-    common.wait_for_inputs(EARLY)
     first, count = common.extent(b, lengths, starts, slots)
     chosen = tl.load(counts + row * stride_counts_r + b * stride_counts_b)
     blocks += row * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
@@ -94,7 +94,9 @@ def attend_blocks(
 def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_heads: int) -> None:
     blocks, counts = selections
     if rows.shape != (num_heads,) or rows.dtype != torch.int64:
-        raise ValueError(f"rows must be int64 [{num_heads}], a row for each head, not {rows.dtype} {tuple(rows.shape)}.")
+        raise ValueError(
+            f"rows must be int64 [{num_heads}], a row for each head, not {rows.dtype} {tuple(rows.shape)}."
+        )
     if blocks.dim() != 3 or blocks.dtype != torch.int32 or counts.dtype != torch.int32:
         raise ValueError(f"selections must be int32 [R, B, K], not {blocks.dtype} {tuple(blocks.shape)}.")
     if blocks.shape[1] != query.shape[0] or counts.shape != blocks.shape[:2]:

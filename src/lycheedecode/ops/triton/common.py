@@ -187,7 +187,9 @@ def locate(b, slot, exists, page_table, stride_table, PAGE: tl.constexpr):
 
 
 @triton.jit
-def load_query(query, b, head, stride_b, stride_h, G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr):
+def load_query(
+    query, b, head, stride_b, stride_h, G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr
+):
     """`[GP, DP]`: the queries of a group, zeros around them."""
     g = tl.arange(0, GP)[:, None]
     d = tl.arange(0, DP)[None, :]
@@ -196,7 +198,9 @@ def load_query(query, b, head, stride_b, stride_h, G: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def load_tokens(cache, page, entry, head, exists, stride_page, stride_head, stride_slot, D: tl.constexpr, DP: tl.constexpr):
+def load_tokens(
+    cache, page, entry, head, exists, stride_page, stride_head, stride_slot, D: tl.constexpr, DP: tl.constexpr
+):
     """`[tokens, DP]`: rows of the cache, zeros where nothing exists."""
     d = tl.arange(0, DP)[None, :]
     row = page * stride_page + head.to(tl.int64) * stride_head + entry * stride_slot
@@ -219,7 +223,7 @@ def finite(peak):
 
 @triton.jit
 def attend_tile(acc, peak, total, q, k, v, exists, scale):
-    """Add a tile of tokens to a running softmax: `acc [GP, DP]` values, `peak [GP]` largest logit, `total [GP]` mass."""
+    """Add a tile to a running softmax: values `acc [GP, DP]`, largest logits `peak [GP]`, mass `total [GP]`."""
     x = logits_of(q, k, exists, scale)
     new_peak = tl.maximum(peak, tl.max(x, 1))
     shift = finite(new_peak)
