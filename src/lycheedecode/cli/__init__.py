@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from .. import __version__
 
 COMMANDS = {
+    "generate": "Continue a prompt.",
     "identify": "Find the retrieval heads and donors of a model.",
     "inspect": "Show a head plan: who retrieves, and whose selection the others reuse.",
 }

@@ -18,6 +18,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Model = Annotated[
     str, typer.Option("--model", "-m", help="smollm2-135m (embedded), a directory, a GGUF file, or a hub id.")
 ]
+Plan = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--plan", "-p", help="Head plan: a bundled name or a file. \\[default: the bundled one of the model]"),
+]
 Revision = Annotated[Optional[str], typer.Option(help="Revision of a hub model.")]  # noqa: UP045
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DeviceMap = Annotated[
@@ -38,18 +42,18 @@ def takes(name: str, settings: type, leave_out: Sequence[str] = (), **flags: str
     The command's parameter `name` receives a dict of the options that were given; the dataclass knows the defaults.
     Help comes from its `Attributes` section. `flags` renames the options of single fields.
     """
-    options = _options(settings, leave_out, flags)
+    options = _options(name, settings, leave_out, flags)
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function, eval_str=True)
         own = [parameter for parameter in signature.parameters.values() if parameter.name != name]
 
         def command(**arguments: Any) -> Any:
-            given = {option.name: arguments.pop(option.name) for option in options}
-            arguments[name] = {key: value for key, value in given.items() if value is not None}
+            given = {field: arguments.pop(option.name) for field, option in options.items()}
+            arguments[name] = {field: value for field, value in given.items() if value is not None}
             return function(**arguments)
 
-        parameters = sorted([*own, *options], key=lambda parameter: parameter.kind)
+        parameters = sorted([*own, *options.values()], key=lambda parameter: parameter.kind)
         command.__name__, command.__doc__, command.__module__ = function.__name__, function.__doc__, __name__
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -58,20 +62,24 @@ def takes(name: str, settings: type, leave_out: Sequence[str] = (), **flags: str
     return decorate
 
 
-def _options(settings: type, leave_out: Sequence[str], flags: dict[str, str]) -> list[inspect.Parameter]:
+def _options(
+    name: str, settings: type, leave_out: Sequence[str], flags: dict[str, str]
+) -> dict[str, inspect.Parameter]:
+    """One command parameter for each field; named after both, because two dataclasses may share a field's name."""
     kinds, helps = get_type_hints(settings), _helps(settings)
-    options = []
+    options = {}
     for field in fields(settings):
         if field.name in leave_out:
             continue
-        kind = _without_none(kinds[field.name])
+        kind, flag = _without_none(kinds[field.name]), field.name.replace("_", "-")
         text = helps.get(field.name, "")
         if field.default is not MISSING and field.default is not None:
             text += f" \\[default: {field.default}]"
-        declared = [flags[field.name]] if field.name in flags else []
-        info = typer.Option(*declared, help=text, rich_help_panel=settings.__name__)
-        option = Annotated[Optional[kind], info]  # noqa: UP045
-        options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+        declared = flags.get(field.name, f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}")
+        option = Annotated[Optional[kind], typer.Option(declared, help=text, rich_help_panel=settings.__name__)]  # noqa: UP045
+        options[field.name] = inspect.Parameter(
+            f"{name}_{field.name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option
+        )
     return options
 
 

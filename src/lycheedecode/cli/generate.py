@@ -1,0 +1,158 @@
+"""`lycheedecode generate`: continue a prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from ..config import HybridConfig
+from ..engine import Engine
+from ..evaluate.side_by_side import Comparison, compare
+from ..generation import encode
+from ..models import DEFAULT_MODEL, load_model
+from ..plan import HeadPlan, bundled_plans
+from ..sampling import Sampling
+from .options import Device, DeviceMap, Dtype, Json, Model, Plan, Revision, Verbose, takes, takes_form
+from .report import check_writable, errors, progress, quiet, read_text, write_json
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(no_args_is_help=False)
+@takes("drawing", Sampling)
+@takes_form
+def generate(
+    form: dict[str, Any],
+    drawing: dict[str, Any],
+    prompt: Annotated[Optional[str], typer.Argument(help="The prompt; default: standard input.")] = None,  # noqa: UP045
+    prompt_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the prompt from a UTF-8 file."),
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    plan: Plan = None,
+    full: Annotated[bool, typer.Option("--full", help="Decode with full attention, without a plan.")] = False,
+    against: Annotated[
+        Optional[Literal["full"]],  # noqa: UP045
+        typer.Option("--compare", help="Decode greedily with full attention, too, and show both."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 256,
+    chat: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: if the model has one]"),
+    ] = None,
+    stop: Annotated[Optional[list[str]], typer.Option(help="End before this string; may be repeated.")] = None,  # noqa: UP045
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    json_file: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a prompt."""
+    check_writable(json_file)
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
+    if against and (full or drawing or stop):
+        raise ValueError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
+    if full and (plan is not None or set(form) - {"correction_every"}):
+        raise ValueError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
+    config, sampling = HybridConfig(**form), Sampling(**drawing)
+    head_plan = None if full else load_plan(plan, model)
+    text = _prompt(prompt, prompt_file)
+
+    with quiet(verbose):
+        with progress(f"Loading {model}"):
+            network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
+        engine = Engine(network, tokenizer, plan=head_plan, config=config)
+        if chat is None:
+            chat = bool(getattr(tokenizer, "chat_template", None))
+        settings = {
+            "model": model, "plan": None if full else plan or model, "config": config.to_dict(), "chat": chat,
+            "dtype": str(network.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
+            "sampling": vars(sampling), "stop": stop or [], "ignore_eos": ignore_eos, "compare": against,
+        }  # fmt: skip
+        if against:
+            [prompt_ids] = encode(text, tokenizer, chat)
+            dense = Engine(network, tokenizer)
+            with progress(f"Decoding after {len(prompt_ids)} tokens in both ways"):
+                comparison = compare(dense, engine, prompt_ids, max_new_tokens, ignore_eos=ignore_eos)
+            _show(comparison)
+            result = comparison.to_dict()
+        else:
+            result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos)
+    write_json(json_file, "generate", settings, result)
+
+
+def load_plan(plan: str | None, model: str) -> HeadPlan:
+    """The plan that was asked for, or the bundled one of the model."""
+    if plan is None and model not in bundled_plans():
+        raise ValueError(
+            f"There is no bundled head plan for {model!r}: give --plan (lycheedecode identify makes one), or --full."
+        )
+    return HeadPlan.load(plan or model)
+
+
+def _prompt(given: str | None, file: Path | None) -> str:
+    if given is not None and file is not None:
+        raise ValueError("Give the prompt as an argument or with --prompt-file, not both.")
+    if given is None and file is None and sys.stdin.isatty():
+        raise ValueError("There is no prompt: give it as an argument, with --prompt-file, or on standard input.")
+    text = given if given is not None else read_text(file or Path("-"))
+    if not text.strip():
+        raise ValueError("The prompt is empty: give it as an argument, with --prompt-file, or on standard input.")
+    return text
+
+
+def _stream(
+    engine: Engine, text: str, max_new_tokens: int, sampling: Sampling, stop: list[str], chat: bool, ignore_eos: bool
+) -> dict[str, Any]:
+    pieces = engine.stream(text, max_new_tokens, sampling=sampling, stop=stop, chat=chat, ignore_eos=ignore_eos)
+    with progress("Reading the prompt"):
+        piece = next(pieces)
+    while True:
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        if piece.generation is not None:
+            break
+        piece = next(pieces)
+    sys.stdout.write("\n")
+    made = piece.generation
+    errors.print(
+        f"{made.prompt_tokens} + {len(made.token_ids)} tokens ({made.finish_reason}); prefill "
+        f"{made.prefill_seconds:.2f} s; {made.tokens_per_second:.1f} tokens/s; "
+        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each",
+        style="dim",
+    )
+    return made.to_dict()
+
+
+def _show(comparison: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    full, hybrid = comparison.full, comparison.hybrid
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=True)
+    for name, ratio in (("", 1), ("full attention", 3), ("hybrid", 3)):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    table.add_row("answer", Text(full.answer), Text(hybrid.answer))
+    table.add_row("tokens", str(len(full.token_ids)), str(len(hybrid.token_ids)))
+    table.add_row("tokens/s", f"{full.tokens_per_second:.1f}", f"{hybrid.tokens_per_second:.1f}")
+    table.add_row("KV cache per token", megabytes(full.kv_bytes_per_token), megabytes(hybrid.kv_bytes_per_token))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"\nequal for {comparison.equal_tokens} tokens; on the full answer: top-1 agreement "
+        f"{comparison.top1_agreement:.1%}, mean KL {comparison.kl_mean:.4f} nats; "
+        f"{comparison.speedup:.2f}x the speed, after {comparison.prompt_tokens} tokens"
+    )
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
