@@ -13,6 +13,7 @@ import typer
 from ..config import HybridConfig
 from ..identify import Cell, IdentifySettings, Progress, paper_settings
 from ..identify import identify as find_plan
+from ..identify.text import load_text
 from ..models import DEFAULT_MODEL, load_model
 from .options import Device, DeviceMap, Dtype, Json, Model, Revision, Verbose, takes, takes_form
 from .report import Steps, check_writable, errors, progress, quiet, write_json
@@ -56,6 +57,8 @@ def identify(
         raise ValueError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
     if resume and not state.exists():
         raise ValueError(f"There is no interrupted identification to resume: {str(state)!r} does not exist.")
+    for source in sorted({cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)}):
+        load_text(source)  # a mistake shows before the model is loaded
     if png is not None:
         from ..views.png import require_matplotlib
 

@@ -1,0 +1,289 @@
+"""The command line: what it prints and writes, and how it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from lycheedecode import Engine, HeadPlan, HybridConfig
+from lycheedecode.cli import COMMANDS, app
+from lycheedecode.identify import IdentifySettings
+
+runner = CliRunner()
+PROMPT = "A prompt of some length, so that a small budget leaves something out. " * 3
+BUDGET = ["--budget-tokens", "64", "--block-size", "16", "--sink-tokens", "4", "--recent-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    tiny.byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("plans") / "tiny.json"
+    tiny.plan().save(path)
+    return str(path)
+
+
+@pytest.fixture
+def base(model_folder) -> list[str]:
+    return ["generate", "--model", model_folder, "--device", "cpu", "--dtype", "float32", "-n", "12", "--no-chat"]
+
+
+def run(*arguments: str, **options):
+    done = runner.invoke(app, list(arguments), **options)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def refusal(*arguments: str, **options) -> str:
+    """The one line on stderr of a call that must fail as bad input, before anything is printed."""
+    done = runner.invoke(app, list(arguments), **options)
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("Loading", "Reading", "Decoding"))]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("lycheedecode: ")
+    return lines[0]
+
+
+# ---------------------------------------------------------------------- the program
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help(arguments):
+    assert "Usage: " in run(*arguments).stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_own_help_says(name):
+    assert COMMANDS[name] in " ".join(run(name, "--help").stdout.split())
+    assert COMMANDS[name].split()[0] in run("--help").stdout
+
+
+def test_every_setting_has_an_option_with_help():
+    text = run("identify", "--help", env={"COLUMNS": "300"}).stdout
+    for settings, left_out in ((HybridConfig, set()), (IdentifySettings, {"config", "train_cells", "calibrate_cells"})):
+        for name in set(settings.__dataclass_fields__) - left_out:
+            flag = "--top-p-mass" if name == "top_p" else f"--{name.replace('_', '-')}"
+            line = next(line for line in text.splitlines() if f" {flag} " in line)
+            assert len(line.strip(" │").split()) > 4, line
+
+
+def test_version():
+    assert run("--version").stdout.startswith("lycheedecode ")
+
+
+def test_wrong_usage_takes_one_line():
+    assert "No such command 'walk'. See: lycheedecode --help" in refusal("walk")
+    assert "--budget" in refusal("generate", "--budget", "5", "x")
+    assert "'--block-size'" in refusal("generate", "--block-size", "many", "x")
+    assert "'--selection'" in refusal("generate", "--selection", "best", "x")
+
+
+def test_a_foreign_value_error_is_a_bug_and_shows_as_one(base, monkeypatch):
+    monkeypatch.setattr("lycheedecode.cli.generate.load_model", lambda *_, **__: json.loads("{"))
+    done = runner.invoke(app, [*base, "--full", "x"])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, json.JSONDecodeError)
+
+
+# ---------------------------------------------------------------------- generate
+
+
+def test_generate_prints_what_the_engine_makes(base, model_folder, plan_file, tmp_path):
+    out = tmp_path / "new" / "result.json"
+    done = run(*base, "--plan", plan_file, *BUDGET, "--json", str(out), PROMPT)
+    config = HybridConfig(budget_tokens=64, block_size=16, sink_tokens=4, recent_tokens=8)
+    engine = Engine(tiny.model(), tiny.byte_tokenizer(), plan=tiny.plan(), config=config)
+    [expected] = engine.generate(PROMPT, 12)
+    assert done.stdout == f"{expected.text}\n"
+    assert "tokens/s" in done.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["command"] == "generate"
+    assert report["settings"]["config"] == config.to_dict()
+    assert report["result"]["token_ids"] == list(expected.token_ids)
+    assert report["result"]["kv_bytes_per_token"] == expected.kv_bytes_per_token
+    assert report["environment"]["machine"]["cores"] >= 1
+
+
+def test_a_budget_that_covers_the_context_changes_nothing(base, plan_file):
+    assert run(*base, "--plan", plan_file, PROMPT).stdout == run(*base, "--full", PROMPT).stdout
+
+
+def test_the_prompt_comes_from_wherever_it_is_given(base, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    expected = run(*base, "--full", PROMPT).stdout
+    assert run(*base, "--full", input=PROMPT).stdout == expected
+    assert run(*base, "--full", "--prompt-file", str(tmp_path / "prompt.txt")).stdout == expected
+    assert run(*base, "--full", "--prompt-file", "-", input=PROMPT).stdout == expected
+
+
+def test_sampling_with_a_seed_can_be_repeated(base):
+    drawn = [*base, "--full", "--temperature", "5", "--top-p", "0.95", "--seed", "3", PROMPT]
+    assert run(*drawn).stdout == run(*drawn).stdout
+
+
+def test_chat_wraps_the_prompt(model_folder):
+    common = ["generate", "--model", model_folder, "--device", "cpu", "--dtype", "float32", "-n", "12", "--full"]
+    plain, chat = run(*common, "--no-chat", "Hello"), run(*common, "--chat", "Hello")
+    assert plain.stdout != chat.stdout
+    assert run(*common, "Hello").stdout == chat.stdout
+
+
+def test_compare_shows_both(base, plan_file, tmp_path):
+    done = run(*base, "--plan", plan_file, *BUDGET, "--compare", "full", "--json", str(tmp_path / "c.json"), PROMPT)
+    assert "full attention" in done.stdout
+    assert "top-1 agreement" in " ".join(done.stdout.split())
+    result = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["result"]
+    assert result["hybrid"]["kv_bytes_per_token"] < result["full"]["kv_bytes_per_token"]
+    assert result["kl_mean"] > 0
+    assert len(result["full"]["token_ids"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([""], "The prompt is empty"),
+        (["  \n"], "The prompt is empty"),
+        (["x" * 600], "The prompt has 600 tokens; the model has 512 positions"),
+        (["x", "-n", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["x", "--budget-tokens", "0"], "budget_tokens must be a whole number of at least 1, not 0"),
+        (["x", "--budget-ratio", "-0.5"], "budget_ratio must lie in (0, 1]"),
+        (["x", "--block-size", "24"], "block_size must be a power of two"),
+        (["x", "--selection", "top_p"], "needs top_p"),
+        (["x", "--temperature", "-1"], "temperature must be at least 0"),
+        (["x", "--top-p", "2"], "top_p must lie in (0, 1]"),
+        (["x", "--compare", "full", "--temperature", "1"], "leave out --full, --stop and sampling options"),
+        (["x", "--full"], "--full decodes without a plan and a budget"),
+        (["x", "--stop", ""], "Stop strings must not be empty"),
+        (["x", "--prompt-file", "f"], "not both"),
+        (["x", "--device", "toaster"], "is not a device"),
+        (["x", "--dtype", "int4"], "dtype must be one of"),
+    ],
+)
+def test_generate_refuses_in_one_sentence(base, plan_file, arguments, said):
+    assert said in refusal(*base, "--plan", plan_file, *arguments)
+
+
+def test_generate_refuses_files_it_cannot_use(base, model_folder, plan_file, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    assert "is not UTF-8 text" in refusal(*base, "--full", "--prompt-file", str(tmp_path / "latin.txt"))
+    assert "There is no file" in refusal(*base, "--full", "--prompt-file", str(tmp_path / "missing"))
+    assert "cannot be read" in refusal(*base, "--full", "--prompt-file", str(tmp_path))
+    assert "cannot be written" in refusal(*base, "--full", "--json", str(tmp_path), "x")
+    assert "Standard input is not UTF-8" in refusal(*base, "--full", input=b"\xff\xfe")
+    assert "no head plan file" in refusal(*base, "--plan", str(tmp_path / "missing.json"), "x")
+    HeadPlan.all_retrieval(4, 3, model={"name": "other"}).save(tmp_path / "other.json")
+    said = refusal(*base, "--plan", str(tmp_path / "other.json"), "x")
+    assert "This head plan is for other with 3 KV heads per layer; the model has 2" in said
+    assert "give --plan" in refusal(*base, "x")
+    missing = str(tmp_path / "no-model")
+    assert "cannot be loaded" in refusal("generate", "--model", missing, "--plan", plan_file, "x")
+
+
+def test_a_missing_extra_is_named(plan_file, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = refusal("generate", "--model", str(tmp_path / "model.gguf"), "--plan", plan_file, "x")
+    assert "pip install 'lycheedecode[gguf]'" in said
+
+
+# ---------------------------------------------------------------------- identify
+
+QUICK = [
+    "--train", "noise:400:passkey:1", "--calibrate", "noise:400:passkey:1", "--calibrate-prompts", "2",
+    "--batch-size", "1", "--steps", "3", "--exchange-rounds", "1", "--donor-candidates", "2", *BUDGET,
+]  # fmt: skip
+
+
+def test_identify_writes_a_plan_that_generate_takes(base, model_folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    out, report, picture = (str(tmp_path / name) for name in ("plan.json", "report.json", "plan.png"))
+    chosen = ["--model", model_folder, "--device", "cpu", "--dtype", "float32", "--num-retrieval-heads", "4"]
+    done = run("identify", out, *chosen, *QUICK, "--json", report, "--png", picture)
+    plan = HeadPlan.load(out)
+    assert len(plan.retrieval) == 4
+    assert f"{out}: 4 of 4 x 2 KV heads retrieve" in done.stdout
+    assert plan.provenance["settings"]["steps"] == 3
+    assert plan.provenance["settings"]["config"]["budget_tokens"] == 64
+    assert not (tmp_path / "plan.json.state").exists()
+    result = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["result"]
+    assert result["retrieval_heads"] == 4
+    assert [state["step"] for state in result["history"]] == [1, 2, 3]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    run(*base, "--plan", out, *BUDGET, PROMPT)
+
+
+def test_identify_refuses_in_one_sentence(model_folder, tmp_path):
+    out = str(tmp_path / "plan.json")
+    call = ["identify", out, "--model", model_folder, "--device", "cpu", *QUICK]
+    assert "does not exist" in refusal(*call, "--resume")
+    assert "is not TEXT:TOKENS:TASK:COUNT" in refusal(*call, "--train", "noise:many:passkey:1")
+    assert "must be passkey or multi_hop" in refusal(*call, "--train", "noise:400:sums:1")
+    assert "do not fit the model's 512 positions" in refusal(*call, "--train", "noise:4000:passkey:1")
+    assert "There is no text file" in refusal(*call, "--train", "missing.txt:400:passkey:1")
+    assert "steps must be at least 0" in refusal(*call, "--steps", "-1")
+    assert "num_retrieval_heads" in refusal(*call, "--num-retrieval-heads", "99")
+    (tmp_path / "plan.json.state").mkdir()
+    assert "add --resume" in refusal(*call)
+
+
+def test_options_replace_a_presets_budget_as_a_whole():
+    from lycheedecode.cli.identify import _settings
+
+    paper = _settings("paper", {"seed": 7}, {"block_size": 32}, None, None, None)
+    assert (paper.seed, paper.donors, paper.config.budget_ratio) == (7, "same_index", 0.3)
+    assert (paper.config.block_size, paper.config.retrieval_attention) == (32, "full")
+    changed = _settings("paper", {}, {"budget_tokens": 1024}, "a.txt", ["noise:9:passkey:1"], None)
+    assert (changed.config.selection, changed.config.budget_ratio) == ("top_k", None)
+    assert [cell.text for cell in changed.train_cells] == ["noise"]
+    assert {cell.text for cell in changed.calibrate_cells} == {"a.txt", "noise"}
+
+
+# ---------------------------------------------------------------------- as a process
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from lycheedecode.cli import main; main()", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_process_ends_with_status_and_one_line(base, plan_file, tmp_path):
+    process = start(*base, "--plan", plan_file, "--prompt-file", str(tmp_path / "missing"))
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert errors == f"lycheedecode: There is no file {str(tmp_path / 'missing')!r}.\n"
+
+
+def test_libraries_stay_silent_unless_asked(base):
+    process = start(*base, "--full", "Hello")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert out.endswith("\n")
+    lines = [line for line in errors.splitlines() if not line.endswith((" ...", " s"))]
+    assert len(lines) == 1, errors
+    assert "tokens/s" in lines[0]
+
+
+def test_an_interrupted_process_says_so(base):
+    process = start(*base, "--full")  # waits for its prompt on standard input
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert (out, errors) == ("", "lycheedecode: interrupted.\n")

@@ -1,0 +1,90 @@
+"""Both ways of decoding from one prefill, and the demo that shows them."""
+
+import json
+import random
+import sys
+
+import pytest
+import tiny
+
+from lycheedecode import Engine, HybridConfig, demo
+from lycheedecode.evaluate.side_by_side import compare
+
+SMALL = HybridConfig(budget_tokens=48, block_size=8, sink_tokens=4, recent_tokens=8)
+
+
+@pytest.fixture
+def engines(llama, byte_tokenizer):
+    return Engine(llama, byte_tokenizer), Engine(llama, byte_tokenizer, plan=tiny.plan(), config=SMALL)
+
+
+def test_each_side_is_what_its_engine_generates(engines):
+    full, hybrid = engines
+    [prompt] = tiny.prompts(150)
+    comparison = compare(full, hybrid, prompt, 10, timed_tokens=14, repeats=2)
+    for engine, run in ((full, comparison.full), (hybrid, comparison.hybrid)):
+        [expected] = engine.generate([prompt], 10)
+        assert run.token_ids == expected.token_ids
+        assert run.answer == expected.text
+        assert run.tokens_per_second > 0
+    assert comparison.kl_mean > 0
+    assert comparison.hybrid.kv_bytes_per_token < comparison.full.kv_bytes_per_token
+    assert comparison.prompt_tokens == 150
+
+
+def test_a_budget_that_covers_all_agrees_in_everything(llama, byte_tokenizer):
+    full, hybrid = Engine(llama, byte_tokenizer), Engine(llama, byte_tokenizer, plan=tiny.plan())
+    comparison = compare(full, hybrid, tiny.prompts(90)[0], 12)
+    assert comparison.full.token_ids == comparison.hybrid.token_ids
+    assert (comparison.equal_tokens, comparison.top1_agreement) == (12, 1.0)
+    assert comparison.kl_mean == pytest.approx(0, abs=1e-6)
+
+
+def test_an_answer_ends_at_its_end_token(engines, monkeypatch):
+    full, hybrid = engines
+    [prompt] = tiny.prompts(60)
+    token_ids = compare(full, hybrid, prompt, 8).full.token_ids
+    end = next(i for i in range(1, 8) if token_ids[i] not in token_ids[:i])
+    monkeypatch.setattr("lycheedecode.evaluate.side_by_side.stop_token_ids", lambda *_: {token_ids[end]})
+    assert compare(full, hybrid, prompt, 8, timed_tokens=12).full.token_ids == token_ids[: end + 1]
+    assert compare(full, hybrid, prompt, 8, ignore_eos=True).full.token_ids == token_ids
+    monkeypatch.setattr("lycheedecode.evaluate.side_by_side.stop_token_ids", lambda *_: {token_ids[0]})
+    short = compare(full, hybrid, prompt, 8)
+    assert (short.full.token_ids, short.top1_agreement, short.kl_mean) == (token_ids[:1], 1.0, 0.0)
+
+
+def test_a_comparison_needs_a_decode_step(engines):
+    with pytest.raises(ValueError, match="at least 2 new tokens"):
+        compare(*engines, tiny.prompts(9)[0], 1)
+
+
+def test_the_pass_key_is_hidden_once_more_or_less_anywhere(byte_tokenizer):
+    for seed in range(5):
+        key, prompt_ids = demo.hide(byte_tokenizer, 400, random.Random(seed))
+        text = byte_tokenizer.decode(prompt_ids)
+        assert len(prompt_ids) == 400
+        assert text.count(f"{demo.FACT} {key}.") == 2
+        assert text.endswith(f"\n\n{demo.FACT}")
+    with pytest.raises(ValueError, match="100 tokens have no room"):
+        demo.hide(byte_tokenizer, 100, random.Random(0))
+
+
+def test_the_demo_writes_what_it_found(byte_tokenizer, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    tiny.model().save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    tiny.plan().save(tmp_path / "plan.json")
+    monkeypatch.setattr(demo, "CONFIG", SMALL)
+    arguments = ["--model", f"{tmp_path}/model", "--plan", f"{tmp_path}/plan.json", "--tokens", "400"]
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments, "--out", f"{tmp_path}/build"])
+    demo.main()
+    record = json.loads((tmp_path / "build" / "demo.json").read_text(encoding="utf-8"))
+    for name in ("full", "hybrid"):
+        assert set(record[name]) == {"answer", "tokens_per_second", "kv_bytes_per_token"}
+    assert {"top1_agreement", "kl_mean", "speedup", "plan", "environment"} <= set(record)
+    assert (tmp_path / "build" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert record["pass_key"] in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ["demo", "--plan", "nothing"])
+    with pytest.raises(SystemExit, match="no head plan file"):
+        demo.main()
