@@ -277,7 +277,7 @@ def _merge(
     total = tl.sum(tl.exp2(mass - peak[None, :]), 0)
 
     acc = tl.zeros([GROUP, DP], tl.float32)
-    for chunk in tl.static_range(0, SPLITS, CHUNK):
+    for chunk in range(0, SPLITS, CHUNK):
         s = chunk + tl.arange(0, CHUNK)
         here = (s < SPLITS)[:, None] & (g < G)[None, :]
         at = sums + (first + s)[:, None] * G + g[None, :]

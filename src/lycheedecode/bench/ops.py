@@ -1,0 +1,256 @@
+"""`bench ops`: the operations of a decode step on this GPU, verified first, then timed against the memory's speed.
+
+    for every batch and context    verify -> full attention, ours and others' -> scan, select, attend -> a whole step
+
+Time is that of a CUDA graph's replay (see `timing`). Bytes are those that an operation must read at least once; their
+share of the bound is how long reading them alone takes, over how long the operation took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..config import HybridConfig
+from ..environment import describe_environment
+from .baselines import all_baselines
+from .timing import Call, read_bandwidth, rotations, time_calls
+from .verify import MismatchError, check_close, verify
+from .workload import Shape, Workload, make_pool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        op: what ran.
+        batch, context, block: on what; block 0 where there are none.
+        ms: median time of one call.
+        spread: slowest over fastest tenth of the replays.
+        bytes: that it must read.
+        share: of the bound: time to read them at the measured bandwidth over `ms`; None where bytes do not rule.
+        speedup: over the same work by the fastest full attention.
+    """
+
+    op: str
+    batch: int
+    context: int
+    block: int
+    ms: float
+    spread: float
+    bytes: int
+    share: float | None
+    speedup: float | None
+
+
+@dataclass
+class Meter:
+    """Times calls on one GPU of known read bandwidth (bytes a second)."""
+
+    bandwidth: float
+    seconds: float
+    rows: list[Row]
+
+    def add(
+        self, op: str, work: Workload, block: int, calls: Sequence[Call], size: int, full_ms: float | None = None
+    ) -> Row:
+        """Time calls that each must read `size` bytes; `full_ms`: the same work by full attention."""
+        timing = time_calls(calls, self.seconds)
+        share = size / self.bandwidth * 1e3 / timing.ms if size else None
+        speedup = None if full_ms is None else full_ms / timing.ms
+        spread = timing.slow_ms / timing.fast_ms
+        row = Row(op, work.batch, work.context, block, timing.ms, spread, size, share, speedup)
+        self.rows.append(row)
+        print(format_row(row), file=sys.stderr, flush=True)
+        return row
+
+
+def bench_ops(
+    batches: Sequence[int] = (1, 8),
+    contexts: Sequence[int] = (32768, 131072, 524288),
+    blocks: Sequence[int] = (16, 32, 64),
+    budget_tokens: int = 4096,
+    shape: Shape | None = None,
+    pool_gib: float = 40.0,
+    seconds: float = 0.15,
+) -> dict[str, Any]:
+    """Verify and time all operations; raises `MismatchError`, and then there are no times."""
+    shape = shape or Shape()
+    if not torch.cuda.is_available():
+        raise ValueError("There is no CUDA GPU here: operations can be timed on one only. --smoke verifies without.")
+    tokens = int(pool_gib * 2**30) // (2 * shape.kv_heads * shape.key_bytes)
+    pool = make_pool(shape, max(tokens, max(batches) * max(contexts)), "cuda")
+    meter = Meter(read_bandwidth(pool), seconds, [])
+    errors, notes = [], []
+    for context in contexts:
+        for batch in batches:
+            work = Workload(shape, pool, batch, context)
+            for block in blocks:
+                config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
+                errors.append({"batch": batch, "context": context, "block": block, **verify(work, config)})
+            full_ms = _time_full(meter, work, notes)
+            for block in blocks:
+                config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
+                _time_hybrid(meter, work, config, full_ms)
+    return {
+        "read_tb_s": meter.bandwidth / 1e12,
+        "rows": [asdict(row) for row in meter.rows],
+        "errors": errors,
+        "notes": notes,
+    }
+
+
+def _time_full(meter: Meter, work: Workload, notes: list[str]) -> float:
+    """Full attention by everyone who can; returns the least time of a layer."""
+    best = float("inf")
+    count = rotations(work.dense_bytes, 4, 32)
+    scale = work.shape.scale
+    right = ops.attend(*work.inputs(0), scale)
+    for name, make in all_baselines().items():
+        try:
+            calls = [make(*work.inputs(i), scale) for i in range(count)]
+            check_close(name, calls[0](), right, 2e-2)
+            best = min(best, meter.add(f"full, {name}", work, 0, calls, work.dense_bytes).ms)
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            notes.append(f"full, {name}, batch {work.batch}, context {work.context}: {_first_line(error)}")
+    return best
+
+
+def _time_hybrid(meter: Meter, work: Workload, config: HybridConfig, full_ms: float) -> None:
+    block, heads = config.block_size, work.shape.kv_heads
+    for count in (1, heads):
+        size = work.scan_bytes(count)
+        calls = work.scans(rotations(size, 8, 64), count, config)
+        meter.add(f"scan, {_heads(count)}", work, block, calls, size)
+        meter.add(f"scan + select, {_heads(count)}", work, block, work.scan_selects(len(calls), count, config), size)
+        scores, out = calls[0](), work.selections(config, count)
+        select = _select_call(scores, work, config, out)
+        meter.add(f"select, {_heads(count)}", work, block, [select] * 16, 0)
+    size = work.sparse_bytes(config)
+    meter.add("attend", work, block, work.attends(rotations(size, 32, 64), config), size, full_ms)
+    layers = work.shape.layers
+    meter.add("all of a step", work, block, [work.step(config)], work.step_bytes(config), layers * full_ms)
+
+
+def _select_call(scores: torch.Tensor, work: Workload, config: HybridConfig, out: ops.Selections) -> Call:
+    return lambda: ops.select_blocks(scores, work.caches[0], config, out)
+
+
+def smoke(device: str) -> dict[str, Any]:
+    """Verify the operations on small shapes, nothing else; runs anywhere."""
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        shape = Shape(query_heads=8, kv_heads=2, dim=64, layers=4, retrieval_heads=4, dtype=dtype)
+        pool = make_pool(shape, 2 * 3 * 1000, device)
+        for block in (16, 64):
+            config = HybridConfig(budget_tokens=256, block_size=block)
+            for batch, context in ((1, 1000), (3, 777)):
+                work = Workload(shape, pool, batch, context)
+                what = {"dtype": str(dtype), "batch": batch, "context": context, "block": block}
+                errors.append({**what, **verify(work, config)})
+    return {"errors": errors}
+
+
+# ---------------------------------------------------------------------- what is shown
+
+HEADER = f"{'':24} {'batch':>5} {'context':>8} {'block':>5} {'ms':>9} {'TB/s':>6} {'of bound':>8} {'vs full':>8}"
+
+
+def format_row(row: Row) -> str:
+    """A line of the table under `HEADER`."""
+    speed = f"{row.bytes / row.ms / 1e9:6.2f}" if row.bytes else " " * 6
+    share = f"{row.share:8.1%}" if row.share is not None else " " * 8
+    speedup = f"{row.speedup:7.2f}x" if row.speedup is not None else ""
+    block = row.block or ""
+    return f"{row.op:24} {row.batch:5} {row.context:8} {block:>5} {row.ms:9.4f} {speed} {share} {speedup}".rstrip()
+
+
+def format_table(result: dict[str, Any]) -> Iterator[str]:
+    """The measurements, a line each."""
+    yield f"read bandwidth: {result['read_tb_s']:.2f} TB/s"
+    yield HEADER
+    yield from (format_row(Row(**row)) for row in result["rows"])
+    yield from result["notes"]
+
+
+def _heads(count: int) -> str:
+    return "1 head" if count == 1 else f"{count} heads"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+# ---------------------------------------------------------------------- python -m lycheedecode.bench.ops
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print; 0 verified (and timed), 1 a mismatch, 2 bad input."""
+    options = _parser().parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(options.seed)
+    try:
+        with torch.inference_mode():
+            result = _run(options, device)
+    except MismatchError as error:
+        print(f"bench ops: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"bench ops: {error}", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        report = {"command": "bench ops", "settings": settings, "environment": describe_environment(), "result": result}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    if options.smoke:
+        result = smoke(device)
+        print(f"verified {len(result['errors'])} workloads on {device}")
+        return result
+    if options.tune is not None:
+        from .tuning import tune
+
+        return tune(options.batches, options.contexts, options.blocks, options.tune, budget_tokens=options.budget)
+    result = bench_ops(
+        options.batches,
+        options.contexts,
+        options.blocks,
+        options.budget,
+        pool_gib=options.pool,
+        seconds=options.seconds,
+    )
+    print("\n".join(format_table(result)))
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench ops", description="Verify and time the operations of a decode step.")
+    numbers = {"type": int, "nargs": "+"}
+    parser.add_argument("--batches", **numbers, default=[1, 8], help="sequences decoded together")
+    parser.add_argument("--contexts", **numbers, default=[32768, 131072, 524288], help="tokens of each sequence")
+    parser.add_argument("--blocks", **numbers, default=[16, 32, 64], help="block sizes")
+    parser.add_argument("--budget", type=int, default=4096, help="tokens of a selection")
+    parser.add_argument("--pool", type=float, default=40.0, help="GiB of random keys and values")
+    parser.add_argument("--seconds", type=float, default=0.15, help="time spent on each measurement")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="verify on small shapes only; runs without a GPU")
+    parser.add_argument("--tune", nargs="*", metavar="KERNEL", help="search launch constants (of all kernels)")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Every operation against the reference, on the very tensors that are timed. A mismatch ends the benchmark."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import HybridConfig
+from ..ops import KV, Selections, reference
+from .workload import Workload
+
+
+class MismatchError(RuntimeError):
+    """An operation that does not do what the reference does; the message says which and by how much."""
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """`|result - expected| / |expected|`; NaN stays NaN."""
+    difference = (result.float() - expected.float()).norm()
+    return (difference / expected.float().norm().clamp(min=1e-30)).item()
+
+
+def check_close(what: str, result: Tensor, expected: Tensor, tolerance: float) -> float:
+    """The relative error; raises `MismatchError` above `tolerance`."""
+    error = relative_error(result, expected)
+    if not error <= tolerance:
+        raise MismatchError(f"{what} differs from the reference by {error:.2e} (allowed: {tolerance:.0e}).")
+    return error
+
+
+def check_same_blocks(what: str, result: Selections, expected: Selections) -> None:
+    """Raise `MismatchError` unless both hold the same sets of blocks."""
+    same_counts = torch.equal(result.counts, expected.counts)
+    if not same_counts or not torch.equal(result.blocks.sort(-1).values, expected.blocks.sort(-1).values):
+        raise MismatchError(f"{what} selects other blocks than the reference.")
+
+
+def verify(work: Workload, config: HybridConfig) -> dict[str, float]:
+    """Check the operations on the first cache of a workload; returns their relative errors."""
+    (query, kv), scale, size = work.inputs(0), work.shape.scale, config.block_size
+    heads = tuple(range(work.shape.kv_heads))
+    exact = work.shape.dtype == torch.float32
+    where = f"batch {work.batch}, context {work.context}, blocks of {size}"
+    errors = {}
+
+    dense = by_sequence(lambda q, cache: reference.attend(q, cache, scale), query, kv)
+    errors["attend"] = check_close(f"attend ({where})", ops.attend(query, kv, scale), dense, 1e-5 if exact else 1e-2)
+
+    scores = ops.scan_blocks(query, kv, heads, size, scale)
+    expected = by_sequence(lambda q, cache: reference.scan_blocks(q, cache, heads, size, scale), query, kv, dim=1)
+    errors["scan_blocks"] = check_close(f"scan_blocks ({where})", scores, expected, 1e-4)
+
+    right, mine, fused = (work.selections(config, len(heads)) for _ in range(3))
+    reference.select_blocks(scores, kv, config, right)
+    ops.select_blocks(scores, kv, config, mine)
+    check_same_blocks(f"select_blocks ({where})", mine, right)
+    ops.scan_select(query, kv, heads, config, scale, fused)
+    check_same_blocks(f"scan_select ({where})", fused, right)
+
+    selections, rows = work.random_selections(config)
+    result = ops.attend_blocks(query, kv, selections, rows[0], size, scale)
+    expected = reference.attend_blocks(query, kv, selections, rows[0], size, scale)
+    errors["attend_blocks"] = check_close(f"attend_blocks ({where})", result, expected, 1e-5 if exact else 1e-2)
+    return errors
+
+
+def by_sequence(operation, query: Tensor, kv: KV, dim: int = 0) -> Tensor:
+    """The reference, one sequence of a contiguous cache at a time: it makes float32 copies."""
+    results = []
+    for b in range(kv.batch):
+        one = KV(kv.keys[b : b + 1], kv.values[b : b + 1], *(None if t is None else t[b : b + 1] for t in kv[2:4]))
+        results.append(operation(query[b : b + 1], one))
+    return torch.cat(results, dim)

@@ -1,0 +1,194 @@
+"""What the benchmarks of operations run on: caches cut out of one pool of random numbers, and the calls to time.
+
+    pool      | layer 0: keys, values | layer 1: keys, values | ...      as many layers as fit, at most the model's
+
+Successive calls take successive layers, so that together they read more than the L2 holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import HybridConfig
+from ..ops import KV, Selections
+from ..plan import HeadPlan
+from .timing import Call
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention of a model."""
+
+    query_heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    layers: int = 32
+    retrieval_heads: int = 32
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one key of one KV head."""
+        return self.dim * self.dtype.itemsize
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+
+def make_pool(shape: Shape, tokens: int, device: torch.device | str) -> Tensor:
+    """Random numbers for `tokens` keys and values of all KV heads of a layer."""
+    return torch.empty(2 * tokens * shape.kv_heads * shape.dim, dtype=shape.dtype, device=device).normal_()
+
+
+def spread_plan(shape: Shape) -> HeadPlan:
+    """Retrieval heads all over the model: all of layer 0, the rest over every second layer; donors in turn."""
+    spread = range(1, shape.layers, 2)
+    chosen = [(0, head) for head in range(shape.kv_heads)]
+    for i in range(shape.retrieval_heads - shape.kv_heads):
+        chosen.append((spread[i % len(spread)], (3 * i + i // len(spread)) % shape.kv_heads))
+    donors = []
+    for layer in range(shape.layers):
+        earlier = [head for head in sorted(chosen) if head[0] <= layer]
+        donors.append(
+            [
+                (layer, head) if (layer, head) in chosen else earlier[(5 * layer + head) % len(earlier)]
+                for head in range(shape.kv_heads)
+            ]
+        )
+    return HeadPlan.from_donors(donors)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Decoding `batch` sequences of `context` tokens each.
+
+    Attributes:
+        shape: the model's attention.
+        pool: random numbers, see `make_pool`.
+        batch: sequences.
+        context: tokens of each.
+    """
+
+    shape: Shape
+    pool: Tensor
+    batch: int
+    context: int
+
+    @cached_property
+    def caches(self) -> list[KV]:
+        """One for each layer that fits into the pool, at least one and at most the model's."""
+        shape = self.shape
+        sizes = (self.batch, shape.kv_heads, self.context, shape.dim)
+        half = self.batch * shape.kv_heads * self.context * shape.dim
+        layers = min(self.pool.numel() // (2 * half), shape.layers)
+        lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=self.pool.device)
+        halves = [self.pool[i * half : (i + 1) * half].view(sizes) for i in range(2 * layers)]
+        return [KV(halves[2 * i], halves[2 * i + 1], lengths) for i in range(layers)]
+
+    @cached_property
+    def queries(self) -> list[Tensor]:
+        """A query for each cache."""
+        size = (len(self.caches), self.batch, self.shape.query_heads, self.shape.dim)
+        return list(torch.randn(size, device=self.pool.device).to(self.shape.dtype))
+
+    def inputs(self, i: int) -> tuple[Tensor, KV]:
+        """Query and cache of the i-th call."""
+        return self.queries[i % len(self.caches)], self.caches[i % len(self.caches)]
+
+    # ------------------------------------------------------------------ bytes that must be read
+
+    @property
+    def dense_bytes(self) -> int:
+        """Keys and values of one layer."""
+        return 2 * self.scan_bytes(self.shape.kv_heads)
+
+    def scan_bytes(self, heads: int) -> int:
+        """Keys of some heads."""
+        return self.batch * heads * self.context * self.shape.key_bytes
+
+    def sparse_bytes(self, config: HybridConfig) -> int:
+        """Keys and values of one layer's selections."""
+        tokens = min(config.budget_blocks * config.block_size, self.context)
+        return 2 * self.batch * self.shape.kv_heads * tokens * self.shape.key_bytes
+
+    def step_bytes(self, config: HybridConfig) -> int:
+        """Keys and values that a hybrid step reads in all layers."""
+        return self.scan_bytes(self.shape.retrieval_heads) + self.shape.layers * self.sparse_bytes(config)
+
+    # ------------------------------------------------------------------ calls
+
+    def scans(self, count: int, heads: int, config: HybridConfig) -> list[Call]:
+        """`count` scans of `heads` heads, different ones each time."""
+
+        def scan(i: int) -> Any:
+            query, kv = self.inputs(i)
+            return ops.scan_blocks(query, kv, self.some_heads(i, heads), config.block_size, self.shape.scale)
+
+        return [lambda i=i: scan(i) for i in range(count)]
+
+    def scan_selects(self, count: int, heads: int, config: HybridConfig) -> list[Call]:
+        """Like `scans`, with the selection."""
+        out = self.selections(config, heads)
+
+        def scan_select(i: int) -> None:
+            query, kv = self.inputs(i)
+            ops.scan_select(query, kv, self.some_heads(i, heads), config, self.shape.scale, out)
+
+        return [lambda i=i: scan_select(i) for i in range(count)]
+
+    def attends(self, count: int, config: HybridConfig) -> list[Call]:
+        """`count` layers of attention over random selections, a row for each head."""
+        selections, rows = self.random_selections(config)
+
+        def attend(i: int) -> Tensor:
+            query, kv = self.inputs(i)
+            return ops.attend_blocks(query, kv, selections, rows[i % len(rows)], config.block_size, self.shape.scale)
+
+        return [lambda i=i: attend(i) for i in range(count)]
+
+    def step(self, config: HybridConfig) -> Call:
+        """All attention of a decode step."""
+        shape, plan = self.shape, spread_plan(self.shape)
+        selections, _ = self.random_selections(config)
+        rows = [torch.tensor(plan.donor_rows(i), device=self.pool.device) for i in range(shape.layers)]
+        heads = [plan.retrieval_heads(i) for i in range(shape.layers)]
+        first = [plan.first_row(i) for i in range(shape.layers)]
+
+        def step() -> None:
+            for i in range(shape.layers):
+                query, kv = self.inputs(i)
+                if heads[i]:
+                    out = selections.rows(first[i], len(heads[i]))
+                    ops.scan_select(query, kv, heads[i], config, shape.scale, out)
+                ops.attend_blocks(query, kv, selections, rows[i], config.block_size, shape.scale)
+
+        return step
+
+    def some_heads(self, i: int, heads: int) -> tuple[int, ...]:
+        """`heads` KV heads; the i-th choice shares none with the ones around it, as far as there are others."""
+        first = i // len(self.caches) * heads
+        return tuple(sorted((first + j) % self.shape.kv_heads for j in range(heads)))
+
+    def selections(self, config: HybridConfig, rows: int) -> Selections:
+        """Empty ones."""
+        capacity = config.capacity_blocks(ceil(self.context / config.block_size))
+        return Selections.allocate(rows, self.batch, capacity, self.pool.device)
+
+    def random_selections(self, config: HybridConfig) -> tuple[Selections, list[Tensor]]:
+        """Full rows for every retrieval head of the model, and rows of donors for four layers."""
+        num_rows, heads = self.shape.retrieval_heads, self.shape.kv_heads
+        out, num_blocks = self.selections(config, num_rows), ceil(self.context / config.block_size)
+        for r in range(num_rows):
+            noise = torch.rand(self.batch, num_blocks, device=self.pool.device)
+            out.blocks[r] = noise.topk(out.blocks.shape[2]).indices.sort(-1).values.int()
+        out.counts.fill_(out.blocks.shape[2])
+        row = torch.arange(num_rows, device=self.pool.device)
+        return out, [row.roll(-heads * i)[:heads].clone() for i in range(max(num_rows // heads, 1))]
