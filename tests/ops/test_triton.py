@@ -236,7 +236,8 @@ def test_scan(layout, dtype, score):
     kv = kv._replace(values=torch.full_like(kv.values, nan))
     query = make_query(kv, 3)
     result = kernels.scan_blocks(query, kv, (1, 0), 16, SCALE, score)
-    close(result, reference.scan_blocks(query, kv, (1, 0), 16, SCALE, score), dtype)
+    expected = reference.scan_blocks(query, kv, (1, 0), 16, SCALE, score)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-6)  # in any dtype: products are exact in float32
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 64, 256])
@@ -401,7 +402,8 @@ def test_large(block_size):
     config = HybridConfig(block_size=block_size)
     query, rows = make_query(kv, 4), torch.randint(0, 8, (8,), device=DEVICE)
     scores = kernels.scan_blocks(query, kv, tuple(range(8)), block_size, SCALE)
-    close(scores, reference.scan_blocks(query, kv, tuple(range(8)), block_size, SCALE), torch.float16)
+    exact = reference.scan_blocks(query, kv, tuple(range(8)), block_size, SCALE)
+    torch.testing.assert_close(scores, exact, rtol=1e-3, atol=1e-8)
     expected, out = (Selections.allocate(8, 4, 4096 // block_size, DEVICE) for _ in range(2))
     reference.select_blocks(scores, kv, config, expected)
     kernels.scan_select(query, kv, tuple(range(8)), config, SCALE, out)
@@ -424,7 +426,7 @@ def test_offsets_beyond_32_bits():
     config, mine = HybridConfig(block_size=16), query[:, 2 * head :]
     close(kernels.attend(query, kv, SCALE, (head,)), reference.attend(mine, alone, SCALE), torch.bfloat16)
     scores = kernels.scan_blocks(query, kv, (head,), 16, SCALE)
-    torch.testing.assert_close(scores, reference.scan_blocks(mine, alone, (0,), 16, SCALE), rtol=1e-2, atol=1e-8)
+    torch.testing.assert_close(scores, reference.scan_blocks(mine, alone, (0,), 16, SCALE), rtol=1e-3, atol=1e-9)
     expected, out = (Selections.allocate(1, 1, 256, DEVICE) for _ in range(2))
     reference.select_blocks(scores, kv, config, expected)
     kernels.scan_select(query, kv, (head,), config, SCALE, out)
