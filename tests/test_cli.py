@@ -60,7 +60,11 @@ def refusal(*arguments: str, **options) -> str:
 # ---------------------------------------------------------------------- the program
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], *([name, "--help"] for name in COMMANDS), ["evaluate", "fidelity", "--help"]],
+    ids=" ".join,
+)
 def test_help(arguments):
     assert "Usage: " in run(*arguments).stdout
 
@@ -249,6 +253,43 @@ def test_options_replace_a_presets_budget_as_a_whole():
     assert (changed.config.selection, changed.config.budget_ratio) == ("top_k", None)
     assert [cell.text for cell in changed.train_cells] == ["noise"]
     assert {cell.text for cell in changed.calibrate_cells} == {"a.txt", "noise"}
+
+
+# ---------------------------------------------------------------------- evaluate
+
+
+def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tmp_path):
+    out = str(tmp_path / "fidelity.json")
+    call = ["evaluate", "fidelity", "--model", model_folder, "--plan", plan_file, "--device", "cpu", "--json", out]
+    call += ["--dtype", "float32", "--prompts", "2", *BUDGET, "--cells", "noise:400:passkey:1"]
+    done = run(*call)
+    assert "mean KL of the plan: " in done.stdout
+    first = json.loads((tmp_path / "fidelity.json").read_text(encoding="utf-8"))
+    [(cell, scores)] = first["result"]["cells"].items()
+    assert cell == "400 tokens of noise, 1 passkey"
+    assert {"full", "hybrid", "same index", "own top-k"} <= set(scores)
+    assert first["settings"]["policies"] == list(scores)
+    assert scores["full"]["kl_mean"] == 0
+    assert scores["hybrid"]["kl_mean"] == first["result"]["kl_mean"] > 0
+    assert scores["hybrid"]["kv_bytes_per_token"] < scores["full"]["kv_bytes_per_token"]
+
+    assert run(*call, "--resume").stdout == done.stdout
+    assert "another seed" in refusal(*call, "--resume", "--seed", "1")
+    few = [*call, "--no-controls"]
+    assert runner.invoke(app, [*few, "--max-kl", "1000"]).exit_code == 0
+    done = runner.invoke(app, [*few, "--max-kl", "1e-9"])
+    assert done.exit_code == 1
+    assert "exceeds 1e-09" in done.stderr
+    assert json.loads((tmp_path / "fidelity.json").read_text(encoding="utf-8"))["result"]["faithful"] is False
+
+
+def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
+    call = ["evaluate", "fidelity", "--model", model_folder, "--plan", plan_file]
+    assert "--resume needs the --json file" in refusal(*call, "--resume")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    assert "is not a result file" in refusal(*call, "--resume", "--json", str(tmp_path / "other.json"))
+    assert "--prompts must be at least 1" in refusal(*call, "--prompts", "0")
+    assert "is not TEXT:TOKENS:TASK:COUNT" in refusal(*call, "--cells", "noise")
 
 
 # ---------------------------------------------------------------------- as a process

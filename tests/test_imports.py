@@ -21,7 +21,8 @@ LEVELS = [
     {"engine", "policies"},
     {"identify", "integrations"},
     {"evaluate", "bench"},
-    {"cli", "demo"},
+    {"cli"},
+    {"demo"},
 ]
 """Modules and packages from the bottom up; each may import what lies on lower levels."""
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}

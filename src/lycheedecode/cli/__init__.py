@@ -21,6 +21,8 @@ COMMANDS = {
     "generate": "Continue a prompt.",
     "identify": "Find the retrieval heads and donors of a model.",
     "inspect": "Show a head plan: who retrieves, and whose selection the others reuse.",
+    "evaluate": "Measure what hybrid decoding changes.",
+    "bench": "Verify, then time.",
 }
 """Each is a module of this package, loaded when it is called: a help text need not wait for PyTorch."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,9 +13,21 @@ from ..engine import Engine
 from ..evaluate.side_by_side import Comparison, compare
 from ..generation import encode
 from ..models import DEFAULT_MODEL, load_model
-from ..plan import HeadPlan, bundled_plans
 from ..sampling import Sampling
-from .options import Device, DeviceMap, Dtype, Json, Model, Plan, Revision, Verbose, takes, takes_form
+from .options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Plan,
+    Revision,
+    Verbose,
+    load_plan,
+    megabytes,
+    takes,
+    takes_form,
+)
 from .report import check_writable, errors, progress, quiet, read_text, write_json
 
 app = typer.Typer(add_completion=False)
@@ -27,24 +39,24 @@ app = typer.Typer(add_completion=False)
 def generate(
     form: dict[str, Any],
     drawing: dict[str, Any],
-    prompt: Annotated[Optional[str], typer.Argument(help="The prompt; default: standard input.")] = None,  # noqa: UP045
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; default: standard input.")] = None,
     prompt_file: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the prompt from a UTF-8 file."),
     ] = None,
     model: Model = DEFAULT_MODEL,
     plan: Plan = None,
     full: Annotated[bool, typer.Option("--full", help="Decode with full attention, without a plan.")] = False,
     against: Annotated[
-        Optional[Literal["full"]],  # noqa: UP045
+        Literal["full"] | None,
         typer.Option("--compare", help="Decode greedily with full attention, too, and show both."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 256,
     chat: Annotated[
-        Optional[bool],  # noqa: UP045
+        bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: if the model has one]"),
     ] = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="End before this string; may be repeated.")] = None,  # noqa: UP045
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     revision: Revision = None,
     device: Device = "auto",
@@ -86,15 +98,6 @@ def generate(
         else:
             result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos)
     write_json(json_file, "generate", settings, result)
-
-
-def load_plan(plan: str | None, model: str) -> HeadPlan:
-    """The plan that was asked for, or the bundled one of the model."""
-    if plan is None and model not in bundled_plans():
-        raise ValueError(
-            f"There is no bundled head plan for {model!r}: give --plan (lycheedecode identify makes one), or --full."
-        )
-    return HeadPlan.load(plan or model)
 
 
 def _prompt(given: str | None, file: Path | None) -> str:
@@ -151,8 +154,3 @@ def _show(comparison: Comparison) -> None:
         f"{comparison.top1_agreement:.1%}, mean KL {comparison.kl_mean:.4f} nats; "
         f"{comparison.speedup:.2f}x the speed, after {comparison.prompt_tokens} tokens"
     )
-
-
-def megabytes(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"

@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,14 +15,10 @@ from ..identify import Cell, IdentifySettings, Progress, paper_settings
 from ..identify import identify as find_plan
 from ..identify.text import load_text
 from ..models import DEFAULT_MODEL, load_model
-from .options import Device, DeviceMap, Dtype, Json, Model, Revision, Verbose, takes, takes_form
+from .options import Cells, Device, DeviceMap, Dtype, Json, Model, Revision, Verbose, parse_cell, takes, takes_form
 from .report import Steps, check_writable, errors, progress, quiet, write_json
 
 app = typer.Typer(add_completion=False)
-_Cells = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(metavar="TEXT:TOKENS:TASK:COUNT", help="A kind of prompt, as prose:2048:passkey:5; may be repeated."),
-]
 
 
 @app.command(no_args_is_help=True)
@@ -35,13 +31,13 @@ def identify(
     model: Model = DEFAULT_MODEL,
     preset: Annotated[Literal["default", "paper"], typer.Option(help="What the options change.")] = "default",
     text: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="SOURCE", help="Text for the prompts that have prose: a file, FILE.jsonl:COLUMN, ..."),
     ] = None,
-    train: _Cells = None,
-    calibrate: _Cells = None,
+    train: Annotated[list[str] | None, Cells] = None,
+    calibrate: Annotated[list[str] | None, Cells] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")] = False,
-    png: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Draw gates and donors (extra: plot).")] = None,  # noqa: UP045
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw gates and donors (extra: plot).")] = None,
     revision: Revision = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -108,7 +104,7 @@ def _settings(
 ) -> IdentifySettings:
     base = paper_settings() if preset == "paper" else IdentifySettings()
     cells = {
-        name: _with_text(tuple(map(_cell, given)) if given else getattr(base, name), text)
+        name: _with_text(tuple(map(parse_cell, given)) if given else getattr(base, name), text)
         for name, given in (("train_cells", train), ("calibrate_cells", calibrate))
     }
     return replace(base, config=_changed(base.config, form), **cells, **changes)
@@ -121,15 +117,6 @@ def _changed(config: HybridConfig, form: dict[str, Any]) -> HybridConfig:
     if any(name in form for name in budget):
         kept = {name: value for name, value in kept.items() if name not in budget}
     return HybridConfig(**{**kept, **form})
-
-
-def _cell(text: str) -> Cell:
-    source, *numbers = text.rsplit(":", 3)
-    if len(numbers) != 3 or not (numbers[0].isdigit() and numbers[2].isdigit()):
-        raise ValueError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
-    if numbers[1] not in ("passkey", "multi_hop"):
-        raise ValueError(f"{text!r}: the task must be passkey or multi_hop, not {numbers[1]!r}.")
-    return Cell(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
 
 
 def _with_text(cells: tuple[Cell, ...], text: str | None) -> tuple[Cell, ...]:

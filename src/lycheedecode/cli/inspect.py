@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,8 +18,8 @@ app = typer.Typer(add_completion=False)
 def inspect(
     plan: Annotated[str, typer.Argument(help="A bundled plan's name, or a file.", metavar="PLAN")],
     gates: Annotated[bool, typer.Option("--gates", help="Show gate means instead of donors.")] = False,
-    png: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a picture (extra: plot).")] = None,  # noqa: UP045
-    html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page that needs no network.")] = None,  # noqa: UP045
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture (extra: plot).")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that needs no network.")] = None,
     json_file: Json = None,
 ) -> None:
     """Show a head plan: who retrieves, and whose selection the others reuse."""

@@ -7,11 +7,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from ..config import HybridConfig
+from ..plan import HeadPlan, bundled_plans
+
+if TYPE_CHECKING:
+    from ..identify import Cell
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -19,20 +23,23 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="smollm2-135m (embedded), a directory, a GGUF file, or a hub id.")
 ]
 Plan = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--plan", "-p", help="Head plan: a bundled name or a file. \\[default: the bundled one of the model]"),
 ]
-Revision = Annotated[Optional[str], typer.Option(help="Revision of a hub model.")]  # noqa: UP045
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DeviceMap = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="Spread the model over several devices: auto, balanced, ... (needs accelerate)."),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--json", metavar="FILE", help="Write the result with settings, machine, versions and commit."),
 ]
+Cells = typer.Option(
+    metavar="TEXT:TOKENS:TASK:COUNT", help="A kind of prompt, as prose:2048:passkey:5; may be repeated."
+)
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath report.")]
 
 
@@ -76,7 +83,7 @@ def _options(
         if field.default is not MISSING and field.default is not None:
             text += f" \\[default: {field.default}]"
         declared = flags.get(field.name, f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}")
-        option = Annotated[Optional[kind], typer.Option(declared, help=text, rich_help_panel=settings.__name__)]  # noqa: UP045
+        option = Annotated[kind | None, typer.Option(declared, help=text, rich_help_panel=settings.__name__)]
         options[field.name] = inspect.Parameter(
             f"{name}_{field.name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option
         )
@@ -97,3 +104,27 @@ def _without_none(kind: Any) -> Any:
 
 takes_form = takes("form", HybridConfig, top_p="--top-p-mass")
 """The options of a hybrid decode step, given to the command as `form`; `--top-p` is left to sampling."""
+
+
+def load_plan(plan: str | None, model: str) -> HeadPlan:
+    """The plan that was asked for, or the bundled one of the model."""
+    if plan is None and model not in bundled_plans():
+        raise ValueError(f"There is no bundled head plan for {model!r}: give --plan (lycheedecode identify makes one).")
+    return HeadPlan.load(plan or model)
+
+
+def parse_cell(text: str) -> Cell:
+    """A kind of prompt from `TEXT:TOKENS:TASK:COUNT`."""
+    from ..identify import Cell
+
+    source, *numbers = text.rsplit(":", 3)
+    if len(numbers) != 3 or not (numbers[0].isdigit() and numbers[2].isdigit()):
+        raise ValueError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
+    if numbers[1] not in ("passkey", "multi_hop"):
+        raise ValueError(f"{text!r}: the task must be passkey or multi_hop, not {numbers[1]!r}.")
+    return Cell(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"

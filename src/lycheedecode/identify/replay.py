@@ -38,7 +38,7 @@ class Lesson:
     prefix: tuple[tuple[Tensor, Tensor], ...]
     """Keys and values of the prompts, `[B, Hkv, S, D]` each, a pair for every layer."""
     answer_ids: Tensor
-    """int64 `[B, T]`, padded on the right."""
+    """int64 `[B, T]`, the answer tokens that are fed to the model (all but the last), padded on the right."""
     mask: Tensor
     """bool `[B, T]`, False on padding."""
     teacher: Tensor
@@ -61,12 +61,13 @@ def prepare(model: nn.Module, prompts: Sequence[Prompt], chunk: int = 4096) -> L
         model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
     prefix = tuple((layer.keys, layer.values) for layer in cache.layers)
 
-    longest = max(len(prompt.answer_ids) for prompt in prompts)
-    answer_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        answer_ids[row, : len(prompt.answer_ids)] = torch.tensor(prompt.answer_ids)
-        mask[row, : len(prompt.answer_ids)] = True
+    # The prefill predicts the first token of the answer; feeding the others but the last predicts the rest.
+    fed = [prompt.answer_ids[:-1] for prompt in prompts]
+    answer_ids = torch.zeros(len(prompts), max(map(len, fed)), dtype=torch.int64)
+    mask = torch.zeros_like(answer_ids, dtype=torch.bool)
+    for row, ids in enumerate(fed):
+        answer_ids[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = True
     answer_ids, mask = answer_ids.to(device), mask.to(device)
     lesson = Lesson(prefix, answer_ids, mask, torch.empty(0))
     return Lesson(prefix, answer_ids, mask, replay(model, lesson, full))
@@ -93,11 +94,10 @@ def replay(model: nn.Module, lesson: Lesson, attend: Attend) -> Tensor:
 
 def _full_weights(query: Tensor, key: Tensor, prompt_length: int, scale: float | None) -> Tensor:
     """Softmax weights `[B, Hkv, G, T, S + T]` in float32 of queries `[B, Hq, T, D]`."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = (grouped @ key[:, :, None].mT).float() * scale
-    length = query.shape[2]
-    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    steps, scale = query.shape[2], query.shape[-1] ** -0.5 if scale is None else scale
+    grouped = (query * scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # one product for the whole group
+    logits = (grouped @ key.mT).float().unflatten(2, (-1, steps))
+    future = torch.ones(steps, steps, dtype=torch.bool, device=query.device).triu(1)
     return logits.masked_fill(F.pad(future, (prompt_length, 0)), float("-inf")).softmax(-1)
 
 
@@ -136,14 +136,19 @@ class _Prefix(CacheLayerMixin):
 
 def full(layer: int, weights: Tensor, values: Tensor) -> Tensor:
     """Full attention: the teacher."""
-    return weights @ values[:, :, None].float()
+    return _weigh(weights, values)
 
 
 def over_blocks(weights: Tensor, values: Tensor, chosen: Tensor, block_size: int) -> Tensor:
     """Attention over chosen blocks only, `chosen` bool `[B, Hkv, T, N]`."""
-    tokens = chosen.repeat_interleave(block_size, -1)[..., : weights.shape[-1]]
+    tokens = chosen[..., None].expand(*chosen.shape, block_size).flatten(-2)[..., : weights.shape[-1]]
     kept = weights * tokens[:, :, None]
-    return (kept @ values[:, :, None].float()) / kept.sum(-1, keepdim=True)
+    return _weigh(kept, values) / kept.sum(-1, keepdim=True)
+
+
+def _weigh(weights: Tensor, values: Tensor) -> Tensor:
+    """`[B, Hkv, G, T, S] x [B, Hkv, S, D] -> [B, Hkv, G, T, D]`, one product for the whole group."""
+    return (weights.flatten(2, 3) @ values.float()).unflatten(2, weights.shape[2:4])
 
 
 @torch.no_grad()

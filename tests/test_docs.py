@@ -1,0 +1,112 @@
+"""The documents say what is so: code runs, options exist, links lead somewhere, results are current."""
+
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from lycheedecode import HeadPlan
+from lycheedecode.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = runpy.run_path(str(ROOT / "docs" / "make_results.py"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_their_options_exist(page):
+    for line in "".join(blocks(page, "")).splitlines():
+        if not line.startswith("lycheedecode "):
+            continue
+        words = shlex.split(line, comments=True)
+        command = words[1:3] if words[1] in ("evaluate", "bench") else words[1:2]
+        done = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"})
+        assert done.exit_code == 0, line
+        for option in [word for word in words if word.startswith("--")]:
+            assert f"{option} " in done.stdout, line
+
+
+def test_options_named_in_the_text_exist():
+    known = "".join(
+        CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"}).stdout
+        for command in (["generate"], ["identify"], ["inspect"], ["evaluate", "fidelity"])
+    )
+    for page in PAGES:
+        for option in re.findall(r"`[^`\n]*?(--[a-z-]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+            assert f"{option} " in known, f"{page.name}: {option}"
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for page in PAGES:
+        assert set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= set(targets)
+
+
+def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
+    """With a tiny model in the place of the embedded one."""
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    tiny.plan().save(tmp_path / "plan.json")
+    code = "".join(blocks(ROOT / "README.md", "python"))
+    code = code.replace('load_model("smollm2-135m")', f'load_model({str(tmp_path / "model")!r}, device="cpu")')
+    code = code.replace('load("smollm2-135m")', f"load({str(tmp_path / 'plan.json')!r})")
+    assert "smollm2-135m" not in code
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    assert capsys.readouterr().out
+
+
+def test_the_example_plan_is_one(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "head-plans.md"
+    [text] = blocks(page, "json")
+    plan = HeadPlan.from_json(text)
+    assert plan.retrieval == ((0, 0), (0, 1), (1, 1))
+    (tmp_path / "my-plan.json").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec("".join(blocks(page, "python")), {})
+    assert HeadPlan.load("copy.json") == plan
+
+
+def test_the_results_are_those_of_the_result_files():
+    written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert written == RESULTS["render"](), "run: make results"
+
+
+def test_every_kind_of_result_becomes_a_table(tmp_path):
+    environment = {
+        "date": "2026-01-02T03:04:05Z",
+        "machine": {"gpus": ["NVIDIA X"], "cpu": "Y", "cores": 2},
+        "versions": {"torch": "2.13.0", "python": "3.11"},
+        "commit": "0123456789abcdef",
+    }
+    score = {"kl_mean": 0.012345, "top1_agreement": 0.987, "kv_bytes_per_token": 2.5e6}
+    files = {
+        "a": {"command": "evaluate fidelity", "result": {"cells": {"2048 tokens": {"hybrid": score}}, "kl_mean": 0.5}},
+        "b": {"command": "bench ops", "result": {"rows": [{"op": "scan", "ms": 1.5, "share": 0.5}, {"op": "all"}]}},
+        "c": {"what": "ways", "variants": {"x": {"retrieval_heads": 4, "kl_mean": 0.2, "kl": {"noise": 0.1}}}},
+    }
+    for name, report in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**report, "environment": environment}), encoding="utf-8")
+    text = RESULTS["render"](tmp_path)
+    assert "1 x NVIDIA X; torch 2.13.0; commit 0123456789; 2026-01-02" in text
+    assert "| hybrid | 0.01235 | 98.7% | 2.50 MB |" in text
+    assert "- kl mean: 0.5" in text
+    assert "| op | ms | share |\n| --- | ---: | ---: |\n| scan | 1.5 | 50.0% |\n| all |  |  |" in text
+    assert "|  | retrieval heads | kl mean | noise |\n| --- | ---: | ---: | ---: |\n| x | 4 | 0.2 | 0.1 |" in text
+    assert RESULTS["render"](tmp_path / "none").endswith("There are no result files yet.\n")
