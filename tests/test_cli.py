@@ -292,6 +292,15 @@ def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
     assert "is not TEXT:TOKENS:TASK:COUNT" in refusal(*call, "--cells", "noise")
 
 
+# ---------------------------------------------------------------------- bench
+
+
+def test_bench_hands_its_options_on(tmp_path):
+    run("bench", "ops", "--smoke", "--json", str(tmp_path / "ops.json"))
+    assert json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))["command"] == "bench ops"
+    assert runner.invoke(app, ["bench", "ops", "--nothing"]).exit_code == 2
+
+
 # ---------------------------------------------------------------------- as a process
 
 
