@@ -238,7 +238,7 @@ class HeadPlan:
         return HeadPlan(donors, self.model, means, {**self.provenance, "shard": [rank, world]})  # type: ignore[arg-type]
 
     def stage(self, first: int, last: int) -> HeadPlan:
-        """The plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor lies before it."""
+        """The plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor lies before."""
         if not 0 <= first < last <= self.num_layers:
             raise PlanError(f"Layers {first} to {last - 1} do not exist in a plan of {self.num_layers} layers.")
         for layer in range(first, last):
