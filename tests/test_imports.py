@@ -18,6 +18,8 @@ LEVELS = [
     {"attention", "sampling", "views"},
     {"models"},
     {"cache", "generation", "routing"},
+    {"dense", "step"},
+    {"decoder"},
     {"engine", "policies"},
     {"identify", "integrations"},
     {"evaluate", "bench"},

@@ -20,6 +20,8 @@ class DecodeAttention(Protocol):
     """What a decode step does in its attention layers; `Engine` decodes with any of these.
 
     Layers are called in order, once a step; the selections that a layer writes serve it and the layers after it.
+    An attention whose launches depend on shapes alone, and which reads nothing from the device, says so by an attribute
+    `graph_safe = True`; its steps may then be replayed as a CUDA graph.
     """
 
     refresh_every: int
@@ -48,6 +50,7 @@ class FullAttention:
     """Dense decode attention: every head reads everything. The baseline."""
 
     refresh_every = 1
+    graph_safe = True
 
     def __init__(self, num_layers: int, num_kv_heads: int) -> None:
         self._num_heads = num_layers * num_kv_heads
@@ -72,6 +75,8 @@ class HybridAttention:
         config: budget, strategy, form.
         layers: the layers that follow the plan, None for all; only `bytes_read` needs to know.
     """
+
+    graph_safe = True
 
     def __init__(self, plan: HeadPlan, config: HybridConfig, layers: Sequence[int] | None = None) -> None:
         self.plan = plan
@@ -103,8 +108,8 @@ class HybridAttention:
         """
         config, roles = self.config, self._layers[layer]
         if roles.retrieval and refresh:
-            scores = ops.scan_blocks(query, kv, roles.retrieval, config.block_size, scale, config.block_score)
-            ops.select_blocks(scores, kv, config, out=selections.rows(roles.first_row, len(roles.retrieval)))
+            chosen = selections.rows(roles.first_row, len(roles.retrieval))
+            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen)
         if config.retrieval_attention == "selected" or not roles.retrieval:
             rows = _as_index(roles.donor_rows, query.device)
             return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .ops import KV, Selections
+from .attention import DecodeAttention
+from .ops import KV, Selections, kernels
 
 ROOM = 256
 """Slots are allocated in multiples of this, which every block size divides."""
@@ -44,6 +45,11 @@ class GrowingLayer(CacheLayerMixin):
     def values(self) -> Tensor | None:
         """`[B, Hkv, length, D]`, a view; None before the first token."""
         return self._values[:, :, : self.length] if self.is_initialized else None
+
+    @property
+    def store(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, `[B, Hkv, capacity, D]` each, filled or not."""
+        return self._keys, self._values
 
     @property
     def capacity(self) -> int:
@@ -131,11 +137,17 @@ class KVCache(Cache):
     Args:
         num_layers: layers of the model.
         starts: int32 `[B]`, slot of each sequence's first token (left padding); None when all start at slot 0.
+
+    Attributes:
+        selections: buffers of the attention that decodes, None before the first step or where nothing is selected.
+        selected_at: length of the cache when the first selection was made; None makes the next step select.
+        fixed_steps: what engines keep of their steps over these very buffers.
     """
 
     def __init__(self, num_layers: int, starts: Tensor | None = None) -> None:
         super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
         self.starts = starts
+        self.fixed_steps: dict[Any, Any] = {}
         self.forget_selections()
 
     @property
@@ -148,26 +160,57 @@ class KVCache(Cache):
         """Slots there is room for, padding included."""
         return self.layers[0].capacity
 
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one key of one KV head."""
+        keys, _ = self.layers[0].store
+        return keys.shape[-1] * keys.element_size()
+
     def token_counts(self) -> Tensor:
         """int32 `[B]`: cached tokens of each sequence."""
         return self.kv(0).token_counts()
 
     def reserve(self, slots: int) -> None:
         """Make room for `slots` slots in every layer."""
+        if slots > self.capacity:
+            self.fixed_steps.clear()  # they hold on to the stores, which move now
         for layer in self.layers:
             layer.reserve(slots)
+
+    def advance(self) -> None:
+        """Count a token that was written into the stores."""
+        for layer in self.layers:
+            layer.length += 1
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on, and the selections made there."""
         for layer in self.layers:
             layer.truncate(length)
-        self.forget_selections()
+        self.selected_at = None
+
+    def selections_for(self, attention: DecodeAttention) -> tuple[Selections | None, bool]:
+        """The selections of the step to come, and whether it selects anew; makes room for its token.
+
+        The buffers stay the same from step to step, and when the cache is truncated; they change when the cache moves
+        to a larger place, its sequences change, or another attention takes over.
+        """
+        position = self.length
+        self.reserve(position + 1)
+        owner = attention, self.capacity
+        if self._owner != owner:
+            self.fixed_steps.clear()
+            self.selections = attention.allocate(self.layers[0].batch_size, self.capacity, self.layers[0].device)
+            self._owner, self.selected_at = owner, None
+        if self.selected_at is None:
+            self.selected_at = position
+        return self.selections, (position - self.selected_at) % attention.refresh_every == 0
 
     def forget_selections(self) -> None:
         """Make the next step select anew, into buffers of its own."""
         self.selections: Selections | None = None
-        self.selections_slots = 0
-        self.selected_at = 0
+        self.selected_at: int | None = None
+        self.fixed_steps.clear()
+        self._owner: tuple[DecodeAttention | None, int] = None, 0
 
     def kv(self, layer: int) -> KV:
         """What the operations read of a layer."""
@@ -192,3 +235,21 @@ class KVCache(Cache):
 def _room_for(states: Tensor, slots: int) -> Tensor:
     batch, heads, _, dim = states.shape
     return states.new_empty(batch, heads, slots, dim)
+
+
+def write_newest(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, filled: Tensor) -> None:
+    """Write the newest token to slot `filled[b] - 1` of each sequence of a store; no slot number reaches the host.
+
+    Args:
+        keys, values: `[B, Hkv, capacity, D]`; written in place.
+        key, value: of the token, `[B, Hkv, D]`.
+        filled: int32 `[B]`, slots in use, the token's own included.
+    """
+    if keys.is_cuda and kernels is not None and kernels.why_not(key) is None:
+        from .ops.triton.append import append
+
+        append(keys, values, key, value, filled)
+        return
+    sequence, slot = torch.arange(filled.shape[0], device=filled.device), filled.long() - 1
+    keys[sequence, :, slot] = key
+    values[sequence, :, slot] = value

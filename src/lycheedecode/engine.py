@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from .attention import DecodeAttention, FullAttention, HybridAttention
 from .cache import KVCache
 from .config import HybridConfig
+from .decoder import Decoder, Execution
+from .dense import ChunkAttention
 from .generation import Generation, Piece, Progress, PromptLike, encode, stop_token_ids
 from .models import AttentionRoute
-from .ops import KV
 from .plan import HeadPlan
-from .routing import Decode, RoutedAttention, supported_shape
+from .routing import Reach, supported_shape
 from .sampling import Sampler, Sampling
 
 TokenIds = Tensor | Sequence[Sequence[int]]
@@ -53,10 +54,16 @@ class Context:
     steps: int = 0
     _uncorrected: list[Tensor] = field(default_factory=list)
 
+    @property
+    def padding(self) -> list[int] | None:
+        """Unused slots before each prompt; None where there are none."""
+        longest = max(self.prompt_lengths)
+        return [longest - length for length in self.prompt_lengths] if min(self.prompt_lengths) < longest else None
+
     def rewind(self) -> None:
         """Forget all that was decoded; the prompts stay."""
         self.cache.truncate(max(self.prompt_lengths))
-        self.kv_bytes = torch.zeros_like(self.kv_bytes)
+        self.kv_bytes.zero_()
         self.steps = 0
         self._uncorrected.clear()
 
@@ -71,6 +78,9 @@ class Engine:
         config: how to decode; `correction_every` also holds for full attention.
         attention: decode attention to use instead of a plan's.
         prefill_chunk: prompt tokens that pass through the model at once.
+        execution: `auto`: on a GPU a decode step is compiled and replayed as a CUDA graph, as far as that is possible;
+            `compiled`, `graph` or `eager` insist on one way (see `decoder`).
+        backend: of `torch.compile`, for those who have a better one.
 
     Raises:
         ModelError: the model's attention cannot be replaced.
@@ -86,6 +96,8 @@ class Engine:
         config: HybridConfig | None = None,
         attention: DecodeAttention | None = None,
         prefill_chunk: int = 2048,
+        execution: Execution = "auto",
+        backend: Any = None,
     ) -> None:
         if plan is not None and attention is not None:
             raise ValueError("Give a plan or an attention, not both.")
@@ -100,9 +112,10 @@ class Engine:
         self.attention: DecodeAttention = attention or full
         self._full = full
         self._prefill_chunk = prefill_chunk
-        self._routed = RoutedAttention(self.shape)
-        self._route = AttentionRoute(model, self._routed)
-        self._all_global = len(self.shape.global_layers) == self.shape.num_layers
+        reaches = Reach.of_layers(model, self.shape)
+        self._decoder = Decoder(model, self.attention, reaches, execution, backend)
+        self._chunks = ChunkAttention(reaches)
+        self._route = AttentionRoute(model, self._chunks, masks=False)
 
     @property
     def device(self) -> torch.device:
@@ -123,16 +136,15 @@ class Engine:
         """
         padded, lengths = self._pad(input_ids)
         longest = padded.shape[1]
+        padding = [longest - length for length in lengths] if min(lengths) < longest else None
         if 0 < self.shape.max_positions < longest:
             raise ValueError(f"The prompt has {longest} tokens; the model has {self.shape.max_positions} positions.")
-        starts = None
-        if min(lengths) < longest:
-            starts = torch.tensor([longest - length for length in lengths], dtype=torch.int32, device=self.device)
+        starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
         cache = KVCache(self.shape.num_layers, starts)
         cache.reserve(longest + room)
         began = self._now()
         for chunk in padded.split(self._prefill_chunk, dim=1):
-            logits = self._forward(cache, chunk)
+            logits = self._dense(cache, chunk, padding)
         seconds = self._now() - began
         return Context(
             cache, logits, lengths, seconds, torch.zeros(len(lengths), dtype=torch.float64, device=self.device)
@@ -144,23 +156,12 @@ class Engine:
         With Cache Correction, every n-th token passes through the model together with the n - 1 before it, densely:
         their cache entries are rewritten, and the logits come from that pass.
         """
-        cache, every = context.cache, self.config.correction_every
         context.steps += 1
-        if every:
-            context._uncorrected.append(token_ids)
-            if len(context._uncorrected) >= every:
+        if self.config.correction_every:
+            context._uncorrected.append(token_ids.clone())
+            if len(context._uncorrected) >= self.config.correction_every:
                 return self._correct(context)
-        selections, refresh = self._selections(cache)
-        attention, starts = self.attention, cache.starts
-
-        def decode(
-            layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
-        ) -> Tensor:
-            return attention(layer, query, KV(keys, values, None, starts), selections, scale, refresh)
-
-        logits = self._forward(cache, token_ids[:, None], decode)
-        context.kv_bytes += attention.bytes_read(cache.token_counts(), selections, refresh, self._key_bytes(cache))
-        return logits
+        return self._decoder.logits(context.cache, token_ids, context.kv_bytes).clone()
 
     def score(self, prompt: Context | TokenIds, answer_ids: TokenIds) -> Tensor:
         """Feed answers through decode steps, one token a sequence at a time.
@@ -260,51 +261,31 @@ class Engine:
             kv_bytes_per_token=float(context.kv_bytes[sequence]) / max(context.steps, 1),
         )
 
-    # ------------------------------------------------------------------ inside a step
+    # ------------------------------------------------------------------ several tokens at once
 
-    def _forward(self, cache: KVCache, token_ids: Tensor, decode: Decode | None = None) -> Tensor:
-        """Tokens `[B, T]` -> logits `[B, V]` after the last; dense unless `decode` says otherwise."""
-        first, last = cache.length, cache.length + token_ids.shape[1]
-        positions = torch.arange(first, last, device=token_ids.device)[None]
-        mask = None
+    def _dense(self, cache: KVCache, token_ids: Tensor, padding: list[int] | None) -> Tensor:
+        """Tokens `[B, T]` -> logits float32 `[B, V]` after the last; every layer is dense."""
+        positions = torch.arange(cache.length, cache.length + token_ids.shape[1], device=token_ids.device)[None]
         if cache.starts is not None:
             positions = (positions - cache.starts[:, None]).clamp_(min=0)
-            if decode is None or not self._all_global:  # our own attention knows where sequences start
-                mask = torch.arange(last, device=token_ids.device) >= cache.starts[:, None]
-        self._routed.decode = decode
+        self._chunks.padding = padding
         with self._route, torch.inference_mode():
             output = self.model(
                 input_ids=token_ids,
                 position_ids=positions,
-                attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
         return output.logits[:, -1].float().clone()  # an ordinary tensor, which callers may change
 
-    def _selections(self, cache: KVCache) -> tuple[Any, bool]:
-        """The selections of the step to come, and whether it selects anew."""
-        position = cache.length
-        cache.reserve(position + 1)
-        if cache.selections is None or cache.selections_slots != cache.capacity:
-            cache.selections = self.attention.allocate(cache.layers[0].batch_size, cache.capacity, self.device)
-            cache.selections_slots, cache.selected_at = cache.capacity, position
-        refresh = (position - cache.selected_at) % self.attention.refresh_every == 0
-        return cache.selections, refresh
-
     def _correct(self, context: Context) -> Tensor:
         cache, tokens = context.cache, torch.stack(context._uncorrected, 1)
         context._uncorrected.clear()
         cache.truncate(cache.length - tokens.shape[1] + 1)  # the newest token has no entry yet
-        logits = self._forward(cache, tokens)
-        context.kv_bytes += self._full.bytes_read(cache.token_counts(), None, True, self._key_bytes(cache))
+        logits = self._dense(cache, tokens, context.padding)
+        context.kv_bytes += self._full.bytes_read(cache.token_counts(), None, True, cache.key_bytes)
         return logits
-
-    @staticmethod
-    def _key_bytes(cache: KVCache) -> int:
-        keys = cache.layers[0].keys
-        return keys.shape[-1] * keys.element_size()
 
     def _pad(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
         """Sequences as int64 `[B, longest]` on the model's device, and their lengths."""

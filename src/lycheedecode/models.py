@@ -171,17 +171,27 @@ class AttentionRoute:
     """Sends every attention layer of a Hugging Face model through `function` while it is open (a context manager).
 
     `function` has the signature of transformers' attention interface: `(module, query, key, value, attention_mask,
-    scaling=..., **kwargs) -> (output [B, T, Hq, D], None)`. It gets the masks that SDPA would get. Nothing is left
-    behind on exit: the registered name is unique to this route and removed with it. Opening costs microseconds, so a
-    generation loop can open the route for each step and leave the model alone in between.
+    scaling=..., **kwargs) -> (output [B, T, Hq, D], None)`. Nothing is left behind on exit: the registered name is
+    removed with the route. Opening costs microseconds, so a generation loop can open the route for each step and leave
+    the model alone in between.
+
+    Args:
+        model: a Hugging Face decoder.
+        function: what attends.
+        masks: give `function` the masks that SDPA would get; otherwise no mask is made, and it gets None.
+        name: what `function` is registered as; None makes up a name that no other route has. Compiled code is valid
+            for one name.
 
     Raises:
         ModelError: on opening, when the model's attention is routed already.
     """
 
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, model: nn.Module, function: Callable[..., Any], *, masks: bool = True, name: str | None = None
+    ) -> None:
         self._function = function
-        self._name = f"{_ROUTE_PREFIX}{next(_route_numbers)}"
+        self._masks = masks
+        self._name = f"{_ROUTE_PREFIX}{next(_route_numbers) if name is None else name}"
         modules = (module for module in model.modules() if hasattr(module, "config"))
         self._configs = list({id(module.config): module.config for module in modules}.values())
         self._before: list[Any] = []
@@ -195,7 +205,8 @@ class AttentionRoute:
             raise ModelError("The attention of this model is already routed by LycheeDecode: leave that context first.")
         # Masks are made only for names in the class-wide mapping, so assignment to the registry would not do.
         ALL_ATTENTION_FUNCTIONS.register(self._name, self._function)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, sdpa_mask)
+        if self._masks:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, sdpa_mask)
         self._before = before
         for config in self._configs:
             config._attn_implementation = self._name
@@ -207,7 +218,7 @@ class AttentionRoute:
         for config, implementation in zip(self._configs, self._before, strict=True):
             config._attn_implementation = implementation
         for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            registry._global_mapping.pop(self._name)  # transformers has no public opposite of `register`
+            registry._global_mapping.pop(self._name, None)  # transformers has no public opposite of `register`
 
 
 def route_attention(model: nn.Module, function: Callable[..., Any]) -> AttentionRoute:

@@ -6,8 +6,8 @@ where the tokens of a sequence lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -49,15 +49,70 @@ class RoutedAttention:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        for name, what in _NOT_PLAIN.items():
-            given = options.get(name)
-            if given is not None and given is not False:
-                raise ModelError(f"LycheeDecode decodes plain softmax attention only, not {what} ({name}).")
+        refuse_unless_plain(options)
         if self.decode is None or query.shape[2] != 1 or module.layer_idx not in self._global_layers:
             return self._dense(module, query, key, value, attention_mask, scaling=scaling, **options)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = self.decode(module.layer_idx, query[:, :, 0], key, value, attention_mask, scale)
         return output[:, None], None
+
+
+def refuse_unless_plain(options: Mapping[str, Any]) -> None:
+    """Raise `ModelError` when a model asks its attention for more than a softmax; `options` are what it passes."""
+    for name, what in _NOT_PLAIN.items():
+        given = options.get(name)
+        if given is not None and given is not False:
+            raise ModelError(f"LycheeDecode decodes plain softmax attention only, not {what} ({name}).")
+
+
+class Reach(NamedTuple):
+    """How far back a layer looks.
+
+    Attributes:
+        kind: `full_attention`; `sliding_attention`: over the last `span` tokens; `chunked_attention`: over the tokens
+            of its own chunk of `span` tokens.
+        span: tokens; 0 for all.
+    """
+
+    kind: str = "full_attention"
+    span: int = 0
+
+    @property
+    def is_all(self) -> bool:
+        return self.kind == "full_attention"
+
+    def first_slot(self, filled: Any, start: Any) -> Any:
+        """The first slot that the newest token sees.
+
+        Args:
+            filled: slots in use, the newest token's included; a number, or int32 `[B]`.
+            start: slot of the first token of the sequence; a number where `filled` is one, else int32 `[B]`.
+        """
+        if self.kind == "sliding_attention":
+            first = filled - self.span
+            return first.clamp(min=start) if isinstance(first, Tensor) else _at_least(start, first)
+        if self.kind == "chunked_attention":
+            return start + (filled - 1 - start) // self.span * self.span
+        return start
+
+    @classmethod
+    def of_layers(cls, model: nn.Module, shape: ModelShape) -> tuple[Reach, ...]:
+        """Of every layer of a model; raises `ModelError` for a kind of layer that has no reach."""
+        config = model.config.get_text_config(decoder=True)
+        spans = {
+            "full_attention": 0,
+            "sliding_attention": getattr(config, "sliding_window", None),
+            "chunked_attention": getattr(config, "attention_chunk_size", None),
+        }
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * shape.num_layers
+        for kind in kinds:
+            if spans.get(kind) is None:
+                raise ModelError(f"{shape.architecture} has layers of the kind {kind}, which Engine cannot decode.")
+        return tuple(cls(kind, spans[kind]) for kind in kinds)
+
+
+def _at_least(start: Any, least: int) -> Any:
+    return start.clamp(min=least) if isinstance(start, Tensor) else max(start, least)
 
 
 def supported_shape(model: nn.Module, plan: HeadPlan | None) -> ModelShape:
