@@ -207,15 +207,16 @@ def test_a_missing_extra_is_named(plan_file, tmp_path, monkeypatch):
 
 QUICK = [
     "--train", "noise:400:passkey:1", "--calibrate", "noise:400:passkey:1", "--calibrate-prompts", "2",
-    "--batch-size", "1", "--steps", "3", "--exchange-rounds", "1", "--donor-candidates", "2", *BUDGET,
+    "--batch-size", "1", "--roles", "gates", "--steps", "3", "--exchange-rounds", "1", *BUDGET,
 ]  # fmt: skip
 
 
 def test_identify_writes_a_plan_that_generate_takes(base, model_folder, tmp_path):
     pytest.importorskip("matplotlib")
-    out, report, picture = (str(tmp_path / name) for name in ("plan.json", "report.json", "plan.png"))
+    names = ("plan.json", "report.json", "plan.png", "gates.png")
+    out, report, picture, gates = (str(tmp_path / name) for name in names)
     chosen = ["--model", model_folder, "--device", "cpu", "--dtype", "float32", "--num-retrieval-heads", "4"]
-    done = run("identify", out, *chosen, *QUICK, "--json", report, "--png", picture)
+    done = run("identify", out, *chosen, *QUICK, "--json", report, "--png", picture, "--gates-png", gates)
     plan = HeadPlan.load(out)
     assert len(plan.retrieval) == 4
     assert f"{out}: 4 of 4 x 2 KV heads retrieve" in done.stdout
@@ -225,7 +226,8 @@ def test_identify_writes_a_plan_that_generate_takes(base, model_folder, tmp_path
     result = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["result"]
     assert result["retrieval_heads"] == 4
     assert [state["step"] for state in result["history"]] == [1, 2, 3]
-    assert (tmp_path / "plan.png").stat().st_size > 1000
+    assert len(result["history"][0]["gate_means"]) == 4
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
     run(*base, "--plan", out, *BUDGET, PROMPT)
 
 
@@ -237,8 +239,9 @@ def test_identify_refuses_in_one_sentence(model_folder, tmp_path):
     assert "must be passkey or multi_hop" in refusal(*call, "--train", "noise:400:sums:1")
     assert "do not fit the model's 512 positions" in refusal(*call, "--train", "noise:4000:passkey:1")
     assert "There is no text file" in refusal(*call, "--train", "missing.txt:400:passkey:1")
-    assert "steps must be at least 0" in refusal(*call, "--steps", "-1")
+    assert "steps must be at least 1" in refusal(*call, "--steps", "0")
     assert "num_retrieval_heads" in refusal(*call, "--num-retrieval-heads", "99")
+    assert "add --roles gates" in refusal(*call, "--roles", "sensitivity", "--gates-png", str(tmp_path / "g.png"))
     (tmp_path / "plan.json.state").mkdir()
     assert "add --resume" in refusal(*call)
 

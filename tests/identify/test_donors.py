@@ -1,4 +1,5 @@
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.identify.donors import Reach, assign_donors, measure_coverage
 from lycheedecode.identify.prompts import PromptMaker
 from lycheedecode.identify.replay import prepare
-from lycheedecode.identify.search import Judge, exchange, reassign
+from lycheedecode.identify.search import Judge, exchange
 
 CONFIG = HybridConfig(budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=8)
 REACH = Reach(4, 2)
@@ -66,13 +67,6 @@ def test_donors_stay_inside_shards_and_stages(coverage):
     assert plan.stage(0, 2).num_layers == plan.stage(2, 4).num_layers == 2
 
 
-def test_overrides_hold_while_they_can(coverage):
-    settled = {(2, 0): (0, 1), (2, 1): (3, 0)}
-    table = assign_donors([(1, 0)], coverage, REACH, settled)
-    assert table[2][0] == (0, 1)
-    assert table[2][1] != (3, 0)  # not a retrieval head here
-
-
 @pytest.mark.parametrize(("shards", "stages"), [(3, 1), (1, 5), (0, 1)])
 def test_impossible_divisions_are_refused(shards, stages):
     with pytest.raises(ValueError, match="cannot be divided"):
@@ -83,12 +77,10 @@ def test_search_lowers_the_score_and_keeps_the_number(model, lessons, coverage):
     judge = Judge(model, lessons, CONFIG, REACH)
     assert judge(HeadPlan.all_retrieval(4, 2).donors) == pytest.approx(1.0, rel=1e-3)
     start = [(1, 0), (2, 0)]
-    found = exchange(start, coverage, REACH, judge, rounds=3, report=lambda line: None)
+    donors_of = partial(assign_donors, coverage=coverage, reach=REACH)
+    found = exchange(start, REACH, judge, donors_of, rounds=3)
     assert len(found) == 4
-    before, after = (judge(assign_donors(heads, coverage, REACH)) for heads in (start, found))
-    assert after <= before
-    settled = reassign(found, coverage, REACH, judge, candidates=3, report=lambda line: None)
-    assert judge(assign_donors(found, coverage, REACH, settled)) <= after
+    assert judge(donors_of(found)) <= judge(donors_of(start))
 
 
 def test_kl_is_zero_when_everything_is_selected(model, lessons):

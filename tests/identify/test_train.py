@@ -5,6 +5,7 @@ import torch
 
 from lycheedecode import HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, identify, paper_settings
+from lycheedecode.identify.checkpoint import Checkpoint
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.objective import Lagrangian
 from lycheedecode.identify.prompts import makers_for
@@ -17,22 +18,24 @@ SETTINGS = IdentifySettings(
     train_cells=(CELL, Cell("noise", 300, "multi_hop", 2)),
     calibrate_cells=(CELL,),
     calibrate_prompts=2,
+    roles="gates",
     steps=6,
     batch_size=2,
     exchange_rounds=1,
-    donor_candidates=2,
 )
 
 
 @pytest.mark.parametrize("gates", ["hardkuma", "hardconcrete", "direct"])
-def test_identify_end_to_end(model, tokenizer, gates):
-    seen, stages = [], []
-    plan = identify(model, tokenizer, replace(SETTINGS, gates=gates), on_step=seen.append, on_stage=stages.append)
+def test_training_end_to_end(model, tokenizer, gates):
+    seen = []
+    plan = identify(model, tokenizer, replace(SETTINGS, gates=gates), report=seen.append)
+    trained = [progress for progress in seen if progress.stage == "train"]
     assert len(plan.retrieval) == 4
     assert plan.retrieval[:2] == ((0, 0), (0, 1))
-    assert [progress.step for progress in seen] == [1, 2, 3, 4, 5, 6]
-    assert all(torch.isfinite(torch.tensor([p.loss, p.density])).all() for p in seen)
-    assert any(line.startswith("exchange") for line in stages)
+    assert [progress.step for progress in trained] == [1, 2, 3, 4, 5, 6]
+    assert all(torch.isfinite(torch.tensor([p.figures["loss"], p.figures["density"]])).all() for p in trained)
+    assert trained[-1].gate_means.shape == (4, 2)
+    assert {progress.stage for progress in seen} >= {"measure", "train"}
     assert plan.provenance["settings"]["gates"] == gates
     assert plan.gate_means[0] == (1.0, 1.0)
 
@@ -54,7 +57,7 @@ def test_the_papers_form(model, tokenizer):
 
 
 def test_without_training_coverage_decides(model, tokenizer):
-    plan = identify(model, tokenizer, replace(SETTINGS, steps=0))
+    plan = identify(model, tokenizer, replace(SETTINGS, roles="coverage"))
     assert plan.gate_means is None
     assert len(plan.retrieval) == 4
 
@@ -65,18 +68,18 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("donors", ["remapped", "same_index"])
 def test_interrupted_training_resumes_to_the_same_gates(model, tokenizer, tmp_path, donors):
-    settings = replace(SETTINGS, donors=donors, steps=60, exchange_rounds=0, donor_candidates=1, batch_size=1)
+    settings = replace(SETTINGS, donors=donors, steps=60, exchange_rounds=0, batch_size=1)
     straight = identify(model, tokenizer, settings)
 
     def stop(progress):
-        if progress.step == 53:
+        if progress.stage == "train" and progress.step == 53:
             raise Stopped
 
     with pytest.raises(Stopped):
-        identify(model, tokenizer, settings, folder=tmp_path / "state", on_step=stop)
-    steps = []
-    resumed = identify(model, tokenizer, settings, folder=tmp_path / "state", on_step=lambda p: steps.append(p.step))
-    assert steps[0] == 51  # state is kept every 50 steps
+        identify(model, tokenizer, settings, folder=tmp_path / "state", report=stop)
+    seen = []
+    resumed = identify(model, tokenizer, settings, folder=tmp_path / "state", report=seen.append)
+    assert (seen[0].stage, seen[0].step) == ("train", 51)  # state is kept every 50 steps
     assert resumed.gate_means == straight.gate_means
     assert resumed.donors == straight.donors
     with pytest.raises(ValueError, match="other settings"):
@@ -97,9 +100,11 @@ def test_settings_that_do_not_fit_the_model(model, tokenizer, changes, message):
         identify(model, tokenizer, replace(SETTINGS, **changes))
 
 
-@pytest.mark.parametrize("changes", [{"gates": "x"}, {"steps": -1}, {"penalty": "both"}, {"calibrate_cells": ()}])
+@pytest.mark.parametrize(
+    "changes", [{"gates": "x"}, {"steps": 0}, {"penalty": "both"}, {"calibrate_cells": ()}, {"coupling": 2.0}]
+)
 def test_impossible_settings(changes):
-    with pytest.raises(ValueError, match=r"must be|needs"):
+    with pytest.raises(ValueError, match=r"must be|must lie|needs"):
         replace(SETTINGS, **changes)
 
 
@@ -123,10 +128,12 @@ def test_gates_close_when_nothing_speaks_for_them(model, tokenizer):
     # Without a loss the constraint alone must bring the density to its target and hold it there.
     settings = replace(SETTINGS, loss_weight=0.0, steps=120, learning_rate=0.1, batch_size=1)
     makers = makers_for(tokenizer, settings.train_cells, "identify")
-    trainer = Trainer(model, makers, replace(settings, donors="same_index"), Reach(4, 2), None)
+    trainer = Trainer(
+        model, makers, replace(settings, donors="same_index", exchange_rounds=0), Reach(4, 2), None, Checkpoint(None, settings)
+    )
     history = []
-    trainer.run(lambda progress: None, history)
-    assert history[-1].density == pytest.approx(2 / 6, abs=0.1)
+    trainer.run(history.append)
+    assert history[-1].figures["density"] == pytest.approx(2 / 6, abs=0.1)
 
 
 def test_top_heads_keeps_those_that_must_retrieve():

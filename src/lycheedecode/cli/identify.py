@@ -16,7 +16,7 @@ from ..identify import identify as find_plan
 from ..identify.text import load_text
 from ..models import DEFAULT_MODEL, load_model
 from .options import Cells, Device, DeviceMap, Dtype, Json, Model, Revision, Verbose, parse_cell, takes, takes_form
-from .report import Steps, check_writable, errors, progress, quiet, write_json
+from .report import Steps, check_writable, progress, quiet, write_json
 
 app = typer.Typer(add_completion=False)
 
@@ -37,7 +37,10 @@ def identify(
     train: Annotated[list[str] | None, Cells] = None,
     calibrate: Annotated[list[str] | None, Cells] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")] = False,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw gates and donors (extra: plot).")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw roles and donors (extra: plot).")] = None,
+    gates_png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the gates as they polarise (with --roles gates).")
+    ] = None,
     revision: Revision = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -46,7 +49,7 @@ def identify(
     verbose: Verbose = False,
 ) -> None:
     """Find the retrieval heads and donors of a model."""
-    check_writable(output, png, json_file)
+    check_writable(output, png, gates_png, json_file)
     settings = _settings(preset, changes, form, text, train, calibrate)
     state = output.with_name(output.name + ".state")
     if state.exists() and not resume:
@@ -55,7 +58,9 @@ def identify(
         raise ValueError(f"There is no interrupted identification to resume: {str(state)!r} does not exist.")
     for source in sorted({cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)}):
         load_text(source)  # a mistake shows before the model is loaded
-    if png is not None:
+    if gates_png is not None and settings.roles != "gates":
+        raise ValueError("--gates-png draws trained gates: add --roles gates.")
+    if png is not None or gates_png is not None:
         from ..views.png import require_matplotlib
 
         require_matplotlib()
@@ -65,18 +70,15 @@ def identify(
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         history: list[Progress] = []
         started = time.perf_counter()
-        with Steps(settings.steps) as steps:
+        with Steps() as steps:
 
-            def on_step(state: Progress) -> None:
-                history.append(state)
-                steps.show(
-                    state.step, f"loss {state.loss:.4f}, density {state.density:.3f}, {state.open_heads} heads open"
-                )
+            def report(progress: Progress) -> None:
+                if progress.stage == "train" and _is_kept(progress):
+                    history.append(progress)
+                figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in progress.figures.items())
+                steps.show(progress.stage, progress.step, progress.steps, figures)
 
-            plan = find_plan(
-                network, tokenizer, settings, folder=state, on_step=on_step,
-                on_stage=lambda line: errors.print(line, style="dim"),
-            )  # fmt: skip
+            plan = find_plan(network, tokenizer, settings, folder=state, report=report)
         seconds = time.perf_counter() - started
     plan.save(output)
     shutil.rmtree(state, ignore_errors=True)
@@ -84,14 +86,22 @@ def identify(
     from ..views import caption, facts
 
     print(f"{output}: {caption(plan)}")
-    if png is not None:
+    if png is not None or gates_png is not None:
         from ..views import png as picture
 
-        png.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(plan, png, output.stem)
-    shown = history[:: max(len(history) // 200, 1)]
-    result = {**facts(plan), "seconds": round(seconds, 1), "history": [vars(state) for state in shown]}
+        if png is not None:
+            picture.save(plan, png, output.stem)
+        if gates_png is not None:
+            picture.save_gates([state.step for state in history], [state.gate_means for state in history], gates_png)
+    kept = [{"step": state.step, **state.figures, "gate_means": state.gate_means.tolist()} for state in history]
+    result = {**facts(plan), "seconds": round(seconds, 1), "history": kept}
     write_json(json_file, "identify", {"model": model, "preset": preset, **settings.to_dict()}, result)
+
+
+def _is_kept(progress: Progress, number: int = 50) -> bool:
+    """Whether a step belongs to the `number` or so that are written down."""
+    every = max(progress.steps // number, 1)
+    return progress.step % every == 0 or progress.step in (1, progress.steps)
 
 
 def _settings(

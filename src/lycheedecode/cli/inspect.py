@@ -37,7 +37,6 @@ def inspect(
         picture.require_matplotlib()
     Console(highlight=False).print(table.render(loaded, name, gates))
     if png is not None:
-        png.parent.mkdir(parents=True, exist_ok=True)
         with progress("Drawing"):
             picture.save(loaded, png, name)
     if html is not None:

@@ -107,15 +107,14 @@ def read_text(path: Path) -> str:
 
 
 class Steps:
-    """Progress of many steps: a bar on a terminal, else a line every ten seconds."""
+    """Progress of stages with many steps: a bar on a terminal, else a line every ten seconds."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=errors, disable=not errors.is_terminal)
-        self._task = self._bar.add_task("", total=total)
-        self._total = total
+        self._tasks: dict[str, Any] = {}
         self._said = time.perf_counter()
 
     def __enter__(self) -> Steps:
@@ -125,9 +124,12 @@ class Steps:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def show(self, step: int, text: str) -> None:
-        """The steps done so far, and what they led to."""
-        self._bar.update(self._task, completed=step, description=text)
-        if not errors.is_terminal and (time.perf_counter() - self._said > 10 or step == self._total):
+    def show(self, stage: str, step: int, steps: int, text: str = "") -> None:
+        """The steps of a stage done so far, and what they led to."""
+        said = f"{stage} {text}".strip()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task("", total=steps)
+        self._bar.update(self._tasks[stage], completed=step, description=said)
+        if not errors.is_terminal and (time.perf_counter() - self._said > 10 or step == steps):
             self._said = time.perf_counter()
-            errors.print(f"step {step} of {self._total}: {text}", style="dim")
+            errors.print(f"{stage}: {step} of {steps}{f', {text}' if text else ''}", style="dim")

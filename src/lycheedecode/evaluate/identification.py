@@ -44,20 +44,27 @@ HELD_OUT = (
 
 
 def settings_of_variants(base: IdentifySettings) -> dict[str, IdentifySettings]:
-    """What is compared: each entry differs from `trained` in one thing, `search` adds the search to it."""
-    trained = replace(base, exchange_rounds=0, donor_candidates=1)
+    """What is compared. Each entry below `gates` differs from it in one thing, each below `sensitivity` from that."""
+    gates = replace(base, roles="gates")
     return {
-        "paper": replace(trained, penalty="one_sided", donors="same_index", same_layer=False),
-        "trained": trained,
-        "one_sided": replace(trained, penalty="one_sided"),
-        "logits": replace(trained, loss="logits"),
-        "hardconcrete": replace(trained, gates="hardconcrete"),
-        "direct": replace(trained, gates="direct"),
-        "multi_hop": replace(trained, train_cells=(Cell("prose", 2048, "multi_hop", 4), *trained.train_cells[:1])),
-        "coverage": replace(trained, steps=0),
-        "coverage_search": replace(base, steps=0),
-        "exchange": replace(base, donor_candidates=1),
-        "search": base,
+        "sensitivity": base,
+        "sensitivity, same index": replace(base, donors="same_index"),
+        "sensitivity, earlier layers only": replace(base, same_layer=False),
+        "sensitivity, no coupling": replace(base, coupling=0.0),
+        "sensitivity, full coupling": replace(base, coupling=1.0),
+        "sensitivity, 16 prompts": replace(base, calibrate_prompts=16),
+        "gates": gates,
+        "gates, same index": replace(gates, donors="same_index"),
+        "gates, one-sided penalty": replace(gates, penalty="one_sided"),
+        "gates, loss on logits": replace(gates, loss="logits"),
+        "gates, hardconcrete": replace(gates, gates="hardconcrete"),
+        "gates, direct": replace(gates, gates="direct"),
+        "gates, multi-hop prompts": replace(
+            gates, train_cells=(Cell("prose", 2048, "multi_hop", 4), *gates.train_cells[:1])
+        ),
+        "gates, exchange": replace(gates, exchange_rounds=24, calibrate_prompts=16),
+        "paper": replace(gates, penalty="one_sided", donors="same_index", same_layer=False),
+        "coverage": replace(base, roles="coverage"),
     }
 
 
@@ -88,9 +95,8 @@ class Comparison:
             "kl_mean": sum(kl.values()) / len(kl),
             "seconds": round(seconds, 1),
             "donors": plan.to_json()["donors"],
-            "gate_means": plan.to_json()["gate_means"],
         }
-        print(f"{name:>24}  KL {self.results[name]['kl_mean']:.4f}  {seconds:6.1f} s  "
+        print(f"{name:>34}  KL {self.results[name]['kl_mean']:.4f}  {seconds:6.1f} s  "
               + " ".join(f"{value:.4f}" for value in kl.values()), file=sys.stderr, flush=True)  # fmt: skip
         record = {
             "what": "mean KL(full || hybrid) in nats per answer token, by way of identification",
@@ -110,10 +116,7 @@ def compare(comparison: Comparison, names: list[str], random_plans: int) -> None
     """All named variants; the paper's roles with better donors; random roles; and every head on its own."""
     variants = settings_of_variants(comparison.base)
     for name in names:
-        comparison.add(name, lambda name=name: identify(
-            comparison.model, comparison.tokenizer, variants[name],
-            on_stage=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
-        ))  # fmt: skip
+        comparison.add(name, lambda name=name: identify(comparison.model, comparison.tokenizer, variants[name]))
     shape, reach = comparison.shape, comparison.reach
     layers, width = shape.num_layers, shape.num_kv_heads
     comparison.add("every head its own", lambda: HeadPlan.all_retrieval(layers, width))

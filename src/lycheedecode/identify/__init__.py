@@ -1,11 +1,15 @@
-"""From a model and text to a HeadPlan: learn the gates, measure the donors, exchange what can be improved."""
+"""From a model and text to a HeadPlan: measure what every possible donor costs every head, search roles and donors.
+
+prompts -> lessons -> sensitivity | gates | coverage -> roles -> donors -> HeadPlan
+"""
 
 from __future__ import annotations
 
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,15 @@ from torch import Tensor, nn
 
 from ..models import ModelShape
 from ..plan import Head, HeadPlan
-from .donors import Reach, assign_donors, measure_coverage
+from .checkpoint import Checkpoint
+from .donors import Reach, assign_donors, choose_by_coverage, measure_coverage
+from .progress import Progress, Report, silent
 from .prompts import Cell, makers_for
 from .replay import Lesson, prepare
-from .search import Judge, exchange, reassign
+from .search import DonorTable, Judge, exchange
+from .sensitivity import Surrogate, join, measure_sensitivity
 from .settings import IdentifySettings, paper_settings
-from .train import Progress, Trainer, top_heads
+from .train import Trainer, top_heads
 
 __all__ = ["Cell", "IdentifySettings", "Progress", "identify", "paper_settings"]
 
@@ -31,26 +38,24 @@ def identify(
     settings: IdentifySettings | None = None,
     *,
     folder: str | Path | None = None,
-    on_step: Callable[[Progress], None] = lambda progress: None,
-    on_stage: Callable[[str], None] = lambda message: None,
+    report: Report = silent,
 ) -> HeadPlan:
     """Find retrieval heads and donors of a model.
 
-    Memory beyond the weights: the keys and values of `batch_size` prompts (calibration: of all its prompts), and about
-    `40 * num_heads * T * S` bytes a layer for the attention weights of `T` answer tokens over `S` tokens that the
-    backward pass keeps: some 25 GB for an 8B model at 10K tokens with batch 1, beside 16 GB of bf16 weights. A model
-    spread over several devices by `device_map` is trained where it lies.
+    Memory beyond the weights: the keys and values of `batch_size` prompts, and about `40 * num_heads * T * S` bytes a
+    layer for the attention weights of `T` answer tokens over `S` tokens that a backward pass keeps: some 25 GB for an
+    8B model at 10K tokens with batch 1, beside 16 GB of bf16 weights. A model spread over several devices by
+    `device_map` is measured and trained where it lies.
 
     Args:
         model: Hugging Face decoder, frozen, in eval mode.
         tokenizer: its tokenizer.
         settings: defaults suit a small model; see `paper_settings` for the paper's.
-        folder: keeps the state of the training here; an interrupted call resumes from it when called again.
-        on_step: called after every training step.
-        on_stage: called with one line for each stage after training.
+        folder: keeps what was found so far; an interrupted call resumes from it when called again.
+        report: called after every batch that was measured and every training step.
 
     Returns:
-        the plan, with E[z] of every head and its provenance.
+        the plan, with its provenance, and E[z] of every head where gates were trained.
 
     Raises:
         ValueError: settings that do not fit the model; text that is too short.
@@ -61,35 +66,104 @@ def identify(
     settings = replace(settings, num_retrieval_heads=_number_of_heads(settings, reach))
     _check(settings, shape)
     started = time.perf_counter()
-
-    lessons = _calibration_lessons(model, tokenizer, settings)
-    coverage = measure_coverage(model, lessons, settings.config, reach)
-    on_stage(f"measured donors on {len(lessons) * settings.calibrate_prompts} prompts")
-
-    means = None
-    if settings.steps:
-        makers = makers_for(tokenizer, settings.train_cells, "identify")
-        trainer = Trainer(model, makers, settings, reach, coverage, None if folder is None else Path(folder))
-        means = trainer.run(on_step)
-        retrieval = top_heads(means, settings.num_retrieval_heads, reach.always_retrieval)
-    else:
-        retrieval = _by_coverage(coverage, reach, settings.num_retrieval_heads)
-
+    with _tensor_cores():
+        retrieval, donors, means = _Search(model, tokenizer, settings, reach, folder, report).run()
     details = {
         "model": {"name": shape.name, "architecture": shape.architecture},
         "gate_means": None if means is None else means.tolist(),
     }
-    if settings.donors == "same_index":
+    if donors is None:
         plan = HeadPlan.same_index(retrieval, shape.num_layers, shape.num_kv_heads, **details)
     else:
-        judge = Judge(model, lessons, settings.config, reach)
-        if settings.exchange_rounds:
-            retrieval = exchange(retrieval, coverage, reach, judge, settings.exchange_rounds, on_stage)
-        settled: dict[Head, Head] = {}
-        if settings.donor_candidates > 1:
-            settled = reassign(retrieval, coverage, reach, judge, settings.donor_candidates, on_stage)
-        plan = HeadPlan.from_donors(assign_donors(retrieval, coverage, reach, settled), **details)
+        plan = HeadPlan.from_donors(donors, **details)
     return replace(plan, provenance=_provenance(settings, time.perf_counter() - started))
+
+
+class _Search:
+    """One identification: what it needs, and its stages."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, settings: IdentifySettings, reach: Reach, folder: Any, report: Report
+    ) -> None:
+        self._model, self._tokenizer, self._settings, self._reach = model, tokenizer, settings, reach
+        self._checkpoint = Checkpoint(None if folder is None else Path(folder), settings)
+        self._report = report
+        self._batches = 0
+
+    def run(self) -> tuple[list[Head], DonorTable | None, Tensor | None]:
+        """Retrieval heads, their donor table (None: same index), and E[z] where gates were trained."""
+        settings, reach, means = self._settings, self._reach, None
+        donors_of: Callable[[Collection[Head]], DonorTable] | None = None
+        if settings.roles == "sensitivity":
+            surrogate = Surrogate(self._sensitivity(), reach, settings.coupling)
+            retrieval = surrogate.search(settings.num_retrieval_heads)
+
+            def donors_of(heads: Collection[Head]) -> DonorTable:
+                return surrogate.as_heads(surrogate.assign(heads))
+        else:
+            coverage = None
+            if settings.roles == "coverage" or settings.donors == "remapped":
+                coverage = self._coverage()
+
+                def donors_of(heads: Collection[Head]) -> DonorTable:
+                    return assign_donors(heads, coverage, reach)
+
+            if settings.roles == "gates":
+                means = self._train(coverage)
+                retrieval = top_heads(means, settings.num_retrieval_heads, reach.always_retrieval)
+            else:
+                retrieval = choose_by_coverage(coverage, reach, settings.num_retrieval_heads)
+        if settings.donors == "same_index":
+            return retrieval, None, means
+        if settings.exchange_rounds:
+            lessons = [lesson for cell in settings.calibrate_cells for lesson in self._lessons(cell)]
+            judge = Judge(self._model, lessons, settings.config, reach)
+            retrieval = exchange(retrieval, reach, judge, donors_of, settings.exchange_rounds, self._report)
+        return retrieval, donors_of(retrieval), means
+
+    def _sensitivity(self) -> Tensor:
+        settings, tables = self._settings, []
+        for cell in settings.calibrate_cells:
+            name = f"sensitivity-{len(tables)}"
+            kept = self._checkpoint.load(name)
+            if kept is None:
+                noise = torch.Generator().manual_seed(random.Random(f"{settings.seed}/draws/{cell}").randrange(2**31))
+                rows = [
+                    measure_sensitivity(self._model, lesson, settings.config, self._reach, settings.draws, noise)
+                    for lesson in self._lessons(cell)
+                ]
+                kept = {"table": torch.cat(rows)}
+                self._checkpoint.save(name, kept)
+            else:
+                self._batches += len(self._firsts())
+            tables.append(kept["table"].to(self._model.get_input_embeddings().weight.device))
+        return join(tables)
+
+    def _coverage(self) -> Tensor:
+        kept = self._checkpoint.load("coverage")
+        if kept is None:
+            lessons = (lesson for cell in self._settings.calibrate_cells for lesson in self._lessons(cell))
+            kept = {"coverage": measure_coverage(self._model, lessons, self._settings.config, self._reach)}
+            self._checkpoint.save("coverage", kept)
+        return kept["coverage"]
+
+    def _train(self, coverage: Tensor | None) -> Tensor:
+        makers = makers_for(self._tokenizer, self._settings.train_cells, "identify")
+        return Trainer(self._model, makers, self._settings, self._reach, coverage, self._checkpoint).run(self._report)
+
+    def _lessons(self, cell: Cell) -> Iterator[Lesson]:
+        """The calibration prompts of one kind, a batch at a time."""
+        settings = self._settings
+        makers = makers_for(self._tokenizer, (cell,), "identify")
+        prompts = cell.make(makers, settings.calibrate_prompts, random.Random(f"{settings.seed}/calibrate/{cell}"))
+        for first in self._firsts():
+            yield prepare(self._model, prompts[first : first + settings.batch_size], settings.prefill_chunk)
+            self._batches += 1
+            total = len(settings.calibrate_cells) * len(self._firsts())
+            self._report(Progress("measure", (self._batches - 1) % total + 1, total))
+
+    def _firsts(self) -> range:
+        return range(0, self._settings.calibrate_prompts, self._settings.batch_size)
 
 
 def _number_of_heads(settings: IdentifySettings, reach: Reach) -> int:
@@ -108,31 +182,21 @@ def _number_of_heads(settings: IdentifySettings, reach: Reach) -> int:
 def _check(settings: IdentifySettings, shape: ModelShape) -> None:
     if len(shape.global_layers) != shape.num_layers:
         raise ValueError(f"{shape.architecture} has layers without full attention; identification needs it in all.")
-    for cell in (*settings.train_cells, *settings.calibrate_cells):
+    trained = settings.train_cells if settings.roles == "gates" else ()
+    for cell in (*trained, *settings.calibrate_cells):
         if shape.max_positions and cell.length >= shape.max_positions:
             raise ValueError(f"Prompts of {cell.length} tokens do not fit the model's {shape.max_positions} positions.")
 
 
-def _calibration_lessons(model: nn.Module, tokenizer: Any, settings: IdentifySettings) -> list[Lesson]:
-    makers = makers_for(tokenizer, settings.calibrate_cells, "identify")
-    rng = random.Random(f"{settings.seed}/calibrate")
-    return [
-        prepare(model, cell.make(makers, settings.calibrate_prompts, rng), settings.prefill_chunk)
-        for cell in settings.calibrate_cells
-    ]
-
-
-def _by_coverage(coverage: Tensor, reach: Reach, number: int) -> list[Head]:
-    """Greedy choice without training: each time the head that raises the mean coverage of all heads most."""
-    heads, allowed = reach.heads(), reach.matrix()
-    served = torch.where(allowed, coverage, 0.0)
-    chosen = [heads.index(head) for head in reach.always_retrieval]
-    while len(chosen) < number:
-        best = served[:, chosen].amax(1, keepdim=True)
-        gain = torch.maximum(served, best).sum(0)
-        gain[chosen] = -1.0
-        chosen.append(int(gain.argmax()))
-    return sorted(heads[i] for i in chosen)
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """float32 products in TF32: several times faster on a GPU, and what is measured here is far coarser."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _provenance(settings: IdentifySettings, seconds: float) -> dict[str, Any]:

@@ -99,33 +99,34 @@ def _covered_mass(model: nn.Module, lesson: Lesson, config: HybridConfig, width:
     return total
 
 
-def assign_donors(
-    retrieval: Collection[Head], coverage: Tensor, reach: Reach, overrides: dict[Head, Head] | None = None
-) -> list[list[Head]]:
+def assign_donors(retrieval: Collection[Head], coverage: Tensor, reach: Reach) -> list[list[Head]]:
     """The donor table in which every sparse head has the retrieval head that covers it best.
 
     Args:
         retrieval: the retrieval heads; those of `reach.always_retrieval` are added.
         coverage: from `measure_coverage`.
         reach: which heads may serve which.
-        overrides: donors that are settled already; one that no longer retrieves or is out of reach is ignored.
     """
-    chosen = set(retrieval) | set(reach.always_retrieval)
-    index = {head: i for i, head in enumerate(reach.heads())}
-    overrides = overrides or {}
-    table: list[list[Head]] = []
-    for layer in range(reach.num_layers):
-        row = []
-        for head in ((layer, h) for h in range(reach.num_kv_heads)):
-            if head in chosen:
-                row.append(head)
-            elif overrides.get(head) in chosen:
-                row.append(overrides[head])
-            else:
-                within = [donor for donor in sorted(chosen) if reach.allows(donor, head)]
-                row.append(max(within, key=lambda donor: float(coverage[index[head], index[donor]])))
-        table.append(row)
-    return table
+    heads, allowed = reach.heads(), reach.matrix()
+    chosen = sorted(heads.index(head) for head in set(retrieval) | set(reach.always_retrieval))
+    within = coverage.masked_fill(~allowed, -1.0)[:, chosen]
+    donors = [heads[chosen[i]] for i in within.argmax(1).tolist()]
+    for i in chosen:
+        donors[i] = heads[i]
+    return [donors[i : i + reach.num_kv_heads] for i in range(0, len(donors), reach.num_kv_heads)]
+
+
+def choose_by_coverage(coverage: Tensor, reach: Reach, number: int) -> list[Head]:
+    """Greedy choice of retrieval heads: each time the head that raises the mean coverage of all heads most."""
+    heads = reach.heads()
+    served = torch.where(reach.matrix(), coverage, 0.0)
+    chosen = [heads.index(head) for head in reach.always_retrieval]
+    while len(chosen) < number:
+        best = served[:, chosen].amax(1, keepdim=True)
+        gain = torch.maximum(served, best).sum(0)
+        gain[chosen] = -1.0
+        chosen.append(int(gain.argmax()))
+    return sorted(heads[i] for i in chosen)
 
 
 def remap(plan_heads: Collection[Head], coverage: Tensor, reach: Reach) -> HeadPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, isnan, nan
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Lagrangian:
         self.kind = kind
         self.multiplier = start if kind == "one_sided" else 0.0
         self.learning_rate = learning_rate
-        self.smoothed: float | None = None
+        self.smoothed = nan  # none yet
 
     def penalty(self, density: Tensor, progress: float, approach: float = 0.6) -> Tensor:
         """Cost of the expected density (a scalar with gradient) at `progress` in [0, 1]; updates the multiplier."""
@@ -58,10 +58,10 @@ class Lagrangian:
         return cost
 
     def _smooth(self, violation: float) -> None:
-        self.smoothed = violation if self.smoothed is None else 0.9 * self.smoothed + 0.1 * violation
+        self.smoothed = violation if isnan(self.smoothed) else 0.9 * self.smoothed + 0.1 * violation
 
-    def state(self) -> dict[str, float | None]:
-        return {"multiplier": self.multiplier, "smoothed": self.smoothed}
+    def state(self) -> list[float]:
+        return [self.multiplier, self.smoothed]
 
-    def restore(self, state: dict[str, float | None]) -> None:
-        self.multiplier, self.smoothed = state["multiplier"], state["smoothed"]
+    def restore(self, state: list[float]) -> None:
+        self.multiplier, self.smoothed = state

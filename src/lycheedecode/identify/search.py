@@ -1,10 +1,7 @@
-"""Swap search: exchange retrieval heads and donors as long as the decoded answers come closer to the full model's.
+"""The exchange: swap retrieval heads as long as the decoded answers come closer to the full model's.
 
-Gates learn which heads must see for themselves; whom they serve as donors carries no gradient. So the last word has
-the quantity that counts: KL(full || hybrid) on calibration prompts, decoded under the candidate plan.
-
-    exchange   add the head that helps most, then drop the head that is missed least; stop when that undoes itself
-    reassign   give each sparse head the donor, among the best-covering few, that lowers the KL
+No model of the error stands between: every candidate plan decodes the calibration prompts. Each round adds the head
+that helps most, then drops the head that is missed least; the exchange ends when that undoes itself.
 """
 
 from __future__ import annotations
@@ -12,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import HybridConfig
 from ..plan import Head, HeadPlan
-from .donors import Reach, assign_donors
+from .donors import Reach
 from .objective import token_kl
+from .progress import Progress, Report, silent
 from .replay import Lesson, Planned, replay
 
-Report = Callable[[str], None]
+DonorTable = Sequence[Sequence[Head]]
 
 
 class Judge:
@@ -35,7 +33,7 @@ class Judge:
         oracle = HeadPlan.all_retrieval(reach.num_layers, reach.num_kv_heads)
         self._units = [max(kl, 1e-4) for kl in self.kl(oracle)]
 
-    def __call__(self, donors: Sequence[Sequence[Head]]) -> float:
+    def __call__(self, donors: DonorTable) -> float:
         each = self.kl(HeadPlan.from_donors(donors))
         return sum(kl / unit for kl, unit in zip(each, self._units, strict=True)) / len(each)
 
@@ -51,46 +49,39 @@ class Judge:
 
 
 def exchange(
-    retrieval: Collection[Head], coverage: Tensor, reach: Reach, judge: Judge, rounds: int, report: Report = print
+    retrieval: Collection[Head],
+    reach: Reach,
+    judge: Judge,
+    donors_of: Callable[[Collection[Head]], DonorTable],
+    rounds: int,
+    report: Report = silent,
 ) -> list[Head]:
-    """Improve a set of retrieval heads by up to `rounds` exchanges at a constant number of heads."""
+    """Improve a set of retrieval heads by up to `rounds` exchanges at a constant number of heads.
+
+    Args:
+        retrieval: where to start; heads that always retrieve are added.
+        reach: which heads there are.
+        judge: scores a donor table; lower is better.
+        donors_of: the donor table that a set of retrieval heads would get.
+        rounds: most exchanges.
+        report: called after each.
+    """
     fixed = set(reach.always_retrieval)
 
     def score(heads: set[Head]) -> float:
-        return judge(assign_donors(heads, coverage, reach))
+        return judge(donors_of(heads))
 
     current = set(retrieval) | fixed
     best = score(current)
-    report(f"exchange: {len(current)} retrieval heads, score {best:.3f}")
     for number in range(1, rounds + 1):
         outside = [head for head in reach.heads() if head not in current]
+        if not outside:
+            break
         _, added = min((score(current | {head}), head) for head in outside)
         larger = current | {added}
         lowest, dropped = min((score(larger - {head}), head) for head in sorted(larger - fixed))
         if dropped == added or lowest >= best:
-            report(f"exchange {number}: nothing better")
             break
         current, best = larger - {dropped}, lowest
-        report(f"exchange {number}: {dropped} -> {added}, score {best:.3f}")
+        report(Progress("exchange", number, rounds, {"score": best}))
     return sorted(current)
-
-
-def reassign(
-    retrieval: Collection[Head], coverage: Tensor, reach: Reach, judge: Judge, candidates: int, report: Report = print
-) -> dict[Head, Head]:
-    """Donors of sparse heads that lower the score, tried among each head's `candidates` best-covering donors."""
-    index = {head: i for i, head in enumerate(reach.heads())}
-    chosen = sorted(set(retrieval) | set(reach.always_retrieval))
-    settled: dict[Head, Head] = {}
-    best = judge(assign_donors(chosen, coverage, reach))
-    for head in reach.heads():
-        if head in chosen:
-            continue
-        within = [donor for donor in chosen if reach.allows(donor, head)]
-        ranked = sorted(within, key=lambda donor, row=index[head]: -float(coverage[row, index[donor]]))
-        for donor in ranked[1:candidates]:
-            score = judge(assign_donors(chosen, coverage, reach, {**settled, head: donor}))
-            if score < best:
-                settled[head], best = donor, score
-    report(f"reassign: {len(settled)} donors changed, score {best:.3f}")
-    return settled

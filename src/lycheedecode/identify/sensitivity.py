@@ -34,7 +34,7 @@ def measure_sensitivity(
     gradients = _gradients(model, lesson, draws, generator)  # a layer each, [draws, B, Hkv, G, T, D]
     width, size = reach.num_kv_heads, reach.num_layers * reach.num_kv_heads
     batch = lesson.answer_ids.shape[0]
-    table = torch.zeros(draws, batch, size, size)
+    table = torch.zeros(draws, batch, size, size, device=lesson.answer_ids.device)
     chosen: list[Tensor] = []
 
     def attend(layer: int, weights: Tensor, values: Tensor) -> Tensor:
@@ -46,13 +46,13 @@ def measure_sensitivity(
                 borrowed = blocks[:, head, None].to(weights.device).expand(-1, width, -1, -1)
                 change = over_blocks(weights, values, borrowed, config.block_size) - output
                 moved = torch.einsum("nbhgtd,bhgtd->nbh", gradients[layer], change)
-                table[:, :, rows, earlier * width + head] = moved.cpu()
+                table[:, :, rows, earlier * width + head] = moved.to(table.device)
         return output
 
     with torch.no_grad():
         replay(model, lesson, attend)
-    tokens = lesson.mask.sum(-1).cpu()
-    table *= reach.matrix() / tokens[:, None, None].sqrt()
+    tokens = lesson.mask.sum(-1)
+    table *= reach.matrix().to(table.device) / tokens[:, None, None].sqrt()
     return table.flatten(0, 1)
 
 
@@ -77,71 +77,101 @@ def _gradients(model: nn.Module, lesson: Lesson, draws: int, generator: torch.Ge
     return [torch.stack(layer) for layer in zip(*found, strict=True)]
 
 
+def in_units(table: Tensor) -> Tensor:
+    """A table in units of what every head's own selection costs, so that easy and hard kinds of prompts count alike."""
+    own = 0.5 * table.diagonal(dim1=1, dim2=2).sum(-1).square().mean()
+    return table / own.clamp(min=1e-8).sqrt()
+
+
 class Surrogate:
-    """Scores plans by the second-order model, and finds good ones.
+    """Scores donor tables by the second-order model, and finds good ones.
+
+    A donor table is held as int64 `[H]`, an index into `reach.heads()` for each of the `H = L * Hkv` heads.
 
     Args:
-        table: `[n, head, donor]` from `measure_sensitivity`, lessons concatenated and each divided by the square root
-            of its unit, if lessons are to count in units.
+        table: `[n, H, H]` from `measure_sensitivity`, all kinds of prompts together.
         reach: which heads may serve which.
-        coupling: share of the products between different heads that is believed; they are noisier than the squares.
+        coupling: share of the products between different heads that is believed. They are noisier than the squares,
+            and where the model bends they are not what the second order says.
     """
 
-    def __init__(self, table: Tensor, reach: Reach, coupling: float = 1.0) -> None:
-        self._table = table
-        self._reach = reach
-        self._coupling = coupling
+    def __init__(self, table: Tensor, reach: Reach, coupling: float) -> None:
+        self._table, self._reach, self._coupling = table, reach, coupling
         self._heads = reach.heads()
-        self._cost = 0.5 * table.square().mean(0)  # [head, donor], every head alone
-        self._cost[~reach.matrix()] = float("inf")
+        self._every = torch.arange(len(self._heads), device=table.device)
+        self._alone = 0.5 * table.square().mean(0)  # [head, donor]: the cost of every head alone
+        self._alone[~reach.matrix().to(table.device)] = float("inf")
 
-    def donors(self, retrieval: Collection[Head], sweeps: int = 3) -> tuple[list[int], float]:
-        """The donor of every head (as an index into `reach.heads()`) and the score, for a set of retrieval heads."""
-        inside = sorted(self._heads.index(head) for head in set(retrieval) | set(self._reach.always_retrieval))
-        donor = self._cost[:, inside].argmin(1)
-        donor = torch.tensor(inside)[donor]
-        donor[inside] = torch.tensor(inside)
-        return self._descend(donor, inside, sweeps)
+    def cost(self, donor: Tensor) -> float:
+        """KL of a donor table, in the table's units."""
+        together = 0.5 * self._total(donor).square().mean()
+        alone = self._alone[self._every, donor].sum()
+        return float((1 - self._coupling) * alone + self._coupling * together)
 
-    def _descend(self, donor: Tensor, inside: list[int], sweeps: int) -> tuple[list[int], float]:
-        """Coordinate descent over donors on the coupled score."""
-        every = torch.arange(len(donor))
-        total = self._table[:, every, donor].sum(1)
-        share = self._coupling
-        for _ in range(sweeps if share else 0):
+    def assign(self, retrieval: Collection[Head], sweeps: int = 3) -> Tensor:
+        """Donors for retrieval heads: the best alone, then each head's best given the others, `sweeps` times."""
+        inside = sorted(self._heads.index(head) for head in self._with_always(retrieval))
+        kept = set(inside)
+        choices = torch.tensor(inside, device=self._table.device)
+        donor = choices[self._alone[:, choices].argmin(1)]
+        donor[choices] = choices
+        total = self._total(donor)
+        for _ in range(sweeps if self._coupling else 0):
             before = donor.clone()
-            for head in (h for h in range(len(donor)) if h not in set(inside)):
+            for head in (h for h in range(len(donor)) if h not in kept):
                 others = total - self._table[:, head, donor[head]]
-                options = self._table[:, head, inside]  # [n, R]
-                cost = self._cost[head, inside] + share * (others[:, None] * options).mean(0)
-                donor[head] = inside[int(cost.argmin())]
+                options = self._table[:, head, choices]  # [n, R]
+                coupled = others @ options / len(options)
+                donor[head] = choices[(self._alone[head, choices] + self._coupling * coupled).argmin()]
                 total = others + self._table[:, head, donor[head]]
             if torch.equal(before, donor):
                 break
-        alone = float(self._cost[every, donor].sum())
-        return donor.tolist(), (1 - share) * alone + share * float(0.5 * total.square().mean())
+        return donor
 
-    def table_of(self, donor: Sequence[int]) -> list[list[Head]]:
-        """Indices as a donor table."""
-        width = self._reach.num_kv_heads
-        flat = [self._heads[i] for i in donor]
-        return [flat[i : i + width] for i in range(0, len(flat), width)]
-
-    def search(self, number: int, start: Collection[Head] = (), rounds: int = 100) -> list[Head]:
-        """A set of `number` retrieval heads: grown greedily from `start`, then exchanged until nothing improves."""
-        always = set(self._reach.always_retrieval)
-        current = set(start) | always
+    def search(self, number: int, rounds: int = 100) -> list[Head]:
+        """A good set of `number` retrieval heads: grown one by one, then exchanged until nothing improves."""
+        current = self._with_always(())
         while len(current) < number:
             current.add(self._best_addition(current))
-        best = self.donors(current)[1]
+        best = self._score(current)
         for _ in range(rounds):
             larger = current | {self._best_addition(current)}
-            score, dropped = min((self.donors(larger - {head})[1], head) for head in sorted(larger - always))
-            if score >= best - 1e-9:
+            score, dropped = min(
+                (self._score(larger - {head}), head) for head in sorted(larger - self._with_always(()))
+            )
+            if score >= best - 1e-6:
                 break
             current, best = larger - {dropped}, score
         return sorted(current)
 
-    def _best_addition(self, current: set[Head]) -> Head:
-        outside = [head for head in self._heads if head not in current]
-        return min((self.donors(current | {head}, sweeps=1)[1], head) for head in outside)[1]
+    def as_heads(self, donor: Tensor) -> list[list[Head]]:
+        """A donor table as `HeadPlan.from_donors` takes it."""
+        flat, width = [self._heads[i] for i in donor.tolist()], self._reach.num_kv_heads
+        return [flat[i : i + width] for i in range(0, len(flat), width)]
+
+    def _best_addition(self, current: set[Head], tried: int = 8) -> Head:
+        """The head whose addition helps most, among those that help most while nobody else reacts to it."""
+        donor = self.assign(current)
+        taken = self._table[:, self._every, donor]  # [n, H]
+        others = taken.sum(1, keepdim=True) - taken
+        coupled = torch.einsum("nh,nhd->hd", others, self._table) / len(others)
+        cost = self._alone + self._coupling * coupled
+        cost = cost - cost[self._every, donor][:, None]  # of moving each head to each donor
+        gain = cost.clamp(max=0).sum(0) - cost.diagonal().clamp(max=0) + cost.diagonal()
+        ranked = [self._heads[i] for i in gain.argsort().tolist()]
+        outside = [head for head in ranked if head not in current]
+        return min((self._score(current | {head}), head) for head in outside[:tried])[1]
+
+    def _score(self, retrieval: Collection[Head]) -> float:
+        return self.cost(self.assign(retrieval))
+
+    def _total(self, donor: Tensor) -> Tensor:
+        return self._table[:, self._every, donor].sum(1)
+
+    def _with_always(self, retrieval: Collection[Head]) -> set[Head]:
+        return set(retrieval) | set(self._reach.always_retrieval)
+
+
+def join(tables: Sequence[Tensor]) -> Tensor:
+    """Tables of several kinds of prompts as one, each in its own units."""
+    return torch.cat([in_units(table) for table in tables])

@@ -7,37 +7,21 @@ step:  fresh prompts -> one dense prefill -> teacher and student replay the answ
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import HybridConfig
+from .checkpoint import Checkpoint
 from .donors import Reach
 from .gates import GATES
 from .objective import Lagrangian, hidden_loss, logit_loss
+from .progress import Progress, Report, silent
 from .prompts import Cell, PromptMaker
 from .replay import choose_blocks, full, over_blocks, prepare, replay
 from .settings import IdentifySettings
-
-
-@dataclass(frozen=True)
-class Progress:
-    """State of the training after a step, for whoever shows it."""
-
-    step: int
-    steps: int
-    loss: float
-    density: float
-    """Expected share of open gates among the heads that are learnt."""
-    open_heads: int
-    """Heads with E[z] > 0.5, those that always retrieve included."""
 
 
 class Gated:
@@ -87,7 +71,7 @@ class Trainer:
         settings: what to train and how.
         reach: which heads may serve which.
         coverage: `[head, donor]` from `measure_coverage`, needed unless donors are of the same index.
-        folder: where the state is kept to resume from; None keeps none.
+        checkpoint: keeps the state to resume from.
     """
 
     def __init__(
@@ -97,10 +81,10 @@ class Trainer:
         settings: IdentifySettings,
         reach: Reach,
         coverage: Tensor | None,
-        folder: Path | None = None,
+        checkpoint: Checkpoint,
     ) -> None:
         self.model, self.makers, self.settings, self.reach = model, makers, settings, reach
-        self.folder = folder
+        self._checkpoint = checkpoint
         self.device = model.get_input_embeddings().weight.device
         self.gates = GATES[settings.gates](reach.num_layers, reach.num_kv_heads).to(self.device)
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), lr=settings.learning_rate, weight_decay=0.0)
@@ -123,15 +107,12 @@ class Trainer:
             self._coverage = coverage.masked_fill(~reach.matrix() | itself, -1.0)
         self.step = 0
 
-    def run(self, report: Callable[[Progress], None], history: list[Progress] | None = None) -> Tensor:
+    def run(self, report: Report = silent) -> Tensor:
         """Train to the end and return E[z], `[L, Hkv]`; heads that always retrieve have 1."""
         self._resume()
         while self.step < self.settings.steps:
-            progress = self._train_one_step()
-            if history is not None:
-                history.append(progress)
-            report(progress)
-            if self.folder is not None and (self.step % 50 == 0 or self.step == self.settings.steps):
+            report(self._train_one_step())
+            if self.step % 50 == 0 or self.step == self.settings.steps:
                 self._save()
         return self.gate_means()
 
@@ -162,8 +143,13 @@ class Trainer:
         self.optimizer.step()
         self.gates.constrain()
         self.step += 1
-        open_heads = int((self.gate_means() > 0.5).sum())
-        return Progress(self.step, settings.steps, float(loss.detach()), float(density.detach()), open_heads)
+        means = self.gate_means()
+        figures = {
+            "loss": float(loss.detach()),
+            "density": float(density.detach()),
+            "open_heads": int((means > 0.5).sum()),
+        }
+        return Progress("train", self.step, settings.steps, figures, means)
 
     def _donors(self, z: Tensor) -> Tensor | None:
         """Each head's best donor among the heads that are open at this step."""
@@ -175,40 +161,26 @@ class Trainer:
     # ------------------------------------------------------------------ keeping and finding state
 
     def _save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"gates.{name}": value for name, value in self.gates.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()})
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(tensors, self.folder / "gates.partial")
-        state = {"step": self.step, "lagrangian": self.lagrangian.state(), "settings": self.settings.to_dict()}
-        (self.folder / "state.partial").write_text(json.dumps(state), encoding="utf-8")
-        (self.folder / "gates.partial").replace(self.folder / f"gates-{self.step}.safetensors")
-        # The state names its gates by step, so the pair stays consistent however the process ends.
-        (self.folder / "state.partial").replace(self.folder / "state.json")
-        for old in self.folder.glob("gates-*.safetensors"):
-            if old.name != f"gates-{self.step}.safetensors":
-                old.unlink()
+        tensors["progress"] = torch.tensor([self.step, *self.lagrangian.state()], dtype=torch.float64)
+        self._checkpoint.save("gates", tensors)
 
     def _resume(self) -> None:
-        if self.folder is None or not (self.folder / "state.json").is_file():
+        tensors = self._checkpoint.load("gates")
+        if tensors is None:
             return
-        state: dict[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-        if state["settings"] != self.settings.to_dict():
-            raise ValueError(
-                f"The interrupted identification in {str(self.folder)!r} had other settings: "
-                "give the same ones, or remove that folder."
-            )
-        tensors = load_file(self.folder / f"gates-{state['step']}.safetensors")
         self.gates.load_state_dict({name: tensors[f"gates.{name}"] for name in self.gates.state_dict()})
         saved = self.optimizer.state_dict()
         for name, value in tensors.items():
-            kind, number, *rest = name.split(".")
+            kind, *rest = name.split(".")
             if kind == "optimizer":
-                saved["state"].setdefault(int(number), {})[rest[0]] = value
+                saved["state"].setdefault(int(rest[0]), {})[rest[1]] = value
         self.optimizer.load_state_dict(saved)
-        self.lagrangian.restore(state["lagrangian"])
-        self.step = state["step"]
+        step, *constraint = tensors["progress"].tolist()
+        self.step = int(step)
+        self.lagrangian.restore(constraint)
 
 
 def _schedule(step: int, steps: int, floor: float = 0.1) -> float:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ..plan import HeadPlan
 from . import caption, families, title
@@ -54,4 +58,35 @@ def save(plan: HeadPlan, path: Path, name: str = "") -> None:
     axes.set_title(f"{caption(plan)}\n{key}", fontsize=7.5, loc="left", color="#505a69")
     axes.annotate(title(plan, name), (0, 1), (0, 30), xycoords="axes fraction", textcoords="offset points",
                   fontsize=11, weight="bold")  # fmt: skip
+    _write(figure, path)
+
+
+def save_gates(steps: Sequence[int], means: Sequence[Tensor], path: Path) -> None:
+    """Write the picture of gates that polarise.
+
+    Args:
+        steps: training steps, ascending.
+        means: E[z] of every head at each of them, `[L, Hkv]`.
+        path: of the picture.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 3.6))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for gate in zip(*(mean.flatten().tolist() for mean in means), strict=True):
+        axes.plot(steps, gate, lw=0.8, color="#b03a2e" if gate[-1] > 0.5 else "#b8c0cc", alpha=0.8)
+    opened = [float((mean > 0.5).float().mean()) for mean in means]
+    axes.plot(steps, opened, lw=1.6, ls="--", color="#20242c", label="share of heads with E[z] > 0.5")
+    axes.set(xlabel="training step", ylabel="E[z]", ylim=(-0.03, 1.03))
+    axes.legend(fontsize=7, frameon=False)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.15)
