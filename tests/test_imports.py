@@ -15,9 +15,9 @@ LEVELS = [
     {"config", "environment"},
     {"plan"},
     {"ops"},
-    {"attention", "sampling", "views"},
+    {"attention", "linear", "sampling", "views"},
     {"models"},
-    {"cache", "generation", "routing"},
+    {"cache", "generation", "memory", "routing"},
     {"dense", "step"},
     {"decoder"},
     {"engine", "policies"},
@@ -30,7 +30,7 @@ LEVELS = [
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 OPTIONAL = {"datasets", "gguf", "lm_eval", "matplotlib", "triton", "vllm"}
-HOMES = {"triton": "ops/triton", "vllm": "integrations/vllm", "lm_eval": "integrations/lm_eval"}
+HOMES = {"triton": ("ops/triton", "linear/triton"), "vllm": "integrations/vllm", "lm_eval": "integrations/lm_eval"}
 
 
 def unit_of(path: Path) -> str:
