@@ -26,7 +26,7 @@ def model():
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)

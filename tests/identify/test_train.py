@@ -129,7 +129,12 @@ def test_gates_close_when_nothing_speaks_for_them(model, tokenizer):
     settings = replace(SETTINGS, loss_weight=0.0, steps=120, learning_rate=0.1, batch_size=1)
     makers = makers_for(tokenizer, settings.train_cells, "identify")
     trainer = Trainer(
-        model, makers, replace(settings, donors="same_index", exchange_rounds=0), Reach(4, 2), None, Checkpoint(None, settings)
+        model,
+        makers,
+        replace(settings, donors="same_index", exchange_rounds=0),
+        Reach(4, 2),
+        None,
+        Checkpoint(None, settings),
     )
     history = []
     trainer.run(history.append)

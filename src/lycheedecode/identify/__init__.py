@@ -67,7 +67,7 @@ def identify(
     _check(settings, shape)
     started = time.perf_counter()
     with _tensor_cores():
-        retrieval, donors, means = _Search(model, tokenizer, settings, reach, folder, report).run()
+        retrieval, donors, means = Stages(model, tokenizer, settings, reach, folder, report).run()
     details = {
         "model": {"name": shape.name, "architecture": shape.architecture},
         "gate_means": None if means is None else means.tolist(),
@@ -79,11 +79,17 @@ def identify(
     return replace(plan, provenance=_provenance(settings, time.perf_counter() - started))
 
 
-class _Search:
-    """One identification: what it needs, and its stages."""
+class Stages:
+    """The stages of one identification; arguments as in `identify`, with `num_retrieval_heads` settled."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, settings: IdentifySettings, reach: Reach, folder: Any, report: Report
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        settings: IdentifySettings,
+        reach: Reach,
+        folder: str | Path | None = None,
+        report: Report = silent,
     ) -> None:
         self._model, self._tokenizer, self._settings, self._reach = model, tokenizer, settings, reach
         self._checkpoint = Checkpoint(None if folder is None else Path(folder), settings)
@@ -95,7 +101,7 @@ class _Search:
         settings, reach, means = self._settings, self._reach, None
         donors_of: Callable[[Collection[Head]], DonorTable] | None = None
         if settings.roles == "sensitivity":
-            surrogate = Surrogate(self._sensitivity(), reach, settings.coupling)
+            surrogate = Surrogate(self.sensitivity(), reach, settings.coupling)
             retrieval = surrogate.search(settings.num_retrieval_heads)
 
             def donors_of(heads: Collection[Head]) -> DonorTable:
@@ -103,25 +109,25 @@ class _Search:
         else:
             coverage = None
             if settings.roles == "coverage" or settings.donors == "remapped":
-                coverage = self._coverage()
+                coverage = self.coverage()
 
                 def donors_of(heads: Collection[Head]) -> DonorTable:
                     return assign_donors(heads, coverage, reach)
 
             if settings.roles == "gates":
-                means = self._train(coverage)
+                means = self.train(coverage)
                 retrieval = top_heads(means, settings.num_retrieval_heads, reach.always_retrieval)
             else:
                 retrieval = choose_by_coverage(coverage, reach, settings.num_retrieval_heads)
         if settings.donors == "same_index":
             return retrieval, None, means
         if settings.exchange_rounds:
-            lessons = [lesson for cell in settings.calibrate_cells for lesson in self._lessons(cell)]
-            judge = Judge(self._model, lessons, settings.config, reach)
+            judge = Judge(self._model, self.all_lessons(), settings.config, reach)
             retrieval = exchange(retrieval, reach, judge, donors_of, settings.exchange_rounds, self._report)
         return retrieval, donors_of(retrieval), means
 
-    def _sensitivity(self) -> Tensor:
+    def sensitivity(self) -> Tensor:
+        """The table that `Surrogate` takes, measured on all kinds of calibration prompts."""
         settings, tables = self._settings, []
         for cell in settings.calibrate_cells:
             name = f"sensitivity-{len(tables)}"
@@ -130,7 +136,7 @@ class _Search:
                 noise = torch.Generator().manual_seed(random.Random(f"{settings.seed}/draws/{cell}").randrange(2**31))
                 rows = [
                     measure_sensitivity(self._model, lesson, settings.config, self._reach, settings.draws, noise)
-                    for lesson in self._lessons(cell)
+                    for lesson in self.lessons(cell)
                 ]
                 kept = {"table": torch.cat(rows)}
                 self._checkpoint.save(name, kept)
@@ -139,19 +145,25 @@ class _Search:
             tables.append(kept["table"].to(self._model.get_input_embeddings().weight.device))
         return join(tables)
 
-    def _coverage(self) -> Tensor:
+    def coverage(self) -> Tensor:
+        """See `donors.measure_coverage`."""
         kept = self._checkpoint.load("coverage")
         if kept is None:
-            lessons = (lesson for cell in self._settings.calibrate_cells for lesson in self._lessons(cell))
+            lessons = (lesson for cell in self._settings.calibrate_cells for lesson in self.lessons(cell))
             kept = {"coverage": measure_coverage(self._model, lessons, self._settings.config, self._reach)}
             self._checkpoint.save("coverage", kept)
         return kept["coverage"]
 
-    def _train(self, coverage: Tensor | None) -> Tensor:
+    def train(self, coverage: Tensor | None) -> Tensor:
+        """E[z] `[L, Hkv]` of trained gates; `coverage` finds the donors of a step, None inherits by index."""
         makers = makers_for(self._tokenizer, self._settings.train_cells, "identify")
         return Trainer(self._model, makers, self._settings, self._reach, coverage, self._checkpoint).run(self._report)
 
-    def _lessons(self, cell: Cell) -> Iterator[Lesson]:
+    def all_lessons(self) -> list[Lesson]:
+        """All calibration prompts, kept together."""
+        return [lesson for cell in self._settings.calibrate_cells for lesson in self.lessons(cell)]
+
+    def lessons(self, cell: Cell) -> Iterator[Lesson]:
         """The calibration prompts of one kind, a batch at a time."""
         settings = self._settings
         makers = makers_for(self._tokenizer, (cell,), "identify")
