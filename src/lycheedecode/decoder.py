@@ -44,7 +44,7 @@ class Decoder:
         attention: DecodeAttention,
         reaches: Sequence[Reach],
         execution: Execution = "auto",
-        backend: Any = None,
+        backend: Any = "inductor",
     ) -> None:
         if execution not in get_args(Execution):
             raise ValueError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}.")
@@ -76,16 +76,37 @@ class Decoder:
             float32 `[B, V]`, overwritten by the next step.
         """
         with torch.inference_mode():
-            while self.way != "eager":
-                try:
-                    return self._fixed(cache, token_ids, kv_bytes)
-                except torch.OutOfMemoryError:
+            replay = self.prepare(cache, token_ids, kv_bytes)
+            if replay is None:
+                return self._flexible(cache, token_ids, kv_bytes)
+            with self._route:
+                logits = replay(token_ids, cache.length + 1)
+            cache.advance()
+            return logits
+
+    def prepare(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Replay | None:
+        """Compile and capture the step to come, unless that is done; None where steps are eager. Arguments as above."""
+        while self.way != "eager":
+            try:
+                return self._replay(cache, token_ids, kv_bytes)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler can fail in any way; what is wrong with the model fails again
+                if not self._may_fall_back:
                     raise
-                except Exception as error:  # a compiler can fail in any way; what is wrong with the model fails again
-                    if not self._may_fall_back:
-                        raise
-                    self._step_down(cache, error)
-            return self._flexible(cache, token_ids, kv_bytes)
+                self._step_down(cache, error)
+        return None
+
+    def _replay(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Replay:
+        selections, refresh = cache.selections_for(self.attention)
+        if (self, refresh) not in cache.fixed_steps:
+            with self._route, torch.inference_mode():
+                step = FixedStep(cache, self.attention, self._reaches, selections, refresh, kv_bytes)
+                step.token_ids.copy_(token_ids)
+                step.filled.fill_(cache.length + 1)
+                forward = steps.forward if self.way == "graph" else steps.compiled_forward(self._backend)
+                cache.fixed_steps[self, refresh] = Replay(step, forward, self._model)
+        return cache.fixed_steps[self, refresh]
 
     def _flexible(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Tensor:
         selections, refresh = cache.selections_for(self.attention)
@@ -96,22 +117,6 @@ class Decoder:
         with self._route, steps.running(step):
             logits = steps.forward(self._model, token_ids, lengths)
         kv_bytes += self.attention.bytes_read(lengths, selections, refresh, cache.key_bytes)
-        return logits
-
-    def _fixed(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Tensor:
-        selections, refresh = cache.selections_for(self.attention)
-        replay = cache.fixed_steps.get((self, refresh))
-        if replay is None:
-            step = FixedStep(cache, self.attention, self._reaches, selections, refresh, kv_bytes)
-            step.token_ids.copy_(token_ids)
-            step.filled.fill_(cache.length + 1)
-            forward = steps.forward if self.way == "graph" else steps.compiled_forward(self._backend or "inductor")
-            with self._route:
-                replay = Replay(step, forward, self._model)
-            cache.fixed_steps[self, refresh] = replay
-        with self._route:
-            logits = replay(token_ids, cache.length + 1)
-        cache.advance()
         return logits
 
     def _step_down(self, cache: KVCache, error: Exception) -> None:
@@ -126,33 +131,40 @@ class Decoder:
 
 
 class Replay:
-    """A fixed step as a CUDA graph; on other devices the step itself. Compiles and captures when it is made."""
+    """A fixed step as a CUDA graph; on other devices the step itself. Compiles and captures when it is made.
+
+    Args:
+        step: ready to run, as it is in the middle of a generation.
+        forward, model: what it runs.
+    """
 
     def __init__(self, step: FixedStep, forward: Forward, model: nn.Module) -> None:
-        self.step = step
+        self._step = step
         self._run = lambda: step.run(forward, model)
         self._graph: torch.cuda.CUDAGraph | None = None
+        counted = step.kv_bytes.clone()
         if step.token_ids.is_cuda:
             self._capture()
+        else:
+            self._run()
+        step.kv_bytes.copy_(counted)
 
     def __call__(self, token_ids: Tensor, filled: int) -> Tensor:
         """Logits `[B, V]`, overwritten by the next call; `filled` counts the slots in use, the new token's included."""
-        self.step.token_ids.copy_(token_ids)
-        self.step.filled.fill_(filled)
+        self._step.token_ids.copy_(token_ids)
+        self._step.filled.fill_(filled)
         if self._graph is None:
             return self._run()
         self._graph.replay()
         return self._logits
 
     def _capture(self) -> None:
-        counted = self.step.kv_bytes.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):  # compiles, tunes, and makes what is made once
                 self._run()
         torch.cuda.current_stream().wait_stream(stream)
-        self.step.kv_bytes.copy_(counted)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._logits = self._run()

@@ -23,7 +23,8 @@ from .cache import KVCache
 from .config import HybridConfig
 from .decoder import Decoder, Execution
 from .dense import ChunkAttention
-from .generation import Generation, Piece, Progress, PromptLike, encode, stop_token_ids
+from .generation import Coming, Generation, Piece, Progress, PromptLike, encode, stop_token_ids
+from .memory import prefill_chunk
 from .models import AttentionRoute
 from .plan import HeadPlan
 from .routing import Reach, supported_shape
@@ -77,7 +78,7 @@ class Engine:
         plan: the donor of every KV head; None decodes with full attention.
         config: how to decode; `correction_every` also holds for full attention.
         attention: decode attention to use instead of a plan's.
-        prefill_chunk: prompt tokens that pass through the model at once.
+        prefill_chunk: prompt tokens that pass through the model at once; None: as many as memory allows.
         execution: `auto`: on a GPU a decode step is compiled and replayed as a CUDA graph, as far as that is possible;
             `compiled`, `graph` or `eager` insist on one way (see `decoder`).
         backend: of `torch.compile`, for those who have a better one.
@@ -95,13 +96,13 @@ class Engine:
         plan: HeadPlan | None = None,
         config: HybridConfig | None = None,
         attention: DecodeAttention | None = None,
-        prefill_chunk: int = 2048,
+        prefill_chunk: int | None = None,
         execution: Execution = "auto",
-        backend: Any = None,
+        backend: Any = "inductor",
     ) -> None:
         if plan is not None and attention is not None:
             raise ValueError("Give a plan or an attention, not both.")
-        if prefill_chunk < 1:
+        if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, not {prefill_chunk}.")
         self.model, self.tokenizer = model, tokenizer
         self.shape = supported_shape(model, plan)
@@ -132,7 +133,8 @@ class Engine:
             room: tokens to decode later, reserved at once.
 
         Raises:
-            ValueError: no prompt, an empty one, or one with more tokens than the model has positions.
+            ValueError: no prompt, an empty one, one with more tokens than the model has positions, or one whose cache
+                does not fit into memory.
         """
         padded, lengths = self._pad(input_ids)
         longest = padded.shape[1]
@@ -142,8 +144,9 @@ class Engine:
         starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
         cache = KVCache(self.shape.num_layers, starts)
         cache.reserve(longest + room)
+        chunk_tokens = self._prefill_chunk or prefill_chunk(self.model, self.shape, len(lengths), cache.capacity)
         began = self._now()
-        for chunk in padded.split(self._prefill_chunk, dim=1):
+        for chunk in padded.split(chunk_tokens, dim=1):
             logits = self._dense(cache, chunk, padding)
         seconds = self._now() - began
         return Context(
@@ -234,9 +237,16 @@ class Engine:
         context = self.prefill(prompt_ids, room=max_new_tokens)
         rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in prompt_ids]
         sampler = Sampler(sampling, self.device)
-        next_ids, seconds = sampler(context.logits), 0.0
+        next_ids, seconds, drawn = sampler(context.logits), 0.0, 1
+        self._decoder.prepare(context.cache, next_ids, context.kv_bytes)
         while True:
-            for sequence, (row, token_id) in enumerate(zip(rows, next_ids.tolist(), strict=True)):
+            began = time.perf_counter()
+            coming, following = Coming(next_ids), None
+            if next_ids.is_cuda and drawn < max_new_tokens:  # the GPU need not wait for what the host makes of a token
+                following, drawn = sampler(self.decode_one_token(context, next_ids)), drawn + 1
+            token_ids = coming.tolist()
+            seconds += time.perf_counter() - began
+            for sequence, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
                 if row.finish_reason is not None:
                     continue
                 piece = row.push(token_id)
@@ -247,8 +257,8 @@ class Engine:
             if all(row.finish_reason is not None for row in rows):
                 return
             began = time.perf_counter()
-            next_ids = sampler(self.decode_one_token(context, next_ids))
-            seconds += self._now() - began
+            next_ids = sampler(self.decode_one_token(context, next_ids)) if following is None else following
+            seconds += time.perf_counter() - began
 
     def _result(self, context: Context, sequence: int, row: Progress, seconds: float) -> Generation:
         return Generation(

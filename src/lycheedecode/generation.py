@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .sampling import TokenText
 
@@ -84,6 +85,24 @@ class Progress:
         elif len(self.token_ids) >= self._most:
             self.finish_reason = "length"
         return piece + self._text.finish() if self.finish_reason else piece
+
+
+class Coming:
+    """Token ids `[B]` on their way to the host; what the device was given to do after them does not delay them."""
+
+    def __init__(self, token_ids: Tensor) -> None:
+        self._host, self._arrived = token_ids, None
+        if token_ids.is_cuda:
+            self._host = torch.empty_like(token_ids, device="cpu", pin_memory=True)
+            self._host.copy_(token_ids, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> list[int]:
+        """Wait for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
 
 
 def encode(prompts: PromptLike | Sequence[PromptLike], tokenizer: Any, chat: bool) -> list[list[int]]:

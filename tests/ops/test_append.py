@@ -1,0 +1,54 @@
+"""The newest token lands in its slot and nowhere else; on a CPU the file runs itself again in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from lycheedecode.cache import write_newest
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
+
+
+@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
+def test_in_the_interpreter():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [16, 60])
+def test_the_kernel_writes_where_the_definition_does(dim):
+    from lycheedecode.ops.triton.append import append
+
+    keys, values = torch.randn(2, 3, 2, 20, dim, device=DEVICE)
+    key, value = torch.randn(3, 2, 2, dim, device=DEVICE).unbind(1)  # views with gaps between the sequences
+    filled = torch.tensor([20, 1, 7], dtype=torch.int32, device=DEVICE)
+    expected = keys.cpu().clone(), values.cpu().clone()
+    write_newest(*expected, key.cpu(), value.cpu(), filled.cpu())
+    append(keys, values, key, value, filled)
+    assert torch.equal(keys.cpu(), expected[0])
+    assert torch.equal(values.cpu(), expected[1])
+
+
+@runs_kernels
+def test_a_channel_dimension_with_gaps_is_refused():
+    from lycheedecode.ops.triton.append import append
+
+    cache, token = torch.zeros(1, 1, 4, 8, device=DEVICE), torch.zeros(1, 1, 16, device=DEVICE)[..., ::2]
+    with pytest.raises(ValueError, match="key must have a contiguous last dimension"):
+        append(cache, cache, token, token, torch.ones(1, dtype=torch.int32, device=DEVICE))
+
+
+def test_the_definition():
+    keys, values = torch.zeros(2, 2, 1, 4, 3)
+    write_newest(keys, values, torch.ones(2, 1, 3), torch.ones(2, 1, 3) * 2, torch.tensor([2, 4], dtype=torch.int32))
+    assert keys.sum((1, 3)).tolist() == [[0, 3, 0, 0], [0, 0, 0, 3]]
+    assert torch.equal(values, keys * 2)
