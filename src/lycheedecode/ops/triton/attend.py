@@ -1,11 +1,11 @@
 """Dense attention of some KV heads.
 
     tokens of one head of one sequence   |tile|tile|tile|tile|tile|tile|tile|tile|til|
-    programs (b, h, split)               \\____ split 0 ____/\\____ split 1 ____/\\_ 2 _/
+    programs (b, h, split)                split: 0    1    2    0    1    2    0    1   2
 
-A program reads its tiles once, keys and values, for the whole query group. The last of a head's programs to arrive
-merges their results. The number of splits depends on the slots, never on a length: every program of a fixed grid takes
-an even share of the tokens that there are.
+A program reads its tiles once, keys and values, for the whole query group. Tiles go round the splits: at any time all
+programs together read one stretch of memory, and every program of a fixed grid takes an even share of the tokens that
+there are. The last of a head's programs to arrive merges their results.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def _attend_kernel(
     acc = tl.zeros([GP, DP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    tiles = tl.cdiv(count, TILE)
-    share = tl.cdiv(tiles, SPLITS)
-    for tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
+    for tile in range(split, tl.cdiv(count, TILE), SPLITS):
         token = tile * TILE + tl.arange(0, TILE)
         exists = token < count
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
@@ -62,7 +60,7 @@ def attend(
     group = num_query_heads // kv.keys.shape[1]
     count = kv.keys.shape[1] if heads is None else len(heads)
     output = torch.empty((batch, count * group, dim), dtype=query.dtype, device=query.device)
-    tuning = tuning or default_tuning(batch * count, kv, dim)
+    tuning = tuning or default_tuning(batch * count, kv)
     space = common.merge_space(batch, count, tuning.splits, group, dim, query.device)
     with common.on_device(query):
         _attend_kernel[tuning.splits, count, batch](
@@ -77,8 +75,8 @@ def attend(
     return output
 
 
-def default_tuning(pairs: int, kv: KV, dim: int) -> Tuning:
+def default_tuning(pairs: int, kv: KV) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
-    row_bytes = common.power_of_two(dim) * kv.keys.element_size()
-    tile = max(min(32768 // row_bytes, 128), 16)
-    return Tuning(common.even_splits(pairs, triton.cdiv(kv.slots, tile), 128, 64), tile, 4, 3)
+    tile = min(common.tile_of(kv, 16384), 64)
+    splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 64)
+    return Tuning(splits, tile, 4, 3, common.starts_early(kv.keys.device))

@@ -2,11 +2,11 @@
 
     selection of head h's donor   [ 7 | 0 | 93 | 12 | 55 | 31 | 2 | -1 | -1 ]     block indices, any order
     tiles of gathered tokens      \\_ tile 0 _/\\_ tile 1 _/\\_ tile 2 _/           several blocks, or part of one
-    programs (b, h, split)         split 0      split 1      split 0  ...
+    programs (b, h, split)        \\_______ split 0 ________/\\_ split 1 ..
 
-A program gathers its tiles' keys and values straight from the cache and reads nothing else. Tiles go round the splits,
-so that any number of selected blocks spreads evenly over a fixed grid. The last of a head's programs to arrive merges
-their results.
+A program gathers its tiles' keys and values straight from the cache and reads nothing else; every program of a fixed
+grid takes an even share of the tiles that there are. Where a tile lies is looked up one tile ahead, so that loads of
+keys and values do not wait for loads of indices. The last of a head's programs to arrive merges their results.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from . import common
 from .common import LOG2_E, Tuning
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "K"])
 def _attend_blocks_kernel(
     output, partial, sums, arrivals, query, heads, scale, stride_qb, stride_qh,
-    rows, blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
+    rows, blocks, counts, K, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
     keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
@@ -44,14 +44,18 @@ def _attend_blocks_kernel(
     acc = tl.zeros([GP, DP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    for tile in range(split, tl.cdiv(chosen * BLOCK, TILE), SPLITS):
-        gathered = tile * TILE + tl.arange(0, TILE)
-        block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < chosen, other=-1)
+    tiles = tl.cdiv(chosen * BLOCK, TILE)
+    share = tl.cdiv(tiles, SPLITS)
+    gathered = split * share * TILE + tl.arange(0, TILE)
+    block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
+    for _tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
         token = block * BLOCK + gathered % BLOCK
         exists = (block >= 0) & (token < count)
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
         k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
         v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
+        gathered += TILE
+        block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
 
     pair = b * tl.num_programs(1) + h
@@ -74,12 +78,13 @@ def attend_blocks(
     batch, num_query_heads, dim = query.shape
     group, blocks, counts = num_query_heads // kv.keys.shape[1], selections.blocks, selections.counts
     output = torch.empty((batch, len(rows) * group, dim), dtype=query.dtype, device=query.device)
-    tuning = tuning or default_tuning(batch * len(rows), kv, dim, blocks.shape[2] * block_size)
+    tuning = tuning or default_tuning(batch * len(rows), kv, blocks.shape[2] * block_size)
     space = common.merge_space(batch, len(rows), tuning.splits, group, dim, query.device)
     with common.on_device(query):
         _attend_blocks_kernel[tuning.splits, len(rows), batch](
             *(output, *space, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
-            *(rows, blocks, counts, blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)),
+            *(rows, blocks, counts, blocks.shape[2]),
+            *(blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)),
             *common.cache_arguments(kv),
             **common.padded(group, dim),
             BLOCK=block_size,
@@ -107,9 +112,9 @@ def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_h
         raise ValueError(f"selections must have a contiguous last dimension, not strides {blocks.stride()}.")
 
 
-def default_tuning(pairs: int, kv: KV, dim: int, capacity: int) -> Tuning:
+def default_tuning(pairs: int, kv: KV, capacity: int) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
-    row_bytes = common.power_of_two(dim) * kv.keys.element_size()
-    tile = max(min(16384 // row_bytes, 64), 16)
-    tiles = triton.cdiv(min(capacity, max(kv.slots, 1)), tile)
-    return Tuning(common.even_splits(pairs, tiles, 512, 64), tile, 2, 3)
+    tile = min(common.tile_of(kv, 16384), 64)
+    programs = 128 if pairs <= 16 else 512
+    splits = common.even_splits(pairs, triton.cdiv(min(capacity, max(kv.slots, 1)), tile), programs, 32)
+    return Tuning(splits, tile, 4, 4, common.starts_early(kv.keys.device))

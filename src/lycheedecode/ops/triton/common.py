@@ -86,6 +86,16 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def tile_of(kv: KV, size: int) -> int:
+    """Tokens, at least 16, whose keys fill `size` bytes.
+
+    float32 is multiplied without matrix instructions: larger tiles would not fit into registers.
+    """
+    if kv.keys.dtype == torch.float32:
+        return 16
+    return max(min(size // (power_of_two(kv.keys.shape[3]) * kv.keys.element_size()), 128), 16)
+
+
 def even_splits(pairs: int, tiles: int, programs: int, most: int) -> int:
     """Splits of each of `pairs` heads that make about `programs` programs in all, of at least one tile each."""
     wanted = power_of_two(ceil(programs / pairs))
@@ -105,6 +115,12 @@ def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:
     if not all(0 <= head < num_heads for head in heads):
         raise ValueError(f"heads {heads} do not all exist: the cache has {num_heads} KV heads.")
     return _head_index(heads, kv.keys.device)
+
+
+@lru_cache(maxsize=64)
+def starts_early(device: torch.device) -> bool:
+    """Whether this GPU can start a kernel while the one before it drains: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -156,10 +172,13 @@ def merge_space(batch: int, heads: int, splits: int, group: int, dim: int, devic
 
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
-    """With an early start: let the next kernel start early too, then wait until the one before has written all."""
+    """With an early start: wait until the kernel before has written all, then let the next one start early too.
+
+    In this order two kernels overlap at most: what runs before this point may count on all but the last one.
+    """
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -250,11 +269,19 @@ def finish(
         part = pair.to(tl.int64) * SPLITS + split
         tl.store(partial + part * (G * D) + within, result, mask=mask)
         tl.store(sums + part * G + g, peak + tl.log2(total), mask=g < G)
-        tl.debug_barrier()  # every thread's part is written before the arrival is counted
-        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == SPLITS - 1:
-            tl.debug_barrier()
+        if is_last(arrivals, pair, SPLITS):
             _merge(output, partial, sums, pair, G, D, DP, SPLITS, CHUNK)
-            tl.store(arrivals + pair, 0)
+
+
+@triton.jit
+def is_last(arrivals, pair, SPLITS: tl.constexpr):
+    """Whether this program is the last of its pair's to come here; then it sees what the others wrote before."""
+    tl.debug_barrier()  # every thread has written before the arrival is counted
+    last = tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        tl.store(arrivals + pair, 0)  # for the next launch
+        tl.debug_barrier()
+    return last
 
 
 @triton.jit
@@ -262,7 +289,10 @@ def _merge(
     output, partial, sums, pair,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Average of the partial results of all splits, weighted by their mass; `CHUNK` splits at a time."""
+    """Average of the partial results of all splits, weighted by their mass; `CHUNK` splits at a time.
+
+    Others wrote what is read here during this launch: it comes from the L2, past this processor's own cache.
+    """
     GROUP: tl.constexpr = triton.next_power_of_2(G)
     ALL: tl.constexpr = triton.next_power_of_2(SPLITS)
     g = tl.arange(0, GROUP)
@@ -271,20 +301,21 @@ def _merge(
     first = pair.to(tl.int64) * SPLITS
 
     s = tl.arange(0, ALL)
-    at = sums + (first + s)[:, None] * G + g[None, :]
-    mass = tl.load(at, mask=(s < SPLITS)[:, None] & (g < G)[None, :], other=float("-inf"), cache_modifier=".cg")
+    at_mass = sums + (first + s)[:, None] * G + g[None, :]
+    mass = tl.load(at_mass, mask=(s < SPLITS)[:, None] & (g < G)[None, :], other=float("-inf"), cache_modifier=".cg")
     peak = finite(tl.max(mass, 0))
     total = tl.sum(tl.exp2(mass - peak[None, :]), 0)
 
     acc = tl.zeros([GROUP, DP], tl.float32)
     for chunk in range(0, SPLITS, CHUNK):
-        s = chunk + tl.arange(0, CHUNK)
-        here = (s < SPLITS)[:, None] & (g < G)[None, :]
-        at = sums + (first + s)[:, None] * G + g[None, :]
-        weight = tl.exp2(tl.load(at, mask=here, other=float("-inf"), cache_modifier=".cg") - peak[None, :])
-        at = partial + (first + s)[:, None, None] * (G * D) + (g[:, None] * D + d[None, :])[None, :, :]
-        part = tl.load(at, mask=here[:, :, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
-        acc += tl.sum(weight[:, :, None] * part, 0)
+        c = chunk + tl.arange(0, CHUNK)
+        here = (c < SPLITS)[:, None] & (g < G)[None, :]
+        log = tl.load(
+            sums + (first + c)[:, None] * G + g[None, :], mask=here, other=float("-inf"), cache_modifier=".cg"
+        )
+        at_part = partial + (first + c)[:, None, None] * (G * D) + (g[:, None] * D + d[None, :])[None, :, :]
+        part = tl.load(at_part, mask=here[:, :, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(tl.exp2(log - peak[None, :])[:, :, None] * part, 0)
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     at = output + pair.to(tl.int64) * (G * D) + g[:, None] * D + d[None, :]
     tl.store(at, result.to(output.dtype.element_ty), mask=mask)

@@ -3,18 +3,19 @@
     keys       the bits of a score that is not negative, read as an integer, rank like the score;
                blocks that are always selected get the largest key, absent ones the least
     wanted     how many blocks: from the strategy and the capacity of the buffers
-    search     halve an interval of keys until exactly `wanted` keys reach its middle, or it is one key:
+    search     cut an interval of keys in three until exactly `wanted` keys reach a cut, or it is one key:
                then of the blocks with this key the earlier ones win
     write      the selected blocks in ascending order, then -1
 
 Every step of the search counts over the whole row, which the program holds in registers; a row too long for that is
-read again each time. Nothing depends on the order in which threads run, and nothing travels to the host.
+read again each time. A step takes as long as the threads take to meet, not as they take to count: hence two cuts at a
+time. Nothing depends on the order in which threads run, and nothing travels to the host.
 """
 
 from __future__ import annotations
 
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,9 +26,8 @@ from ...config import HybridConfig
 from ..types import KV, Selections
 from . import common
 from .common import Tuning
-from .scan import Worth, block_scores, normalise, scan
 
-IN_REGISTERS = 16384
+IN_REGISTERS = 32768
 """Longest row of blocks that a program holds at once."""
 
 _FORCED = tl.constexpr(0x7FFFFFFF)
@@ -52,7 +52,7 @@ def _read(scores, c, N, sinks, recent, exist, CHUNK: tl.constexpr):
 
 @triton.jit
 def _count(least, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr):
-    """Keys that are at least `least`."""
+    """How many keys are at least `least`."""
     if HELD:
         found = tl.sum((key >= least).to(tl.int32), 0)
     else:
@@ -61,6 +61,22 @@ def _count(least, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HEL
             _, key = _read(scores, c, N, sinks, recent, exist, CHUNK)
             found += tl.sum((key >= least).to(tl.int32), 0)
     return found
+
+
+@triton.jit
+def _count_two(less, more, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr):
+    """How many keys are at least `less`, and at least `more`: one reduction of two packed counts."""
+    if HELD:
+        both = tl.sum((key >= less).to(tl.int32) | ((key >= more).to(tl.int32) << 16), 0)
+        of_less, of_more = both & 0xFFFF, (both >> 16) & 0xFFFF
+    else:
+        of_less, of_more = 0, 0
+        for c in range(tl.cdiv(exist, CHUNK)):
+            _, key = _read(scores, c, N, sinks, recent, exist, CHUNK)
+            both = tl.sum((key >= less).to(tl.int32) | ((key >= more).to(tl.int32) << 16), 0)
+            of_less += both & 0xFFFF
+            of_more += (both >> 16) & 0xFFFF
+    return of_less, of_more
 
 
 @triton.jit
@@ -111,34 +127,26 @@ def _blocks_of_mass(
     return wanted
 
 
-@triton.jit(do_not_specialize=["slots", "num_blocks", "K"])
-def _select_kernel(
-    blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
-    scores, worth, sums, lengths, starts, slots, N, num_blocks, K, amount,
-    STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr,
-    BLOCK: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    r, b = tl.program_id(0), tl.program_id(1)
-    common.wait_for_inputs(EARLY)
-    _first, count = common.extent(b, lengths, starts, slots)
-    row = (r * tl.num_programs(1) + b).to(tl.int64)
-    blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
-
-    # Which blocks exist; sinks are the blocks before `sinks`, recent ones those from `recent` on.
+@triton.jit
+def extent_of_blocks(
+    count, num_blocks, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """How many blocks exist; sinks are the blocks before `sinks`, recent ones those from `recent` on."""
     exist = tl.where(count > 0, tl.minimum(tl.cdiv(count + LOOKAHEAD, BLOCK), num_blocks), 0)
     sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)
     recent = tl.maximum(tl.minimum(tl.maximum(count - RECENT, 0) // BLOCK, exist), sinks)
-    forced = sinks + exist - recent
+    return exist, sinks, recent
 
+
+@triton.jit
+def choose(
+    blocks, at_count, score, scores, N, sinks, recent, exist, K, amount,
+    STRATEGY: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """Select for one row: `score` holds its first `CHUNK` blocks; more of them are read from `scores` unless `HELD`."""
     n = tl.arange(0, CHUNK)
-    if SPLITS > 0:  # straight from a scan
-        score = block_scores(worth, sums, row * G, n, n < tl.cdiv(count, BLOCK), N, G, SPLITS)
-        key = _keys(score, n, sinks, recent, exist)
-    else:
-        scores += row * N
-        score, key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
-
+    key = _keys(score, n, sinks, recent, exist)
+    forced = sinks + exist - recent
     low, high = _range(key, scores, N, sinks, recent, exist, CHUNK, HELD)
     wanted = tl.minimum(exist, K)
     if STRATEGY == "ratio":
@@ -157,29 +165,57 @@ def _select_kernel(
     elif wanted == exist:
         high, above = low, 0
     while low < high:
-        middle = low + (high - low + 1) // 2
-        found = _count(middle, key, scores, N, sinks, recent, exist, CHUNK, HELD)
-        above = tl.where(found < wanted, found, above)
-        high = tl.where(found < wanted, middle - 1, tl.where(found == wanted, middle, high))
-        low = tl.where(found < wanted, low, middle)
+        third = (high - low + 2) // 3
+        less = low + third
+        more = tl.minimum(less + third, high)
+        of_less, of_more = _count_two(less, more, key, scores, N, sinks, recent, exist, CHUNK, HELD)
+        if of_more >= wanted:
+            low = more
+            high = tl.where(of_more == wanted, more, high)
+        elif of_less >= wanted:
+            low = less
+            high = tl.where(of_less == wanted, less, more - 1)
+            above = of_more
+        else:
+            high = less - 1
+            above = of_less
     ties = wanted - above  # of the keys equal to `low`, so many are selected: all, when `wanted` keys reach it
 
     larger_before, equal_before = 0, 0
-    for c in range(tl.cdiv(exist, CHUNK)):
+    for c in range(0, exist, CHUNK):
         if not HELD:
-            _, key = _read(scores, c, N, sinks, recent, exist, CHUNK)
+            _, key = _read(scores, c // CHUNK, N, sinks, recent, exist, CHUNK)
         larger, equal = (key > low).to(tl.int32), (key == low).to(tl.int32)
         both = tl.cumsum(larger | (equal << 16), 0)
         before_larger = larger_before + (both & 0xFFFF) - larger
-        before_equal = equal_before + (both >> 16) - equal
+        before_equal = equal_before + ((both >> 16) & 0xFFFF) - equal
         chosen = (larger > 0) | ((equal > 0) & (before_equal < ties))
         at = before_larger + tl.minimum(before_equal, ties)
-        tl.store(blocks + at, c * CHUNK + n, mask=chosen)
-        larger_before += tl.sum(larger, 0)
-        equal_before += tl.sum(equal, 0)
-    tl.store(counts + r * stride_counts_r + b * stride_counts_b, wanted)
+        tl.store(blocks + at, c + n, mask=chosen)
+        if not HELD:
+            larger_before += tl.sum(larger, 0)
+            equal_before += tl.sum(equal, 0)
+    tl.store(at_count, wanted)
     for k in range(wanted, K, CHUNK):
         tl.store(blocks + k + n, n * 0 - 1, mask=k + n < K)
+
+
+@triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K"])
+def _select_kernel(
+    blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
+    scores, lengths, starts, slots, N, num_blocks, K, amount,
+    STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    r, b = tl.program_id(0), tl.program_id(1)
+    common.wait_for_inputs(EARLY)
+    _first, count = common.extent(b, lengths, starts, slots)
+    exist, sinks, recent = extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
+    blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
+    scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
+    score, _key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
+    at_count = counts + r * stride_counts_r + b * stride_counts_b
+    choose(blocks, at_count, score, scores, N, sinks, recent, exist, K, amount, STRATEGY, CHUNK, HELD)
 
 
 class Rule(NamedTuple):
@@ -204,6 +240,17 @@ class Rule(NamedTuple):
             config.block_size,
         )
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What kernels are specialised for."""
+        return {
+            "STRATEGY": self.strategy,
+            "SINK": self.sink_tokens,
+            "RECENT": self.recent_tokens,
+            "LOOKAHEAD": self.refresh_every - 1,
+            "BLOCK": self.block_size,
+        }
+
     def num_blocks(self, slots: int) -> int:
         """Blocks that may exist, those of the tokens before the next selection included."""
         return ceil((slots + self.refresh_every - 1) / self.block_size)
@@ -211,62 +258,30 @@ class Rule(NamedTuple):
 
 def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: Tuning | None = None) -> None:
     """See `ops.select_blocks`."""
-    _check_selections(out, scores.shape[:2])
+    check_selections(out, scores.shape[:2])
     if scores.dtype != torch.float32 or not scores.is_contiguous():
         raise ValueError(f"scores must be contiguous float32, not {scores.dtype} with strides {scores.stride()}.")
     num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
-    _launch(scores, None, None, kv, rule, out, num_blocks, tuning)
-
-
-def select_from_scan(worth: Worth, kv: KV, rule: Rule, out: Selections, tuning: Tuning | None = None) -> None:
-    """Like `select_blocks`, on what a scan left behind."""
-    num_blocks = rule.num_blocks(kv.slots)
-    if num_blocks > IN_REGISTERS:
-        _launch(normalise(worth, kv, rule.block_size), None, None, kv, rule, out, num_blocks, tuning)
-    else:
-        _launch(None, *worth, kv, rule, out, num_blocks, tuning)
-
-
-def _launch(
-    scores: Tensor | None,
-    worth: Tensor | None,
-    sums: Tensor | None,
-    kv: KV,
-    rule: Rule,
-    out: Selections,
-    num_blocks: int,
-    tuning: Tuning | None,
-) -> None:
-    blocks, counts = out
-    tuning = tuning or default_tuning(num_blocks)
-    source = worth if scores is None else scores
-    with common.on_device(blocks):
-        _select_kernel[blocks.shape[:2]](
-            *(blocks, counts, blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)),
-            *(scores, worth, sums, kv.lengths, kv.starts, kv.slots, source.shape[-1], num_blocks, blocks.shape[2]),
-            rule.amount,
-            STRATEGY=rule.strategy,
-            SINK=rule.sink_tokens,
-            RECENT=rule.recent_tokens,
-            LOOKAHEAD=rule.refresh_every - 1,
-            BLOCK=rule.block_size,
-            G=1 if worth is None else worth.shape[2],
-            SPLITS=0 if sums is None else sums.shape[3],
+    tuning = tuning or default_tuning(num_blocks, scores.device)
+    with common.on_device(scores):
+        _select_kernel[out.blocks.shape[:2]](
+            *(*selection_arguments(out), scores, kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks),
+            *(out.blocks.shape[2], rule.amount),
+            **rule.constants,
             CHUNK=tuning.tile,
             HELD=num_blocks <= tuning.tile,
             **tuning.launch,
         )
 
 
-def scan_select(
-    query: Tensor, kv: KV, heads: tuple[int, ...], rule: Rule, scale: float, score: str, out: Selections
-) -> None:
-    """See `ops.scan_select`."""
-    _check_selections(out, (len(heads), query.shape[0]))
-    select_from_scan(scan(query, kv, heads, rule.block_size, scale, score), kv, rule, out)
+def selection_arguments(out: Selections) -> tuple[Any, ...]:
+    """Selections as kernels that write them take them: buffers and strides."""
+    blocks, counts = out
+    return blocks, counts, blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)
 
 
-def _check_selections(out: Selections, shape: tuple[int, ...]) -> None:
+def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
+    """Refuse buffers that do not fit `shape`, `[R, B]`."""
     blocks, counts = out
     if blocks.dtype != torch.int32 or counts.dtype != torch.int32:
         raise ValueError(f"out must be int32, not {blocks.dtype} and {counts.dtype}.")
@@ -276,7 +291,7 @@ def _check_selections(out: Selections, shape: tuple[int, ...]) -> None:
         raise ValueError(f"out.blocks must have a contiguous last dimension, not strides {blocks.stride()}.")
 
 
-def default_tuning(num_blocks: int) -> Tuning:
+def default_tuning(num_blocks: int, device: torch.device) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
     tile = min(max(common.power_of_two(num_blocks), 64), IN_REGISTERS)
-    return Tuning(1, tile, min(max(tile // 256, 1), 32), 1)
+    return Tuning(1, tile, min(max(tile // 512, 1), 16 if tile < 32768 else 32), 1, common.starts_early(device))

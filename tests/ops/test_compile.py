@@ -1,0 +1,157 @@
+"""Every kernel compiles for a Hopper GPU, without spilling registers; no GPU is needed for that, only its name.
+
+The interpreter, which runs the kernels elsewhere in these tests, accepts programs that the compiler refuses.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="The kernels need Triton.")
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("On a GPU the kernels compile where they run.", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from lycheedecode import HybridConfig  # noqa: E402
+from lycheedecode.ops import KV, Selections  # noqa: E402
+from lycheedecode.ops import triton as kernels  # noqa: E402
+from lycheedecode.ops.triton import common, read  # noqa: E402
+
+SHARED_MEMORY = 227 * 1024
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Hopper:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Kernels that were launched, compiled and not run."""
+    found, run = [], JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **constants):
+        found.append(run(self, *arguments, grid=grid, warmup=True, **constants))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return found
+
+
+def check(compiled, tmp_path, count, spills=0):
+    assert len(compiled) == count
+    for kernel in compiled:
+        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name
+        assert spilled_bytes(kernel, tmp_path) <= spills, kernel.metadata.name
+
+
+def spilled_bytes(kernel, tmp_path):
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([TOOL, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True)
+    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+
+
+def make_cache(dim, dtype, page=0, slots=131072, heads=2):
+    """Shapes; the memory behind them is never touched."""
+    shape = (slots // page, heads, page, dim) if page else (1, heads, slots, dim)
+    cache = torch.empty(shape, dtype=dtype)
+    table = torch.empty(1, slots // page, dtype=torch.int32) if page else None
+    return KV(cache, cache, torch.zeros(1, dtype=torch.int32), None, table)
+
+
+def launch_all(kv, group=4, block_size=32, heads=None, **settings):
+    """Every operation once, as it is launched by default."""
+    query = torch.empty(1, kv.keys.shape[1] * group, kv.keys.shape[3], dtype=kv.keys.dtype)
+    config = HybridConfig(block_size=block_size, **settings)
+    count = kv.keys.shape[1] if heads is None else len(heads)
+    out = Selections.allocate(count, 1, config.capacity_blocks(kv.slots // block_size), "cpu")
+    kernels.attend(query, kv, 0.1, heads)
+    rows = torch.zeros(count, dtype=torch.int64)
+    kernels.attend_blocks(query, kv, out, rows, block_size, 0.1, heads)
+    kernels.scan_select(query, kv, heads or tuple(range(count)), config, 0.1, out)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_head_dims(compiled, dim, tmp_path):
+    launch_all(make_cache(dim, torch.bfloat16))
+    check(compiled, tmp_path, 3)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float16, 128), (torch.float32, 64), (torch.float32, 128)], ids=str)
+def test_dtypes(compiled, dtype, dim, tmp_path):
+    launch_all(make_cache(dim, dtype))
+    check(compiled, tmp_path, 3)
+
+
+@pytest.mark.parametrize(("page", "dim"), [(16, 128), (64, 80), (256, 128)])
+def test_pages_and_some_heads(compiled, page, dim, tmp_path):
+    launch_all(make_cache(dim, torch.bfloat16, page, heads=3), heads=(0, 2))
+    check(compiled, tmp_path, 3)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("group", [1, 7])
+def test_blocks_and_groups(compiled, block_size, group, tmp_path):
+    launch_all(make_cache(128, torch.float16, slots=4096 * block_size), group, block_size)
+    check(compiled, tmp_path, 3)
+
+
+def test_early_start(compiled, tmp_path, monkeypatch):
+    """Programmatic dependent launch: the wait comes first, in every kernel."""
+    monkeypatch.setattr(common, "starts_early", lambda device: True)
+    launch_all(make_cache(128, torch.bfloat16))
+    check(compiled, tmp_path, 3)
+    for kernel in compiled:
+        ptx = kernel.asm["ptx"]
+        assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("ld.global")
+
+
+STRATEGIES = {
+    "ratio": {"budget_ratio": 0.1},
+    "top_p": {"selection": "top_p", "top_p": 0.9},
+    "threshold": {"selection": "threshold", "threshold": 0.01},
+}
+
+
+@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
+def test_strategies(compiled, settings, tmp_path):
+    kv, config = make_cache(64, torch.bfloat16, slots=65536), HybridConfig(**settings)
+    out = Selections.allocate(1, 1, config.capacity_blocks(2048), "cpu")
+    query = torch.empty(1, 8, 64, dtype=torch.bfloat16)
+    kernels.scan_select(query, kv, (1,), config, 0.1, out)
+    check(compiled, tmp_path, 1)
+
+
+@pytest.mark.parametrize("num_blocks", [512, 4096, 8192, 16384])
+def test_rows_of_scores(compiled, num_blocks, tmp_path):
+    """One launch up to the longest row that a program holds; separately, any length.
+
+    The longest rows leave a few registers too little: keeping some keys in the L1 beats reading all of them again.
+    """
+    kv, config = make_cache(64, torch.bfloat16, slots=32 * num_blocks), HybridConfig()
+    query, out = torch.empty(1, 8, 64, dtype=torch.bfloat16), Selections.allocate(1, 1, 128, "cpu")
+    kernels.scan_select(query, kv, (1,), config, 0.1, out)
+    kernels.select_blocks(kernels.scan_blocks(query, kv, (1,), 32, 0.1), kv, config, out)
+    check(compiled, tmp_path, 4, spills=128 if num_blocks > 8192 else 0)
+
+
+def test_reading(compiled, tmp_path):
+    read.read_all(torch.empty(1 << 22, dtype=torch.int32), read.scratch("cpu"))
+    check(compiled, tmp_path, 1)
