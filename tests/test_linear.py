@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +101,27 @@ def test_many_rows_and_training_stay_as_they_are():
     torch.compile(layer, backend=graphs)(torch.randn(2, 8)).sum().backward()
     assert graphs.calls == 0
     assert layer.weight.grad is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_compiled_step_in_a_cuda_graph(family):
+    model = tiny.model(family, dtype=torch.bfloat16, hidden_size=256, intermediate_size=512).cuda()
+    exact = deepcopy(model).float()
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=backend, fullgraph=True)
+    ids = torch.tensor([[7], [8], [9]], device="cuda")
+    with torch.inference_mode():
+        for _ in range(3):
+            step(input_ids=ids, use_cache=False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step(input_ids=ids, use_cache=False).logits
+        for shift in (0, 20):
+            ids += shift
+            graph.replay()
+            right = exact(input_ids=ids, use_cache=False).logits
+            assert (result - right).norm() / right.norm() < 5e-2
 
 
 class Shared(nn.Module):

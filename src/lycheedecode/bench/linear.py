@@ -1,0 +1,358 @@
+"""`bench linear`: the projections of a decode step on this GPU, verified first, then timed against the memory's speed.
+
+    each projection, and the four of a layer in a row, for every batch: cuBLAS, Inductor (if asked for), ours
+    a whole step of a model without a past, compiled with Inductor's backend and with ours (`--step`)
+
+Times are those of a CUDA graph's replay over more weights than the L2 holds (see `timing`); bytes are the weights'.
+`--tune` times every launch that might be fast; what wins goes into the kernel by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..environment import describe_environment
+from ..linear import backend, reference
+from .timing import Call, read_bandwidth, rotations, time_calls
+from .verify import MismatchError, check_close
+
+TOLERANCE = 1e-2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU, tests only
+HEADER = f"{'projection':10} {'batch':>5} {'by':24} {'us':>8} {'TB/s':>6} {'of bound':>8}"
+
+
+class Projection(NamedTuple):
+    """Linear layers of one input, and what is computed with them.
+
+    Attributes:
+        sizes: outputs of each layer.
+        columns: inputs.
+        norm: an RMSNorm comes first.
+        residual: something is added to the output.
+        gated: of two layers, `SiLU(first) * second`.
+    """
+
+    sizes: tuple[int, ...]
+    columns: int
+    norm: bool = False
+    residual: bool = False
+    gated: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights."""
+        return sum(self.sizes) * self.columns * 2
+
+
+LLAMA_3_8B = {
+    "qkv": Projection((4096, 1024, 1024), 4096, norm=True),
+    "o": Projection((4096,), 4096, residual=True),
+    "gate_up": Projection((14336, 14336), 4096, norm=True, gated=True),
+    "down": Projection((4096,), 14336, residual=True),
+    "head": Projection((128256,), 4096),
+}
+LAYER = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass
+class Problem:
+    """A projection on a batch, with several sets of weights; arguments as `linear` takes them."""
+
+    projection: Projection
+    inputs: Tensor
+    fused: list[Tensor]
+    norm: Tensor | None
+    residual: Tensor | None
+
+    @classmethod
+    def random(cls, projection: Projection, batch: int, sets: int, empty: bool = False) -> Problem:
+        def numbers(*shape: int, scale: float = 1.0) -> Tensor:
+            tensor = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
+            return tensor if empty else tensor.normal_(0, scale)
+
+        rows, columns = sum(projection.sizes), projection.columns
+        width = projection.sizes[0] if projection.gated else rows
+        return cls(
+            projection,
+            numbers(batch, 1, columns),
+            [numbers(rows, columns, scale=columns**-0.5) for _ in range(sets)],
+            numbers(columns) if projection.norm else None,
+            numbers(batch, 1, width) if projection.residual else None,
+        )
+
+    def with_batch(self, batch: int) -> Problem:
+        """The same weights, other inputs."""
+        new = Problem.random(self.projection, batch, 0)
+        return Problem(self.projection, new.inputs, self.fused, self.norm, new.residual)
+
+    def weights(self, i: int) -> list[Tensor]:
+        return list(self.fused[i % len(self.fused)].split(self.projection.sizes))
+
+    def compute(self, run: Callable[..., Tensor], i: int, x: Tensor | None = None, **more: Any) -> Tensor:
+        """By `linear` or something with its signature."""
+        x = self.inputs if x is None else x
+        return run(x, self.weights(i), [], self.residual, self.norm, 1e-5, self.projection.gated, **more)
+
+    def cublas(self, i: int) -> Tensor:
+        """The bare product with the fused weight."""
+        return F.linear(self.inputs, self.fused[i % len(self.fused)])
+
+    def calls(self, run: Callable[[int], Tensor]) -> list[Call]:
+        """Enough of them to go past the L2."""
+        count = rotations(self.projection.bytes, 8, 16)
+        return [lambda i=i: run(i) for i in range(count)]
+
+
+def make_problems(names: Sequence[str]) -> dict[str, Problem]:
+    """Weights for each projection; random ones, more than the L2 holds."""
+    sizes = {name: LLAMA_3_8B[name] for name in names}
+    return {name: Problem.random(p, 1, rotations(p.bytes, 2, 16)) for name, p in sizes.items()}
+
+
+def verify(problem: Problem, what: str, run: Callable[..., Tensor], **more: Any) -> float:
+    """The relative error of the first result; raises `MismatchError` if it is large."""
+    return check_close(what, problem.compute(run, 0, **more), problem.compute(reference, 0), TOLERANCE)
+
+
+def layer(problems: dict[str, Problem], run: Callable[..., Tensor], i: int) -> Tensor:
+    """Four projections in a row, each reading what the one before it wrote."""
+    x = problems["qkv"].compute(run, i)[..., : LLAMA_3_8B["o"].columns]
+    x = problems["o"].compute(run, i, x)
+    x = problems["gate_up"].compute(run, i, x)
+    return problems["down"].compute(run, i, x)
+
+
+@dataclass
+class Meter:
+    """Times calls on a GPU of known read bandwidth, and prints and keeps what it finds."""
+
+    bandwidth: float
+    seconds: float
+    rows: list[dict[str, Any]]
+
+    def add(self, name: str, batch: int, by: str, calls: Sequence[Call], size: int) -> None:
+        us = time_calls(calls, self.seconds).ms * 1e3
+        share = size / self.bandwidth * 1e6 / us
+        self.rows.append({"projection": name, "batch": batch, "by": by, "us": us, "bytes": size, "share": share})
+        print(f"{name:10} {batch:5} {by:24} {us:8.2f} {size / us / 1e6:6.2f} {share:8.1%}", flush=True)
+
+
+def bench_linear(names: Sequence[str], batches: Sequence[int], inductor: bool, seconds: float) -> dict[str, Any]:
+    """Verify and time; raises `MismatchError`, and then there are no times."""
+    from ..linear.triton import linear
+
+    problems = make_problems(names)
+    everything = {(name, batch): problems[name].with_batch(batch) for batch in batches for name in names}
+    errors = {f"{name}, batch {batch}": verify(problem, f"{name}, batch {batch}", linear)
+              for (name, batch), problem in everything.items()}  # fmt: skip
+    meter = Meter(measured_bandwidth(), seconds, [])
+    print(f"verified; read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s\n{HEADER}", flush=True)
+    compiled = torch.compile(reference, dynamic=False, options={"coordinate_descent_tuning": True})
+    for (name, batch), problem in everything.items():
+        size = problem.projection.bytes
+        meter.add(name, batch, "cuBLAS, bare product", problem.calls(problem.cublas), size)
+        if inductor:
+            runs = problem.calls(lambda i, problem=problem: problem.compute(compiled, i))
+            meter.add(name, batch, "Inductor", runs, size)
+        meter.add(name, batch, "ours", problem.calls(lambda i, problem=problem: problem.compute(linear, i)), size)
+    if set(LAYER) <= set(names):
+        size = sum(LLAMA_3_8B[name].bytes for name in LAYER)
+        for batch, (by, run) in product(batches, (("reference", reference), ("ours", linear))):
+            own = {name: everything[name, batch] for name in LAYER}
+            calls = [lambda i=i, own=own, run=run: layer(own, run, i) for i in range(4)]
+            meter.add("layer", batch, by, calls, size)
+    return {"read_tb_s": meter.bandwidth / 1e12, "rows": meter.rows, "errors": errors}
+
+
+def bench_step(layers: int, batches: Sequence[int], seconds: float) -> dict[str, Any]:
+    """A step of a Llama of the 8B shape that attends to one token only: all but the attention of a decode step."""
+    meter, errors = Meter(measured_bandwidth(), seconds, []), {}
+    model = _random_llama(layers)
+    head, embedding = model.lm_head.weight, model.get_input_embeddings().weight
+    size = 2 * (sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel()))
+    tuned = {"coordinate_descent_tuning": True}
+    ways = {
+        "Inductor": {"options": tuned},
+        "ours": {"backend": backend},
+        "ours, norms apart": {"backend": partial(backend, norms=False)},
+    }
+    print(f"read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s; {layers} layers\n{HEADER}", flush=True)
+    for batch in batches:
+        ids = torch.arange(batch, device=DEVICE)[:, None]
+        right = model(input_ids=ids, use_cache=False).logits
+        for by, how in ways.items():
+            torch._dynamo.reset()
+            step = torch.compile(model, fullgraph=True, dynamic=False, **how)
+            result = step(input_ids=ids, use_cache=False).logits
+            errors[f"{by}, batch {batch}"] = check_close(f"a step by {by}, batch {batch}", result, right, 5e-2)
+            meter.add("step", batch, by, [lambda step=step, ids=ids: step(input_ids=ids, use_cache=False)], size)
+    return {"read_tb_s": meter.bandwidth / 1e12, "layers": layers, "rows": meter.rows, "errors": errors}
+
+
+def _random_llama(layers: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, vocab_size=128256, dtype=torch.bfloat16,
+        num_attention_heads=32, num_key_value_heads=8, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).eval().requires_grad_(False).to(torch.bfloat16)
+
+
+def measured_bandwidth() -> float:
+    """Bytes a second that this GPU reads."""
+    return read_bandwidth(torch.empty(1 << 29, dtype=torch.int32, device="cuda").zero_())
+
+
+# ---------------------------------------------------------------------- --tune
+
+
+def candidates(projection: Projection, batch: int) -> list[Any]:
+    """Launches with 40-176 KiB of loads in flight on each of 132 multiprocessors, and about the same work for each."""
+    from ..linear.triton import Tuning
+
+    out = projection.sizes[0] if projection.gated else sum(projection.sizes)
+    plain = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 128), (16, 512)] if batch == 1 else []
+    dotted = [(64, 64), (64, 128), (64, 256), (32, 128), (32, 256), (128, 64)]
+    shapes = [(0, *shape) for shape in plain] + [(8, *shape) for shape in dotted] + [(16, *dotted[1])]
+    found = []
+    for (dot, rows, depth), splits, stages in product(shapes, (1, 2, 4, 7, 8), (3, 5)):
+        programs = -(-out // rows) * splits
+        stage = rows * depth * 2 * (2 if projection.gated else 1)
+        fits = min((220 << 10) // (stage * stages), 8)
+        in_flight = min(fits, programs / 132) * stage * (stages - 1)
+        splits_well = splits == 1 or (
+            programs <= 600 and not projection.gated and projection.columns % (depth * splits) == 0
+        )
+        if splits_well and 40 << 10 <= in_flight <= 176 << 10 and 180 <= programs <= 4096:
+            found.append(Tuning(rows, depth, splits, 8 if rows * depth > 8192 else 4, stages, dot, prefetch=512))
+    return found
+
+
+def tune(names: Sequence[str], batches: Sequence[int], most: int, limit: float) -> dict[str, Any]:
+    """Time at most `most` launches of every projection, in about `limit` seconds; prints the best few."""
+    began = time.perf_counter()
+    grids = {(name, batch): candidates(LLAMA_3_8B[name], batch) for name, batch in product(names, batches)}
+    grids = {key: grid[:: max(-(-len(grid) // most), 1)] for key, grid in grids.items()}
+    compile_ahead([(*key, tuning) for key, grid in grids.items() for tuning in grid])
+    print(f"compiled {sum(map(len, grids.values()))} launches in {time.perf_counter() - began:.0f} s", flush=True)
+    problems, bandwidth, found = make_problems(names), measured_bandwidth(), []
+    for at, ((name, batch), grid) in enumerate(grids.items()):
+        now = time.perf_counter()
+        until = now + (began + limit - now) / (len(grids) - at)
+        problem = problems[name].with_batch(batch)
+        rows = _time_launches(problem, [None, *grid], bandwidth, until - (until - now) / 4)
+        best = [row["tuning"] for row in rows if row["tuning"] is not None][:2]  # how they start, without compiling
+        starts = [{"prefetch": 128}, {"prefetch": 2048}, {"overlap": 4}, {"overlap": 64}, {"prefetch": 0}]
+        rows += _time_launches(problem, [t._replace(**new) for new in starts for t in best], bandwidth, until)
+        rows.sort(key=lambda row: row["us"])
+        print(f"{name}, batch {batch}: {len(rows)} launches", flush=True)
+        shown = rows[:7] + [row for row in rows[7:] if row["tuning"] is None]
+        print(*(f"  {row['us']:8.2f} us {row['share']:6.1%}  {_words(row['tuning'])}" for row in shown), sep="\n")
+        found += [{"projection": name, "batch": batch, **row, "tuning": _words(row["tuning"])} for row in rows]
+    return {"read_tb_s": bandwidth / 1e12, "candidates": found}
+
+
+def _time_launches(problem: Problem, launches: Sequence[Any], bandwidth: float, until: float) -> list[dict[str, Any]]:
+    """Those that are right, fastest first; stops at the time `until`."""
+    from ..linear.triton import linear
+
+    rows = []
+    for tuning in launches:
+        if time.perf_counter() > until:
+            print(f"  out of time after {len(rows)} of {len(launches)}", flush=True)
+            break
+        try:
+            verify(problem, "it", linear, tuning=tuning)
+            calls = problem.calls(lambda i, tuning=tuning: problem.compute(linear, i, tuning=tuning))
+            us = time_calls(calls, 0.01).ms * 1e3
+        except Exception as error:  # more shared memory than there is, or wrong
+            print(f"  {_words(tuning)}: {str(error)[:100]}", file=sys.stderr, flush=True)
+            continue
+        rows.append({"tuning": tuning, "us": us, "share": problem.projection.bytes / bandwidth * 1e6 / us})
+    return sorted(rows, key=lambda row: row["us"])
+
+
+def _words(tuning: Any) -> str:
+    return "default" if tuning is None else " ".join(f"{name} {value}" for name, value in tuning._asdict().items())
+
+
+def compile_ahead(launches: list[tuple[str, int, Any]]) -> None:
+    """Into Triton's cache, in as many processes as there are cores; what fails will fail again where it is timed."""
+    workers = max(min(len(os.sched_getaffinity(0)) - 1, 15, len(launches)), 1)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+        list(processes.map(_compile_some, [launches[i::workers] for i in range(workers)]))
+
+
+def _compile_some(launches: list[tuple[str, int, Any]]) -> None:
+    from ..linear.triton import linear
+
+    for name, batch, tuning in launches:
+        try:
+            Problem.random(LLAMA_3_8B[name], batch, 1, empty=True).compute(linear, 0, tuning=tuning)
+        except Exception as error:
+            print(f"  {name}, {tuning}: {type(error).__name__}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------- python -m lycheedecode.bench.linear
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print; 0 verified (and timed), 1 a mismatch, 2 bad input."""
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench linear: there is no CUDA GPU here.", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    try:
+        with torch.inference_mode():
+            if options.step:
+                result = bench_step(options.step, options.batches, options.seconds)
+            elif options.tune:
+                result = tune(options.names, options.batches, options.most, options.limit)
+            else:
+                result = bench_linear(options.names, options.batches, options.inductor, options.seconds)
+    except MismatchError as error:
+        print(f"bench linear: {error}", file=sys.stderr)
+        return 1
+    if options.json is not None:
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        report = {"command": "bench linear", "settings": settings, "environment": describe_environment(), **result}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench linear", description="Verify and time the projections of a step.")
+    parser.add_argument("--names", nargs="+", choices=LLAMA_3_8B, default=list(LLAMA_3_8B), help="which of them")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="sequences decoded together")
+    parser.add_argument("--inductor", action="store_true", help="time what torch.compile makes of them, too")
+    parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each measurement")
+    parser.add_argument("--step", type=int, metavar="LAYERS", help="time steps of a model with so many layers")
+    parser.add_argument("--tune", action="store_true", help="search launch constants")
+    parser.add_argument("--most", type=int, default=32, help="launches of a projection and batch that --tune times")
+    parser.add_argument("--limit", type=float, default=85, help="seconds that --tune takes")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
