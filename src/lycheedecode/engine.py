@@ -123,6 +123,11 @@ class Engine:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def way(self) -> str:
+        """How decode steps run: `compiled`, `graph` or `eager`."""
+        return self._decoder.way
+
     # ------------------------------------------------------------------ phases
 
     def prefill(self, input_ids: TokenIds, room: int = 0) -> Context:

@@ -8,7 +8,11 @@ from importlib import import_module
 import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-BENCHMARKS = {"ops": "Verify and time the operations of a decode step."}
+BENCHMARKS = {
+    "ops": "Verify and time the operations of a decode step.",
+    "step": "Verify and time whole decode steps of a model.",
+    "generate": "Time generations, ours and Hugging Face's.",
+}
 
 
 @app.callback()

@@ -1,0 +1,139 @@
+"""`bench generate`: tokens a second from prompt to last token, ours and that of Hugging Face's `generate`.
+
+    prompts of random tokens -> Engine, full and hybrid -> Hugging Face, eager SDPA
+
+Decoding is timed from the first new token to the last, the prefill up to the first. Nothing is verified here: `bench
+step` and the tests do that; both sides say which tokens they chose first, and how many of those are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from . import harness
+from .harness import say
+from .models import build, release
+from .step import make_engine
+
+WAYS = ("full", "hybrid", "paper", "transformers")
+
+
+def bench_generate(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Generate with every way; greedy, never ending early."""
+    model = build(options.model, options.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = []
+    for context in options.contexts:
+        for batch in options.batches:
+            prompts = torch.randint(4, model.config.vocab_size, (batch, context))
+            cases = []
+            for way in options.ways:
+                run = _transformers if way == "transformers" else _ours
+                row = {"way": way, "batch": batch, "context": context, **run(model, prompts, way, options)}
+                release()
+                cases.append(row)
+            rows += _compared(cases)
+    return {"rows": rows}
+
+
+def _ours(model: nn.Module, prompts: Tensor, form: str, options: argparse.Namespace) -> dict[str, Any]:
+    engine = make_engine(model, form, options, options.execution)
+    results = engine.generate(prompts.tolist(), options.tokens, ignore_eos=True)
+    return {
+        "prefill_seconds": results[0].prefill_seconds,
+        "decode_seconds": results[0].decode_seconds,
+        "steps": options.tokens - 1,
+        "execution": engine.way,
+        "token_ids": list(results[0].token_ids),
+    }
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive; `generate` hands the prompt in first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        value.tolist()  # waits for the device
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _transformers(model: nn.Module, prompts: Tensor, _: str, options: argparse.Namespace) -> dict[str, Any]:
+    prompts, clock = prompts.to(next(model.parameters()).device), _Clock()
+    tokens = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=options.tokens,
+        min_new_tokens=options.tokens,
+        do_sample=False,
+        streamer=clock,
+    )
+    began, first, *_rest, last = clock.times
+    return {
+        "prefill_seconds": first - began,
+        "decode_seconds": last - first,
+        "steps": options.tokens - 1,
+        "execution": f"eager, {model.config._attn_implementation}",
+        "token_ids": tokens[0, prompts.shape[1] :].tolist(),
+    }
+
+
+def _compared(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens a second, the speed-up over Hugging Face, and how many tokens are the first case's."""
+    base = next((case for case in cases if case["way"] == "transformers"), None)
+    first = cases[0]["token_ids"]
+    for case in cases:
+        case["ms"] = case["decode_seconds"] / case["steps"] * 1e3
+        case["tokens_per_second"] = case["batch"] * 1e3 / case["ms"]
+        pairs = zip(first, case["token_ids"], strict=True)
+        case["same_tokens"] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    for case in cases:
+        del case["token_ids"]
+        case["speedup"] = base and base["ms"] / case["ms"]
+        say(format_row(case))
+    return cases
+
+
+HEADER = f"{'':13} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms':>8} {'tokens/s':>8} {'vs HF':>7} {'same':>5}  way"
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """A line of the table under `HEADER`."""
+    speedup = f"{row['speedup']:6.2f}x" if row["speedup"] else " " * 7
+    speed = f"{row['prefill_seconds']:9.2f} {row['ms']:8.3f} {row['tokens_per_second']:8.1f} {speedup}"
+    return f"{row['way']:13} {row['batch']:5} {row['context']:8} {speed} {row['same_tokens']:5}  {row['execution']}"
+
+
+def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    if options.smoke:
+        options.model, options.contexts, options.budget, options.block, options.tokens = "tiny", [300], 64, 16, 6
+    result = bench_generate(options, device)
+    print("\n".join([HEADER, *(format_row(row) for row in result["rows"])]))
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print; 0 done, 2 bad input."""
+    made = harness.parser("generate", "Time generations, ours and Hugging Face's.")
+    made.add_argument("--ways", nargs="+", choices=WAYS, default=["full", "hybrid", "transformers"], help="to generate")
+    made.add_argument("--tokens", type=int, default=64, help="new tokens of each sequence")
+    made.add_argument(
+        "--execution", default="auto", choices=["auto", "compiled", "graph", "eager"], help="of our steps"
+    )
+    return harness.main(made, _run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Models of well-known shapes with random weights, made on the device, and caches of random numbers."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cache import KVCache
+from ..engine import Context
+from ..models import ModelShape
+from ..plan import HeadPlan
+from .workload import Shape, spread_plan
+
+_LONG = 1 << 21
+_KEY_SCALE = 2.0
+"""Makes attention prefer some tokens, as it does in trained models: no ties at the edge of a selection."""
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3-8b": (
+        "Llama",
+        {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    ),
+    "qwen3-8b": (
+        "Qwen3",
+        {"num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    ),
+    "tiny": (
+        "Llama",
+        {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 512,
+         "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16},
+    ),
+}  # fmt: skip
+"""Family in transformers, and its settings."""
+
+
+def build(name: str, layers: int | None = None, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A random model, in eval mode; `layers` cuts it short."""
+    import transformers
+
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(
+        **{**settings, "num_hidden_layers": layers or settings["num_hidden_layers"]},
+        max_position_embeddings=_LONG,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, f"{family}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that a step must read: all but the table of embeddings, of which it reads a row."""
+    table = model.get_input_embeddings().weight
+    return sum(weight.nbytes for weight in model.parameters() if weight is not table)
+
+
+def plan_for(model: nn.Module) -> HeadPlan:
+    """An eighth of the heads retrieve, all of layer 0 among them, the others spread over every second layer."""
+    shape = ModelShape.of(model)
+    heads = shape.num_layers * shape.num_kv_heads
+    spread = Shape(
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.num_layers, max(heads // 8, shape.num_kv_heads)
+    )
+    return spread_plan(spread)
+
+
+@torch.inference_mode()
+def random_context(model: nn.Module, batch: int, length: int, room: int) -> Context:
+    """As if `batch` prompts of `length` tokens had been prefilled, with random keys and values."""
+    shape, table = ModelShape.of(model), model.get_input_embeddings().weight
+    cache = KVCache(shape.num_layers)
+    cache.reserve(length + room)
+    token = table.new_empty(batch, shape.num_kv_heads, 1, shape.head_dim)
+    for layer in cache.layers:
+        layer.lazy_initialization(token, token)
+        keys, values = layer.store
+        keys.normal_(std=_KEY_SCALE)
+        values.normal_()
+        layer.length = length
+    logits = torch.zeros(batch, table.shape[0], device=table.device)
+    with torch.inference_mode(False):  # engines add to it outside inference mode, too
+        kv_bytes = torch.zeros(batch, dtype=torch.float64, device=table.device)
+    return Context(cache, logits, [length] * batch, 0.0, kv_bytes)
+
+
+def release() -> None:
+    """Give memory back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,68 @@
+"""Benchmarks of whole steps on a tiny model: they verify, refuse, report; times mean nothing here."""
+
+import json
+
+import pytest
+import torch
+
+from lycheedecode.bench import generate, step
+from lycheedecode.bench.models import build, plan_for, random_context, weight_bytes
+from lycheedecode.engine import Engine
+
+
+def test_smoke_writes_its_report(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    arguments = ["--smoke", "--batches", "1", "2", "--forms", *step.FORMS, "--prefill", "--json", str(path)]
+    assert step.main(arguments) == 0
+    report = json.loads(path.read_text())
+    assert report["command"] == "bench step"
+    rows = report["result"]["rows"]
+    assert [(row["form"], row["batch"]) for row in rows] == [(form, batch) for batch in (1, 2) for form in step.FORMS]
+    assert all(row["error"] < 1e-4 and row["ms"] > 0 for row in rows)
+    assert rows[1]["bytes"] < rows[0]["bytes"]
+    assert len(report["result"]["prefills"]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+def test_a_wrong_step_is_refused(monkeypatch, capsys):
+    right = Engine.decode_one_token
+    wrong = lambda engine, *arguments: right(engine, *arguments) * (1.1 if engine.way == "graph" else 1.0)  # noqa: E731
+    monkeypatch.setattr(Engine, "decode_one_token", wrong)
+    assert step.main(["--smoke"]) == 1
+    assert "full (batch 1, context 300): logits differ" in capsys.readouterr().err
+
+
+def test_another_choice_is_no_tie():
+    logits = torch.tensor([[0.0, 1.0, 0.999], [3.0, 1.0, 0.0]])
+    assert step._same_choice(logits, torch.tensor([[0.0, 1.0, 1.1], [3.0, 1.0, 0.0]]))
+    assert not step._same_choice(logits, torch.tensor([[0.0, 1.0, 0.9], [1.0, 3.0, 0.0]]))
+
+
+def test_random_models():
+    model = build("tiny", layers=8, device="cpu", dtype=torch.float32)
+    plan = plan_for(model)
+    assert len(plan.retrieval) == 2
+    assert plan.retrieval_heads(0) == (0, 1)
+    table = model.get_input_embeddings().weight
+    assert weight_bytes(model) == sum(weight.nbytes for weight in model.parameters()) - table.nbytes
+    context = random_context(model, 2, 100, 30)
+    assert context.cache.length == 100
+    assert Engine(model).decode_one_token(context, torch.tensor([1, 2])).isfinite().all()
+
+
+def test_generations_are_compared(tmp_path, capsys):
+    path = tmp_path / "generate.json"
+    assert generate.main(["--smoke", "--json", str(path), "--batches", "2"]) == 0
+    rows = {row["way"]: row for row in json.loads(path.read_text())["result"]["rows"]}
+    assert rows["full"]["same_tokens"] == rows["transformers"]["same_tokens"] == 6
+    assert rows["transformers"]["speedup"] == 1
+    assert "hybrid" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="This machine has a GPU.")
+@pytest.mark.parametrize("bench", [step, generate])
+def test_without_a_gpu_one_line_says_so(bench, capsys):
+    assert bench.main([]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "no CUDA GPU" in message
