@@ -106,7 +106,7 @@ def test_many_rows_and_training_stay_as_they_are():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_compiled_step_in_a_cuda_graph(family):
-    model = tiny.model(family, dtype=torch.bfloat16, hidden_size=256, intermediate_size=512).cuda()
+    model = tiny.model(family, dtype=torch.bfloat16, hidden_size=384, intermediate_size=512).cuda()
     exact = deepcopy(model).float()
     torch._dynamo.reset()
     step = torch.compile(model, backend=backend, fullgraph=True)

@@ -11,7 +11,6 @@ Names in kernels: `n` a row of a weight, `k` a column of it, `b` a row of the in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
@@ -20,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.triton.common import on_device, power_of_two, take_arrivals
+from ..ops.triton import common
+from ..ops.triton.common import power_of_two
 
 MAX_WEIGHTS = 3
 MAX_ROWS = 16
@@ -174,9 +174,7 @@ def _linear_kernel(
         tl.store(partial + part * (TN * BP) + cell, y)
         if norm is not None:
             tl.store(sums + part * BP + b, square)
-        tl.debug_barrier()  # every thread's part is written before the arrival is counted
-        last = tl.atomic_add(arrivals + program, 1, sem="acq_rel") == SPLITS - 1
-        tl.debug_barrier()
+        last = common.is_last(arrivals, program, SPLITS)
     if last:
         if SPLITS > 1:
             y = tl.zeros([TN, BP], tl.float32)
@@ -186,7 +184,6 @@ def _linear_kernel(
                 y += tl.load(partial + part * (TN * BP) + cell, cache_modifier=".cg")
                 if norm is not None:
                     square += tl.load(sums + part * BP + b, cache_modifier=".cg")
-            tl.store(arrivals + program, 0)
         if norm is not None:
             scale = tl.rsqrt(square / K + eps)[None, :]
             y *= scale
@@ -225,11 +222,11 @@ def linear(
     if tuning.splits > 1:
         partial = x.new_empty((tiles, tuning.splits, tuning.rows, padded), dtype=torch.float32)
         sums = x.new_empty((tiles, tuning.splits, padded), dtype=torch.float32) if norm is not None else None
-        arrivals = take_arrivals(tiles, x.device)
+        arrivals = common.take_arrivals(tiles, x.device)
     left = tuning.overlap * 2**20 / (sum(sizes) * columns * x.element_size())
-    early = tuning.prefetch > 0 and even and _aligned(weights) and starts_early(x.device)
+    early = tuning.prefetch > 0 and even and _aligned(weights) and common.starts_early(x.device)
     missing = [None] * (MAX_WEIGHTS - len(weights))
-    with on_device(x):
+    with common.on_device(x):
         _linear_kernel[(tiles, tuning.splits)](
             *(out, flat, *weights, *missing, *biases, *[None] * (MAX_WEIGHTS - len(biases))),
             *(flat_residual, norm, partial, sums, arrivals, *sizes, *[0] * len(missing), columns, steps),
@@ -291,12 +288,6 @@ def check(
     width = weights[0].shape[0] if gated else sum(weight.shape[0] for weight in weights)
     if residual is not None and tuple(residual.shape) != (*x.shape[:-1], width):
         raise ValueError(f"residual must be {(*x.shape[:-1], width)}, not {tuple(residual.shape)}.")
-
-
-@lru_cache(maxsize=64)
-def starts_early(device: torch.device) -> bool:
-    """Whether the GPU knows programmatic dependent launch."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _aligned(weights: Sequence[Tensor]) -> bool:
