@@ -38,8 +38,8 @@ class Tuning(NamedTuple):
         warps: of a program.
         stages: depth of its load pipeline.
         dot: rows of input that a matrix instruction takes, 8 or 16; 0: ordinary multiplications, for one row only.
-        prefetch: columns of its rows that a program calls into the L2 while the kernel before it drains, a power of
-            two; 0 starts when that kernel has ended.
+        prefetch: columns of its rows that a program calls into the L2 while the kernel before it drains; 0 starts
+            when that kernel has ended.
         overlap: MiB that are left to read when the kernel after it may start.
     """
 
@@ -55,13 +55,13 @@ class Tuning(NamedTuple):
 
 @triton.jit
 def _call_into_l2(weight, tile, N, K, k, columns, TN: tl.constexpr, THREADS: tl.constexpr):
-    """`columns` columns from `k` on of the program's rows, in as many pieces as it has threads."""
+    """Columns from `k` on of the program's rows, in as many pieces, of a multiple of 16 bytes, as it has threads."""
     PIECES: tl.constexpr = (THREADS + TN - 1) // TN
     piece = tl.arange(0, TN * PIECES)
     n = tl.minimum(tile * TN + piece // PIECES, N - 1).to(tl.int64)
     at = weight + n * K + k + piece % PIECES * (columns // PIECES)
     size = piece * 0 + columns // PIECES * (weight.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(  # sizes are multiples of 16 bytes
+    tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [at.to(tl.int64), size],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
@@ -224,13 +224,15 @@ def linear(
         sums = x.new_empty((tiles, tuning.splits, padded), dtype=torch.float32) if norm is not None else None
         arrivals = common.take_arrivals(tiles, x.device)
     left = tuning.overlap * 2**20 / (sum(sizes) * columns * x.element_size())
-    early = tuning.prefetch > 0 and even and _aligned(weights) and common.starts_early(x.device)
+    piece = -(-32 * tuning.warps // tuning.rows) * (16 // x.element_size())  # columns, at 16 bytes for every thread
+    prefetch = min(tuning.prefetch, steps * tuning.depth) // piece * piece
+    early = prefetch > 0 and even and _aligned(weights) and common.starts_early(x.device)
     missing = [None] * (MAX_WEIGHTS - len(weights))
     with common.on_device(x):
         _linear_kernel[(tiles, tuning.splits)](
             *(out, flat, *weights, *missing, *biases, *[None] * (MAX_WEIGHTS - len(biases))),
             *(flat_residual, norm, partial, sums, arrivals, *sizes, *[0] * len(missing), columns, steps),
-            *(max(steps - ceil(steps * left), 0), min(tuning.prefetch, steps * tuning.depth)),
+            *(max(steps - ceil(steps * left), 0), prefetch),
             *(width, flat.stride(0), 0 if residual is None else flat_residual.stride(0), eps),
             B=rows,
             BP=padded,
