@@ -16,6 +16,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="The kernels need Triton.")
 
 from lycheedecode import HybridConfig  # noqa: E402
+from lycheedecode.bench.verify import check_same_blocks  # noqa: E402
 from lycheedecode.ops import KV, Selections, reference  # noqa: E402
 from lycheedecode.ops import triton as kernels  # noqa: E402
 from lycheedecode.ops.triton import select  # noqa: E402
@@ -424,7 +425,7 @@ def test_large(block_size):
     expected, out = (Selections.allocate(8, 4, 4096 // block_size, DEVICE) for _ in range(2))
     reference.select_blocks(scores, kv, config, expected)
     kernels.scan_select(query, kv, tuple(range(8)), config, SCALE, out)
-    assert as_sets(out) == as_sets(expected)
+    check_same_blocks("scan_select", out, expected, scores)
     kernels.select_blocks(scores, kv, config, out)
     assert as_sets(out) == as_sets(expected)
     result = kernels.attend_blocks(query, kv, out, rows, block_size, SCALE)
@@ -447,7 +448,7 @@ def test_offsets_beyond_32_bits():
     expected, out = (Selections.allocate(1, 1, 256, DEVICE) for _ in range(2))
     reference.select_blocks(scores, kv, config, expected)
     kernels.scan_select(query, kv, (head,), config, SCALE, out)
-    assert as_sets(out) == as_sets(expected)
+    check_same_blocks("scan_select", out, expected, scores)
     rows = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     result = kernels.attend_blocks(query, kv, out, rows, 16, SCALE, (head,))
     close(result, reference.attend_blocks(mine, alone, out, rows, 16, SCALE), torch.bfloat16)

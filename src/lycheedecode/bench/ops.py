@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0.15, help="time spent on each measurement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="verify on small shapes only; runs without a GPU")
-    parser.add_argument("--tune", nargs="*", metavar="KERNEL", help="search launch constants (of all kernels)")
+    parser.add_argument("--tune", nargs="*", metavar="KERNEL", help="search launch constants, of all kernels or these")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     return parser
 

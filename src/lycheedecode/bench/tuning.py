@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
+from math import ceil
 from multiprocessing import get_context
 from typing import Any
 
@@ -24,9 +27,7 @@ from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import relative_error
 from .workload import Shape, Workload, make_pool
 
-KERNELS = ("attend_blocks", "attend", "scan", "select")
-SHORT = 2048
-"""Tokens with which launches are compiled ahead: enough to be specialised like any longer context."""
+KERNELS = ("scan_select", "attend_blocks", "attend", "scan", "select")
 
 
 @dataclass(frozen=True)
@@ -48,29 +49,32 @@ class Candidate:
         return f"splits {self.splits:3} tile {self.tile:5} warps {self.warps:2} stages {self.stages}{early}"
 
 
+SHAPES = {
+    "scan_select": ((128, 8, 3), (128, 8, 4), (64, 4, 4), (64, 8, 4), (128, 4, 3), (256, 8, 3), (256, 16, 3)),
+    "scan": ((128, 4, 3), (64, 4, 4), (128, 8, 3), (256, 8, 3)),
+    "attend": ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 5)),
+    "attend_blocks": (
+        (64, 4, 4), (64, 4, 3), (64, 4, 1), (64, 8, 4), (64, 2, 3), (128, 8, 1), (128, 8, 3), (32, 4, 5), (32, 2, 4)
+    ),
+}  # fmt: skip
+"""Tiles, warps and stages that are worth a try."""
+PROGRAMS = 128, 512
+"""Fewest and most programs of a launch, in all."""
+
+
 def candidates(kernel: str, batch: int, block: int, context: int, kv_heads: int) -> Iterator[Candidate]:
-    """The grid of a kernel, on a batch."""
-    pairs = batch * kv_heads
-    if kernel == "attend_blocks":
-        splits = [s for s in (4, 8, 16, 32, 64) if 64 <= pairs * s <= 1024]
-        for s, tile, warps, stages in product(splits, (32, 64, 128), (2, 4), (1, 2, 3)):
-            yield Candidate(kernel, batch, kv_heads, block, s, tile, warps, stages, False)
-            if stages == 2:
-                yield Candidate(kernel, batch, kv_heads, block, s, tile, warps, stages, True)
-    elif kernel == "attend":
-        splits = [s for s in (4, 8, 16, 32, 64) if 128 <= pairs * s <= 1024]
-        for s, tile, (warps, stages) in product(splits, (64, 128), ((4, 2), (4, 3), (4, 4), (8, 3))):
-            yield Candidate(kernel, batch, kv_heads, block, s, tile, warps, stages, False)
-    elif kernel == "scan":
-        for heads in (1, kv_heads):
-            splits = [s for s in (8, 16, 32, 64, 128, 256, 512) if 128 <= batch * heads * s <= 1024]
-            for s, tile, (warps, stages) in product(splits, (64, 128, 256), ((4, 2), (4, 3), (4, 4), (8, 3))):
-                if tile >= block:
-                    yield Candidate(kernel, batch, heads, block, s, tile, warps, stages, False)
-    else:
-        blocks = context // block
-        for heads, warps, early in product((1, kv_heads), (4, 8, 16, 32), (False, True)):
-            yield Candidate(kernel, batch, heads, block, 64, max(blocks, 64), warps, 1, early)
+    """The grid of a kernel, on a batch; the first launch also without an early start, to compare."""
+    for heads in (1, kv_heads) if kernel in ("scan_select", "scan", "select") else (kv_heads,):
+        if kernel == "select":
+            tile = 1 << (ceil(context / block) - 1).bit_length()
+            for warps, early in product((4, 8, 16), (True, False)):
+                yield Candidate(kernel, batch, heads, block, 1, tile, warps, 1, early)
+            continue
+        splits = [s for s in (2**i for i in range(10)) if PROGRAMS[0] <= batch * heads * s <= PROGRAMS[1]]
+        for i, (s, (tile, warps, stages)) in enumerate(product(splits, SHAPES[kernel])):
+            if tile >= block or "scan" not in kernel:
+                for early in (True, False) if i == 0 else (True,):
+                    yield Candidate(kernel, batch, heads, block, s, tile, warps, stages, early)
 
 
 def tune(
@@ -87,7 +91,7 @@ def tune(
     workloads = [(kernel, batch, context, block) for kernel in kernels for context in contexts for batch in batches
                  for block in (blocks if kernel != "attend" else blocks[:1])]  # fmt: skip
     grids = {work: list(candidates(work[0], work[1], work[3], work[2], shape.kv_heads)) for work in workloads}
-    _compile_ahead(sorted({c for grid in grids.values() for c in grid}, key=str), budget_tokens)
+    _compile_ahead([(c, work[2]) for work, grid in grids.items() for c in grid], budget_tokens)
     pool = make_pool(shape, max(8 * 131072, max(batches) * max(contexts)), "cuda")
     bandwidth = read_bandwidth(pool)
     print(f"read bandwidth: {bandwidth / 1e12:.2f} TB/s", flush=True)
@@ -96,31 +100,47 @@ def tune(
         work = Workload(shape, pool, batch, context)
         config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
         for heads in sorted({candidate.heads for candidate in grid}):
-            rows = _time_grid(work, config, [c for c in grid if c.heads == heads], bandwidth)
-            print(f"{kernel}, {heads} heads, batch {batch}, context {context}, blocks of {block}", flush=True)
-            print(*(f"  {row['launch']}  {row['us']:8.2f} us  {row['share']:6.1%}" for row in rows[:6]), sep="\n")
+            rows, left_out = _time_grid(work, config, [c for c in grid if c.heads == heads], bandwidth)
+            print(f"{kernel}, {heads} heads, batch {batch}, context {context}, blocks of {block}{left_out}", flush=True)
+            print(*map(_format, rows[:6]), sep="\n", flush=True)
             found += [{"kernel": kernel, "heads": heads, "batch": batch, "context": context, "block": block, **row}
                       for row in rows]  # fmt: skip
     return {"read_tb_s": bandwidth / 1e12, "candidates": found}
 
 
-def _time_grid(work: Workload, config: HybridConfig, grid: list[Candidate], bandwidth: float) -> list[dict[str, Any]]:
-    rows, right = [], None
+def _format(row: dict[str, Any]) -> str:
+    share = f"{row['share']:7.1%} of the read bandwidth" if row["share"] else ""
+    return f"  {row['launch']}  {row['us']:8.2f} us  {share}".rstrip()
+
+
+def _time_grid(
+    work: Workload, config: HybridConfig, grid: list[Candidate], bandwidth: float
+) -> tuple[list[dict[str, Any]], str]:
+    """The candidates that work, fastest first, and how many do not."""
+    rows, right, failed = [], None, Counter()
     for candidate in grid:
         try:
             size, calls = launches(candidate, work, config)
             result = calls[0]()
             right = result.clone() if right is None else right
-            error = relative_error(result, right)
-            if not error < 1e-2:
-                print(f"  {candidate}: wrong by {error:.1e}", file=sys.stderr, flush=True)
+            if not difference(result, right) < 1e-2:
+                failed["wrong"] += 1
+                print(f"  {candidate}: wrong by {difference(result, right):.1e}", file=sys.stderr, flush=True)
                 continue
-            ms = time_calls(calls, 0.03).ms
+            ms = time_calls(calls, 0.02).ms
         except Exception as error:  # shared memory or registers that the GPU does not have, as Triton reports them
-            print(f"  {candidate}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr, flush=True)
+            failed[type(error).__name__] += 1
             continue
         rows.append({"launch": str(candidate), "us": ms * 1e3, "share": size / bandwidth * 1e3 / ms})
-    return sorted(rows, key=lambda row: row["us"])
+    left_out = "".join(f"; {count} {what}" for what, count in failed.items())
+    return sorted(rows, key=lambda row: row["us"]), left_out
+
+
+def difference(result: Tensor, right: Tensor) -> float:
+    """Relative error; of selections, which are integers, the share of blocks that differ."""
+    if result.is_floating_point():
+        return relative_error(result, right)
+    return 1.0 - (result[..., :, None] == right[..., None, :]).any(-1).float().mean().item()
 
 
 def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tuple[int, list[Call]]:
@@ -128,7 +148,8 @@ def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tupl
     from ..ops.triton.common import Tuning
 
     make: dict[str, Callable[..., tuple[int, Callable[[int], Tensor]]]] = {
-        "attend_blocks": _attend_blocks, "attend": _attend, "scan": _scan, "select": _select
+        "scan_select": _scan_select, "attend_blocks": _attend_blocks, "attend": _attend, "scan": _scan,
+        "select": _select,
     }  # fmt: skip
     torch.manual_seed(0)  # the same selections for every candidate
     tuning = Tuning(candidate.splits, candidate.tile, candidate.warps, candidate.stages, candidate.early)
@@ -168,35 +189,54 @@ def _scan(candidate: Candidate, work: Workload, config: HybridConfig, tuning: An
     return work.scan_bytes(candidate.heads), call
 
 
-def _select(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.triton.scan import scan
-    from ..ops.triton.select import Rule, select_from_scan
+def _scan_select(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
+    from ..ops.triton.scan_select import scan_select
+    from ..ops.triton.select import Rule
 
-    query, kv = work.inputs(0)
-    rule, out = Rule.of(config), work.selections(config, candidate.heads)
-    heads = work.some_heads(0, candidate.heads)
-    worth = scan(query, kv, heads, config.block_size, work.shape.scale, "mass", tuning._replace(tile=64, warps=4))
+    out, rule = work.selections(config, candidate.heads), Rule.of(config)
 
     def call(i: int) -> Tensor:
-        select_from_scan(worth, kv, rule, out, tuning)
+        query, kv = work.inputs(i)
+        heads = work.some_heads(i, candidate.heads)
+        scan_select(query, kv, heads, rule, work.shape.scale, "mass", out, tuning)
+        return out.blocks
+
+    return work.scan_bytes(candidate.heads), call
+
+
+def _select(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
+    from ..ops.triton.select import Rule, select_blocks
+
+    kv, rule, out = work.caches[0], Rule.of(config), work.selections(config, candidate.heads)
+    shape = (candidate.heads, work.batch, ceil(work.context / config.block_size))
+    scores = (2 * torch.randn(shape, device=work.pool.device)).softmax(-1)
+
+    def call(i: int) -> Tensor:
+        select_blocks(scores, kv, rule, out, tuning)
         return out.blocks
 
     return 0, call
 
 
-def _compile_ahead(grid: list[Candidate], budget_tokens: int) -> None:
-    """Compile in as many processes as there are cores; what fails will fail again where it is timed."""
+def _compile_ahead(grid: list[tuple[Candidate, int]], budget_tokens: int) -> None:
+    """Compile candidates, with their contexts, in as many processes as there are cores."""
     workers = min(len(os.sched_getaffinity(0)), 14, len(grid))
     with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
         list(processes.map(_compile_some, [grid[i::workers] for i in range(workers)], [budget_tokens] * workers))
 
 
-def _compile_some(grid: list[Candidate], budget_tokens: int) -> None:
+def _compile_some(grid: list[tuple[Candidate, int]], budget_tokens: int) -> None:
+    """Launches that stop short of running: caches of the right shape, with no memory behind them, are enough."""
+    from triton.runtime.jit import JITFunction
+
+    torch.set_num_threads(1)
+    run = JITFunction.run
+    JITFunction.run = lambda self, *values, grid, warmup, **constants: run(
+        self, *values, grid=grid, warmup=True, **constants
+    )
     shape = Shape()
-    pool = make_pool(shape, SHORT * 8, "cuda")
-    for candidate in grid:
-        config = HybridConfig(budget_tokens=min(budget_tokens, SHORT // 2), block_size=candidate.block)
-        try:
-            launches(candidate, Workload(shape, pool, candidate.batch, SHORT), config)[1][0]()
-        except Exception as error:
-            print(f"  {candidate}: {type(error).__name__}", file=sys.stderr, flush=True)
+    for candidate, context in grid:
+        pool = torch.empty(2 * candidate.batch * context * shape.kv_heads * shape.dim, dtype=shape.dtype)
+        config = HybridConfig(budget_tokens=budget_tokens, block_size=candidate.block)
+        with suppress(Exception):  # what fails will fail again where it is timed, and be counted
+            launches(candidate, Workload(shape, pool, candidate.batch, context), config)[1][0]()
