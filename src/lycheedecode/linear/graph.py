@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from . import operator as _registers_the_operator  # noqa: F401
+from .operator import MAX_ROWS, MAX_WEIGHTS  # this registers the operator, too
 
-MAX_ROWS = 16
-MAX_WEIGHTS = 3
 IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv")
 
 

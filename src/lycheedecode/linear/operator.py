@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_ROWS = 16
+MAX_WEIGHTS = 3
+
 
 def reference(
     x: Tensor,
@@ -61,11 +64,11 @@ def linear(
     eps: float = 0.0,
     gated: bool = False,
 ) -> Tensor:
-    """Linear layers of the same input, in one launch; 1 to 16 rows on CUDA.
+    """Linear layers of the same input, in one launch; on CUDA `MAX_ROWS` rows and `MAX_WEIGHTS` weights at most.
 
     Args:
         x: `[..., in]`.
-        weights: one to three `[out_i, in]`, wherever they lie.
+        weights: `[out_i, in]` each, wherever they lie.
         biases: none, or `[out_i]` for each weight.
         residual: `[..., out]`, added to the result.
         norm: `[in]`, the weight of an RMSNorm that `x` passes first, with `eps`.

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..ops.triton import common
 from ..ops.triton.common import power_of_two
+from .operator import MAX_ROWS, MAX_WEIGHTS
 
-MAX_WEIGHTS = 3
-MAX_ROWS = 16
 PROGRAMS = 396
 """Programs that an H200's 132 multiprocessors hold at once, three each: one wave, whose loads keep the memory busy."""
 
