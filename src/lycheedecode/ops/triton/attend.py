@@ -70,7 +70,7 @@ def attend(
             TILE=tuning.tile,
             SPLITS=tuning.splits,
             CHUNK=common.merge_chunk(tuning.splits, group, dim, tuning.warps),
-            **tuning.launch,
+            **tuning.launch(kv),
         )
     return output
 

@@ -91,7 +91,7 @@ def attend_blocks(
             TILE=tuning.tile,
             SPLITS=tuning.splits,
             CHUNK=common.merge_chunk(tuning.splits, group, dim, tuning.warps),
-            **tuning.launch,
+            **tuning.launch(kv),
         )
     return output
 

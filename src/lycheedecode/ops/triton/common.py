@@ -41,10 +41,14 @@ class Tuning(NamedTuple):
     stages: int
     early: bool = False
 
-    @property
-    def launch(self) -> dict[str, Any]:
-        """Options of the launch itself."""
-        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, "EARLY": self.early}
+    def launch(self, kv: KV) -> dict[str, Any]:
+        """Options of the launch itself.
+
+        Pages are looked up in one step of the pipeline and read in a later one: the same loads in flight take twice
+        the steps.
+        """
+        stages = self.stages if kv.page_table is None else max(2 * self.stages - 1, 1)
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": stages, "EARLY": self.early}
         return {**options, "launch_pdl": True} if self.early else options
 
 

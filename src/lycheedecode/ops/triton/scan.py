@@ -164,7 +164,7 @@ def scan_arguments(
         "TILE": max(tuning.tile, block_size),
         "SPLITS": tuning.splits,
         "WARPS": tuning.warps,
-        **tuning.launch,
+        **tuning.launch(kv),
     }
     return worth, values, constants
 
@@ -199,7 +199,7 @@ def normalise(worth: Worth, kv: KV, block_size: int) -> Tensor:
             BLOCK=block_size,
             SPLITS=worth.sums.shape[3],
             CHUNK=chunk,
-            **Tuning(1, chunk, 4, 1, common.starts_early(scores.device)).launch,
+            **Tuning(1, chunk, 4, 1, common.starts_early(scores.device)).launch(kv),
         )
     return scores
 

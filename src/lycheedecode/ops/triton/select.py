@@ -270,7 +270,7 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
             **rule.constants,
             CHUNK=tuning.tile,
             HELD=num_blocks <= tuning.tile,
-            **tuning.launch,
+            **tuning.launch(kv),
         )
 
 
