@@ -132,7 +132,7 @@ def test_on_a_cpu_steps_are_eager(llama):
 # ---------------------------------------------------------------------- on a GPU
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here.")
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
+WIDE = {"hidden_size": 384, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
 
 
 @needs_gpu

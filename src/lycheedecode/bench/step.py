@@ -30,8 +30,8 @@ from .verify import MismatchError, relative_error
 
 FORMS = ("full", "hybrid", "paper")
 _ROOM = 512
-_TOLERANCE = 5e-2
-"""Of the logits, relative: a compiled model rounds to 16 bits at other places, layer after layer."""
+_TOLERANCE = 0.15
+"""Of the logits, relative: a compiled model rounds to 16 bits at other places, which a deep random model amplifies."""
 _POOL_BYTES = 4 << 30
 
 

@@ -77,6 +77,6 @@ def attend(
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
-    tile = min(common.tile_of(kv, 16384), 64)
-    splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 64)
-    return Tuning(splits, tile, 4, 3, common.starts_early(kv.keys.device))
+    tile = common.tile_of(kv, 32768)
+    splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 128, 64) if pairs <= 16 else 16
+    return Tuning(splits, tile, 4, 3)
