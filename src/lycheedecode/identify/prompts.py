@@ -63,7 +63,7 @@ class PromptMaker:
             facts = [f"\nThe pass key is {value}. Remember it. {value} is the pass key.\n"]
             return self._assemble(
                 "There is a pass key hidden in the text below. Find it and memorize it.",
-                facts, "What is the pass key?", f"The pass key is {value}.", (value,), length, rng,
+                facts, "Which number is the pass key?", f"The pass key is {value}.", (value,), length, rng,
             )  # fmt: skip
         names = rng.sample(_NAMES.split(), count)
         values = [_number(rng, digits) for _ in names]
