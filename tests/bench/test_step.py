@@ -34,8 +34,8 @@ def test_a_wrong_step_is_refused(monkeypatch, capsys):
 
 def test_another_choice_is_no_tie():
     logits = torch.tensor([[0.0, 1.0, 0.999], [3.0, 1.0, 0.0]])
-    assert step._same_choice(logits, torch.tensor([[0.0, 1.0, 1.1], [3.0, 1.0, 0.0]]))
-    assert not step._same_choice(logits, torch.tensor([[0.0, 1.0, 0.9], [1.0, 3.0, 0.0]]))
+    assert step._same_choice(logits, torch.tensor([[0.0, 1.0, 1.1], [3.0, 1.0, 0.0]]), 0.15)
+    assert not step._same_choice(logits, torch.tensor([[0.0, 1.0, 0.9], [1.0, 3.0, 0.0]]), 0.15)
 
 
 def test_random_models():
