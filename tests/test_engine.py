@@ -104,6 +104,17 @@ def test_one_prefill_serves_many_engines(llama):
     assert context.cache.length == 60
 
 
+def test_engines_generate_from_one_prefill(llama, byte_tokenizer):
+    rows = tiny.prompts(60, 41)
+    engines = [Engine(llama, byte_tokenizer), Engine(llama, byte_tokenizer, plan=tiny.plan(), config=TIGHT)]
+    context = engines[0].prefill(rows)
+    for engine in [*engines, engines[0]]:
+        shared, own = engine.generate(context, 9), engine.generate(rows, 9)
+        assert [result.token_ids for result in shared] == [result.token_ids for result in own]
+        assert [result.text for result in shared] == [result.text for result in own]
+        assert [result.kv_bytes_per_token for result in shared] == [result.kv_bytes_per_token for result in own]
+
+
 def test_shorter_answers_are_padded(llama):
     rows = tiny.prompts(20, 20)
     scored = Engine(llama).score(rows, [[7, 8, 9], [5]])

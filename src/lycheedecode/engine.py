@@ -195,7 +195,7 @@ class Engine:
     # ------------------------------------------------------------------ generation
 
     def generate(
-        self, prompts: PromptLike | Sequence[PromptLike], max_new_tokens: int = 256, **options: Any
+        self, prompts: PromptLike | Sequence[PromptLike] | Context, max_new_tokens: int = 256, **options: Any
     ) -> list[Generation]:
         """Generate for one or several prompts; arguments as in `stream`, one `Generation` for each prompt."""
         finished = [piece for piece in self.stream(prompts, max_new_tokens, **options) if piece.generation is not None]
@@ -203,7 +203,7 @@ class Engine:
 
     def stream(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike] | Context,
         max_new_tokens: int = 256,
         *,
         sampling: Sampling | None = None,
@@ -214,7 +214,8 @@ class Engine:
         """Generate, a piece of text at a time.
 
         Args:
-            prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids.
+            prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids; or a
+                Context, which is rewound before, so one prefill serves many engines.
             max_new_tokens: most tokens for each prompt; the model's positions are a limit too.
             sampling: greedy by default.
             stop: strings that end a sequence (not part of its text), and ids of tokens that do.
@@ -226,21 +227,29 @@ class Engine:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-        prompt_ids = encode(prompts, self.tokenizer, chat)
+        if not isinstance(prompts, Context):
+            prompts = encode(prompts, self.tokenizer, chat)
+        lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
         ends = {token for token in stop if isinstance(token, int)}
         if not ignore_eos:
             ends |= stop_token_ids(self.model, self.tokenizer)
         texts = [text for text in stop if isinstance(text, str)]
-        longest = max(map(len, prompt_ids), default=0)
         if self.shape.max_positions:
-            max_new_tokens = max(min(max_new_tokens, self.shape.max_positions - longest + 1), 1)
-        return self._stream(prompt_ids, max_new_tokens, sampling or Sampling(), ends, texts)
+            max_new_tokens = max(min(max_new_tokens, self.shape.max_positions - max(lengths, default=0) + 1), 1)
+        return self._stream(prompts, max_new_tokens, sampling or Sampling(), ends, texts)
 
     def _stream(
-        self, prompt_ids: list[list[int]], max_new_tokens: int, sampling: Sampling, ends: set[int], texts: list[str]
+        self,
+        prompts: list[list[int]] | Context,
+        max_new_tokens: int,
+        sampling: Sampling,
+        ends: set[int],
+        texts: list[str],
     ) -> Iterator[Piece]:
-        context = self.prefill(prompt_ids, room=max_new_tokens)
-        rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in prompt_ids]
+        context = prompts if isinstance(prompts, Context) else self.prefill(prompts, room=max_new_tokens)
+        context.rewind()
+        context.cache.reserve(context.cache.length + max_new_tokens)
+        rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
         sampler = Sampler(sampling, self.device)
         next_ids, seconds, drawn = sampler(context.logits), 0.0, 1
         self._decoder.prepare(context.cache, next_ids, context.kv_bytes)
