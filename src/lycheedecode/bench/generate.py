@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--execution", default="auto", choices=["auto", "compiled", "graph", "eager"], help="of our steps"
     )
-    return harness.main(made, _run, arguments)
+    return harness.main(made, _run, arguments, cpu=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights, made on the device, and caches of random numbers."""
+"""Models to time: of well-known shapes with random weights, made on the device, or real; caches of random numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from ..cache import KVCache
 from ..engine import Context
-from ..models import ModelShape
-from ..plan import HeadPlan
+from ..models import ModelShape, load_model
+from ..plan import HeadPlan, bundled_plans
 from .workload import Shape, spread_plan
 
 _LONG = 1 << 21
@@ -38,9 +38,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, layers: int | None = None, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A random model, in eval mode; `layers` cuts it short."""
+    """A model in eval mode: a random one of `MODELS`, which `layers` cuts short, or a real one with a bundled plan."""
     import transformers
 
+    if name not in MODELS:
+        if name not in bundled_plans():
+            known = ", ".join([*MODELS, *bundled_plans()])
+            raise ValueError(f"There is no model {name!r} to time, random or with a bundled plan: take one of {known}.")
+        if layers:
+            raise ValueError("--layers cuts random models only.")
+        return load_model(name, device=device)[0]
     family, settings = MODELS[name]
     config = getattr(transformers, f"{family}Config")(
         **{**settings, "num_hidden_layers": layers or settings["num_hidden_layers"]},
@@ -68,8 +75,10 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def plan_for(model: nn.Module) -> HeadPlan:
-    """An eighth of the heads retrieve, all of layer 0 among them, the others spread over every second layer."""
+    """The bundled plan; of random models an eighth of the heads, layer 0 and others spread over every second layer."""
     shape = ModelShape.of(model)
+    if shape.name in bundled_plans():
+        return HeadPlan.load(shape.name)
     heads = shape.num_layers * shape.num_kv_heads
     spread = Shape(
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.num_layers, max(heads // 8, shape.num_kv_heads)
