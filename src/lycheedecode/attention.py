@@ -113,29 +113,18 @@ class HybridAttention:
         if config.retrieval_attention == "selected" or not roles.retrieval:
             rows = _as_index(roles.donor_rows, query.device)
             return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale)
-        return self._attend_in_two_forms(roles, query, kv, selections, scale)
-
-    def _attend_in_two_forms(
-        self, roles: _Roles, query: Tensor, kv: KV, selections: Selections, scale: float
-    ) -> Tensor:
-        """The paper's form: retrieval heads attend to everything, sparse heads to their donors' selections."""
-        output = torch.empty_like(query).unflatten(1, (self.plan.num_kv_heads, -1))  # [B, Hkv, G, D]
-        dense = ops.attend(query, kv, scale, roles.retrieval)
-        output[:, _as_index(roles.retrieval, query.device)] = dense.unflatten(1, (len(roles.retrieval), -1))
-        if roles.sparse:
-            rows = _as_index(tuple(roles.donor_rows[head] for head in roles.sparse), query.device)
-            sparse = ops.attend_blocks(query, kv, selections, rows, self.config.block_size, scale, roles.sparse)
-            output[:, _as_index(roles.sparse, query.device)] = sparse.unflatten(1, (len(roles.sparse), -1))
-        return output.flatten(1, 2)
+        rows = tuple(roles.donor_rows[head] for head in roles.sparse)
+        return attend_in_two_forms(
+            query, kv, selections, roles.retrieval, roles.sparse, rows, config.block_size, scale
+        )  # the paper's form
 
     def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
         """Keys scanned by retrieval heads, and keys and values attended by every head (see `DecodeAttention`).
 
         Dense retrieval heads read keys and values once: their scan is a by-product of their attention.
         """
-        in_block = lengths[:, None] - selections.blocks * self.config.block_size  # [R, B, K]
-        tokens = in_block.clamp(0, self.config.block_size).masked_fill(selections.blocks < 0, 0).sum(-1)
-        attended = _as_weights(self._readers, lengths.device) @ tokens.double()  # [B]
+        tokens = selections.tokens(lengths, self.config.block_size).double()
+        attended = _as_weights(self._readers, lengths.device) @ tokens  # [B]
         scanned = lengths.double() * self._scans
         dense = self.config.retrieval_attention == "full"
         return key_bytes * (2 * attended + scanned * (2 if dense else refreshed))
@@ -162,6 +151,33 @@ class _Roles(NamedTuple):
     @classmethod
     def of(cls, plan: HeadPlan, layer: int) -> _Roles:
         return cls(plan.retrieval_heads(layer), plan.sparse_heads(layer), plan.first_row(layer), plan.donor_rows(layer))
+
+
+def attend_in_two_forms(
+    query: Tensor,
+    kv: KV,
+    selections: Selections,
+    dense: tuple[int, ...],
+    sparse: tuple[int, ...],
+    rows: tuple[int, ...],
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Attention of one layer whose KV heads `dense` attend to everything, `sparse` each over one of `rows`.
+
+    Together they are all heads of the layer; otherwise as `ops.attend_blocks`.
+    """
+    if not sparse:
+        return ops.attend(query, kv, scale)
+    chosen = _as_index(rows, query.device)
+    if not dense:
+        return ops.attend_blocks(query, kv, selections, chosen, block_size, scale)
+    output = torch.empty_like(query).unflatten(1, (len(dense) + len(sparse), -1))  # [B, Hkv, G, D]
+    whole = ops.attend(query, kv, scale, dense)
+    output[:, _as_index(dense, query.device)] = whole.unflatten(1, (len(dense), -1))
+    part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse)
+    output[:, _as_index(sparse, query.device)] = part.unflatten(1, (len(sparse), -1))
+    return output.flatten(1, 2)
 
 
 @lru_cache(maxsize=4096)

@@ -186,6 +186,8 @@ class KVCache(Cache):
         """Forget every slot from `length` on, and the selections made there."""
         for layer in self.layers:
             layer.truncate(length)
+        if self.selections is not None:
+            self.selections.truncate(length)
         self.selected_at = None
 
     def selections_for(self, attention: DecodeAttention) -> tuple[Selections | None, bool]:

@@ -137,11 +137,12 @@ def supported_shape(model: nn.Module, plan: HeadPlan | None) -> ModelShape:
     if not shape.global_layers:
         raise ModelError(f"{shape.architecture} has no layer with full attention, so there is nothing to make sparse.")
     if plan is not None:
-        _check_plan(plan, shape)
+        check_plan(plan, shape)
     return shape
 
 
-def _check_plan(plan: HeadPlan, shape: ModelShape) -> None:
+def check_plan(plan: HeadPlan, shape: ModelShape) -> None:
+    """Raise `PlanError` when a plan does not fit a model."""
     plan.check_fits(
         num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, architecture=shape.architecture
     )  # fmt: skip

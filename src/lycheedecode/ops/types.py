@@ -68,3 +68,11 @@ class Selections(NamedTuple):
     def rows(self, first: int, count: int) -> Selections:
         """View of `count` consecutive rows."""
         return Selections(self.blocks[first : first + count], self.counts[first : first + count])
+
+    def tokens(self, lengths: Tensor, block_size: int) -> Tensor:
+        """int64 `[R, B]`: tokens in the selected blocks of sequences of `lengths` tokens, int32 `[B]`."""
+        inside = (lengths[:, None] - self.blocks * block_size).clamp(0, block_size)  # [R, B, K]
+        return inside.masked_fill(self.blocks < 0, 0).sum(-1)
+
+    def truncate(self, slots: int) -> None:
+        """The cache forgets every slot from `slots` on. Selections that remember what it held there forget as well."""

@@ -1,0 +1,258 @@
+"""What a decode step may do instead of following its plan, for comparison: one name for each, over the same operations.
+
+    make          name -> what decodes (a `DecodeAttention`) and the settings that `Engine` needs
+    match_bytes   name -> the budget at which it reads as many bytes as the plan does
+
+All of them decode after the same dense prefill, keep the whole cache, and attend to sinks and recent tokens as the
+config says. Equal budgets are not equal work: what a policy reads to find its tokens counts, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import DecodeAttention, FullAttention, HybridAttention
+from ..config import HybridConfig
+from ..models import ModelShape
+from ..plan import HeadPlan
+from ..routing import check_plan
+from . import plans
+from .quest import QuestAttention
+from .window import WindowAttention
+
+CORRECTION_EVERY = 32
+"""Tokens between corrections of `+correction` where the config has no number."""
+_CORRECTION = "+correction"
+
+
+class PolicyError(ValueError):
+    """A policy that does not exist, or cannot be made of what was given; the message is one sentence."""
+
+
+class Policy(NamedTuple):
+    """What `Engine(model, tokenizer, attention=policy.attention, config=policy.config)` takes."""
+
+    attention: DecodeAttention
+    config: HybridConfig
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What policies are made of."""
+
+    shape: ModelShape
+    config: HybridConfig
+    plan: HeadPlan | None
+    coverage: Tensor | None
+    seed: int
+
+    def follow(self, plan: HeadPlan, **changes: object) -> Policy:
+        config = replace(self.config, **changes)
+        return Policy(HybridAttention(plan, config, self.shape.global_layers), config)
+
+    @property
+    def roles(self) -> list[tuple[int, int]]:
+        """The plan's retrieval heads, where there is something to retrieve."""
+        return [head for head in self.plan.retrieval if head[0] in self.shape.global_layers]
+
+
+def _full(given: _Given) -> Policy:
+    shape, config = given.shape, replace(given.config, correction_every=0)
+    return Policy(FullAttention(len(shape.global_layers), shape.num_kv_heads), config)
+
+
+def _kascade(given: _Given) -> Policy:
+    if given.coverage is None:
+        raise PolicyError("The policy 'kascade' needs the coverage of calibration prompts (identify.donors).")
+    anchors = max(len(given.roles) // given.shape.num_kv_heads, 1)
+    return given.follow(plans.kascade(given.coverage, given.shape, anchors))
+
+
+class _Kind(NamedTuple):
+    make: Callable[[_Given], Policy]
+    needs_plan: bool = False
+    ranks_blocks: bool = False
+    """Its scores are not attention mass, so that only `top_k` and `ratio` make sense."""
+    own_blocks: bool = False
+    """It has a block size of its own."""
+    has_budget: bool = True
+
+
+_KINDS = {
+    "full": _Kind(_full, has_budget=False),
+    "hybrid": _Kind(lambda given: given.follow(given.plan), needs_plan=True),
+    "paper": _Kind(
+        lambda given: given.follow(plans.same_index(given.roles, given.shape), retrieval_attention="full"),
+        needs_plan=True,
+    ),
+    "same-index": _Kind(lambda given: given.follow(plans.same_index(given.roles, given.shape)), needs_plan=True),
+    "random": _Kind(
+        lambda given: given.follow(plans.random_roles(len(given.roles), given.shape, given.seed)), needs_plan=True
+    ),
+    "own-topk": _Kind(
+        lambda given: given.follow(HeadPlan.all_retrieval(given.shape.num_layers, given.shape.num_kv_heads))
+    ),
+    "kascade": _Kind(_kascade, needs_plan=True),
+    "tidaldecode": _Kind(
+        lambda given: given.follow(plans.tidaldecode(given.shape), retrieval_attention="full", block_size=1),
+        own_blocks=True,
+    ),
+    "quest": _Kind(lambda given: Policy(QuestAttention(given.config, given.shape), given.config), ranks_blocks=True),
+    "duo": _Kind(
+        lambda given: Policy(WindowAttention(given.config, given.shape, given.roles), given.config),
+        needs_plan=True, ranks_blocks=True,
+    ),
+    "streaming": _Kind(
+        lambda given: Policy(WindowAttention(given.config, given.shape), given.config), ranks_blocks=True
+    ),
+}  # fmt: skip
+
+NAMES = (*_KINDS, f"full{_CORRECTION}")
+"""Any name may carry `+correction` (Cache Correction), and `random` a seed, as `random:3`."""
+
+
+def make(
+    name: str,
+    *,
+    shape: ModelShape,
+    config: HybridConfig | None = None,
+    plan: HeadPlan | None = None,
+    coverage: Tensor | None = None,
+) -> Policy:
+    """A policy by its name.
+
+    Args:
+        name: one of `NAMES`.
+        shape: of the model (`ModelShape.of`).
+        config: budget, block size, strategy.
+        plan: roles and donors, for policies that have them (`needs_plan`).
+        coverage: for `kascade`: float `[L * Hkv, L * Hkv]` from `identify.donors.measure_coverage`. It gets as many
+            anchor layers as the plan's retrieval heads would fill.
+
+    Raises:
+        PolicyError: an unknown name, a plan or coverage that is missing, a strategy that the policy does not know.
+        PlanError: a plan that does not fit the model.
+    """
+    kind, seed, corrected = _parse(name)
+    config = config or HybridConfig()
+    if kind.needs_plan and plan is None:
+        raise PolicyError(f"The policy {name!r} needs a head plan.")
+    if kind.ranks_blocks and config.selection not in ("top_k", "ratio"):
+        raise PolicyError(f"The policy {name!r} fills a budget: selection must be top_k or ratio.")
+    if plan is not None:
+        check_plan(plan, shape)
+    policy = kind.make(_Given(shape, config, plan, coverage, seed))
+    if corrected:
+        policy = policy._replace(
+            config=replace(policy.config, correction_every=config.correction_every or CORRECTION_EVERY)
+        )
+    return policy
+
+
+def check_name(name: str) -> None:
+    """Raise `PolicyError` for an unknown name; the message has the near ones and all."""
+    _parse(name)
+
+
+def needs_plan(name: str) -> bool:
+    """Whether a policy is made of a plan."""
+    return _parse(name)[0].needs_plan
+
+
+def has_budget(name: str) -> bool:
+    """Whether a policy's bytes depend on the budget."""
+    return _parse(name)[0].has_budget
+
+
+def has_own_blocks(name: str) -> bool:
+    """Whether a policy ignores the block size."""
+    return _parse(name)[0].own_blocks or not has_budget(name)
+
+
+def _parse(name: str) -> tuple[_Kind, int, bool]:
+    """The kind, the seed, and whether there is Cache Correction."""
+    bare = name.removesuffix(_CORRECTION)
+    base, colon, seed = bare.partition(":")
+    if base not in _KINDS or (colon and not (base == "random" and seed.isdigit())):
+        near = get_close_matches(name, NAMES, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise PolicyError(f"There is no policy {name!r}: {hint}There are {', '.join(NAMES)}.")
+    return _KINDS[base], int(seed or 0), bare != name
+
+
+# ---------------------------------------------------------------------- equal bytes
+
+
+def bytes_at(policy: Policy, shape: ModelShape, context: int) -> float:
+    """KV bytes that a decode step reads on average at a context of `context` tokens, in bytes of one key of one head.
+
+    Exact for selections that fill their budget (`top_k`, `ratio`) or everything.
+
+    Raises:
+        PolicyError: a strategy whose selections are known only when they are made.
+    """
+    attention, config = policy
+    if config.selection not in ("top_k", "ratio"):
+        raise PolicyError(f"What {config.selection} reads is not known beforehand: take a budget.")
+    lengths = torch.tensor([context], dtype=torch.int32)
+    selections = attention.allocate(1, context, "cpu")
+    if selections is not None:  # the newest blocks: the last of them, which may be in part empty, is always selected
+        capacity = config.capacity_blocks(-(-context // config.block_size))
+        latest = (context - 1) // config.block_size - torch.arange(capacity, dtype=torch.int32)
+        selections.blocks[..., :capacity] = latest
+        selections.counts.fill_(capacity)
+    rest = attention.refresh_every - 1
+    once, again = (float(attention.bytes_read(lengths, selections, first, 1)) for first in (True, False))
+    mean = (once + rest * again) / (rest + 1)
+    if config.correction_every:
+        dense = 2.0 * len(shape.global_layers) * shape.num_kv_heads * context
+        mean += (dense - mean) / config.correction_every
+    return mean
+
+
+def match_bytes(
+    name: str,
+    *,
+    shape: ModelShape,
+    config: HybridConfig,
+    plan: HeadPlan,
+    context: int,
+    coverage: Tensor | None = None,
+) -> HybridConfig:
+    """The config whose budget, in whole blocks, lets a policy read at most what `hybrid` reads with `config`, and one
+    block more would be too much; for a context of `context` tokens.
+
+    Raises:
+        PolicyError: the policy has no budget, or reads more even with the smallest.
+    """
+    if not has_budget(name):
+        raise PolicyError(f"The policy {name!r} has no budget.")
+    allowed = bytes_at(make("hybrid", shape=shape, config=config, plan=plan), shape, context)
+    block = make(name, shape=shape, config=config, plan=plan, coverage=coverage).config.block_size
+
+    def with_blocks(blocks: int) -> HybridConfig:
+        return replace(config, selection="top_k", budget_ratio=None, budget_tokens=blocks * block)
+
+    def cost(blocks: int) -> float:
+        policy = make(name, shape=shape, config=with_blocks(blocks), plan=plan, coverage=coverage)
+        return bytes_at(policy, shape, context)
+
+    least, most = -(-config.forced_blocks * config.block_size // block), -(-context // block)
+    if least > most:
+        raise PolicyError(f"A context of {context} tokens is too short to compare budgets.")
+    if cost(least) > allowed:
+        full = bytes_at(make("full", shape=shape), shape, context)
+        raise PolicyError(
+            f"The policy {name!r} reads at least {cost(least) / full:.1%} of the cache at {context} tokens, but hybrid "
+            f"no more than {allowed / full:.1%}."
+        )
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if cost(middle) <= allowed else (least, middle - 1)
+    return with_blocks(least)

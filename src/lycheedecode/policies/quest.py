@@ -1,0 +1,131 @@
+"""Quest: every head selects blocks by an upper bound of their logits, from the least and largest key in each.
+
+    bounds    of every block and dimension: the least and the largest of its keys; kept, and extended as tokens come
+    score     sum over dimensions of the larger of q * least and q * largest: no key of the block has a larger logit
+    select    the best blocks of the budget, by the bounds of a group's query heads added up
+
+Two vectors a block are read instead of all its keys. The first two layers stay dense. Plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import HybridConfig
+from ..models import ModelShape
+from ..ops import KV, Selections
+from ..ops.reference import by_kv_head
+
+_DENSE = 2
+
+
+class BoundedSelections(Selections):
+    """Selections, and beside them the bounds that they are made from.
+
+    Attributes:
+        num_blocks: blocks that there is room for.
+        bounds: of a layer, least and largest keys `[B, Hkv, num_blocks + 2, D]` of every block.
+        known: of a layer, the slots whose tokens are within its bounds.
+    """
+
+    def __init__(self, *_: Tensor) -> None:
+        self.num_blocks = 0
+        self.bounds: dict[int, tuple[Tensor, Tensor]] = {}
+        self.known: dict[int, int] = {}
+
+    def truncate(self, slots: int) -> None:
+        """See `Selections`: blocks from `slots` on will be read again."""
+        self.known = {layer: min(known, slots) for layer, known in self.known.items()}
+
+
+class QuestAttention:
+    """Decode attention that selects by bounds of blocks; a `DecodeAttention`.
+
+    Args:
+        config: budget, sinks, recent tokens, block size; `selection` is `top_k` or `ratio`.
+        shape: of the model.
+    """
+
+    def __init__(self, config: HybridConfig, shape: ModelShape) -> None:
+        self.config = config
+        self.refresh_every = config.refresh_every
+        self._width = shape.num_kv_heads
+        self._dense, selecting = shape.global_layers[:_DENSE], shape.global_layers[_DENSE:]
+        self._rows = {layer: i * self._width for i, layer in enumerate(selecting)}
+
+    def allocate(self, batch: int, slots: int, device: torch.device | str) -> BoundedSelections:
+        """A row for every head that selects; bounds come with the first keys."""
+        num_blocks = ceil((slots + self.refresh_every - 1) / self.config.block_size)
+        capacity = self.config.capacity_blocks(num_blocks)
+        selections = BoundedSelections.allocate(len(self._rows) * self._width, batch, capacity, device)
+        selections.num_blocks = num_blocks
+        return selections
+
+    def __call__(
+        self, layer: int, query: Tensor, kv: KV, selections: BoundedSelections, scale: float, refresh: bool = True
+    ) -> Tensor:
+        """See `DecodeAttention`."""
+        if layer in self._dense:
+            return ops.attend(query, kv, scale)
+        first = self._rows[layer]
+        if refresh:
+            low, high = self._extend(selections, layer, kv)
+            scores = score_by_bounds(query * scale, low, high)
+            ops.select_blocks(scores, kv, self.config, out=selections.rows(first, self._width))
+        rows = torch.arange(first, first + self._width, device=query.device)
+        return ops.attend_blocks(query, kv, selections, rows, self.config.block_size, scale)
+
+    def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
+        """Keys and values that are attended to, and two vectors for every block."""
+        size = self.config.block_size
+        attended = selections.tokens(lengths, size).sum(0) + len(self._dense) * self._width * lengths.double()
+        bounds = (lengths.double() / size).ceil() * len(selections.counts)
+        return 2 * key_bytes * (attended + bounds * refreshed)
+
+    def _extend(self, selections: BoundedSelections, layer: int, kv: KV) -> tuple[Tensor, Tensor]:
+        """The layer's bounds `[B, Hkv, N, D]`, after a look at the blocks whose tokens are new."""
+        if kv.page_table is not None:
+            raise ValueError("quest keeps bounds of a contiguous cache only.")
+        size, slots = self.config.block_size, kv.slots
+        if layer not in selections.bounds:
+            batch, width, _, dim = kv.keys.shape
+            room = kv.keys.new_zeros(2, batch, width, selections.num_blocks + 2, dim)
+            selections.bounds[layer], selections.known[layer] = (room[0], room[1]), 0
+        low, high = selections.bounds[layer]
+        # Where lengths lie on the device nothing says which tokens are new.
+        known = selections.known[layer] if kv.lengths is None else 0
+        lengths = kv.token_counts()[:, None, None]
+        starts = torch.zeros_like(lengths) if kv.starts is None else kv.starts[:, None, None]
+        # [B, W] blocks of each sequence, from the one of its first new token on; two more than fit between the ends.
+        first = (known - starts[:, :, 0]).clamp(min=0) // size
+        block = first + torch.arange((slots - known) // size + 2, device=kv.keys.device)
+        token = block[..., None] * size + torch.arange(size, device=kv.keys.device)  # [B, W, size]
+        sequence = torch.arange(kv.batch, device=kv.keys.device)[:, None]
+        keys = kv.keys[sequence[..., None], :, (token + starts).clamp(max=slots - 1)]  # [B, W, size, Hkv, D]
+        absent = (token >= lengths)[..., None, None]
+        exists = ~absent.all(2)  # [B, W, 1, 1]
+        low[sequence, :, block] = keys.masked_fill(absent, torch.inf).amin(2).where(exists, 0.0)
+        high[sequence, :, block] = keys.masked_fill(absent, -torch.inf).amax(2).where(exists, 0.0)
+        selections.known[layer] = slots
+        num_blocks = ceil(slots / size)
+        return low[:, :, :num_blocks], high[:, :, :num_blocks]
+
+
+def score_by_bounds(query: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The bound of every block's logits, added up over a group.
+
+    Args:
+        query: `[B, Hq, D]`, scaled.
+        low, high: least and largest keys, `[B, Hkv, N, D]`.
+
+    Returns:
+        float32 `[Hkv, B, N]`, moved so that the least is 0: selection takes no negative scores.
+    """
+    grouped = by_kv_head(query, KV(low, high)).float()  # [B, Hkv, G, D]
+    bound = grouped.clamp(min=0) @ high.float().mT + grouped.clamp(max=0) @ low.float().mT
+    bound = bound.sum(2).transpose(0, 1)
+    return bound - bound.amin(-1, keepdim=True)
