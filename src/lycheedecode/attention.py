@@ -91,7 +91,14 @@ class HybridAttention:
         return Selections.allocate(len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks), device)
 
     def __call__(
-        self, layer: int, query: Tensor, kv: KV, selections: Selections, scale: float, refresh: bool = True
+        self,
+        layer: int,
+        query: Tensor,
+        kv: KV,
+        selections: Selections,
+        scale: float,
+        refresh: bool = True,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Attention output of one layer for one new token a sequence.
 
@@ -102,6 +109,7 @@ class HybridAttention:
             selections: the buffers of this batch; the rows of this layer's retrieval heads are rewritten.
             scale: factor on the logits.
             refresh: False keeps the selections of the step before.
+            out: where to write the output, and return it; None: a new tensor.
 
         Returns:
             `[B, Hq, D]`.
@@ -112,11 +120,12 @@ class HybridAttention:
             ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen)
         if config.retrieval_attention == "selected" or not roles.retrieval:
             rows = _as_index(roles.donor_rows, query.device)
-            return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale)
+            return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out)
         rows = tuple(roles.donor_rows[head] for head in roles.sparse)
-        return attend_in_two_forms(
+        output = attend_in_two_forms(
             query, kv, selections, roles.retrieval, roles.sparse, rows, config.block_size, scale
         )  # the paper's form
+        return output if out is None else out.copy_(output)
 
     def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
         """Keys scanned by retrieval heads, and keys and values attended by every head (see `DecodeAttention`).

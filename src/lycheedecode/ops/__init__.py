@@ -92,6 +92,7 @@ def attend_blocks(
     block_size: int,
     scale: float,
     heads: tuple[int, ...] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of KV heads, each over the blocks of one row of the selections; reads nothing else.
 
@@ -103,12 +104,18 @@ def attend_blocks(
         block_size: tokens per block.
         scale: factor on the logits.
         heads: the `H` KV heads, ascending; None means all of the layer.
+        out: where to write the result, and return it; None: a new tensor.
 
     Returns:
         `[B, H * G, D]` in the dtype of `query`; zeros for a sequence of length 0.
     """
     _check(query, kv)
-    return _implementation(query).attend_blocks(query, kv, selections, rows, block_size, scale, heads)
+    arguments = (query, kv, selections, rows, block_size, scale, heads)
+    implementation = _implementation(query)
+    if implementation is kernels:
+        return implementation.attend_blocks(*arguments, out)
+    result = implementation.attend_blocks(*arguments)
+    return result if out is None else out.copy_(result)
 
 
 def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:

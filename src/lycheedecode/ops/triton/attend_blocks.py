@@ -71,13 +71,17 @@ def attend_blocks(
     scale: float,
     heads: tuple[int, ...] | None = None,
     tuning: Tuning | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     common.check_strides(query, kv)
     _check_selections(query, selections, rows, kv.keys.shape[1] if heads is None else len(heads))
     batch, num_query_heads, dim = query.shape
     group, blocks, counts = num_query_heads // kv.keys.shape[1], selections.blocks, selections.counts
-    output = torch.empty((batch, len(rows) * group, dim), dtype=query.dtype, device=query.device)
+    shape = (batch, len(rows) * group, dim)
+    output = torch.empty(shape, dtype=query.dtype, device=query.device) if out is None else out
+    if output.shape != shape or output.dtype != query.dtype or not output.is_contiguous():
+        raise ValueError(f"out must be contiguous {query.dtype} {shape}, not {output.dtype} {tuple(output.shape)}.")
     tuning = tuning or default_tuning(batch * len(rows), kv, blocks.shape[2] * block_size)
     space = common.merge_space(batch, len(rows), tuning.splits, group, dim, query.device)
     with common.on_device(query):

@@ -48,10 +48,13 @@ def attend_blocks(
     block_size: int,
     scale: float,
     heads: tuple[int, ...] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
-    run = _attend_blocks_operator if is_compiling() else _attend_blocks
-    return run(query, *kv, *selections, rows, block_size, scale, heads)
+    if not is_compiling():
+        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out)
+    result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads)
+    return result if out is None else out.copy_(result)
 
 
 def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
