@@ -1,0 +1,174 @@
+"""Hooks into vLLM's attention, laid over the classes of one of its own backends (`cuda`, `cpu`).
+
+    builder   once a step and cache group: which rows decode, and their selections   -> metadata.hybrid
+    layer     once a layer: rows that decode follow the plan, all others the backend
+
+vLLM puts sequences that get one token at a step before those that get several. The former decode hybridly, alone or
+beside others; the latter are prefill, and dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from ...ops import KV, Selections
+from .group import Group, part_of_this_process
+from .settings import is_chosen
+
+
+class Step(NamedTuple):
+    """What the layers of a group need at one step.
+
+    Attributes:
+        group: the layers.
+        rows: how many sequences decode, the first of the batch; padding of a CUDA graph counts, with length 0.
+        lengths: int32 `[rows]`, tokens of each, the new one included.
+        page_table: int32 `[rows, pages]`.
+        selections: of these rows.
+        others: the backend's metadata of the other sequences; None when there are none.
+    """
+
+    group: Group
+    rows: int
+    lengths: Tensor
+    page_table: Tensor
+    selections: Selections
+    others: Any
+
+
+class HybridBuilder:
+    """Before a backend's metadata builder in a class's bases."""
+
+    reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
+    supports_update_block_table = False  # the page table is in `Step`, too
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.hybrid: Group | None = None
+        if is_chosen(vllm_config):
+            self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device)
+        self._is_all = self.hybrid is not None and len(self.hybrid.layers) == len(layer_names)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        if not is_chosen(vllm_config) or vllm_config.speculative_config is not None:
+            return support
+        return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda level: level.value)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        metadata = self._build(common_prefix_len, common_attn_metadata, fast_build)
+        if self.hybrid is not None:
+            self.hybrid.add_step(0 if metadata.hybrid is None else metadata.hybrid.rows)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        return self._build(0, common_attn_metadata, False)
+
+    def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
+        # It reads a prefix once for many sequences; rows that decode hybridly hardly read it.
+        return self.hybrid is None and super().use_cascade_attention(*arguments, **options)
+
+    def _build(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
+        rows = 0 if self.hybrid is None or common_prefix_len else decode_rows(common)
+        # The backend need not plan work that it will not do.
+        all_hybrid = self._is_all and rows == common.num_reqs
+        metadata = super().build(common_prefix_len, common, fast_build or all_hybrid)
+        metadata.hybrid = self._step(common, rows) if rows else None
+        return metadata
+
+    def _step(self, common: CommonAttentionMetadata, rows: int) -> Step:
+        others = None
+        if rows < common.num_reqs:
+            # Planning ahead would overwrite the plan for the layers that treat all sequences alike.
+            others = super().build(0, from_row(common, rows), True)
+        table = common.block_table_tensor[:rows]
+        if not table.is_cuda:  # launches need not have the same shape every time
+            table = table[:, : -(-common.max_seq_len // self.kv_cache_spec.block_size)]
+        return Step(self.hybrid, rows, common.seq_lens[:rows], table, self.hybrid.selections(rows), others)
+
+
+class HybridLayer:
+    """Before a backend's attention implementation in a class's bases; `cache` is the backend's."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if is_chosen(get_current_vllm_config()):
+            part_of_this_process(get_current_vllm_config())  # refuses before any weights are loaded
+
+    def cache(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[P, Hkv, page, D]`, views of vLLM's cache of this layer."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        step: Step | None = getattr(attn_metadata, "hybrid", None)  # None without metadata: a run that only profiles
+        index = None if step is None else step.group.layers.get(layer.layer_name)
+        scales = (output_scale, output_block_scale)
+        if index is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        rows, attention = step.rows, step.group.attention
+        kv = KV(*self.cache(kv_cache), step.lengths, None, step.page_table)
+        attention(index, query[:rows], kv, step.selections, self.scale, out=output[:rows])
+        if index == step.group.last_layer:
+            step.group.add_bytes(step.lengths, step.selections)
+        if step.others is not None:
+            rest = (query[rows:], key[rows:], value[rows:], kv_cache, step.others, output[rows:])
+            super().forward(layer, *rest, *scales)
+        return output
+
+
+def decode_rows(common: CommonAttentionMetadata) -> int:
+    """How many sequences, from the first on, get one token at this step; 0 where attention is not simply causal."""
+    if common.causal is not True or common.mm_req_doc_ranges is not None:
+        return 0
+    if common.max_query_len == 1:
+        return common.num_reqs
+    several = common.query_start_loc_cpu.diff()[: common.num_reqs] > 1
+    return int(several.int().argmax()) if several.any() else common.num_reqs
+
+
+_OF_ROWS = {
+    "seq_lens",
+    "block_table_tensor",
+    "slot_mapping",
+    "positions",
+    "is_prefilling",
+    "seq_lens_cpu_upper_bound",
+    "rswa_prefix_lens",
+    "_seq_lens_cpu",
+    "_num_computed_tokens_cpu",
+}
+"""Fields with an entry for each sequence, or for each token, of which the first sequences have one each."""
+
+
+def from_row(common: CommonAttentionMetadata, rows: int) -> CommonAttentionMetadata:
+    """The batch without its first `rows` sequences of one token each."""
+    present = {field.name: getattr(common, field.name) for field in fields(common) if field.name in _OF_ROWS}
+    return common.replace(
+        query_start_loc=common.query_start_loc[rows:] - rows,
+        query_start_loc_cpu=common.query_start_loc_cpu[rows:] - rows,
+        num_reqs=common.num_reqs - rows,
+        num_actual_tokens=common.num_actual_tokens - rows,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+        **{name: tensor[rows:] for name, tensor in present.items() if tensor is not None},
+    )

@@ -1,0 +1,45 @@
+"""`--attention-backend CUSTOM` on a GPU: vLLM's FlashAttention, whose single tokens decode hybridly."""
+
+from __future__ import annotations
+
+import vllm
+from torch import Tensor
+
+from .settings import check_version
+
+check_version(vllm.__version__)  # before names are imported that another version may lack
+
+from vllm.v1.attention.backends.flash_attn import (  # noqa: E402
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from .backend import HybridBuilder, HybridLayer  # noqa: E402
+
+
+class HybridBackend(FlashAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[HybridImpl]:
+        return HybridImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[HybridMetadataBuilder]:
+        return HybridMetadataBuilder
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False  # kernels share out their work by the size of the batch
+
+
+class HybridMetadataBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
+    pass
+
+
+class HybridImpl(HybridLayer, FlashAttentionImpl):
+    def cache(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        return kv_cache.split(self.head_size, dim=-1)  # [P, Hkv, page, 2 D] in any order of strides

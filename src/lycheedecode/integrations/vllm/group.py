@@ -1,0 +1,211 @@
+"""The layers of one of vLLM's KV-cache groups that decode hybridly, and what they share from step to step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from ... import ops
+from ...attention import HybridAttention
+from ...config import HybridConfig
+from ...ops import KV, Selections
+from ...plan import HeadPlan, PlanError
+from . import settings
+
+logger = init_logger("vllm.lycheedecode")  # below `vllm`, whose handlers print it
+_LOG_SECONDS = 10.0
+
+
+class Part(NamedTuple):
+    """What this process decodes: `plan` of its KV heads and layers, from `first_layer` of the model on."""
+
+    plan: HeadPlan
+    config: HybridConfig
+    first_layer: int
+
+
+def part_of_this_process(vllm_config: Any) -> Part:
+    """Read and check the settings; errors as in `settings.read` and `settings.of_rank`."""
+    import vllm
+
+    settings.check_version(vllm.__version__)
+    plan, config = settings.read(vllm_config)
+    parallel, pipeline = vllm_config.parallel_config, get_pp_group()
+    stages = [get_pp_indices(plan.num_layers, i, pipeline.world_size) for i in range(pipeline.world_size)]
+    stage, rank = pipeline.rank_in_group, get_tensor_model_parallel_rank()
+    own = settings.of_rank(plan, rank, parallel.tensor_parallel_size, stages, stage)
+    return Part(own, config, stages[stage][0])
+
+
+class Group:
+    """Layers that decode hybridly, by name; their attention, selections and counters.
+
+    All of them read the same metadata at a step, and a donor's selection is used in the step in which it was made: one
+    set of buffers serves every batch.
+
+    Args:
+        part: what this process decodes.
+        layers: index in the part's plan of each layer.
+        vllm_config, spec: of the group.
+        device: where the cache lies.
+    """
+
+    def __init__(
+        self, part: Part, layers: Mapping[str, int], vllm_config: Any, spec: Any, device: torch.device
+    ) -> None:
+        self.layers = dict(layers)
+        self.last_layer = max(layers.values())
+        self.attention = HybridAttention(part.plan, part.config, tuple(layers.values()))
+        self._key_bytes = spec.head_size * spec.dtype.itemsize
+        self._heads = len(layers) * part.plan.num_kv_heads
+        graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_seqs, graphs)  # a graph may hold rows of padding
+        self._selections = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device)
+        self._bytes = torch.zeros(2, dtype=torch.float64, device=device)
+        self._speaks = get_tensor_model_parallel_rank() == 0
+        self.counters = {"hybrid_steps": 0, "dense_steps": 0, "hybrid_tokens": 0}
+        self._logged, self._log_at = (
+            dict.fromkeys((*self.counters, "bytes", "full"), 0),
+            time.monotonic() + _LOG_SECONDS,
+        )
+        if device.type == "cuda":
+            self._make_once(part, vllm_config, spec, device)
+
+    def selections(self, rows: int) -> Selections:
+        """Buffers of the first `rows` sequences of a step."""
+        return Selections(self._selections.blocks[:, :rows], self._selections.counts[:, :rows])
+
+    def add_bytes(self, lengths: Tensor, selections: Selections) -> None:
+        """Count on the device what the step read: after its last layer; a CUDA graph repeats it."""
+        read = self.attention.bytes_read(lengths, selections, True, self._key_bytes).sum()
+        full = lengths.sum() * (2 * self._heads * self._key_bytes)
+        self._bytes += torch.stack((read, full.double()))
+
+    def add_step(self, rows: int) -> None:
+        """Count on the host a step with `rows` sequences that decode hybridly, and now and then say so."""
+        self.counters["hybrid_steps" if rows else "dense_steps"] += 1
+        self.counters["hybrid_tokens"] += rows
+        if time.monotonic() >= self._log_at:
+            self._log_at = time.monotonic() + _LOG_SECONDS
+            self.report()
+
+    def report(self) -> dict[str, float]:
+        """Everything counted so far; the rest since the last report goes to the log and to Prometheus."""
+        read, full = self._bytes.tolist()
+        total = {**self.counters, "bytes": read, "full": full}
+        new = {name: value - self._logged[name] for name, value in total.items()}
+        self._logged = total
+        for name, counter in _prometheus().items():
+            counter.inc(new[name])
+        if self._speaks and new["hybrid_tokens"] and new["full"]:
+            logger.info(
+                "LycheeDecode: %d hybrid steps with %d tokens, %d dense steps; hybrid steps read %.3f GB of the KV "
+                "cache, %.1f%% of what full attention reads.",
+                *(new["hybrid_steps"], new["hybrid_tokens"], new["dense_steps"]),
+                *(new["bytes"] / 1e9, 100 * new["bytes"] / new["full"]),
+            )
+        return total
+
+    def _make_once(self, part: Part, vllm_config: Any, spec: Any, device: torch.device) -> None:
+        """Run every layer once on next to nothing: what kernels make once must not be made inside a CUDA graph."""
+        shape = (1, part.plan.num_kv_heads, spec.block_size, spec.head_size)
+        keys = torch.zeros(shape, dtype=spec.dtype, device=device)
+        one = torch.ones(1, dtype=torch.int32, device=device)
+        kv = KV(keys, keys, one, None, one[:, None] - 1)
+        heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        query = torch.zeros((1, heads, spec.head_size), dtype=spec.dtype, device=device)
+        for layer in sorted(self.layers.values()):
+            self.attention(layer, query, kv, self.selections(1), 1.0, out=torch.empty_like(query))
+        self.add_bytes(one, self.selections(1))
+        self._bytes.zero_()
+
+    @classmethod
+    def of(cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device) -> Group | None:
+        """The group of those among `layer_names` that can decode hybridly; None when none can. Says why in the log.
+
+        Raises `PlanError` when such a layer has a donor in a layer that cannot.
+        """
+        part = part_of_this_process(vllm_config)
+        why = _why_all_dense(vllm_config, spec, device)
+        modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        layers, reasons = {}, {}
+        for name, module in modules.items():
+            reason = why or _why_dense(module.impl)
+            if reason is None:
+                layers[name] = extract_layer_index(name) - part.first_layer
+            else:
+                reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            logger.warning_once("LycheeDecode: %d layers decode with full attention: %s.", len(names), reason)
+        _check_donors(part, set(layers.values()))
+        return cls(part, layers, vllm_config, spec, device) if layers else None
+
+
+def _check_donors(part: Part, layers: set[int]) -> None:
+    for layer in layers:
+        for head, donor in enumerate(part.plan.donors[layer]):
+            if donor[0] not in layers:
+                raise PlanError(
+                    f"The donor {(donor[0] + part.first_layer, donor[1])} of layer {layer + part.first_layer}, KV head "
+                    f"{head} lies in a layer that vLLM decodes with full attention or keeps in another cache group."
+                )
+
+
+def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | None:
+    """What keeps a whole cache group from hybrid decoding, as the end of a sentence."""
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding feeds several tokens of a sequence at a step"
+    if getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1:
+        return "context parallelism divides the tokens of a sequence"
+    if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
+        return "they do not look at the whole context"
+    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype) or spec.dtype != vllm_config.model_config.dtype:
+        return "the KV cache does not have the dtype of the model"
+    if getattr(spec, "head_size_v", spec.head_size) != spec.head_size:
+        return "keys and values differ in size"
+    if device.type != "cuda":
+        return None
+    if ops.kernels is None:
+        return "Triton is not installed"
+    return ops.kernels.why_not(torch.empty((0, 1, spec.head_size), dtype=spec.dtype))
+
+
+def _why_dense(impl: Any) -> str | None:
+    """What keeps a layer from hybrid decoding, as the end of a sentence."""
+    unlike = {
+        "they are not a decoder's own attention": impl.attn_type != AttentionType.DECODER,
+        "they look through a sliding window": impl.sliding_window not in (None, -1, (-1, -1)),
+        "their logits have a bias (ALiBi)": impl.alibi_slopes is not None,
+        "their logits are capped": bool(impl.logits_soft_cap),
+        "their softmax has sinks": getattr(impl, "sinks", None) is not None,
+        "they read another layer's cache": getattr(impl, "kv_sharing_target_layer_name", None) is not None,
+    }
+    return next((reason for reason, holds in unlike.items() if holds), None)
+
+
+@lru_cache(maxsize=1)
+def _prometheus() -> dict[str, Any]:
+    """Counters of this process; the server shows them when PROMETHEUS_MULTIPROC_DIR is set before it starts."""
+    from prometheus_client import Counter
+
+    return {
+        "hybrid_steps": Counter("lycheedecode_hybrid_steps", "Steps in which sequences decoded hybridly."),
+        "dense_steps": Counter("lycheedecode_dense_steps", "Steps in which none did."),
+        "hybrid_tokens": Counter("lycheedecode_hybrid_tokens", "Tokens decoded hybridly."),
+        "bytes": Counter("lycheedecode_kv_bytes", "Bytes of the KV cache that hybrid decoding read."),
+        "full": Counter("lycheedecode_full_kv_bytes", "Bytes that full attention would have read for the same tokens."),
+    }
