@@ -270,15 +270,15 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     first = json.loads((tmp_path / "fidelity.json").read_text(encoding="utf-8"))
     [(cell, scores)] = first["result"]["cells"].items()
     assert cell == "400 tokens of noise, 1 passkey"
-    assert {"full", "hybrid", "same index", "own top-k"} <= set(scores)
-    assert first["settings"]["policies"] == list(scores)
+    assert {"full", "hybrid", "paper", "same-index", "random", "own-topk"} == set(scores)
+    assert first["settings"]["policies"] == list(scores) == list(first["result"]["overall"])
     assert scores["full"]["kl_mean"] == 0
     assert scores["hybrid"]["kl_mean"] == first["result"]["kl_mean"] > 0
     assert scores["hybrid"]["kv_bytes_per_token"] < scores["full"]["kv_bytes_per_token"]
 
     assert run(*call, "--resume").stdout == done.stdout
     assert "another seed" in refusal(*call, "--resume", "--seed", "1")
-    few = [*call, "--no-controls"]
+    few = [*call, "--policies", "hybrid"]
     assert runner.invoke(app, [*few, "--max-kl", "1000"]).exit_code == 0
     done = runner.invoke(app, [*few, "--max-kl", "1e-9"])
     assert done.exit_code == 1
@@ -286,8 +286,56 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     assert json.loads((tmp_path / "fidelity.json").read_text(encoding="utf-8"))["result"]["faithful"] is False
 
 
+def test_fidelity_sweeps_budgets_block_sizes_and_plans(model_folder, plan_file, tmp_path):
+    HeadPlan.all_retrieval(tiny.LAYERS, tiny.KV_HEADS).save(tmp_path / "all.json")
+    out, every = tmp_path / "fidelity.json", str(tmp_path / "all.json")
+    call = ["evaluate", "fidelity", "--model", model_folder, "--plan", plan_file, "--plan", every, "--device", "cpu"]
+    call += ["--dtype", "float32", "--prompts", "1", "--sink-tokens", "4", "--recent-tokens", "8", "--json", str(out)]
+    done = run(
+        *call, "--cells", "noise:300:passkey:1", "--cells", "noise:300:long:6", "--policies",
+        "hybrid,full+correction,tidaldecode,streaming", "--budgets", "64,128", "--block-sizes", "8,16",
+    )  # fmt: skip
+    assert "all kinds of prompts" in done.stdout
+    result = json.loads(out.read_text(encoding="utf-8"))["result"]
+    passkey, long = result["cells"].values()
+    assert list(passkey) == list(long) == list(result["overall"])
+    kinds = [score["policy"] for score in passkey.values()]
+    assert {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} == {
+        "full": 1, "hybrid": 8, "full+correction": 1, "tidaldecode": 2, "streaming": 4
+    }  # fmt: skip
+    label = f"hybrid, plan {every}, 64 tokens, blocks of 8"
+    assert [passkey[label][name] for name in ("retrieval_heads", "budget_tokens", "block_size")] == [8, 64, 8]
+    assert long[label]["exact_match"] is None
+    assert long["full"]["first_divergence"] == 6
+    assert len(long[label]["by_position"]) == 2
+
+
+def test_fidelity_matches_bytes_or_says_why_not(model_folder, plan_file, tmp_path):
+    out = tmp_path / "fidelity.json"
+    done = run(
+        "evaluate", "fidelity", "--model", model_folder, "--plan", plan_file, "--device", "cpu", "--dtype", "float32",
+        "--prompts", "1", *BUDGET, "--cells", "noise:400:long:4", "--policies", "hybrid,streaming,duo", "--match-bytes",
+        "--json", str(out),
+    )  # fmt: skip
+    assert "duo is left out. The policy 'duo' reads at least" in " ".join(done.stderr.split())
+    result = json.loads(out.read_text(encoding="utf-8"))["result"]
+    [scores] = result["cells"].values()
+    assert scores["hybrid"]["budget_tokens"] == 64 < scores["streaming"]["budget_tokens"]
+    assert scores["streaming"]["kv_bytes_per_token"] == pytest.approx(scores["hybrid"]["kv_bytes_per_token"], rel=0.1)
+    assert list(result["overall"]) == ["full", "hybrid", "streaming"]
+
+
 def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
     call = ["evaluate", "fidelity", "--model", model_folder, "--plan", plan_file]
+    assert "There is no policy 'qest': did you mean quest" in refusal(*call, "--policies", "hybrid,qest")
+    assert "--budgets must be whole numbers" in refusal(*call, "--budgets", "128,many")
+    assert "Give --budget-tokens or several" in refusal(*call, "--budgets", "128", "--budget-tokens", "128")
+    assert "block_size must be a power of two" in refusal(*call, "--block-sizes", "16,24")
+    assert "with at least 2 tokens" in refusal(*call, "--cells", "noise:300:long:1")
+    assert "do not fit the model's 512 positions" in refusal(*call, "--cells", "noise:300:long:300", "--device", "cpu")
+    assert "is about hybrid" in refusal(*call, "--policies", "quest", "--max-kl", "1")
+    assert "needs a budget" in refusal(*call, "--match-bytes", "--selection", "top_p", "--top-p-mass", "0.9")
+    assert "--temperature must be at least 0" in refusal(*call, "--temperature", "-1")
     assert "--resume needs the --json file" in refusal(*call, "--resume")
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     assert "is not a result file" in refusal(*call, "--resume", "--json", str(tmp_path / "other.json"))

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import policies as all_policies
 from ..config import HybridConfig
-from ..evaluate.fidelity import CELLS, Score, measure_fidelity, policies
+from ..evaluate.fidelity import CELLS, Long, measure_fidelity
+from ..evaluate.scores import overall
+from ..evaluate.variants import POLICIES, variants
 from ..identify import Cell
 from ..identify.text import load_text
 from ..models import DEFAULT_MODEL, load_model
+from ..plan import HeadPlan, bundled_plans
 from .options import (
-    Cells,
     Device,
     DeviceMap,
     Dtype,
     Json,
     Model,
-    Plan,
     Revision,
     Verbose,
     load_plan,
@@ -29,7 +31,7 @@ from .options import (
     parse_cell,
     takes_form,
 )
-from .report import check_writable, errors, progress, quiet, write_json
+from .report import Steps, check_writable, errors, progress, quiet, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -44,17 +46,40 @@ def evaluate() -> None:
 def fidelity(
     form: dict[str, Any],
     model: Model = DEFAULT_MODEL,
-    plan: Plan = None,
-    cells: Annotated[list[str] | None, Cells] = None,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plan", "-p",
+            help="Head plan: a bundled name or a file; may be repeated. \\[default: the bundled one of the model]",
+        ),
+    ] = None,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT:TOKENS:TASK:COUNT",
+            help="A kind of prompt, as prose:2048:passkey:5, or prose:2048:long:1024 for 1024 tokens that full "
+            "attention generates; may be repeated.",
+        ),
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(metavar="NAMES", help=f"To compare: {', '.join(all_policies.NAMES)}, any with +correction.")
+    ] = ",".join(POLICIES),
+    budgets: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Several budgets, as 128,256,512.")
+    ] = None,
+    block_sizes: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Several block sizes, as 16,32.")
+    ] = None,
+    match_bytes: Annotated[
+        bool, typer.Option("--match-bytes", help="Give every policy the budget at which it reads what hybrid reads.")
+    ] = False,
     prompts: Annotated[int, typer.Option(help="Prompts of each kind.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the prompts and the random plans.")] = 0,
-    controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Also measure the same roles inherited by index, and more.")
-    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the prompts and of drawn tokens.")] = 0,
+    temperature: Annotated[float, typer.Option(help="At which long answers are drawn; 0 is greedy.")] = 0.0,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Exit with 1 when the plan's mean KL over all kinds of prompts exceeds this."),
+        typer.Option(help="Exit with 1 when the mean KL of hybrid over all kinds of prompts exceeds this."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the --json file holds already.")] = False,
     revision: Revision = None,
@@ -63,45 +88,90 @@ def fidelity(
     dtype: Dtype = "auto",
     json_file: Json = None,
     verbose: Verbose = False,
-) -> None:
-    """Compare the output distributions of a plan with those of full attention, on fresh prompts."""
+) -> None:  # fmt: skip
+    """Compare the output distributions of policies with those of full attention, on fresh prompts."""
     check_writable(json_file)
     for name, value in (("--prompts", prompts), ("--batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}.")
-    config, head_plan = HybridConfig(**form), load_plan(plan, model)
-    kinds = tuple(map(parse_cell, cells)) if cells else CELLS
+    if temperature < 0:
+        raise ValueError(f"--temperature must be at least 0, not {temperature}.")
+    names = [name.strip() for name in policies.split(",")]
+    for name in names:
+        all_policies.check_name(name)
+    if max_kl is not None and "hybrid" not in names:
+        raise ValueError("--max-kl is about hybrid, which is not among --policies.")
+    sweep = {"budget_tokens": _numbers("--budgets", budgets), "block_size": _numbers("--block-sizes", block_sizes)}
+    for name, values in sweep.items():
+        if values and name in form:
+            raise ValueError(f"Give --{name.replace('_', '-')} or several of them, not both.")
+    config = HybridConfig(**{name: values[0] for name, values in sweep.items() if values} | form)
+    if match_bytes and config.selection not in ("top_k", "ratio"):
+        raise ValueError(f"--match-bytes needs a budget: what {config.selection} reads is not known beforehand.")
+    kinds = tuple(map(_parse_kind, cells)) if cells else CELLS
     for source in sorted({kind.text for kind in kinds}):
         load_text(source)
-    plans = policies(head_plan, config) if controls else {"hybrid": head_plan}
+    plans = _plans(plan, model, match_bytes or any(map(all_policies.needs_plan, names)))
+    compared = variants(names, plans, config, *sweep.values(), match_bytes)
     settings = {
-        "model": model, "plan": plan or model, "config": config.to_dict(), "cells": list(map(str, kinds)),
-        "prompts": prompts, "seed": seed, "policies": ["full", *plans], "dtype": dtype,
+        "model": model, "plan": list(plans), "config": config.to_dict(), "cells": list(map(str, kinds)),
+        "prompts": prompts, "seed": seed, "policies": [variant.label for variant in compared],
+        "match_bytes": match_bytes, "temperature": temperature, "dtype": dtype,
     }  # fmt: skip
     results = _earlier(json_file, settings) if resume else {}
 
-    def on_cell(cell: Cell, scores: dict[str, Score]) -> None:
-        results[str(cell)] = {name: vars(score) for name, score in scores.items()}
+    def on_cell(cell: str, scores: Mapping[str, Any]) -> None:
+        results[cell] = scores
         write_json(json_file, "evaluate fidelity", settings, {"cells": results})
-        errors.print(f"{cell}: mean KL {scores['hybrid'].kl_mean:.4f}", style="dim")
 
     with quiet(verbose):
         with progress(f"Loading {model}"):
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
-        with progress("Measuring"):
+        with Steps() as steps:
             measured = measure_fidelity(
-                network, tokenizer, plans, config, kinds,
-                prompts=prompts, batch_size=batch_size, seed=seed, finished=results, on_cell=on_cell,
+                network, tokenizer, compared, kinds,
+                prompts=prompts, batch_size=batch_size, seed=seed, temperature=temperature, match_bytes=match_bytes,
+                finished=results, on_cell=on_cell, report=steps.show,
             )  # fmt: skip
-    mean = sum(scores["hybrid"]["kl_mean"] for scores in measured.values()) / len(measured)
-    _show(measured)
-    print(f"\nmean KL of the plan: {mean:.4f} nats per answer token")
-    faithful = max_kl is None or mean <= max_kl
-    result = {"cells": measured, "kl_mean": mean, "max_kl": max_kl, "faithful": faithful}
+    means = overall(measured)
+    for cell, scores in measured.items():
+        _show(cell, scores)
+    _show("all kinds of prompts", means)
+    # Of several plans or budgets, the one that strays most.
+    ours = [means[variant.label]["kl_mean"] for variant in compared if variant.policy == "hybrid"]
+    result: dict[str, Any] = {"cells": measured, "overall": means}
+    if ours:
+        result |= {"kl_mean": max(ours), "max_kl": max_kl, "faithful": max_kl is None or max(ours) <= max_kl}
+        print(f"\nmean KL of the plan: {max(ours):.4f} nats per answer token")
     write_json(json_file, "evaluate fidelity", settings, result)
-    if not faithful:
-        errors.print(f"lycheedecode: the mean KL {mean:.4f} exceeds {max_kl}.")
+    if not result.get("faithful", True):
+        errors.print(f"lycheedecode: the mean KL {max(ours):.4f} exceeds {max_kl}.")
         raise typer.Exit(1)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """Whole numbers, separated by commas; none for None."""
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option} must be whole numbers with commas between them, as 128,256, not {text!r}.")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _parse_kind(text: str) -> Cell | Long:
+    """A kind of prompt from `TEXT:TOKENS:TASK:COUNT`; the task may be `long`."""
+    source, *numbers = text.rsplit(":", 3)
+    if len(numbers) != 3 or numbers[1] != "long":
+        return parse_cell(text)
+    if not (numbers[0].isdigit() and numbers[2].isdigit() and int(numbers[2]) >= 2):
+        raise ValueError(f"{text!r} is not TEXT:TOKENS:long:COUNT with at least 2 tokens to generate.")
+    return Long(source, int(numbers[0]), int(numbers[2]))
+
+
+def _plans(given: Sequence[str] | None, model: str, needed: bool) -> dict[str, HeadPlan]:
+    """Plans by name; the bundled one of the model where none is given and one is needed or at hand."""
+    if not given and not needed and model not in bundled_plans():
+        return {}
+    return {name or model: load_plan(name, model) for name in given or [None]}
 
 
 def _earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -119,17 +189,31 @@ def _earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     return cells
 
 
-def _show(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+_COLUMNS = {
+    "kl_mean": ("KL mean", "{:.4f}".format),
+    "kl_p99": ("KL p99", "{:.4f}".format),
+    "top1_agreement": ("top-1", "{:.1%}".format),
+    "first_divergence": ("differs after", "{:.1f}".format),
+    "same_answer": ("same answer", "{:.1%}".format),
+    "exact_match": ("exact match", "{:.1%}".format),
+    "budget_tokens": ("budget", str),
+    "kv_bytes_per_token": ("KV per token", megabytes),
+}
+
+
+def _show(title: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    for cell, scores in measured.items():
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=cell, title_justify="left")
-        for name in ("", "KL mean", "KL p99", "top-1", "exact match", "KV per token"):
-            table.add_column(name, justify="right" if name else "left", no_wrap=True, min_width=0 if name else 12)
-        for name, score in scores.items():
-            table.add_row(
-                name, f"{score['kl_mean']:.4f}", f"{score['kl_p99']:.4f}", f"{score['top1_agreement']:.1%}",
-                f"{score['exact_match']:.1%}", megabytes(score["kv_bytes_per_token"]),
-            )  # fmt: skip
-        Console(highlight=False).print(table)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=title, title_justify="left")
+    shown = [name for name in _COLUMNS if any(score.get(name) is not None for score in scores.values())]
+    table.add_column("", no_wrap=True, min_width=12)
+    for name in shown:
+        table.add_column(_COLUMNS[name][0], justify="right", no_wrap=True)
+    for label, score in scores.items():
+        if "left_out" in score:
+            errors.print(f"{title}: {label} is left out. {score['left_out']}", style="dim")
+            continue
+        values = ("" if score.get(name) is None else _COLUMNS[name][1](score[name]) for name in shown)
+        table.add_row(label, *values)
+    Console(highlight=False).print(table)

@@ -1,23 +1,33 @@
-"""Fidelity: how far hybrid decoding strays from full attention, on fresh prompts, through real decode steps.
+"""Fidelity: how far policies of decoding stray from full attention, on fresh prompts, through real decode steps.
 
-Each prompt is prefilled once. Every policy then decodes the same true answer token by token (KL, top-1 agreement), and
-decodes on its own, greedily (exact match). The answer's first token comes from the prefill and is not counted.
+Each batch of prompts is prefilled once, for all policies. Every policy then decodes the same answer token by token
+(KL, top-1 agreement), and on its own (first divergence, exact match). The answer's first token comes from the prefill
+and is not counted. Prompts with something hidden have a true answer; the answer to other prompts is what full attention
+generates.
+
+A policy that finds every token of an answer most probable while it is fed that answer generates it on its own, too, so
+that is not decoded again; and what it is fed equals what it would generate up to the first token that it would not.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import HybridConfig
 from ..engine import Context, Engine
-from ..identify.prompts import Cell, Prompt, makers_for
-from ..plan import Head, HeadPlan
+from ..identify import IdentifySettings, Stages
+from ..identify.donors import Reach
+from ..identify.prompts import Cell, Prompt, PromptMaker, makers_for
+from ..models import ModelShape
+from ..policies import PolicyError
+from .scores import Sums
+from .variants import Variant
 
 CELLS = (
     Cell("noise", 2048),
@@ -30,150 +40,263 @@ CELLS = (
 )
 """What the shipped plan is judged on."""
 
+_CALIBRATION_PROMPTS = 4
+_WORTH_A_GRAPH = 256
+"""Tokens of an answer from which on capturing a step pays, when many policies share a prefill."""
+
+Scores = dict[str, dict[str, Any]]
+"""By label: a variant's description and its `Score`, or the reason why it was `left_out`."""
+
 
 @dataclass(frozen=True)
-class Score:
-    """One policy on one kind of prompt.
+class Long:
+    """A kind of prompt with a long answer, which full attention generates.
 
     Attributes:
-        prompts, tokens: how many were decoded.
-        kl_mean, kl_p99: KL(full || policy) per answer token, in nats.
-        top1_agreement: share of answer tokens at which both find the same token most probable.
-        exact_match: share of prompts whose greedy answer holds everything that was hidden.
-        kv_bytes_per_token: mean bytes of the KV cache that a decode step reads for a sequence.
+        text: source of the text, as in `load_text`.
+        length: tokens of the prompt.
+        tokens: of the answer.
     """
 
-    prompts: int
+    text: str
+    length: int
     tokens: int
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
-    exact_match: float
-    kv_bytes_per_token: float
 
+    def __str__(self) -> str:
+        return f"{self.length} tokens of {self.text}, {self.tokens} tokens generated"
 
-def policies(plan: HeadPlan, config: HybridConfig, random_plans: int = 3) -> dict[str, HeadPlan]:
-    """The plan, and what it must be compared with at the same number of heads and the same budget.
-
-    `same index`: its roles with the paper's inheritance; `random`: random roles with that inheritance, the first layer
-    among them; `own top-k`: every head selects for itself, the best that the budget allows.
-    """
-    layers, width = plan.num_layers, plan.num_kv_heads
-    always = [(0, head) for head in range(width)]
-    others: list[Head] = [(layer, head) for layer in range(1, layers) for head in range(width)]
-    named = {
-        "hybrid": plan,
-        "same index": HeadPlan.same_index(plan.retrieval, layers, width),
-        "own top-k": HeadPlan.all_retrieval(layers, width),
-    }
-    for seed in range(random_plans):
-        roles = always + random.Random(seed).sample(others, max(len(plan.retrieval) - width, 0))
-        named[f"random {seed}"] = HeadPlan.same_index(roles, layers, width)
-    return named
+    def make(self, makers: Mapping[str, PromptMaker], number: int, rng: random.Random) -> list[Prompt]:
+        """`number` prompts of this kind."""
+        return [makers[self.text].open_ended(self.length, rng) for _ in range(number)]
 
 
 def measure_fidelity(
     model: Any,
     tokenizer: Any,
-    plans: Mapping[str, HeadPlan],
-    config: HybridConfig,
-    cells: Sequence[Cell] = CELLS,
+    variants: Sequence[Variant],
+    cells: Sequence[Cell | Long] = CELLS,
     *,
     prompts: int = 100,
     batch_size: int = 1,
     seed: int = 0,
-    finished: dict[str, dict[str, Any]] | None = None,
-    on_cell: Callable[[Cell, dict[str, Score]], None] = lambda cell, scores: None,
-) -> dict[str, dict[str, Any]]:
-    """Scores of every plan, and of full attention, on every kind of prompt.
+    temperature: float = 0.0,
+    match_bytes: bool = False,
+    finished: dict[str, Scores] | None = None,
+    on_cell: Callable[[str, Scores], None] = lambda cell, scores: None,
+    report: Callable[[str, int, int], None] = lambda stage, step, steps: None,
+) -> dict[str, Scores]:
+    """Scores of every variant, and of full attention, on every kind of prompt.
 
     Args:
         model: Hugging Face decoder in eval mode.
         tokenizer: its tokenizer.
-        plans: plans by name.
-        config: decode form and budget of all of them.
+        variants: from `variants`; the first is full attention.
         cells: kinds of prompts; those in `finished` are not decoded again.
         prompts: prompts of each kind, drawn from text that identification never uses.
         batch_size: prompts decoded together.
-        seed: of the prompts.
+        seed: of the prompts, and of drawn tokens.
+        temperature: at which the long answers are drawn, and continued by every policy with the same random numbers;
+            0 is greedy.
+        match_bytes: give every policy the budget at which it reads as many bytes as `hybrid` does with its plan and
+            config at the length of the prompt.
         finished: results of an interrupted call.
         on_cell: called with every finished kind.
+        report: called with kind, prompts done and prompts in all.
 
     Returns:
-        `{kind: {policy: Score as a dict}}`.
+        `{kind: {label: ...}}`, see `Scores`.
     """
-    makers = makers_for(tokenizer, cells, "evaluate")
-    # Many plans for a few tokens each: compiling a step for all of them would take longer than their steps do.
-    engines = {"full": Engine(model, tokenizer, execution="eager")}
-    for name, plan in plans.items():
-        engines[name] = Engine(model, tokenizer, plan=plan, config=config, execution="eager")
+    makers, coverage = makers_for(tokenizer, cells, "evaluate"), None
+    calibrated = [variant for variant in variants if variant.policy.startswith("kascade")]
+    if calibrated:
+        coverage = calibrate(model, tokenizer, calibrated[0].config, cells)
     results = dict(finished or {})
     for cell in cells:
         if str(cell) in results:
             continue
         # Strings seed alike on every machine; the cell is part of it, so cells can be run one by one.
-        drawn = cell.make(makers, prompts, random.Random(f"fidelity/{seed}/{cell}"))
-        sums = {name: _Sums() for name in engines}
+        name = f"fidelity/{seed}/{cell}"
+        drawn = cell.make(makers, prompts, random.Random(name))
+        longest = cell.tokens if isinstance(cell, Long) else max(len(prompt.answer_ids) for prompt in drawn)
+        engines, scores = _engines(model, tokenizer, variants, coverage, cell.length if match_bytes else 0, longest)
+        _check_room(engines["full"], cell, longest)
+        sums = {label: Sums() for label in engines}
         for start in range(0, prompts, batch_size):
-            _decode_batch(engines, drawn[start : start + batch_size], sums)
-        scores = {name: each.score() for name, each in sums.items()}
-        results[str(cell)] = {name: vars(score) for name, score in scores.items()}
-        on_cell(cell, scores)
+            batch = drawn[start : start + batch_size]
+            if isinstance(cell, Long):
+                choose = Choice(temperature, f"{name}/{start}")
+                _decode_long(engines, batch, cell.tokens, choose, sums)
+            else:
+                _decode_batch(engines, batch, sums)
+            report(str(cell), start + len(batch), prompts)
+        for label, each in sums.items():
+            scores[label] |= asdict(each.score())
+        results[str(cell)] = scores
+        on_cell(str(cell), scores)
     return results
 
 
-def _decode_batch(engines: Mapping[str, Engine], prompts: Sequence[Prompt], sums: Mapping[str, _Sums]) -> None:
-    """One prefill, then every engine: the true answers for the distributions, a greedy answer for the match."""
-    fed = [prompt.answer_ids[:-1] for prompt in prompts]
-    lengths = torch.tensor([len(ids) for ids in fed])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+def calibrate(model: Any, tokenizer: Any, config: HybridConfig, cells: Sequence[Cell | Long]) -> Tensor:
+    """Coverage of heads by heads for Kascade, on a few prompts of the same kinds from the text of identification."""
+    shape = ModelShape.of(model)
+    kinds = tuple(dict.fromkeys(Cell(cell.text, cell.length) for cell in cells))
+    settings = IdentifySettings(
+        config=config, calibrate_cells=kinds, calibrate_prompts=_CALIBRATION_PROMPTS, batch_size=1
+    )
+    return Stages(model, tokenizer, settings, Reach(shape.num_layers, shape.num_kv_heads)).coverage()
+
+
+def _engines(
+    model: Any, tokenizer: Any, variants: Sequence[Variant], coverage: Tensor | None, match_at: int, tokens: int
+) -> tuple[dict[str, Engine], Scores]:
+    """What decodes answers of `tokens` tokens, by label, and what it is; bytes are matched at `match_at` tokens."""
+    engines, scores = {}, {}
+    on_gpu = next(model.parameters()).is_cuda
+    for variant in variants:
+        try:
+            policy = variant.make(ModelShape.of(model), coverage, match_at)
+        except PolicyError as error:
+            if not match_at:
+                raise
+            scores[variant.label] = {"policy": variant.policy, "left_out": str(error)}
+            continue
+        # Many policies for a few tokens each: compiling or capturing their steps would take longer than the steps do.
+        captured = on_gpu and tokens >= _WORTH_A_GRAPH and getattr(policy.attention, "graph_safe", False)
+        scores[variant.label] = variant.describe(policy.config)
+        engines[variant.label] = Engine(
+            model,
+            tokenizer,
+            attention=policy.attention,
+            config=policy.config,
+            execution="graph" if captured else "eager",
+        )
+    return engines, scores
+
+
+def _check_room(full: Engine, cell: Cell | Long, tokens: int) -> None:
+    most = full.shape.max_positions
+    if most and cell.length + tokens > most + 1:
+        raise ValueError(f"{cell.length} tokens and an answer of {tokens} do not fit the model's {most} positions.")
+
+
+# ---------------------------------------------------------------------- decoding
+
+
+class Choice:
+    """The next token: the most probable, or one that random numbers decide, the same at every call for a step.
+
+    Args:
+        temperature: 0 is greedy.
+        name: seeds the random numbers.
+    """
+
+    def __init__(self, temperature: float = 0.0, name: str = "") -> None:
+        self._temperature = temperature
+        self._seed = random.Random(name).randrange(2**40)
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        """int64 `[B]` from `[B, V]`."""
+        if not self._temperature:
+            return logits.argmax(-1)
+        generator = torch.Generator().manual_seed(self._seed + step)
+        uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
+        gumbel = -(-uniform.log()).log()
+        return (logits / self._temperature + gumbel.to(logits.device)).argmax(-1)
+
+
+class _Reference(NamedTuple):
+    """What full attention makes of a batch: its engine, answers `[B, T + 1]`, the logits after each token but the last,
+    `T` times `[B, V]`, and which of these count, bool `[B, T]`."""
+
+    engine: Engine
+    answers: Tensor
+    logits: list[Tensor]
+    mask: Tensor
+
+
+def _decode_batch(engines: Mapping[str, Engine], prompts: Sequence[Prompt], sums: Mapping[str, Sums]) -> None:
+    """Prompts with true answers."""
+    full, greedy = engines["full"], Choice()
+    lengths = [len(prompt.answer_ids) for prompt in prompts]
+    padded = [[*prompt.answer_ids, *[0] * (max(lengths) - len(prompt.answer_ids))] for prompt in prompts]
+    answers = torch.tensor(padded, device=full.device)
+    mask = torch.arange(1, max(lengths), device=full.device) < torch.tensor(lengths, device=full.device)[:, None]
+    context = full.prefill([prompt.prompt_ids for prompt in prompts], room=max(lengths))
+    reference = _Reference(full, answers, list(_feed(full, context, answers)), mask)
+    expected: list[list[int]] = []  # what full attention generates
+    for label, engine in engines.items():
+        chosen = _compare(engine, context, reference, greedy, sums[label])
+        if ((chosen == answers)[:, 1:] | ~mask).all() and (chosen[:, 0] == answers[:, 0]).all():
+            own = answers
+        else:
+            own = torch.stack(list(_generate(engine, context, answers.shape[1], greedy)), 1)
+        tokens = [row[:length] for row, length in zip(own.tolist(), lengths, strict=True)]
+        expected = expected or tokens
+        texts = engine.tokenizer.batch_decode(tokens)
+        solved = [prompt.is_solved_by(text) for prompt, text in zip(prompts, texts, strict=True)]
+        same = [_same(*pair) for pair in zip(tokens, expected, strict=True)]
+        sums[label].add_answers(same, lengths, solved)
+    context.rewind()
+
+
+def _decode_long(
+    engines: Mapping[str, Engine], prompts: Sequence[Prompt], tokens: int, choose: Choice, sums: Mapping[str, Sums]
+) -> None:
+    """Prompts whose answers full attention generates, `tokens` tokens each; end tokens do not end them."""
     full = engines["full"]
-    context = full.prefill([prompt.prompt_ids for prompt in prompts], room=mask.shape[1] + 1)
-    expected = full.score(context, fed)[mask.to(full.device)].log_softmax(-1)  # [tokens, V]
-    for name, engine in engines.items():
-        found = expected if engine is full else engine.score(context, fed)[mask.to(full.device)].log_softmax(-1)
-        sums[name].add_tokens((expected.exp() * (expected - found)).sum(-1), expected.argmax(-1) == found.argmax(-1))
-        texts = _greedy(engine, context, mask.shape[1] + 1)
-        sums[name].add_answers(
-            [prompt.is_solved_by(text) for prompt, text in zip(prompts, texts, strict=True)],
-            (context.kv_bytes / context.steps).tolist(),
-        )
-        context.rewind()
+    context = full.prefill([prompt.prompt_ids for prompt in prompts], room=tokens)
+    logits: list[Tensor] = []
+    answers = torch.stack(list(_generate(full, context, tokens, choose, logits)), 1)
+    reference = _Reference(full, answers, logits, torch.ones_like(answers[:, 1:], dtype=torch.bool))
+    expected = answers.tolist()
+    for label, engine in engines.items():
+        own = _compare(engine, context, reference, choose, sums[label]).tolist()
+        same = [_same(*pair) for pair in zip(own, expected, strict=True)]
+        sums[label].add_answers(same, [tokens] * len(prompts))
+    context.rewind()
 
 
-def _greedy(engine: Engine, context: Context, tokens: int) -> list[str]:
-    """Greedy answers of `tokens` tokens, `context` left as decoded."""
-    found = [context.logits.argmax(-1)]
-    for _ in range(tokens - 1):
-        found.append(engine.decode_one_token(context, found[-1]).argmax(-1))
-    return engine.tokenizer.batch_decode(torch.stack(found, 1))
+def _compare(engine: Engine, context: Context, reference: _Reference, choose: Choice, sums: Sums) -> Tensor:
+    """Feed the answers and compare distributions; returns what would have been chosen at every token, `[B, T + 1]`.
+
+    Full attention comes first, with `context` as it left it, and is not decoded again.
+    """
+    chosen, kl, agreed = [choose(context.logits, 0)], [], []
+    first = engine is reference.engine
+    found_logits = reference.logits if first else _feed(engine, context, reference.answers)
+    for step, (given, logits) in enumerate(zip(reference.logits, found_logits, strict=True), start=1):
+        expected, found = given.log_softmax(-1), logits.log_softmax(-1)
+        kl.append((expected.exp() * (expected - found)).sum(-1))
+        agreed.append(expected.argmax(-1) == found.argmax(-1))
+        chosen.append(choose(logits, step))
+    kv_bytes = (context.kv_bytes / context.steps).tolist()
+    sums.add_tokens(torch.stack(kl, 1), torch.stack(agreed, 1), reference.mask, kv_bytes)
+    return torch.stack(chosen, 1)
 
 
-class _Sums:
-    """What one policy has shown so far on one kind of prompt."""
+def _feed(engine: Engine, context: Context, answers: Tensor) -> Iterator[Tensor]:
+    """The logits after every answer token but the last."""
+    context.rewind()
+    for token_ids in answers[:, :-1].unbind(1):
+        yield engine.decode_one_token(context, token_ids)
 
-    def __init__(self) -> None:
-        self._kl: list[Tensor] = []
-        self._agreed: list[Tensor] = []
-        self._solved: list[bool] = []
-        self._bytes: list[float] = []
 
-    def add_tokens(self, kl: Tensor, agreed: Tensor) -> None:
-        self._kl.append(kl.double().cpu())
-        self._agreed.append(agreed.double().cpu())
+def _generate(
+    engine: Engine, context: Context, tokens: int, choose: Choice, kept: list[Tensor] | None = None
+) -> Iterator[Tensor]:
+    """Token ids `[B]` of answers of `tokens` tokens; `kept` takes the logits after all but the last."""
+    context.rewind()
+    token_ids = choose(context.logits, 0)
+    yield token_ids
+    for step in range(1, tokens):
+        logits = engine.decode_one_token(context, token_ids)
+        if kept is not None:
+            kept.append(logits)
+        token_ids = choose(logits, step)
+        yield token_ids
 
-    def add_answers(self, solved: Sequence[bool], kv_bytes: Sequence[float]) -> None:
-        self._solved += solved
-        self._bytes += kv_bytes
 
-    def score(self) -> Score:
-        kl = torch.cat(self._kl)
-        return Score(
-            prompts=len(self._solved),
-            tokens=len(kl),
-            kl_mean=float(kl.mean()),
-            kl_p99=float(kl.quantile(0.99)),
-            top1_agreement=float(torch.cat(self._agreed).mean()),
-            exact_match=sum(self._solved) / len(self._solved),
-            kv_bytes_per_token=sum(self._bytes) / len(self._bytes),
-        )
+def _same(found: Sequence[int], expected: Sequence[int]) -> int:
+    """Tokens until two answers of one length differ."""
+    differ = (i for i, (one, two) in enumerate(zip(found, expected, strict=True)) if one != two)
+    return next(differ, len(expected))

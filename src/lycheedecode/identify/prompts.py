@@ -87,6 +87,18 @@ class PromptMaker:
             f"The variables {', '.join(names)} have the value {value}.", tuple(names), length, rng, ordered=True,
         )  # fmt: skip
 
+    def open_ended(self, length: int, rng: random.Random) -> Prompt:
+        """Text, and a request with a long answer; nothing is hidden, and no answer is known."""
+        return self._assemble(
+            "Read the text below.",
+            [],
+            "Explain what the text says, step by step and in many words.",
+            "",
+            (),
+            length,
+            rng,
+        )
+
     def _assemble(
         self, task: str, facts: list[str], question: str, answer: str, expected: tuple[str, ...], length: int,
         rng: random.Random, ordered: bool = False,
@@ -98,8 +110,9 @@ class PromptMaker:
         cuts = sorted(rng.randrange(len(filler) + 1) for _ in pieces)
         if not ordered:
             rng.shuffle(pieces)
-        body = filler[: cuts[0]]
-        for piece, start, end in zip(pieces, cuts, [*cuts[1:], len(filler)], strict=True):
+        ends = [*cuts, len(filler)]
+        body = filler[: ends[0]]
+        for piece, start, end in zip(pieces, cuts, ends[1:], strict=True):
             body += piece + filler[start:end]
         return Prompt(tuple(head + body + tail), tuple(self._encode(answer)), expected)
 

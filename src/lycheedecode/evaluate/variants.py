@@ -1,0 +1,94 @@
+"""What is compared: policies under plans, budgets and block sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from torch import Tensor
+
+from .. import policies
+from ..config import HybridConfig
+from ..models import ModelShape
+from ..plan import HeadPlan
+
+POLICIES = ("hybrid", "paper", "same-index", "random", "own-topk")
+"""What is compared unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A policy under one config.
+
+    Attributes:
+        label: names it among the others.
+        policy: a name that `policies.make` knows.
+        config: budget, block size, form.
+        plan: roles and donors; `plan_name` says which.
+    """
+
+    label: str
+    policy: str
+    config: HybridConfig
+    plan: HeadPlan | None = None
+    plan_name: str | None = None
+
+    def make(self, shape: ModelShape, coverage: Tensor | None = None, match_at: int = 0) -> policies.Policy:
+        """What decodes; with `match_at`, at the budget whose bytes at so many tokens are those of the plan."""
+        config, given = self.config, {"shape": shape, "plan": self.plan, "coverage": coverage}
+        if match_at and policies.has_budget(self.policy):
+            config = policies.match_bytes(self.policy, config=config, context=match_at, **given)
+        return policies.make(self.policy, config=config, **given)
+
+    def describe(self, config: HybridConfig) -> dict[str, Any]:
+        """What a row of results is about; `config` is the one that decodes."""
+        row: dict[str, Any] = {"policy": self.policy}
+        if policies.needs_plan(self.policy):
+            row |= {"plan": self.plan_name, "retrieval_heads": len(self.plan.retrieval)}
+        if policies.has_budget(self.policy):
+            row |= {"budget_tokens": config.budget_tokens, "block_size": config.block_size}
+        if config.correction_every:
+            row["correction_every"] = config.correction_every
+        return row
+
+
+def variants(
+    names: Sequence[str],
+    plans: Mapping[str, HeadPlan],
+    config: HybridConfig,
+    budgets: Sequence[int] = (),
+    block_sizes: Sequence[int] = (),
+    match_bytes: bool = False,
+) -> list[Variant]:
+    """Full attention, and every policy with every plan, budget and block size that makes a difference to it.
+
+    Args:
+        names: policies.
+        plans: head plans by name.
+        config: what is common to all.
+        budgets: in tokens; none: that of `config`.
+        block_sizes: none: that of `config`.
+        match_bytes: budgets will be matched to the plan's bytes, so that every policy depends on the plan.
+    """
+    found = [Variant("full", "full", config)]
+    for name in dict.fromkeys(names):
+        if name == "full":
+            continue
+        budgeted = policies.has_budget(name)
+        planned = policies.needs_plan(name) or (match_bytes and budgeted)
+        choices = product(
+            (list(plans) if planned else list(plans)[:1]) or [None],
+            (budgets if budgeted else ()) or (None,),
+            (() if policies.has_own_blocks(name) else block_sizes) or (None,),
+        )
+        for plan, budget, block in choices:
+            parts = [name] + [f"plan {plan}"] * (planned and len(plans) > 1)
+            parts += [f"{budget} tokens"] * (budget is not None and len(budgets) > 1)
+            parts += [f"blocks of {block}"] * (block is not None and len(block_sizes) > 1)
+            changes: dict[str, Any] = {} if block is None else {"block_size": block}
+            if budget is not None:
+                changes |= {"budget_tokens": budget, "budget_ratio": None, "selection": "top_k"}
+            found.append(Variant(", ".join(parts), name, replace(config, **changes), plans.get(plan), plan))
+    return found

@@ -1,0 +1,197 @@
+"""Fidelity against straightforward recomputation, on tiny models."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import tiny
+import torch
+
+from lycheedecode import Engine, HeadPlan, HybridConfig
+from lycheedecode.evaluate import fidelity
+from lycheedecode.evaluate.fidelity import Choice, Long, measure_fidelity
+from lycheedecode.evaluate.scores import Sums, overall
+from lycheedecode.evaluate.variants import variants
+from lycheedecode.identify import Cell
+from lycheedecode.identify.prompts import makers_for
+
+CONFIG = HybridConfig(budget_tokens=48, block_size=8, sink_tokens=4, recent_tokens=8)
+PLANS = {"tiny": tiny.plan()}
+CELL = Cell("noise", 300)
+LONG = Long("prose", 300, 14)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.byte_tokenizer()
+
+
+def measure(llama, tokenizer, names, cells, **options):
+    return measure_fidelity(llama, tokenizer, variants(names, PLANS, CONFIG), cells, **{"prompts": 3, **options})
+
+
+def drawn(tokenizer, cell, number=3):
+    return cell.make(makers_for(tokenizer, [cell], "evaluate"), number, random.Random(f"fidelity/0/{cell}"))
+
+
+def engines(llama, tokenizer):
+    return Engine(llama, tokenizer), Engine(llama, tokenizer, plan=tiny.plan(), config=CONFIG)
+
+
+def test_scores_are_what_two_engines_say(llama, tokenizer):
+    found = measure(llama, tokenizer, ["hybrid"], [CELL])[str(CELL)]
+    kl, agreed, diverged, kv_bytes = [], [], [], []
+    full, hybrid = engines(llama, tokenizer)
+    for prompt in drawn(tokenizer, CELL):
+        fed = [prompt.answer_ids[:-1]]
+        expected, actual = (e.score([prompt.prompt_ids], fed)[0].log_softmax(-1) for e in (full, hybrid))
+        kl += (expected.exp() * (expected - actual)).sum(-1).tolist()
+        agreed += (expected.argmax(-1) == actual.argmax(-1)).tolist()
+        length = len(prompt.answer_ids)
+        one, two = (e.generate([prompt.prompt_ids], length, ignore_eos=True)[0] for e in (full, hybrid))
+        pairs = zip(one.token_ids, two.token_ids, strict=True)
+        diverged.append(next((i for i, (a, b) in enumerate(pairs) if a != b), length))
+        kv_bytes.append(two.kv_bytes_per_token)
+    score = found["hybrid"]
+    assert score["prompts"] == 3
+    assert score["tokens"] == len(kl)
+    assert score["kl_mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    assert score["kl_p99"] == pytest.approx(float(torch.tensor(kl).double().quantile(0.99)), rel=1e-3)
+    assert score["top1_agreement"] == pytest.approx(sum(agreed) / len(agreed))
+    assert score["first_divergence"] == pytest.approx(sum(diverged) / 3)
+    assert score["kv_bytes_per_token"] == pytest.approx(sum(kv_bytes) / 3)
+    assert (score["policy"], score["plan"], score["retrieval_heads"], score["budget_tokens"]) == (
+        "hybrid",
+        "tiny",
+        4,
+        48,
+    )
+    assert found["full"]["kl_mean"] == 0
+    assert found["full"]["same_answer"] == 1
+
+
+@pytest.mark.parametrize("cell", [CELL, LONG], ids=["task", "long"])
+def test_batches_change_nothing(llama, tokenizer, cell):
+    one, all_three = (
+        measure(llama, tokenizer, ["hybrid", "quest"], [cell], batch_size=size)[str(cell)] for size in (1, 3)
+    )
+    for label in one:
+        for name in ("kl_mean", "kl_p99", "top1_agreement", "first_divergence", "kv_bytes_per_token"):
+            assert one[label][name] == pytest.approx(all_three[label][name], rel=1e-2, abs=1e-5), (label, name)
+
+
+def test_a_long_answers_divergence_is_that_of_generating(llama, tokenizer):
+    found = measure(llama, tokenizer, ["hybrid", "hybrid+correction"], [LONG])[str(LONG)]
+    full, hybrid = engines(llama, tokenizer)
+    same = []
+    for prompt in drawn(tokenizer, LONG):
+        one, two = (e.generate([prompt.prompt_ids], 14, ignore_eos=True)[0].token_ids for e in (full, hybrid))
+        same.append(next((i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), 14))
+    assert min(same) < 14
+    assert found["hybrid"]["first_divergence"] == pytest.approx(sum(same) / 3)
+    assert found["hybrid"]["tokens"] == 3 * 13
+    assert found["hybrid"]["exact_match"] is None
+    assert found["hybrid+correction"]["correction_every"] == 32
+
+
+def test_drawn_answers_are_continued_with_the_same_random_numbers(llama, tokenizer):
+    """Policies that are exact draw what full attention draws, however hot."""
+    roomy = HybridConfig(block_size=8, sink_tokens=4, recent_tokens=8)
+    compared = variants(["hybrid", "streaming"], PLANS, roomy)
+    found = measure_fidelity(llama, tokenizer, compared, [LONG], prompts=2, batch_size=2, temperature=1.5)[str(LONG)]
+    assert [score["same_answer"] for score in found.values()] == [1, 1, 1]
+
+
+def test_choices_are_those_of_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0]]).repeat(20_000, 1)
+    counts = Choice(0.7, "x")(logits, 3).bincount(minlength=3) / 20_000
+    torch.testing.assert_close(counts, (logits[0] / 0.7).softmax(-1), atol=0.02, rtol=0)
+    assert torch.equal(Choice(0.7, "x")(logits, 3), Choice(0.7, "x")(logits, 3))
+    assert not torch.equal(Choice(0.7, "x")(logits, 3), Choice(0.7, "x")(logits, 4))
+
+
+def test_answers_that_are_followed_are_not_decoded_again(llama, tokenizer, monkeypatch):
+    """The true answers are made those of the model, so full attention and its equals never generate."""
+    full, _ = engines(llama, tokenizer)
+    cells = Cell.make
+
+    def make(cell, makers, number, rng):
+        prompts = cells(cell, makers, number, rng)
+        own = [full.generate([prompt.prompt_ids], 12, ignore_eos=True)[0].token_ids for prompt in prompts]
+        return [
+            type(prompt)(prompt.prompt_ids, ids, (tokenizer.decode(ids),))
+            for prompt, ids in zip(prompts, own, strict=True)
+        ]
+
+    monkeypatch.setattr(Cell, "make", make)
+    generated = []
+    generate = fidelity._generate
+    monkeypatch.setattr(fidelity, "_generate", lambda *given: generated.append(1) or generate(*given))
+    roomy = HybridConfig(block_size=8, sink_tokens=4, recent_tokens=8)
+    compared = variants(["hybrid", "own-topk"], PLANS, roomy)
+    found = measure_fidelity(llama, tokenizer, compared, [CELL], prompts=2, batch_size=2)[str(CELL)]
+    assert not generated
+    assert {(score["exact_match"], score["same_answer"], score["first_divergence"]) for score in found.values()} == {
+        (1, 1, 12)
+    }
+    tight = measure(llama, tokenizer, ["streaming"], [CELL], prompts=2)[str(CELL)]
+    assert generated
+    assert tight["streaming"]["exact_match"] < 1
+
+
+def test_kascade_is_calibrated_on_the_same_kinds_of_prompts(llama, tokenizer):
+    cells = [Cell("noise", 250), Long("noise", 250, 5)]
+    coverage = fidelity.calibrate(llama, tokenizer, CONFIG, cells)
+    assert coverage.shape == (8, 8)
+    assert coverage.diagonal().mean() > coverage[6:, :2].mean()
+    found = measure(llama, tokenizer, ["kascade"], cells, prompts=1)
+    assert all(scores["kascade"]["kl_mean"] > 0 for scores in found.values())
+
+
+def test_finished_cells_are_kept(llama, tokenizer):
+    seen = []
+    options = {"finished": {str(CELL): {"full": "kept"}}, "on_cell": lambda cell, scores: seen.append(cell)}
+    found = measure(llama, tokenizer, ["hybrid"], [CELL, LONG], prompts=1, **options)
+    assert found[str(CELL)] == {"full": "kept"}
+    assert seen == [str(LONG)]
+
+
+def test_positions_add_up():
+    sums, mask = Sums(), torch.arange(20) < torch.tensor([[20], [7]])
+    kl = torch.rand(2, 20)
+    sums.add_tokens(kl, kl < 0.5, mask, [1.0, 3.0])
+    sums.add_answers([20, 3], [20, 7], [True, False])
+    score = sums.score()
+    assert [(bucket.first, bucket.last, bucket.tokens) for bucket in score.by_position] == [
+        (0, 3, 8), (4, 7, 7), (8, 15, 8), (16, 19, 4)
+    ]  # fmt: skip
+    assert all(one.last < two.first for one, two in pairwise(score.by_position))
+    weighted = sum(bucket.kl_mean * bucket.tokens for bucket in score.by_position)
+    assert weighted / score.tokens == pytest.approx(score.kl_mean) == pytest.approx(float(kl[mask].mean()))
+    assert (score.first_divergence, score.same_answer, score.exact_match, score.kv_bytes_per_token) == (
+        11.5,
+        0.5,
+        0.5,
+        2,
+    )
+    assert score.kl_p99 == pytest.approx(float(kl[mask].double().quantile(0.99)))
+
+
+def test_means_are_of_what_was_measured_everywhere():
+    score = {"kl_mean": 1.0, "top1_agreement": 1.0, "same_answer": 1.0, "kv_bytes_per_token": 2.0}
+    measured = {"a": {"x": score, "y": score}, "b": {"x": {**score, "kl_mean": 3.0}, "y": {"left_out": "why"}}}
+    assert overall(measured) == {"x": {**score, "kl_mean": 2.0}}
+    assert overall({}) == {}
+
+
+def test_variants_are_those_that_make_a_difference():
+    two = {"a": tiny.plan(), "b": HeadPlan.all_retrieval(4, 2)}
+    names = ["hybrid", "tidaldecode", "full", "full+correction"]
+    labels = [each.label for each in variants(names, two, CONFIG, [64, 128], [8, 16])]
+    assert labels[0] == "full"
+    assert labels[1] == "hybrid, plan a, 64 tokens, blocks of 8"
+    assert labels[9:] == ["tidaldecode, 64 tokens", "tidaldecode, 128 tokens", "full+correction"]
+    assert len(labels) == len(set(labels)) == 12
+    matched = [each.label for each in variants(["streaming"], two, CONFIG, match_bytes=True)]
+    assert matched == ["full", "streaming, plan a", "streaming, plan b"]
+    assert [each.label for each in variants(["streaming", "quest"], {}, CONFIG)] == ["full", "streaming", "quest"]
