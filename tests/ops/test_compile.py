@@ -125,6 +125,17 @@ def test_early_start(compiled, tmp_path, monkeypatch):
         assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("ld.global")
 
 
+@pytest.mark.parametrize(("dim", "newest"), [(64, 1), (128, 1), (128, 2)])
+def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
+    """Keys of 8 bits, widened in registers."""
+    kv, config = make_cache(dim, torch.bfloat16), HybridConfig(refresh_every=newest)
+    query, out = torch.empty(1, 8, dim, dtype=torch.bfloat16), Selections.allocate(2, 1, 128, "cpu")
+    copy = torch.empty(1, 2, kv.slots, dim, dtype=torch.float8_e4m3fn)
+    kernels.scan_select(query, kv, (0, 1), config, 0.1, out, copy)
+    check(compiled, tmp_path, 1)
+    assert "cvt.rn.f16x2.e4m3x2" in compiled[0].asm["ptx"]
+
+
 STRATEGIES = {
     "ratio": {"budget_ratio": 0.1},
     "top_p": {"selection": "top_p", "top_p": 0.9},

@@ -19,7 +19,7 @@ from lycheedecode import HybridConfig  # noqa: E402
 from lycheedecode.bench.verify import check_same_blocks  # noqa: E402
 from lycheedecode.ops import KV, Selections, reference  # noqa: E402
 from lycheedecode.ops import triton as kernels  # noqa: E402
-from lycheedecode.ops.triton import select  # noqa: E402
+from lycheedecode.ops.triton import scan, select  # noqa: E402
 from lycheedecode.ops.triton.attend import attend  # noqa: E402
 from lycheedecode.ops.triton.attend_blocks import attend_blocks  # noqa: E402
 from lycheedecode.ops.triton.common import Tuning  # noqa: E402
@@ -260,6 +260,49 @@ def test_scan_of_very_different_logits():
     query = make_query(kv, 2)
     result = kernels.scan_blocks(query, kv, (0, 1), 16, SCALE)
     torch.testing.assert_close(result, reference.scan_blocks(query, kv, (0, 1), 16, SCALE), rtol=1e-4, atol=1e-6)
+
+
+def make_copy(kv, heads, newest):
+    """Keys of `heads` in 8 bits, in a longer store; the `newest` tokens, and all that is no token, are NaN."""
+    shape = (kv.batch, len(heads), kv.slots + 5, kv.keys.shape[3])
+    copy = torch.full(shape, nan, dtype=torch.float32, device=DEVICE).to(torch.float8_e4m3fn)
+    for b, count in enumerate(kv.token_counts().tolist()):
+        first = 0 if kv.starts is None else int(kv.starts[b])
+        end = max(first + count - newest, first)
+        reference.write_copy(copy[b : b + 1], kv.keys[b : b + 1], heads, first, end)
+    return copy
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("newest", [1, 3])
+def test_scan_of_a_copy(layout, dtype, newest):
+    kv = make_cache(**layout, dtype=dtype)
+    if not GPU:  # the interpreter does not round up to the next power of two
+        kv.keys.copy_(kv.keys.to(torch.float8_e4m3fn))
+    query, heads = make_query(kv, 3), (1, 0)
+    copy, full = make_copy(kv, heads, newest), make_copy(kv, heads, 0)
+    for tuning in (None, Tuning(3, 16, 4, 2)):
+        mine = copy.clone()
+        worth = scan.scan(query, kv, heads, 16, SCALE, "mass", tuning, mine, newest)
+        result = scan.normalise(worth, kv, 16)
+        expected = reference.scan_blocks(query, kv, heads, 16, SCALE, "mass", full)
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-6)
+        assert torch.equal(mine.view(torch.uint8), full.view(torch.uint8))
+
+
+def test_scan_select_of_a_copy():
+    kv = make_cache([400, 77, 0, 2], starts=[0, 90, 0, 7])
+    kv.keys.copy_(kv.keys.to(torch.float8_e4m3fn))
+    config = HybridConfig(block_size=8, budget_tokens=96, refresh_every=4)
+    query, heads = make_query(kv, 3), (1,)
+    mine, right = make_copy(kv, heads, 4), make_copy(kv, heads, 4)
+    out, expected = (Selections.allocate(1, 4, 12, DEVICE) for _ in range(2))
+    kernels.scan_select(query, kv, heads, config, SCALE, out, mine)
+    reference.write_newest_to_copy(right, kv, heads, 4)
+    scores = reference.scan_blocks(query, kv, heads, 8, SCALE, "mass", right)
+    reference.select_blocks(scores, kv, config, expected)
+    check_same_blocks("scan_select", out, expected, scores)
 
 
 # ---------------------------------------------------------------------- select_blocks

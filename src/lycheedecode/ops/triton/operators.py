@@ -19,11 +19,17 @@ from .select import Rule
 
 
 def scan_blocks(
-    query: Tensor, kv: KV, heads: tuple[int, ...], block_size: int, scale: float, score: str = "mass"
+    query: Tensor,
+    kv: KV,
+    heads: tuple[int, ...],
+    block_size: int,
+    scale: float,
+    score: str = "mass",
+    copy: Tensor | None = None,
 ) -> Tensor:
     """See `ops.scan_blocks`."""
     run = _scan_blocks_operator if is_compiling() else _scan_blocks
-    return run(query, *kv, heads, block_size, scale, score)
+    return run(query, *kv, heads, block_size, scale, score, copy)
 
 
 def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
@@ -33,11 +39,17 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections)
 
 
 def scan_select(
-    query: Tensor, kv: KV, heads: tuple[int, ...], config: HybridConfig, scale: float, out: Selections
+    query: Tensor,
+    kv: KV,
+    heads: tuple[int, ...],
+    config: HybridConfig,
+    scale: float,
+    out: Selections,
+    copy: Tensor | None = None,
 ) -> None:
     """See `ops.scan_select`."""
     run = _scan_select_operator if is_compiling() else _scan_select
-    run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out)
+    run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out, copy)
 
 
 def attend_blocks(
@@ -77,9 +89,10 @@ def _scan_blocks(
     block_size: int,
     scale: float,
     score: str,
+    copy: Tensor | None,
 ) -> Tensor:
     kv = KV(keys, values, lengths, starts, page_table)
-    return scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score)
+    return scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy)
 
 
 def _select_blocks(
@@ -121,10 +134,11 @@ def _scan_select(
     score: str,
     blocks: Tensor,
     counts: Tensor,
+    copy: Tensor | None,
 ) -> None:
     kv = KV(keys, values, lengths, starts, page_table)
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
-    scan_and_select(query, kv, tuple(heads), rule, scale, score, Selections(blocks, counts))
+    scan_and_select(query, kv, tuple(heads), rule, scale, score, Selections(blocks, counts), copy=copy)
 
 
 def _attend_blocks(
@@ -167,13 +181,13 @@ def _as_tuple(heads: Sequence[int] | None) -> tuple[int, ...] | None:
 _operator = torch.library.custom_op
 _scan_blocks_operator = _operator("lycheedecode::scan_blocks", _scan_blocks, mutates_args=())
 _select_blocks_operator = _operator("lycheedecode::select_blocks", _select_blocks, mutates_args=("blocks", "counts"))
-_scan_select_operator = _operator("lycheedecode::scan_select", _scan_select, mutates_args=("blocks", "counts"))
+_scan_select_operator = _operator("lycheedecode::scan_select", _scan_select, mutates_args=("blocks", "counts", "copy"))
 _attend_blocks_operator = _operator("lycheedecode::attend_blocks", _attend_blocks, mutates_args=())
 _attend_operator = _operator("lycheedecode::attend", _attend, mutates_args=())
 
 
 @_scan_blocks_operator.register_fake
-def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale, score):
+def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale, score, copy):
     slots = KV(keys, values, lengths, starts, page_table).slots
     num_blocks = (slots + block_size - 1) // block_size
     return query.new_empty((len(heads), query.shape[0], num_blocks), dtype=torch.float32)

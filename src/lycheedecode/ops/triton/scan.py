@@ -6,6 +6,9 @@
                                          rows are padded to whole vectors
     sums   [R, B, G, splits]             log2 of the mass of everything that a program saw
 
+With a copy of the keys in 8-bit floats, that is what streams by; the newest tokens are written into it first, each by
+the program whose tile it lies in.
+
 Tiles go round the splits: at any time all programs together read one stretch of memory, and every program of a fixed
 grid takes an even share of the tokens that there are. Nothing is normalised while the keys stream by: `block_scores`
 does that once all sums are known, in a kernel of its own (`scan_blocks`) or where blocks are selected (`scan_select`).
@@ -33,11 +36,28 @@ class Worth(NamedTuple):
 
 
 @triton.jit
+def _write_newest(
+    copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks, split,
+    D: tl.constexpr, DP: tl.constexpr, NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The last `NEWEST` tokens of a sequence, those that lie in this program's tiles: from the cache to the copy."""
+    token = count - 1 - tl.arange(0, triton.next_power_of_2(NEWEST))
+    mine = (token >= tl.maximum(count - NEWEST, 0)) & (token // TILE % SPLITS == split)
+    slot = (first + token).to(tl.int64)
+    k = common.load_tokens(keys, slot * 0 + b, slot, head, mine, stride_kp, stride_kh, stride_ks, D, DP)
+    d = tl.arange(0, DP)[None, :]
+    row = b.to(tl.int64) * stride_cb + r.to(tl.int64) * stride_cr + slot * stride_cs
+    k = tl.clamp(k.to(tl.float32), -448.0, 448.0).to(copy.dtype.element_ty)
+    tl.store(copy + row[:, None] + d, k, mask=mine[:, None] & (d < D))
+    tl.debug_barrier()  # other threads of the program read it
+
+
+@triton.jit
 def scan_tiles(
-    worth, sums, query, heads, scale, stride_qb, stride_qh,
+    worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
     keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr,
+    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A program's share of a scan.
 
@@ -60,6 +80,11 @@ def scan_tiles(
     first, count = common.extent(b, lengths, starts, slots)
     q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
 
+    if copy is not None and NEWEST > 0:
+        _write_newest(
+            copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks,
+            split, D, DP, NEWEST, TILE, SPLITS,
+        )  # fmt: skip
     g = tl.arange(0, GP)
     line = ((r * tl.num_programs(2) + b) * G + g).to(tl.int64)
     peak = tl.full([GP, TURNS, LANES], float("-inf"), tl.float32)
@@ -68,7 +93,10 @@ def scan_tiles(
         token = tile * TILE + dealt
         exists = token < count
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
-        k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+        if copy is None:
+            k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+        else:
+            k = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D, DP).to(q.dtype)
         x = tl.reshape(common.logits_of(q, k, exists, scale), [GP, TURNS, ROUNDS, LANES, EIGHT])
         largest = tl.max(tl.max(x, 2), 3)  # [GP, TURNS, LANES]
         shift = common.finite(largest)
@@ -88,16 +116,16 @@ def scan_tiles(
 
 @triton.jit(do_not_specialize=["slots"])
 def _scan_kernel(
-    worth, sums, query, heads, scale, stride_qb, stride_qh,
+    worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
     keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     common.wait_for_inputs(EARLY)
     scan_tiles(
-        worth, sums, query, heads, scale, stride_qb, stride_qh,
+        worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
         keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE,
-        G, D, GP, DP, BLOCK, LARGEST, TILE, SPLITS, WARPS,
+        G, D, GP, DP, BLOCK, LARGEST, NEWEST, TILE, SPLITS, WARPS,
     )  # fmt: skip
 
 
@@ -139,10 +167,20 @@ def _normalise_kernel(
 
 
 def scan_arguments(
-    query: Tensor, kv: KV, heads: tuple[int, ...], block_size: int, scale: float, score: str, tuning: Tuning
+    query: Tensor,
+    kv: KV,
+    heads: tuple[int, ...],
+    block_size: int,
+    scale: float,
+    score: str,
+    tuning: Tuning,
+    copy: Tensor | None = None,
+    newest: int = 0,
 ) -> tuple[Worth, tuple[Any, ...], dict[str, Any]]:
     """Checked arguments of `scan_tiles`, and what it will write."""
     common.check_strides(query, kv)
+    if copy is not None and copy.stride(-1) != 1:
+        raise ValueError(f"copy must have a contiguous last dimension, not strides {copy.stride()}.")
     if score not in ("mass", "max"):
         raise ValueError(f"score must be 'mass' or 'max', not {score!r}.")
     batch, num_query_heads, dim = query.shape
@@ -155,12 +193,14 @@ def scan_arguments(
     cache = common.cache_arguments(kv._replace(values=kv.keys))
     values = (
         *(*worth, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
+        *((None, 0, 0, 0) if copy is None else (copy, *copy.stride()[:3])),
         *(kv.keys, *cache[2:8], *cache[11:13], num_blocks, cache[13]),
     )
     constants = {
         **common.padded(group, dim),
         "BLOCK": block_size,
         "LARGEST": score == "max",
+        "NEWEST": 0 if copy is None else newest,
         "TILE": max(tuning.tile, block_size),
         "SPLITS": tuning.splits,
         "WARPS": tuning.warps,
@@ -177,10 +217,12 @@ def scan(
     scale: float,
     score: str = "mass",
     tuning: Tuning | None = None,
+    copy: Tensor | None = None,
+    newest: int = 0,
 ) -> Worth:
-    """The scan alone, not normalised; arguments as in `ops.scan_blocks`."""
+    """The scan alone, not normalised; arguments as in `ops.scan_blocks`, `newest` tokens written into `copy` first."""
     tuning = tuning or default_tuning(query.shape[0] * len(heads), kv)
-    worth, values, constants = scan_arguments(query, kv, heads, block_size, scale, score, tuning)
+    worth, values, constants = scan_arguments(query, kv, heads, block_size, scale, score, tuning, copy, newest)
     with common.on_device(query):
         _scan_kernel[tuning.splits, len(heads), query.shape[0]](*values, **constants)
     return worth
@@ -205,10 +247,17 @@ def normalise(worth: Worth, kv: KV, block_size: int) -> Tensor:
 
 
 def scan_blocks(
-    query: Tensor, kv: KV, heads: tuple[int, ...], block_size: int, scale: float, score: str = "mass"
+    query: Tensor,
+    kv: KV,
+    heads: tuple[int, ...],
+    block_size: int,
+    scale: float,
+    score: str = "mass",
+    copy: Tensor | None = None,
+    newest: int = 0,
 ) -> Tensor:
-    """See `ops.scan_blocks`."""
-    return normalise(scan(query, kv, heads, block_size, scale, score), kv, block_size)
+    """See `ops.scan_blocks`; `newest` tokens are written into `copy` first."""
+    return normalise(scan(query, kv, heads, block_size, scale, score, None, copy, newest), kv, block_size)
 
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:

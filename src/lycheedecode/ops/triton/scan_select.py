@@ -25,18 +25,18 @@ PER_THREAD = 32
 @triton.jit(do_not_specialize=["slots", "num_blocks", "K"])
 def _scan_select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b, num_blocks, K, amount, arrivals,
-    worth, sums, query, heads, scale, stride_qb, stride_qh,
+    worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
     keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr,
+    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     common.wait_for_inputs(EARLY)
     scan.scan_tiles(
-        worth, sums, query, heads, scale, stride_qb, stride_qh,
+        worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
         keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE,
-        G, D, GP, DP, BLOCK, LARGEST, TILE, SPLITS, WARPS,
+        G, D, GP, DP, BLOCK, LARGEST, NEWEST, TILE, SPLITS, WARPS,
     )  # fmt: skip
     r, b = tl.program_id(1), tl.program_id(2)
     row = r * tl.num_programs(2) + b
@@ -59,6 +59,7 @@ def scan_select(
     score: str,
     out: Selections,
     tuning: Tuning | None = None,
+    copy: Tensor | None = None,
 ) -> None:
     """See `ops.scan_select`."""
     batch, block_size, num_blocks = query.shape[0], rule.block_size, rule.num_blocks(kv.slots)
@@ -66,10 +67,12 @@ def scan_select(
     tuning = tuning or default_tuning(batch * len(heads), num_blocks, kv)
     chunk = common.power_of_two(max(num_blocks, 16))
     if chunk > PER_THREAD * 32 * tuning.warps:
-        scores = scan.scan_blocks(query, kv, heads, block_size, scale, score)
+        scores = scan.scan_blocks(query, kv, heads, block_size, scale, score, copy, rule.refresh_every)
         select.select_blocks(scores, kv, rule, out)
         return
-    _worth, values, constants = scan.scan_arguments(query, kv, heads, block_size, scale, score, tuning)
+    _worth, values, constants = scan.scan_arguments(
+        query, kv, heads, block_size, scale, score, tuning, copy, rule.refresh_every
+    )
     with common.on_device(query):
         _scan_select_kernel[tuning.splits, len(heads), batch](
             *(*select.selection_arguments(out), num_blocks, out.blocks.shape[2], rule.amount),
