@@ -44,6 +44,8 @@ def test_a_ratio_alone_implies_its_strategy():
         ({"selection": "best"}, "'top_k', 'ratio', 'top_p', 'threshold'"),
         ({"retrieval_attention": "dense"}, "'selected', 'full'"),
         ({"block_score": "min"}, "'mass', 'max'"),
+        ({"scan_keys": "int4"}, "'cache', 'float8'"),
+        ({"scan_keys": "float8", "retrieval_attention": "full"}, "needs retrieval_attention='selected'"),
         ({"selection": "ratio"}, "needs budget_ratio"),
         ({"selection": "top_p"}, "needs top_p"),
         ({"selection": "threshold"}, "needs threshold"),

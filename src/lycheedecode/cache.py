@@ -205,7 +205,10 @@ class KVCache(Cache):
             self._owner, self.selected_at = owner, None
         if self.selected_at is None:
             self.selected_at = position
-        return self.selections, (position - self.selected_at) % attention.refresh_every == 0
+        refresh = (position - self.selected_at) % attention.refresh_every == 0
+        if self.selections is not None:
+            self.selections.follow([layer.store for layer in self.layers], position, refresh)
+        return self.selections, refresh
 
     def forget_selections(self) -> None:
         """Make the next step select anew, into buffers of its own."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 Selection = Literal["top_k", "ratio", "top_p", "threshold"]
 RetrievalAttention = Literal["selected", "full"]
 BlockScore = Literal["mass", "max"]
+ScanKeys = Literal["cache", "float8"]
 
 DEFAULT_BUDGET_TOKENS = 4096
 
@@ -35,6 +36,8 @@ class HybridConfig:
         retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
             `full`: they attend to the whole cache, as in the paper.
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
+        scan_keys: what retrieval heads scan: the keys of the `cache`, or a copy of theirs in 8-bit floats (`float8`),
+            which takes half the time and some memory.
         correction_every: Cache Correction: after this many decoded tokens a dense pass rewrites their cache entries.
             0 switches it off.
         refresh_every: retrieval heads select anew at every n-th decoded token and keep their selection in between.
@@ -50,6 +53,7 @@ class HybridConfig:
     threshold: float | None = None
     retrieval_attention: RetrievalAttention = "selected"
     block_score: BlockScore = "mass"
+    scan_keys: ScanKeys = "cache"
     correction_every: int = 0
     refresh_every: int = 1
 
@@ -68,6 +72,7 @@ class HybridConfig:
             "selection": Selection,
             "retrieval_attention": RetrievalAttention,
             "block_score": BlockScore,
+            "scan_keys": ScanKeys,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
@@ -97,6 +102,8 @@ class HybridConfig:
                 raise ValueError(f"selection={strategy!r} needs {name}.")
             if self.selection != strategy and given:
                 raise ValueError(f"{name} belongs to selection={strategy!r}, not {self.selection!r}.")
+        if self.scan_keys != "cache" and self.retrieval_attention == "full":
+            raise ValueError("scan_keys='float8' needs retrieval_attention='selected': dense heads read all keys anyway.")
         if self.budget_tokens is not None and self.forced_blocks > self.budget_blocks:
             raise ValueError(
                 f"budget_tokens={self.budget_tokens} has no room for {self.sink_tokens} sink and {self.recent_tokens} "

@@ -190,6 +190,8 @@ def enter(model, plan=None, config=TIGHT):
 def test_settings_that_need_the_engine_are_refused(llama):
     with pytest.raises(ValueError, match="correction_every"):
         enter(llama, config=HybridConfig(correction_every=32))
+    with pytest.raises(ValueError, match="scan_keys"):
+        enter(llama, config=HybridConfig(scan_keys="float8"))
     with pytest.raises(ValueError, match="refresh_every"):
         enter(llama, config=HybridConfig(refresh_every=2))
 

@@ -36,6 +36,8 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
         raise ValueError("Cache Correction (correction_every) rewrites the cache, which only Engine can do.")
     if config.refresh_every > 1:
         raise ValueError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
+    if config.scan_keys != "cache":
+        raise ValueError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
     shape = supported_shape(model, plan)
     if getattr(model.config, "output_attentions", False):
         raise ModelError("Attention weights (output_attentions) do not exist in hybrid decoding.")
