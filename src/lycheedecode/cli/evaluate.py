@@ -32,8 +32,10 @@ from .options import (
     takes_form,
 )
 from .report import Steps, check_writable, errors, progress, quiet, write_json
+from .tasks import tasks
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.command()(tasks)
 
 
 @app.callback()

@@ -1,0 +1,184 @@
+"""`lycheedecode evaluate tasks`: what policies score on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from .. import policies as all_policies
+from ..config import HybridConfig
+from ..decoder import Execution
+from ..engine import Engine
+from ..evaluate.tasks import TaskOptions, averages, catalogue, evaluate_tasks
+from ..evaluate.variants import Variant, variants
+from ..identify.text import load_text
+from ..models import DEFAULT_MODEL, ModelShape, load_model
+from ..plan import bundled_plans
+from .options import Device, DeviceMap, Dtype, Json, Model, Plan, Revision, Verbose, load_plan, megabytes, takes_form
+from .report import Steps, check_writable, errors, progress, quiet, write_json
+
+
+@takes_form
+def tasks(
+    form: dict[str, Any],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="ruler, longbench, aime24, olympiadbench, single tasks as niah_single_1, or any of the harness.",
+        ),
+    ] = "ruler",
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            "--policies",
+            metavar="NAMES",
+            help=f"What to compare with full attention: {', '.join(all_policies.NAMES)}.",
+        ),
+    ] = "hybrid",
+    budgets: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Several budgets, as 128,256,512.")] = None,
+    lengths: Annotated[str, typer.Option(metavar="NUMBERS", help="Tokens of RULER's items, as 2048,4096.")] = "4096",
+    limit: Annotated[
+        int | None, typer.Option(help="Items of each task. \\[default: 100 of RULER's, all of a data set]")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Solutions to each problem of aime24 and olympiadbench.")] = 1,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of data sets. \\[default: ask the hub]")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Prose for RULER's haystacks: prose, or a text as for identify.")] = "prose",
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: where a task is made for it]"),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Instead of what the tasks say.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Instead of what the tasks say; 0 is greedy.")] = None,
+    seed: Annotated[int, typer.Option(help="Of generated items, sampling and intervals.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
+    execution: Annotated[str, typer.Option(help=f"How steps run: {', '.join(get_args(Execution))}.")] = "auto",
+    model: Model = DEFAULT_MODEL,
+    plan: Plan = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    json_file: Json = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Do not decode again what the record holds.")] = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Score policies on tasks: RULER, LongBench, mathematics, and what lm-evaluation-harness has."""
+    check_writable(json_file)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("Tasks need the package lm_eval: pip install 'lycheedecode[eval]'.")
+    if not verbose:
+        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    options = TaskOptions(
+        lengths=_numbers("--lengths", lengths), limit=limit, samples=samples, text=text, data=data, seed=seed,
+        chat=chat, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
+    )  # fmt: skip
+    compared = _variants(policy, budgets, form, plan, model)
+    if data is not None and not data.is_dir():
+        raise ValueError(f"There is no folder {str(data)!r}.")
+    load_text(text)
+    names = catalogue.expand([name.strip() for name in tasks.split(",")])
+    with quiet(verbose), progress("Reading data sets"):
+        catalogue.check_data(names, data)
+    from ..evaluate.tasks.record import Record, record_path
+
+    kept = {
+        "model": model, "revision": revision, "dtype": dtype, "plan": plan or model, "seed": seed, "chat": chat,
+        "max_new_tokens": max_new_tokens, "temperature": temperature,
+        "policies": {variant.label: _identity(variant) for variant in compared},
+    }  # fmt: skip
+    settings = {
+        **kept, "tasks": names, "lengths": list(options.lengths), "limit": limit, "samples": samples, "text": text,
+        "data": None if data is None else data.name, "batch_size": batch_size,
+    }  # fmt: skip
+    with Record(None if json_file is None else record_path(json_file), kept, resume) as record, quiet(verbose):
+        with progress(f"Loading {model}"):
+            network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
+        shape, engines = ModelShape.of(network), {}
+        for variant in compared:
+            made = variant.make(shape)
+            engines[variant.label] = Engine(
+                network, tokenizer, attention=made.attention, config=made.config, execution=execution
+            )
+        with Steps() as steps:
+            cells = evaluate_tasks(
+                engines, names, options, answers=record, report=steps.show,
+                on_cell=lambda cells: write_json(json_file, "evaluate tasks", settings, {"cells": cells}),
+            )  # fmt: skip
+    means = averages(cells)
+    write_json(json_file, "evaluate tasks", settings, {"cells": cells, "averages": means})
+    _show(cells, means)
+
+
+def _variants(policy: str, budgets: str | None, form: dict[str, Any], plan: str | None, model: str) -> list[Variant]:
+    names = [name.strip() for name in policy.split(",")]
+    for name in names:
+        all_policies.check_name(name)
+    several = () if budgets is None else _numbers("--budgets", budgets)
+    if several and "budget_tokens" in form:
+        raise ValueError("Give --budget-tokens or several --budgets, not both.")
+    config = HybridConfig(**({"budget_tokens": several[0]} if several else {}) | form)
+    needed = any(map(all_policies.needs_plan, names))
+    plans = {plan or model: load_plan(plan, model)} if needed or plan or model in bundled_plans() else {}
+    return variants(names, plans, config, several)
+
+
+def _identity(variant: Variant) -> dict[str, Any]:
+    """What a policy's answers depend on."""
+    config = variant.config.to_dict()
+    names = config if all_policies.has_budget(variant.policy) else ("correction_every",)
+    return {"policy": variant.policy, **{name: config[name] for name in names}}
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option} must be whole numbers with commas between them, as 2048,4096, not {text!r}.")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _show(cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, float]]) -> None:
+    for cell in cells:
+        title = cell["task"] if cell["length"] is None else f"{cell['task']}, {cell['length']} tokens"
+        if "skipped" in cell:
+            errors.print(f"{title}: skipped, {cell['skipped']}.", style="dim")
+            continue
+        rows = []
+        for policy, entry in cell["scores"].items():
+            if entry["skipped"]:
+                reason = entry["skipped"][0]["reason"]
+                errors.print(f"{title}, {policy}: {len(entry['skipped'])} items skipped, as {reason}.", style="dim")
+            for metric, found in entry["metrics"].items():
+                rows.append((policy, metric, *_row(entry, found)))
+        _table(title, ("policy", "metric", "score", "95%", "items", "tokens", "KV per token"), rows)
+    for group, values in means.items():
+        _table(f"mean of {group}", ("policy", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
+
+
+def _row(entry: Mapping[str, Any], found: Mapping[str, float | None]) -> tuple[str, ...]:
+    span = "" if found["low"] is None else f"{found['low']:.3f} - {found['high']:.3f}"
+    read = entry["kv_bytes_per_token"]
+    tokens = f"{entry['tokens_per_answer']:.1f}"
+    return f"{found['value']:.3f}", span, str(entry["items"]), tokens, "" if read is None else megabytes(read)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(
+            "" if i == 0 else name, justify="left" if i == 0 or name == "metric" else "right", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)

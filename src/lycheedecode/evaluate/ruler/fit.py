@@ -1,0 +1,74 @@
+"""Items, and the largest one that fits a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_SLACK = 2
+"""Tokens that may stay unused before another size is tried."""
+_TRIES = 12
+
+
+class TaskLengthError(ValueError):
+    """A context that is too short for a task; the message is one sentence."""
+
+
+@dataclass
+class Item:
+    """A question about a long text.
+
+    Attributes:
+        text: the user's words: task, haystack, question.
+        prefix: how the answer begins.
+        answers: what a right answer contains.
+        match: `all` of them are asked for, or `any` one will do.
+    """
+
+    text: str
+    prefix: str
+    answers: list[str]
+    match: str = "all"
+
+
+class Fitter:
+    """Finds how much haystack an item can take; what it learns from one item makes the next ones quick.
+
+    Args:
+        count: tokens of an item.
+        limit: most tokens of an item.
+        what: the item in words, for errors.
+    """
+
+    def __init__(self, count: Callable[[Item], int], limit: int, what: str) -> None:
+        self._count, self._limit, self._what = count, limit, what
+        self._size: int | None = None
+
+    def longest(self, build: Callable[[int], Item]) -> Item:
+        """The largest `build(size)` within the limit, up to a unit of its haystack; sizes are counted in such units.
+
+        `build` may stop growing when it runs out of text.
+        """
+        low, best = 0, build(0)
+        base = tokens = self._count(best)
+        if tokens > self._limit:
+            raise TaskLengthError(f"{self._what} has no room: the question alone takes {tokens} of {self._limit}.")
+        high: int | None = None
+        size = self._size or max((self._limit - base) // 2, 1)
+        for _ in range(_TRIES):
+            item = build(size)
+            found = self._count(item)
+            if found > self._limit:
+                high = size
+            else:
+                exhausted = found == tokens and low > 0
+                low, best, tokens = size, item, found
+                if exhausted:
+                    break
+            if self._limit - tokens <= _SLACK or high == low + 1:
+                break
+            per_unit = (found - base) / size or 1.0
+            size = size + int((self._limit - found) / per_unit)
+            size = max(size, low + 1) if high is None else min(max(size, low + 1), high - 1)
+        self._size = max(low, 1)
+        return best

@@ -1,0 +1,177 @@
+"""Which tasks there are, and how they are loaded: our own task files, LongBench, and whatever the harness ships."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..ruler.questions import read_hotpotqa, read_squad
+from .data import DataError, find_records
+from .metrics import FIRST_LINE, LONGBENCH, PLAIN, longbench
+from .problems import aime24, olympiadbench
+
+FILES = Path(__file__).parents[1] / "task_files"
+RULER = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+)  # fmt: skip
+MATHEMATICS = ("aime24", "olympiadbench")
+GROUPS = {"ruler": RULER, "longbench": tuple(f"longbench_{subset}" for subset in LONGBENCH)}
+OWN = (*RULER, *MATHEMATICS, *GROUPS["longbench"])
+"""Tasks whose data is generated, or may come from a folder."""
+
+
+class TaskNameError(ValueError):
+    """A task that does not exist; the message names the near ones."""
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Names of single tasks, each once; groups, and tags of the harness, are replaced by their members.
+
+    Raises:
+        TaskNameError: an unknown name.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        found.update(dict.fromkeys(GROUPS.get(name) or ([name] if name in OWN else _of_the_harness(name))))
+    return list(found)
+
+
+def _of_the_harness(name: str) -> list[str]:
+    known = _harness_tasks()
+    if name not in known.all_tasks:
+        ours = [*GROUPS, *OWN]
+        near = get_close_matches(name, [*ours, *known.all_tasks], n=4)
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join([*GROUPS, *RULER, *MATHEMATICS])}."
+        )
+        raise TaskNameError(f"There is no task {name!r}: {hint}")
+    if name in known.all_subtasks:
+        return [name]
+    return list(known.load([name])["tasks"])
+
+
+@lru_cache(maxsize=1)
+def _harness_tasks() -> Any:
+    """The harness's own index; reading its thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def check_data(names: Sequence[str], data: Path | None) -> None:
+    """Raise `DataError` when the data of one of our tasks cannot be found; what is found is kept for later."""
+    folder = None if data is None else str(data)
+    checks = {
+        "qa_1": partial(read_squad, data),
+        "qa_2": partial(read_hotpotqa, data),
+        "aime24": partial(aime24, folder),
+        "olympiadbench": partial(olympiadbench, folder),
+    }
+    for name in names:
+        if name in GROUPS["longbench"]:
+            _longbench_records(name.removeprefix("longbench_"), data)
+        elif name in checks:
+            checks[name]()
+
+
+def is_generated(name: str) -> bool:
+    """Whether a task is made for a length."""
+    return name in RULER
+
+
+def takes_samples(name: str) -> bool:
+    """Whether a task asks for several samples of each item."""
+    return name in MATHEMATICS
+
+
+def may_chat(name: str) -> bool:
+    """Whether a task's prompts go into a chat template by default: ours do, but for those that are made of examples."""
+    return name in OWN and name.removeprefix("longbench_") not in PLAIN
+
+
+def load(name: str, metadata: Mapping[str, Any], samples: int = 1) -> Any:
+    """A task of the harness, ready to be evaluated.
+
+    Args:
+        name: of a single task.
+        metadata: what our data sets are told: `length`, `items`, `count`, `seed`, `text`, `data`.
+        samples: answers to each item, for tasks that take samples.
+
+    Raises:
+        DataError: data that cannot be found.
+        TaskLengthError: a length without room for the question.
+    """
+    from lm_eval.filters import build_filter_ensemble
+    from lm_eval.tasks import TaskManager
+
+    if name.startswith("longbench_") and name in OWN:
+        manager = TaskManager(include_defaults=False, metadata=dict(metadata))
+        spec: Any = _longbench(name)
+    elif name in OWN:
+        manager = TaskManager(include_path=FILES, include_defaults=False, metadata=dict(metadata))
+        spec = name
+    else:
+        manager, spec = _harness_tasks(), name
+    try:
+        [task] = manager.load([spec])["tasks"].values()
+    except (OSError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"The task {name!r} of the harness cannot be loaded: {reason}.") from None
+    if takes_samples(name):
+        task.set_config("repeats", samples)
+        task._filters = [build_filter_ensemble("none", [("take_first_k", {"k": samples})])]
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)
+    return task
+
+
+def _longbench(name: str) -> dict[str, Any]:
+    """A set of LongBench: prompts and lengths of answers as the harness has them, data and scores as we do.
+
+    The harness's own scores need three more packages, its data the hub.
+    """
+    subset = name.removeprefix("longbench_")
+    theirs = _longbench_file(subset)
+    generation = {**theirs["generation_kwargs"], "do_sample": False, "temperature": 0.0}
+    if subset in FIRST_LINE:
+        generation["until"] = ["\n"]
+    return {
+        "task": name,
+        "custom_dataset": partial(_longbench_data, subset),
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": theirs["doc_to_text"],
+        "doc_to_target": "answers",
+        "process_results": longbench(subset),
+        "generation_kwargs": generation,
+        "metric_list": [{"metric": LONGBENCH[subset].__name__, "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "metadata": {"version": theirs["metadata"]["version"]},
+    }
+
+
+def _longbench_file(subset: str) -> dict[str, Any]:
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(Path(lm_eval.tasks.__file__).parent / "longbench" / f"{subset}.yaml", resolve_func=False)
+
+
+def _longbench_records(subset: str, data: Path | None) -> list[dict[str, Any]]:
+    names = tuple(f"{folder}{subset}.jsonl" for folder in ("", "longbench/", "LongBench/", "data/"))
+    return find_records(f"longbench_{subset}", names, data, _longbench_file(subset)["dataset_path"], subset)
+
+
+def _longbench_data(subset: str, data: str | None = None, **_: Any) -> dict[str, Any]:
+    from datasets import Dataset
+
+    kept = ("context", "input", "question", "answers", "all_classes")
+    records = _longbench_records(subset, None if data is None else Path(data))
+    documents = [{name: record.get(name) for name in kept} for record in records]
+    for document in documents:  # published as `input`, called `question` in the harness's prompts
+        document["question"] = document["question"] or document["input"] or ""
+    return {"test": Dataset.from_list(documents)}
