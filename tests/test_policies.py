@@ -142,7 +142,7 @@ def test_bytes_are_what_the_operations_read(llama, make, name, lengths, monkeypa
         ops.attend, lambda kv, scale, heads=None: 2 * kv.token_counts() * len((0, 1) if heads is None else heads)
     ))  # fmt: skip
     monkeypatch.setattr(ops, "scan_select", watched(
-        ops.scan_select, lambda kv, heads, *_, out: kv.token_counts() * (0 if dense_form else len(heads))
+        ops.scan_select, lambda kv, heads, *_, **__: kv.token_counts() * (0 if dense_form else len(heads))
     ))  # fmt: skip
     engine = engine_of(llama, policy)
     context = engine.prefill(tiny.prompts(*lengths))

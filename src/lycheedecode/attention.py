@@ -125,7 +125,7 @@ class HybridAttention:
         if roles.retrieval and refresh:
             chosen = selections.rows(roles.first_row, len(roles.retrieval))
             copy = selections.copy_of(layer) if isinstance(selections, CopyingSelections) else None
-            ops.scan_select(query, kv, roles.retrieval, config, scale, chosen, copy)
+            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=copy)
         if config.retrieval_attention == "selected" or not roles.retrieval:
             rows = _as_index(roles.donor_rows, query.device)
             return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out)

@@ -103,7 +103,7 @@ class HybridConfig:
             if self.selection != strategy and given:
                 raise ValueError(f"{name} belongs to selection={strategy!r}, not {self.selection!r}.")
         if self.scan_keys != "cache" and self.retrieval_attention == "full":
-            raise ValueError("scan_keys='float8' needs retrieval_attention='selected': dense heads read all keys anyway.")
+            raise ValueError("scan_keys='float8' needs retrieval_attention='selected': dense heads read all keys.")
         if self.budget_tokens is not None and self.forced_blocks > self.budget_blocks:
             raise ValueError(
                 f"budget_tokens={self.budget_tokens} has no room for {self.sink_tokens} sink and {self.recent_tokens} "

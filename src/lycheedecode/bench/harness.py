@@ -7,10 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from ..config import ScanKeys
 from ..environment import describe_environment
 from ..models import ModelError
 from .models import MODELS
@@ -29,6 +30,8 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--budget", type=int, default=4096, help="tokens of a selection")
     made.add_argument("--block", type=int, default=32, help="block size")
     made.add_argument("--refresh", type=int, default=1, help="select anew at every n-th token")
+    keys = {"choices": get_args(ScanKeys), "default": "cache"}
+    made.add_argument("--scan-keys", **keys, help="what retrieval heads scan: the cache, or a copy in 8 bits")
     made.add_argument("--backend", choices=["inductor", "linear"], default="inductor", help="compiler of the model")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--smoke", action="store_true", help="a tiny model, whatever else is said; runs without a GPU")

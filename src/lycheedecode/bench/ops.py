@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,11 @@ def _time_hybrid(meter: Meter, work: Workload, config: HybridConfig, full_ms: fl
         meter.add(f"select, {_heads(count)}", work, block, [select] * 16, 0)
     size = work.sparse_bytes(config)
     meter.add("attend", work, block, work.attends(rotations(size, 32, 64), config), size, full_ms)
-    layers = work.shape.layers
-    meter.add("all of a step", work, block, [work.step(config)], work.step_bytes(config), layers * full_ms)
+    forms = {"all of a step": config}
+    if ops.has_float8(work.pool.device):
+        forms["the same, 8-bit scan"] = replace(config, scan_keys="float8")
+    for name, form in forms.items():
+        meter.add(name, work, block, [work.step(form)], work.step_bytes(form), work.shape.layers * full_ms)
 
 
 def _select_call(scores: torch.Tensor, work: Workload, config: HybridConfig, out: ops.Selections) -> Call:

@@ -121,6 +121,7 @@ def make_engine(model: nn.Module, form: str, options: argparse.Namespace, execut
         budget_tokens=options.budget,
         block_size=options.block,
         refresh_every=options.refresh,
+        scan_keys=options.scan_keys if form != "paper" else "cache",
         retrieval_attention="full" if form == "paper" else "selected",
     )
     return Engine(model, plan=plan_for(model), config=config, **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,12 +57,14 @@ def verify(work: Workload, config: HybridConfig) -> dict[str, float]:
     where = f"batch {work.batch}, context {work.context}, blocks of {size}"
     errors = {}
 
-    dense = by_sequence(lambda q, cache: reference.attend(q, cache, scale), query, kv)
+    dense = by_sequence(lambda q, cache, _: reference.attend(q, cache, scale), query, kv)
     errors["attend"] = check_close(f"attend ({where})", ops.attend(query, kv, scale), dense, 1e-5 if exact else 1e-2)
 
     scores = ops.scan_blocks(query, kv, heads, size, scale)
-    expected = by_sequence(lambda q, cache: reference.scan_blocks(q, cache, heads, size, scale), query, kv, dim=1)
+    expected = by_sequence(lambda q, cache, _: reference.scan_blocks(q, cache, heads, size, scale), query, kv, dim=1)
     errors["scan_blocks"] = check_close(f"scan_blocks ({where})", scores, expected, 1e-4)
+    if ops.has_float8(query.device):
+        errors["scan_blocks, 8-bit"] = _verify_copy(query, kv, heads, size, scale, f"scan_blocks, 8-bit ({where})")
 
     right, mine, fused = (work.selections(config, len(heads)) for _ in range(3))
     reference.select_blocks(scores, kv, config, right)
@@ -76,10 +80,21 @@ def verify(work: Workload, config: HybridConfig) -> dict[str, float]:
     return errors
 
 
-def by_sequence(operation, query: Tensor, kv: KV, dim: int = 0) -> Tensor:
+def _verify_copy(query: Tensor, kv: KV, heads: tuple[int, ...], size: int, scale: float, what: str) -> float:
+    """The same scan of a copy in 8-bit floats."""
+    copy = torch.empty_like(kv.keys, dtype=torch.float8_e4m3fn)
+    reference.write_copy(copy, kv.keys, heads, 0, kv.slots)
+    scores = ops.scan_blocks(query, kv, heads, size, scale, copy=copy)
+    expected = by_sequence(
+        lambda q, cache, b: reference.scan_blocks(q, cache, heads, size, scale, copy=copy[b : b + 1]), query, kv, dim=1
+    )
+    return check_close(what, scores, expected, 1e-4)
+
+
+def by_sequence(operation: Callable[[Tensor, KV, int], Tensor], query: Tensor, kv: KV, dim: int = 0) -> Tensor:
     """The reference, one sequence of a contiguous cache at a time: it makes float32 copies."""
     results = []
     for b in range(kv.batch):
         one = KV(kv.keys[b : b + 1], kv.values[b : b + 1], *(None if t is None else t[b : b + 1] for t in kv[2:4]))
-        results.append(operation(query[b : b + 1], one))
+        results.append(operation(query[b : b + 1], one, b))
     return torch.cat(results, dim)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..attention import HybridAttention
 from ..config import HybridConfig
 from ..ops import KV, Selections
 from ..plan import HeadPlan
@@ -121,7 +122,10 @@ class Workload:
 
     def step_bytes(self, config: HybridConfig) -> int:
         """Keys and values that a hybrid step reads in all layers."""
-        return self.scan_bytes(self.shape.retrieval_heads) + self.shape.layers * self.sparse_bytes(config)
+        scanned = self.scan_bytes(self.shape.retrieval_heads)
+        if config.scan_keys == "float8":
+            scanned //= self.shape.dtype.itemsize
+        return scanned + self.shape.layers * self.sparse_bytes(config)
 
     # ------------------------------------------------------------------ calls
 
@@ -156,19 +160,14 @@ class Workload:
 
     def step(self, config: HybridConfig) -> Call:
         """All attention of a decode step."""
-        shape, plan = self.shape, spread_plan(self.shape)
-        selections, _ = self.random_selections(config)
-        rows = [torch.tensor(plan.donor_rows(i), device=self.pool.device) for i in range(shape.layers)]
-        heads = [plan.retrieval_heads(i) for i in range(shape.layers)]
-        first = [plan.first_row(i) for i in range(shape.layers)]
+        attention = HybridAttention(spread_plan(self.shape), config)
+        selections = attention.allocate(self.batch, self.context, self.pool.device)
+        inputs = [self.inputs(layer) for layer in range(self.shape.layers)]
+        selections.follow([(kv.keys, kv.values) for _, kv in inputs], self.context, True)
 
         def step() -> None:
-            for i in range(shape.layers):
-                query, kv = self.inputs(i)
-                if heads[i]:
-                    out = selections.rows(first[i], len(heads[i]))
-                    ops.scan_select(query, kv, heads[i], config, shape.scale, out)
-                ops.attend_blocks(query, kv, selections, rows[i], config.block_size, shape.scale)
+            for layer, (query, kv) in enumerate(inputs):
+                attention(layer, query, kv, selections, self.shape.scale)
 
         return step
 

@@ -28,7 +28,7 @@ kernels: ModuleType | None = None
 if torch.version.cuda and find_spec("triton"):
     from . import triton as kernels
 
-__all__ = ["KV", "Selections", "attend", "attend_blocks", "scan_blocks", "scan_select", "select_blocks"]
+__all__ = ["KV", "Selections", "attend", "attend_blocks", "has_float8", "scan_blocks", "scan_select", "select_blocks"]
 
 
 def scan_blocks(
@@ -175,11 +175,18 @@ def _check(query: Tensor, kv: KV) -> None:
             raise ValueError(f"{name} must be int32 with a row for each of the {query.shape[0]} sequences.")
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether scans on this device can read a copy of keys in 8-bit floats."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _check_copy(copy: Tensor | None, kv: KV, heads: tuple[int, ...]) -> None:
     if copy is None:
         return
     if kv.page_table is not None:
         raise ValueError("a copy of keys goes with a contiguous cache, not with pages.")
+    if not has_float8(copy.device):
+        raise ValueError("8-bit floats (scan_keys='float8') need a GPU of compute capability 8.9 or above.")
     batch, _, slots, dim = kv.keys.shape
     if copy.dtype != torch.float8_e4m3fn or copy.dim() != 4 or copy.shape[2] < slots:
         raise ValueError(f"copy must be float8_e4m3fn [B, R, >= {slots}, D], not {copy.dtype} {tuple(copy.shape)}.")
