@@ -115,8 +115,8 @@ def _lost_cells(name: str, cells: Mapping[str, Mapping[str, Mapping[str, Any]]])
         return f"{name}: no policy reads as little as hybrid."
     listed = f": {'; '.join(lost)}." if lost else "."
     return (
-        f"{name}: in {_of(len(lost), compared)} comparisons a policy that reads no more KV bytes than hybrid is at "
-        f"least as close to full attention{listed}"
+        f"{name}: a policy that reads no more KV bytes than hybrid is at least as close to full attention in "
+        f"{_of(len(lost), compared)} comparisons{listed}"
     )
 
 
