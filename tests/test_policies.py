@@ -128,7 +128,7 @@ def test_bytes_are_what_the_operations_read(llama, make, name, lengths, monkeypa
 
         return run
 
-    def in_blocks(kv, selections, rows, size, scale, heads=None):
+    def in_blocks(kv, selections, rows, size, scale, heads=None, **_):
         chosen = selections.blocks[rows]  # [H, B, K]
         tokens = torch.zeros(len(lengths))
         for sequence, length in enumerate(kv.token_counts().tolist()):
