@@ -159,10 +159,11 @@ def _panels(report: Mapping[str, Any]) -> Panels:
 def _draw_panels(panels: Panels, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(4.2 * columns, 6.3), 3.4 * rows + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     names: dict[str, Any] = {}
     for at, (kind, lines) in enumerate(panels.items(), start=1):
@@ -174,6 +175,9 @@ def _draw_panels(panels: Panels, path: Path) -> None:
                 ms=5 if ours else 3.5, lw=2.0 if ours else 1.0, zorder=3 if ours else 2,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="KV read per token, MB", ylabel="mean KL, nats")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(kind, fontsize=9)
         axes.grid(True, which="both", color="#ecf0f1", lw=0.6)
         axes.tick_params(labelsize=8)
