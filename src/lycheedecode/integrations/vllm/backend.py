@@ -101,8 +101,9 @@ class HybridLayer:
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        if is_chosen(get_current_vllm_config()):
-            part_of_this_process(get_current_vllm_config())  # refuses before any weights are loaded
+        vllm_config = get_current_vllm_config()
+        if is_chosen(vllm_config) and vllm_config.speculative_config is None:  # whose drafts have a model of their own
+            part_of_this_process(vllm_config)  # refuses before any weights are loaded
 
     def cache(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[P, Hkv, page, D]`, views of vLLM's cache of this layer."""

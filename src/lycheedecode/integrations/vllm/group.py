@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -139,20 +140,18 @@ class Group:
 
         Raises `PlanError` when such a layer has a donor in a layer that cannot.
         """
-        part = part_of_this_process(vllm_config)
-        why = _why_all_dense(vllm_config, spec, device)
+        why_all = _why_all_dense(vllm_config, spec, device)
         modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        layers, reasons = {}, {}
-        for name, module in modules.items():
-            reason = why or _why_dense(module.impl)
-            if reason is None:
-                layers[name] = extract_layer_index(name) - part.first_layer
-            else:
-                reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            logger.warning_once("LycheeDecode: %d layers decode with full attention: %s.", len(names), reason)
+        why = {name: why_all or _why_dense(module.impl) for name, module in modules.items()}
+        for reason, count in Counter(filter(None, why.values())).items():
+            logger.warning_once("LycheeDecode: %d layers decode with full attention: %s.", count, reason)
+        chosen = [name for name, reason in why.items() if reason is None]
+        if not chosen:
+            return None
+        part = part_of_this_process(vllm_config)
+        layers = {name: extract_layer_index(name) - part.first_layer for name in chosen}
         _check_donors(part, set(layers.values()))
-        return cls(part, layers, vllm_config, spec, device) if layers else None
+        return cls(part, layers, vllm_config, spec, device)
 
 
 def _check_donors(part: Part, layers: set[int]) -> None:
@@ -200,12 +199,12 @@ def _why_dense(impl: Any) -> str | None:
 @lru_cache(maxsize=1)
 def _prometheus() -> dict[str, Any]:
     """Counters of this process; the server shows them when PROMETHEUS_MULTIPROC_DIR is set before it starts."""
-    from prometheus_client import Counter
+    from prometheus_client import Counter as Count
 
     return {
-        "hybrid_steps": Counter("lycheedecode_hybrid_steps", "Steps in which sequences decoded hybridly."),
-        "dense_steps": Counter("lycheedecode_dense_steps", "Steps in which none did."),
-        "hybrid_tokens": Counter("lycheedecode_hybrid_tokens", "Tokens decoded hybridly."),
-        "bytes": Counter("lycheedecode_kv_bytes", "Bytes of the KV cache that hybrid decoding read."),
-        "full": Counter("lycheedecode_full_kv_bytes", "Bytes that full attention would have read for the same tokens."),
+        "hybrid_steps": Count("lycheedecode_hybrid_steps", "Steps in which sequences decoded hybridly."),
+        "dense_steps": Count("lycheedecode_dense_steps", "Steps in which none did."),
+        "hybrid_tokens": Count("lycheedecode_hybrid_tokens", "Tokens decoded hybridly."),
+        "bytes": Count("lycheedecode_kv_bytes", "Bytes of the KV cache that hybrid decoding read."),
+        "full": Count("lycheedecode_full_kv_bytes", "Bytes that full attention would have read for the same tokens."),
     }

@@ -1,0 +1,239 @@
+"""The plugin in vLLM's engine on a CPU: the stock backend's tokens with a roomy budget, Engine's with a tight one."""
+
+import gc
+import logging
+import os
+from contextlib import contextmanager
+
+import pytest
+import tiny
+import torch
+
+from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
+if torch.cuda.is_available():
+    pytest.skip("These tests are for vLLM's CPU backend.", allow_module_level=True)
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from lycheedecode.integrations.vllm.settings import ServingError
+
+SETTINGS = {"block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
+ROOMY, TIGHT = {"budget_tokens": 512, **SETTINGS}, {"budget_tokens": 16, **SETTINGS}
+LENGTHS = (60, 37, 5, 90, 23, 70)
+CROWDED = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "block_size": 16}
+"""Long prompts pass in chunks, beside sequences that decode; some sequences have to wait."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """`checkpoint(family)`: folder of a tiny model; vLLM's kernels want heads of 32 channels at least."""
+    made = {}
+
+    def get(family="llama", **changes):
+        key = (family, *changes)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            tiny.model(family, head_dim=32, **changes).save_pretrained(made[key])
+        return made[key]
+
+    return get
+
+
+@contextmanager
+def serving(folder, plan=None, config=None, **options):
+    """vLLM's engine; hybrid with a plan."""
+    if plan is not None:
+        plan.save(folder / "plan.json")
+        more = {"lycheedecode": {"plan": str(folder / "plan.json"), **config}}
+        options |= {"attention_backend": "CUSTOM", "additional_config": more}
+    defaults = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "skip_tokenizer_init": True}
+    llm = None
+    try:
+        llm = LLM(str(folder), **{**defaults, "disable_log_stats": False, **options})
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def generate(llm, prompts, count=12, logprobs=None):
+    """Token ids of each prompt; with `logprobs`, those of the tokens chosen, too."""
+    sampling = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    if logprobs is None:
+        return tokens
+    chosen = [
+        [step[token].logprob for step, token in zip(output.outputs[0].logprobs, row, strict=True)]
+        for output, row in zip(outputs, tokens, strict=True)
+    ]
+    return tokens, torch.tensor(chosen)
+
+
+def groups(llm):
+    """The hybrid groups of the (only) worker."""
+
+    def find(worker):
+        found = [group for groups in worker.model_runner.attn_groups for group in groups]
+        return [group.get_metadata_builder().hybrid for group in found]
+
+    return [group for group in llm.collective_rpc(find)[0] if group is not None]
+
+
+def metric(llm, name):
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def ours(family, plan, config, prompts, count=12, **changes):
+    """Tokens that Engine chooses, one prompt after the other."""
+    engine = Engine(tiny.model(family, head_dim=32, **changes), plan=plan, config=HybridConfig(**config))
+    return [list(engine.generate([prompt], count, ignore_eos=True)[0].token_ids) for prompt in prompts]
+
+
+def plan_for(family):
+    return tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
+
+
+# ---------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("form", ["selected", "full"])
+def test_a_roomy_budget_gives_the_stock_backends_tokens(checkpoint, form):
+    """In chunks, beside each other, from the prefix cache, and after preemption: 17 pages are too few."""
+    prompts, results = tiny.prompts(*LENGTHS), []
+    config = {**ROOMY, "retrieval_attention": form}
+    for plan in (None, tiny.plan()):
+        with serving(checkpoint(), plan, config, num_gpu_blocks_override=18, **CROWDED) as llm:
+            first, logprobs = generate(llm, prompts, 32, logprobs=0)
+            again = generate(llm, prompts[-1:] + prompts[:1], 32)
+            results.append((first, logprobs, again))
+            assert metric(llm, "vllm:num_preemptions") > 0
+            assert metric(llm, "vllm:prefix_cache_hits") > 0
+            if plan is not None:
+                [group] = groups(llm)
+                assert group.counters["hybrid_steps"] > 0
+                total = group.report()
+                assert total["bytes"] > 0
+                assert total["hybrid_tokens"] > 32
+    (first, logprobs, again), (hybrid_first, hybrid_logprobs, hybrid_again) = results
+    assert hybrid_first == first
+    assert hybrid_again == again == [first[-1], first[0]]
+    torch.testing.assert_close(hybrid_logprobs, logprobs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_tight_budget_gives_the_tokens_of_engine(checkpoint, family):
+    """Also of sequences that decode beside the prefill of others; Gemma's sliding layers stay vLLM's."""
+    prompts, plan = tiny.prompts(*LENGTHS), plan_for(family)
+    with serving(checkpoint(family), plan, TIGHT, **CROWDED) as llm:
+        tokens = generate(llm, prompts)
+        [group] = groups(llm)
+        assert len(group.layers) == (2 if family == "gemma3" else 4)
+    assert tokens == ours(family, plan, TIGHT, prompts)
+    assert tokens != ours(family, plan, ROOMY, prompts)
+
+
+def test_strategies_other_than_a_budget(checkpoint):
+    prompts, config = tiny.prompts(60, 37), {"selection": "top_p", "top_p": 0.8, **SETTINGS}
+    with serving(checkpoint(), tiny.plan(), config) as llm:
+        assert generate(llm, prompts) == ours("llama", tiny.plan(), config, prompts)
+
+
+def test_what_is_read_is_counted(checkpoint):
+    """One sequence: bytes as Engine counts them, which knows nothing of pages."""
+    prompts = tiny.prompts(60)
+    with serving(checkpoint(), tiny.plan(), TIGHT) as llm:
+        generate(llm, prompts, 9)
+        total = groups(llm)[0].report()
+    engine = Engine(tiny.model("llama", head_dim=32), plan=tiny.plan(), config=HybridConfig(**TIGHT))
+    [result] = engine.generate(prompts, 9, ignore_eos=True)
+    assert total["hybrid_tokens"] == total["hybrid_steps"] == 8
+    assert total["bytes"] == pytest.approx(8 * result.kv_bytes_per_token)
+    assert total["full"] == sum(range(61, 69)) * 2 * 4 * tiny.LAYERS * tiny.KV_HEADS * 32
+
+
+# ---------------------------------------------------------------------- several ranks
+
+
+def test_two_ranks_share_the_heads_between_them(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
+    plan = HeadPlan.same_index([(1, 0), (3, 1)], tiny.LAYERS, tiny.KV_HEADS)
+    prompts = tiny.prompts(60, 37, 5)
+    with serving(checkpoint(), plan, TIGHT, tensor_parallel_size=2) as llm:
+        assert generate(llm, prompts) == ours("llama", plan, TIGHT, prompts)
+
+
+# ---------------------------------------------------------------------- what stays dense
+
+
+@pytest.fixture
+def said():
+    """Lines that the plugin logs; vLLM's loggers pass nothing on to pytest's."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("vllm.lycheedecode").addHandler(handler)
+    yield lines
+    logging.getLogger("vllm.lycheedecode").removeHandler(handler)
+
+
+DENSE = {
+    "the KV cache does not have the dtype of the model": {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
+    "speculative decoding feeds several tokens": {"speculative_config": {"num_speculative_tokens": 2}},
+}
+
+
+@pytest.mark.parametrize("reason", DENSE)
+def test_what_is_not_covered_is_dense_and_says_why(checkpoint, reason, said):
+    prompts, results, options = tiny.prompts(60, 37), [], dict(DENSE[reason])
+    if "speculative_config" in options:
+        draft = {"method": "draft_model", "model": str(checkpoint()), "max_model_len": 256}
+        options["speculative_config"] = {**options["speculative_config"], **draft}
+    for plan in (None, tiny.plan()):
+        with serving(checkpoint(), plan, TIGHT, **options) as llm:
+            results.append(generate(llm, prompts))
+            assert groups(llm) == []
+    assert results[0] == results[1]
+    assert said
+    assert all(f"decode with full attention: {reason}" in line for line in said)
+
+
+def test_without_the_backend_a_plan_does_nothing(checkpoint):
+    with serving(checkpoint()) as llm:
+        assert groups(llm) == []
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("plan", "config", "options", "error", "words"),
+    [
+        (HeadPlan.all_retrieval(4, 4), TIGHT, {}, PlanError, "4 KV heads per layer; the model has 2"),
+        (tiny.plan(), {**TIGHT, "budget": 3}, {}, ValueError, "no setting 'budget'"),
+        (tiny.plan(), {**TIGHT, "refresh_every": 2}, {}, ServingError, "refresh_every must be 1"),
+        (tiny.plan(sliding=(1, 3)), TIGHT, {}, PlanError, "lies in a layer that vLLM decodes with full attention"),
+    ],
+    ids=["another model's plan", "unknown setting", "refresh_every", "donor in a sliding layer"],
+)
+def test_the_engine_does_not_start(checkpoint, plan, config, options, error, words):
+    family = "llama"
+    if error is PlanError and plan.num_kv_heads == 2:
+        family, plan = "gemma3", tiny.plan()
+    with pytest.raises(error, match=words), serving(checkpoint(family), plan, config, **options):
+        pass
+
+
+def test_the_engine_does_not_start_without_a_plan(checkpoint):
+    with (
+        pytest.raises(ServingError, match="needs a head plan"),
+        serving(checkpoint(), attention_backend="CUSTOM"),
+    ):
+        pass
