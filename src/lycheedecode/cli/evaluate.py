@@ -191,11 +191,12 @@ def _earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     return cells
 
 
+_LEAST_WIDTH = 140
 _COLUMNS = {
     "kl_mean": ("KL mean", "{:.4f}".format),
     "kl_p99": ("KL p99", "{:.4f}".format),
     "top1_agreement": ("top-1", "{:.1%}".format),
-    "first_divergence": ("differs after", "{:.1f}".format),
+    "first_divergence": ("same for", "{:.1f}".format),
     "same_answer": ("same answer", "{:.1%}".format),
     "exact_match": ("exact match", "{:.1%}".format),
     "budget_tokens": ("budget", str),
@@ -218,4 +219,6 @@ def _show(title: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
             continue
         values = ("" if score.get(name) is None else _COLUMNS[name][1](score[name]) for name in shown)
         table.add_row(label, *values)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.width = max(console.width, _LEAST_WIDTH)  # numbers cut short would be worse than broken lines
+    console.print(table)
