@@ -357,3 +357,37 @@ def test_names_are_checked(shape, make):
         make("quest", HybridConfig(selection="top_p", top_p=0.9))
     with pytest.raises(PlanError, match="with 3 layers; the model has 4"):
         make("own-topk", plan=HeadPlan.all_retrieval(3, 2))
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here.")
+WIDE = {"hidden_size": 384, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", policies.NAMES)
+def test_a_gpu_decodes_what_a_cpu_does(name, coverage):
+    model = tiny.model("llama", **WIDE)
+    given = {"shape": ModelShape.of(model), "plan": tiny.plan(), "coverage": coverage}
+    rows, answers = tiny.prompts(200, 137), tiny.prompts(12, 12)
+    for config in (ROOMY, HybridConfig(budget_tokens=64, **SETTINGS)):
+        policy = policies.make(name, config=config, **given)
+        expected = engine_of(model, policy).score(rows, answers)
+        actual = engine_of(model.cuda(), policy, execution="eager").score(rows, answers).cpu()
+        model.cpu()
+        if config is ROOMY:
+            torch.testing.assert_close(actual, expected, atol=5e-3, rtol=5e-3)
+        else:  # rounding may choose another block now and then
+            assert (actual - expected).abs().mean() < 0.05 * expected.std()
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in policies.NAMES if not name.startswith("quest")])
+def test_replayed_steps_are_eager_steps(name, coverage):
+    model = tiny.model("llama", **WIDE).cuda()
+    given = {"shape": ModelShape.of(model), "plan": tiny.plan(), "coverage": coverage}
+    policy = policies.make(name, config=HybridConfig(budget_tokens=64, **SETTINGS), **given)
+    rows, answers = tiny.prompts(200, 137), tiny.prompts(12, 12)
+    actual, expected = (engine_of(model, policy, execution=way).score(rows, answers) for way in ("graph", "eager"))
+    assert (actual - expected).abs().mean() < 0.01 * expected.std()
