@@ -81,7 +81,7 @@ def variants(
         choices = product(
             (list(plans) if planned else list(plans)[:1]) or [None],
             (budgets if budgeted else ()) or (None,),
-            (() if policies.has_own_blocks(name) else block_sizes) or (None,),
+            (block_sizes if policies.has_blocks(name) else ()) or (None,),
         )
         for plan, budget, block in choices:
             parts = [name] + [f"plan {plan}"] * (planned and len(plans) > 1)

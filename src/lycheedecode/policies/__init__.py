@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
 from ..models import ModelShape
-from ..plan import HeadPlan
+from ..plan import Head, HeadPlan
 from ..routing import check_plan
 from . import plans
 from .quest import QuestAttention
@@ -52,19 +52,40 @@ class _Given:
     coverage: Tensor | None
     seed: int
 
-    def follow(self, plan: HeadPlan, **changes: object) -> Policy:
-        config = replace(self.config, **changes)
-        return Policy(HybridAttention(plan, config, self.shape.global_layers), config)
-
     @property
-    def roles(self) -> list[tuple[int, int]]:
+    def roles(self) -> list[Head]:
         """The plan's retrieval heads, where there is something to retrieve."""
         return [head for head in self.plan.retrieval if head[0] in self.shape.global_layers]
+
+    def follow(self, plan: HeadPlan, **changes: Any) -> Policy:
+        """Decode with a plan, and a config that differs in `changes`."""
+        config = replace(self.config, **changes)
+        return Policy(HybridAttention(plan, config, self.shape.global_layers), config)
 
 
 def _full(given: _Given) -> Policy:
     shape, config = given.shape, replace(given.config, correction_every=0)
     return Policy(FullAttention(len(shape.global_layers), shape.num_kv_heads), config)
+
+
+def _hybrid(given: _Given) -> Policy:
+    return given.follow(given.plan)
+
+
+def _paper(given: _Given) -> Policy:
+    return given.follow(plans.same_index(given.roles, given.shape), retrieval_attention="full")
+
+
+def _same_index(given: _Given) -> Policy:
+    return given.follow(plans.same_index(given.roles, given.shape))
+
+
+def _random(given: _Given) -> Policy:
+    return given.follow(plans.random_roles(len(given.roles), given.shape, given.seed))
+
+
+def _own_topk(given: _Given) -> Policy:
+    return given.follow(HeadPlan.all_retrieval(given.shape.num_layers, given.shape.num_kv_heads))
 
 
 def _kascade(given: _Given) -> Policy:
@@ -74,45 +95,52 @@ def _kascade(given: _Given) -> Policy:
     return given.follow(plans.kascade(given.coverage, given.shape, anchors))
 
 
+def _tidaldecode(given: _Given) -> Policy:
+    return given.follow(plans.tidaldecode(given.shape), retrieval_attention="full", block_size=1)
+
+
+def _quest(given: _Given) -> Policy:
+    return Policy(QuestAttention(given.config, given.shape), given.config)
+
+
+def _duo(given: _Given) -> Policy:
+    return Policy(WindowAttention(given.config, given.shape, given.roles), given.config)
+
+
+def _streaming(given: _Given) -> Policy:
+    return Policy(WindowAttention(given.config, given.shape), given.config)
+
+
 class _Kind(NamedTuple):
+    """How a policy is made, and what it depends on.
+
+    Attributes:
+        needs_plan: a head plan.
+        fills_budget: its scores are no attention mass, so that only a budget makes sense (`top_k`, `ratio`).
+        has_budget: the bytes that it reads depend on the budget.
+        has_blocks: what it selects depends on the block size.
+    """
+
     make: Callable[[_Given], Policy]
     needs_plan: bool = False
-    ranks_blocks: bool = False
-    """Its scores are not attention mass, so that only `top_k` and `ratio` make sense."""
-    own_blocks: bool = False
-    """It has a block size of its own."""
+    fills_budget: bool = False
     has_budget: bool = True
+    has_blocks: bool = True
 
 
 _KINDS = {
-    "full": _Kind(_full, has_budget=False),
-    "hybrid": _Kind(lambda given: given.follow(given.plan), needs_plan=True),
-    "paper": _Kind(
-        lambda given: given.follow(plans.same_index(given.roles, given.shape), retrieval_attention="full"),
-        needs_plan=True,
-    ),
-    "same-index": _Kind(lambda given: given.follow(plans.same_index(given.roles, given.shape)), needs_plan=True),
-    "random": _Kind(
-        lambda given: given.follow(plans.random_roles(len(given.roles), given.shape, given.seed)), needs_plan=True
-    ),
-    "own-topk": _Kind(
-        lambda given: given.follow(HeadPlan.all_retrieval(given.shape.num_layers, given.shape.num_kv_heads))
-    ),
+    "full": _Kind(_full, has_budget=False, has_blocks=False),
+    "hybrid": _Kind(_hybrid, needs_plan=True),
+    "paper": _Kind(_paper, needs_plan=True),
+    "same-index": _Kind(_same_index, needs_plan=True),
+    "random": _Kind(_random, needs_plan=True),
+    "own-topk": _Kind(_own_topk),
     "kascade": _Kind(_kascade, needs_plan=True),
-    "tidaldecode": _Kind(
-        lambda given: given.follow(plans.tidaldecode(given.shape), retrieval_attention="full", block_size=1),
-        own_blocks=True,
-    ),
-    "quest": _Kind(lambda given: Policy(QuestAttention(given.config, given.shape), given.config), ranks_blocks=True),
-    "duo": _Kind(
-        lambda given: Policy(WindowAttention(given.config, given.shape, given.roles), given.config),
-        needs_plan=True, ranks_blocks=True,
-    ),
-    "streaming": _Kind(
-        lambda given: Policy(WindowAttention(given.config, given.shape), given.config), ranks_blocks=True
-    ),
-}  # fmt: skip
-
+    "tidaldecode": _Kind(_tidaldecode, has_blocks=False),
+    "quest": _Kind(_quest, fills_budget=True),
+    "duo": _Kind(_duo, needs_plan=True, fills_budget=True),
+    "streaming": _Kind(_streaming, fills_budget=True),
+}
 NAMES = (*_KINDS, f"full{_CORRECTION}")
 """Any name may carry `+correction` (Cache Correction), and `random` a seed, as `random:3`."""
 
@@ -143,7 +171,7 @@ def make(
     config = config or HybridConfig()
     if kind.needs_plan and plan is None:
         raise PolicyError(f"The policy {name!r} needs a head plan.")
-    if kind.ranks_blocks and config.selection not in ("top_k", "ratio"):
+    if kind.fills_budget and config.selection not in ("top_k", "ratio"):
         raise PolicyError(f"The policy {name!r} fills a budget: selection must be top_k or ratio.")
     if plan is not None:
         check_plan(plan, shape)
@@ -170,9 +198,9 @@ def has_budget(name: str) -> bool:
     return _parse(name)[0].has_budget
 
 
-def has_own_blocks(name: str) -> bool:
-    """Whether a policy ignores the block size."""
-    return _parse(name)[0].own_blocks or not has_budget(name)
+def has_blocks(name: str) -> bool:
+    """Whether what a policy selects depends on the block size."""
+    return _parse(name)[0].has_blocks
 
 
 def _parse(name: str) -> tuple[_Kind, int, bool]:
