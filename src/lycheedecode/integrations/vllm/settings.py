@@ -47,9 +47,9 @@ def read(vllm_config: Any) -> tuple[HeadPlan, HybridConfig]:
         example = '{"lycheedecode": {"plan": "my-plan.json"}}'
         raise ServingError(f"The attention backend CUSTOM needs a head plan: --additional-config '{example}'.")
     config = HybridConfig.from_dict({name: value for name, value in given.items() if name != "plan"})
-    for name, only in (("refresh_every", 1), ("correction_every", 0)):
+    for name, only in (("refresh_every", 1), ("correction_every", 0), ("scan_keys", "cache")):
         if getattr(config, name) != only:
-            raise ServingError(f"{name} must be {only} in vLLM, where the sequences of a batch change at every step.")
+            raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
     plan, model = HeadPlan.load(given["plan"]), vllm_config.model_config
     plan.check_fits(
         num_layers=model.get_total_num_hidden_layers(),
