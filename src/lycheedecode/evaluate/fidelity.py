@@ -41,8 +41,8 @@ CELLS = (
 """What the shipped plan is judged on."""
 
 _CALIBRATION_PROMPTS = 4
-_WORTH_A_GRAPH = 256
-"""Tokens of an answer from which on capturing a step pays, when many policies share a prefill."""
+_WORTH_A_GRAPH = 32
+"""Tokens of an answer from which on capturing a step pays: it costs a few steps for every policy and batch."""
 
 Scores = dict[str, dict[str, Any]]
 """By label: a variant's description and its `Score`, or the reason why it was `left_out`."""
@@ -160,7 +160,7 @@ def _engines(
                 raise
             scores[variant.label] = {"policy": variant.policy, "left_out": str(error)}
             continue
-        # Many policies for a few tokens each: compiling or capturing their steps would take longer than the steps do.
+        # Many policies for some tokens each: compiling their steps would take longer than the steps do.
         captured = on_gpu and tokens >= _WORTH_A_GRAPH and getattr(policy.attention, "graph_safe", False)
         scores[variant.label] = variant.describe(policy.config)
         engines[variant.label] = Engine(

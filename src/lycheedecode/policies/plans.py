@@ -14,8 +14,8 @@ from torch import Tensor
 from ..models import ModelShape
 from ..plan import Head, HeadPlan, PlanError
 
-TIDAL_DENSE = 2
-"""Layers at the bottom that stay dense in TidalDecode, and below which Quest does not select."""
+_TIDAL_DENSE = 2
+"""Layers at the bottom that select nothing in TidalDecode."""
 _TIDAL_DEPTH = 13 / 32
 """Where in the model TidalDecode selects again."""
 
@@ -45,7 +45,7 @@ def random_roles(number: int, shape: ModelShape, seed: int) -> HeadPlan:
 def tidal_layers(num_layers: int) -> tuple[int, ...]:
     """The layers of TidalDecode that attend densely: two at the bottom, the one that selects, and one that selects
     again, 13 layers up in a model of 32 and as far up in proportion in others."""
-    return tuple(sorted({*range(min(TIDAL_DENSE + 1, num_layers)), round(num_layers * _TIDAL_DEPTH)}))
+    return tuple(sorted({*range(min(_TIDAL_DENSE + 1, num_layers)), round(num_layers * _TIDAL_DEPTH)}))
 
 
 def tidaldecode(shape: ModelShape) -> HeadPlan:

@@ -21,6 +21,7 @@ from ..ops import KV, Selections
 from ..ops.reference import by_kv_head
 
 _DENSE = 2
+"""Layers at the bottom that select nothing."""
 
 
 class BoundedSelections(Selections):
