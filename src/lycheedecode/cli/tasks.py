@@ -30,7 +30,8 @@ def tasks(
         str,
         typer.Option(
             metavar="NAMES",
-            help="ruler, longbench, aime24, olympiadbench, single tasks as niah_single_1, or any of the harness.",
+            help="ruler, ruler_synthetic (without the two that need data), longbench, aime24, olympiadbench, single "
+            "tasks as niah_single_1, or any of the harness.",
         ),
     ] = "ruler",
     policy: Annotated[
@@ -93,7 +94,7 @@ def tasks(
     kept = {
         "model": model, "revision": revision, "dtype": dtype, "plan": plan or model, "seed": seed, "chat": chat,
         "max_new_tokens": max_new_tokens, "temperature": temperature,
-        "policies": {variant.label: _identity(variant) for variant in compared},
+        "policy": {variant.label: _identity(variant) for variant in compared},
     }  # fmt: skip
     settings = {
         **kept, "tasks": names, "lengths": list(options.lengths), "limit": limit, "samples": samples, "text": text,

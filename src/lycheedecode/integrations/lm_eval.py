@@ -109,7 +109,7 @@ class LycheeLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> LycheeLM:
-        """From `pretrained`, `plan` (`none`: full attention), `device`, `dtype`, `revision`, `batch_size`, `seed`,
+        """From `pretrained`, `plan` (`full`: full attention), `device`, `dtype`, `revision`, `batch_size`, `seed`,
         and any setting of `HybridConfig`."""
         given = {**arg_dict, **{name: value for name, value in (additional_config or {}).items() if value is not None}}
         given.pop("max_batch_size", None)
@@ -117,11 +117,11 @@ class LycheeLM(TemplateLM):
         where = {name: str(given.pop(name)) for name in ("device", "dtype", "revision") if name in given}
         name, plan = str(given.pop("pretrained", DEFAULT_MODEL)), given.pop("plan", None)
         if plan is None and name not in bundled_plans():
-            raise TaskRequestError(f"There is no bundled head plan for {name!r}: give plan=FILE, or plan=none.")
+            raise TaskRequestError(f"There is no bundled head plan for {name!r}: give plan=FILE, or plan=full.")
         if str(own.get("batch_size", 1)).startswith("auto"):
             raise TaskRequestError("batch_size must be a number: the cache of a batch has to fit the longest prompts.")
         config = HybridConfig.from_dict(given)
-        head_plan = None if plan == "none" else HeadPlan.load(plan or name)
+        head_plan = None if plan == "full" else HeadPlan.load(plan or name)
         model, tokenizer = load_model(name, **where)
         return cls(
             {"full" if head_plan is None else "hybrid": Engine(model, tokenizer, plan=head_plan, config=config)}, **own
@@ -207,9 +207,11 @@ class LycheeLM(TemplateLM):
     def _generation(self, said: dict[str, Any]) -> tuple[Sampling, int, list[str]]:
         """Sampling, most new tokens and stop strings of a request."""
         kwargs = dict(normalize_gen_kwargs(said))
-        temperature = kwargs["temperature"] if self._temperature is None else self._temperature
+        temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
         sampling = Sampling(
-            temperature=float(temperature), top_k=int(kwargs.get("top_k") or 0), top_p=float(kwargs.get("top_p") or 1.0)
+            temperature=float(temperature if self._temperature is None else self._temperature),
+            top_k=int(kwargs.get("top_k") or 0),
+            top_p=float(kwargs.get("top_p") or 1.0),
         )
         most = self._max_new_tokens or int(kwargs["max_gen_toks"])
         return sampling, most, [text for text in kwargs["until"] if text]

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..tasks.data import DataError, find_records
+from ..tasks_data import DataError, find_records
 
 
 class Question(NamedTuple):

@@ -123,23 +123,25 @@ def evaluate_tasks(
 
 
 def averages(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean of the first metric over the tasks of a group, for each length: `{group: {engine: mean}}`.
+    """The mean of the first metric over RULER of each length and over LongBench: `{what: {engine: mean}}`.
 
-    Only groups with several finished tasks; a task without a score is left out for all engines.
+    Only of several tasks; one without a score is left out for all engines. Of a part of the tasks, the name says so.
     """
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    found: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
     for cell in cells:
         scores = cell.get("scores", {})
         if scores and all(one["metrics"] for one in scores.values()):
-            for group, members in catalogue.GROUPS.items():
+            for family, members in catalogue.FAMILIES.items():
                 if cell["task"] in members:
-                    name = group if cell["length"] is None else f"{group} {cell['length']}"
-                    found.setdefault(name, []).append(scores)
-    return {
-        name: {engine: fmean(_first(scores[engine]) for scores in members) for engine in members[0]}
-        for name, members in found.items()
-        if len(members) > 1
-    }
+                    found.setdefault((family, cell["length"]), []).append(scores)
+    means = {}
+    for (family, length), members in found.items():
+        every = len(catalogue.FAMILIES[family])
+        name = family if length is None else f"{family}, {length} tokens"
+        name += f", {len(members)} of {every} tasks" if len(members) < every else ""
+        if len(members) > 1:
+            means[name] = {engine: fmean(_first(scores[engine]) for scores in members) for engine in members[0]}
+    return means
 
 
 def _first(entry: Mapping[str, Any]) -> float:

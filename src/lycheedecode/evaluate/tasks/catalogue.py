@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ruler.questions import read_hotpotqa, read_squad
-from .data import DataError, find_records
+from ..tasks_data import DataError, find_records
 from .metrics import FIRST_LINE, LONGBENCH, PLAIN, longbench
 from .problems import aime24, olympiadbench
 
@@ -19,9 +19,11 @@ RULER = (
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
 )  # fmt: skip
 MATHEMATICS = ("aime24", "olympiadbench")
-GROUPS = {"ruler": RULER, "longbench": tuple(f"longbench_{subset}" for subset in LONGBENCH)}
+FAMILIES = {"ruler": RULER, "longbench": tuple(f"longbench_{subset}" for subset in LONGBENCH)}
+GROUPS = {**FAMILIES, "ruler_synthetic": RULER[:-2]}
+"""`ruler_synthetic` needs no data."""
 OWN = (*RULER, *MATHEMATICS, *GROUPS["longbench"])
-"""Tasks whose data is generated, or may come from a folder."""
+"""Tasks whose data is made here, or may come from a folder."""
 
 
 class TaskNameError(ValueError):

@@ -31,7 +31,7 @@ def is_right(answer: str, doc: Mapping[str, Any]) -> bool:
     if is_same(answer, doc["answer"], doc.get("tolerance") or 0.0):
         return True
     expected, given = list(_parts(doc["answer"])), list(_parts(answer))
-    if len(expected) != len(given) or len(given) == 1:
+    if len(expected) != len(given) or len(given) < 2:
         return False
     for part in given:
         match = next((other for other in expected if is_same(part, other)), None)

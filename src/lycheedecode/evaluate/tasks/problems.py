@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import DataError, find_records
+from ..tasks_data import DataError, find_records
 
 _PROBLEM = ("problem", "Problem", "question", "Question")
 _ANSWER = ("answer", "Answer", "final_answer", "solution")

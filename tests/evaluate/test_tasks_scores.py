@@ -1,0 +1,168 @@
+"""What answers are worth, how sure that is, and the record that keeps them."""
+
+import json
+import random
+
+import pytest
+
+from lycheedecode.evaluate.tasks import intervals, mathematics, metrics
+from lycheedecode.evaluate.tasks.record import Record, RecordError, record_path
+from lycheedecode.integrations.lm_eval import Answer
+
+# ---------------------------------------------------------------------- RULER and LongBench
+
+
+def test_ruler_counts_what_an_answer_contains():
+    doc = {"answers": ["123", "ABC"], "match": "all"}
+    assert metrics.ruler(doc, ["abc and 12"]) == {"recall": 0.5}
+    assert metrics.ruler({**doc, "match": "any"}, ["abc and 12"]) == {"recall": 1.0}
+    assert metrics.ruler({**doc, "match": "any"}, ["nothing"]) == {"recall": 0.0}
+
+
+def test_longest_common_subsequence_is_that_of_the_table():
+    def by_table(one, two):
+        row = [0] * (len(two) + 1)
+        for item in one:
+            before, row = row, [0]
+            for j, other in enumerate(two):
+                row.append(before[j] + 1 if item == other else max(before[j + 1], row[j]))
+        return row[-1]
+
+    rng = random.Random(0)
+    for _ in range(50):
+        one, two = (rng.choices("abcd", k=rng.randrange(0, 90)) for _ in range(2))
+        assert metrics.longest_common(one, two) == by_table(one, two)
+
+
+def test_longbench_scores():
+    assert metrics.f1("The Queen, a river", "queen river") == 1.0
+    assert metrics.f1("queen of rivers", "queen river") == pytest.approx(2 / 5)
+    assert metrics.rouge_l("a b c d", "a x c") == pytest.approx(4 / 7)
+    assert metrics.edit_similarity("\n# note\nreturn x\nmore", "return x") == 1.0
+    assert metrics.edit_similarity("", "return x") == 0.0
+    classes = ["a river", "a castle", "a castle wall"]
+    assert metrics.classified("a river", "a river", classes) == 1.0
+    assert metrics.classified("a river or a castle", "a river", classes) == 0.5
+    assert metrics.classified("a castle wall", "a castle wall", classes) == 1.0
+    assert metrics.number("Paragraph 3, perhaps 4", "Paragraph 3") == 0.5
+    assert metrics.number("none", "3") == 0.0
+    assert set(metrics.LONGBENCH) >= metrics.PLAIN
+    doc = {"answers": ["x", "a river"], "all_classes": classes}
+    assert metrics.longbench("trec")(doc, ["a river\na castle"]) == {"classified": 1.0}
+    assert metrics.longbench("hotpotqa")(doc, ["river"]) == {"f1": 1.0}
+
+
+# ---------------------------------------------------------------------- mathematics
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"First \boxed{3}, at last \boxed{\frac{1}{2}}.", "0.5"),
+        (r"\boxed{025}", "25"),
+        ("The result is 1,234.", "1234"),
+        (r"\boxed{1{,}000}", "1000"),
+        (r"\boxed{2\sqrt{3}}", r"\sqrt{12}"),
+        (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\dfrac{\pi}{4}}", r"\frac{\pi}{4}"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{3 \text{ and } -2}", "-2, 3"),
+        (r"\boxed{\text{Yes}}", "yes"),
+        (r"\boxed{\left(1, 2\right)}", "(1,2)"),
+        (r"\boxed{2^{10}}", "1024"),
+        (r"\boxed{45^\circ}", "45"),
+        (r"\boxed{10\text{ cm}}", "10"),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"\boxed{n + 1}", "n+1"),
+    ],
+)
+def test_answers_that_are_the_same(solution, answer):
+    assert mathematics.is_right(mathematics.final_answer(solution), {"answer": answer})
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("0.333", r"\frac13"),
+        (r"\frac{n}{2}", r"\frac{n}{3}"),
+        ("1,2", "1,2,3"),
+        ("1, 1", "1, 2"),
+        ("9^{9^{9}}", "1"),
+        ("", ""),
+        ("((", "1"),
+        ("1/0", "0"),
+        (r"\sqrt{-1}", "1"),
+        ("__import__('os')", "1"),
+    ],
+)
+def test_answers_that_differ(given, answer):
+    assert not mathematics.is_right(given, {"answer": answer})
+
+
+def test_a_tolerance_holds_for_numbers():
+    assert mathematics.is_right("3.1", {"answer": "3.14", "tolerance": 0.1})
+    assert not mathematics.is_right("3.0", {"answer": "3.14", "tolerance": 0.1})
+
+
+def test_several_solutions_of_a_problem():
+    doc = {"answer": "7"}
+    solutions = [r"\boxed{7}", r"\boxed{8}", "no answer", r"\boxed{7.0}"]
+    assert mathematics.process_results(doc, [solutions]) == {"accuracy": 0.5, "majority": 1.0}
+    assert mathematics.process_results(doc, [["nothing"]]) == {"accuracy": 0.0, "majority": 0.0}
+    assert mathematics.final_answer(r"\boxed{1") == "1"
+
+
+# ---------------------------------------------------------------------- intervals
+
+
+def test_intervals():
+    low, high = intervals.wilson(0.5, 100)
+    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # as in textbooks
+    assert intervals.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert intervals.score([1, 0, 1, 1]) == (0.75, *intervals.wilson(0.75, 4))
+    value, low, high = intervals.score([0.2, 0.4, 0.9, 0.5] * 20)
+    assert low < value < high
+    assert (low, high) == pytest.approx((0.45, 0.55), abs=0.02)  # standard error 0.029
+    assert intervals.score([0.2, 0.4, 0.9]) == intervals.score([0.2, 0.4, 0.9])
+    assert intervals.score([1.0]) == (1.0, None, None)
+    assert intervals.difference([1, 0, 1], [1, 0, 1]) == (0.0, 0.0, 0.0)
+
+
+# ---------------------------------------------------------------------- the record
+
+
+def test_a_record_survives(tmp_path):
+    path, key = tmp_path / "folder" / "items.jsonl", ("full", "abc")
+    with Record(path, {"model": "m", "policy": {"full": 1}}) as record:
+        record[key] = Answer(12, text="yes", tokens=3)
+        record.note(key, task="vt", score=0.5)
+        assert len(path.read_text().splitlines()) == 3
+    assert len(path.read_text().splitlines()) == 2
+    path.write_text(path.read_text() + '{"policy": "full", "requ')  # interrupted while writing
+    with Record(path, {"model": "m", "policy": {"hybrid": 2}}, resume=True) as record:
+        assert record[key] == Answer(12, text="yes", tokens=3)
+        assert list(record) == [key]
+        record["hybrid", "abc"] = Answer(12, skipped="too long")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {"settings": {"model": "m", "policy": {"full": 1, "hybrid": 2}}}
+    assert lines[1]["score"] == 0.5
+    assert lines[2]["skipped"] == "too long"
+    with Record(path, {}) as record:
+        assert not record
+
+
+def test_what_cannot_be_resumed_is_said(tmp_path):
+    path = tmp_path / "items.jsonl"
+    with pytest.raises(RecordError, match="needs the --json file"):
+        Record(path, {}, resume=True)
+    with pytest.raises(RecordError, match="needs the --json file"):
+        Record(None, {}, resume=True)
+    Record(path, {"model": "m", "policy": {"full": 1}}).close()
+    with pytest.raises(RecordError, match="made with another model"):
+        Record(path, {"model": "n"}, resume=True)
+    with pytest.raises(RecordError, match="made with another policy"):
+        Record(path, {"model": "m", "policy": {"full": 2}}, resume=True)
+    path.write_text("{}\n")
+    with pytest.raises(RecordError, match="not a record"):
+        Record(path, {}, resume=True)
+    assert record_path(path.with_name("a.b.json")).name == "a.b.items.jsonl"
