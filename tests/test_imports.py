@@ -12,7 +12,7 @@ import lycheedecode
 
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
-    {"config", "environment"},
+    {"config", "environment", "report"},
     {"plan"},
     {"ops"},
     {"attention", "linear", "sampling", "views"},

@@ -1,0 +1,87 @@
+"""Where something else is better than hybrid decoding: said first, and computed from the result files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .tables import shown
+
+PEERS = ("paper", "kascade", "tidaldecode", "quest", "duo", "streaming", "same-index", "random")
+"""Policies that hybrid must beat; the oracle `own-topk` reads all keys with every head."""
+
+
+def sentences(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Sentences about every result file that compares."""
+    said = [sentence for name, report in reports.items() for sentence in _lost(name, report)]
+    yield "**Where something else is better.**" if said else "There is nothing to compare yet."
+    yield from said
+
+
+def _lost(name: str, report: Mapping[str, Any]) -> Iterator[str]:
+    result = report.get("result") or {}
+    if "variants" in report:
+        yield _lost_ways(name, report["variants"])
+    elif any("kl_mean" in score for scores in result.get("cells", {}).values() for score in scores.values()):
+        yield _lost_cells(name, result["cells"])
+    slow = [row for row in result.get("rows", ()) if row.get("speedup") is not None]
+    if slow:
+        slower = [row for row in slow if row["speedup"] < 1]
+        rows = "; ".join(f"{_subject(row)} {row['speedup']:.2f}x" for row in slower)
+        yield f"{name}: {_of(len(slower), len(slow))} rows are slower than what they are compared with" + (
+            f" ({rows})." if rows else "."
+        )
+
+
+def _lost_ways(name: str, variants: Mapping[str, Mapping[str, Any]], ours: str = "sensitivity") -> str:
+    """Other ways to identify as many heads that led to a plan with a lower KL, on average or on one kind of prompt."""
+    own = variants.get(ours)
+    others = {way: found for way, found in variants.items() if own and way != ours}
+    others = {way: found for way, found in others.items() if found["retrieval_heads"] == own["retrieval_heads"]}
+    if not others:
+        return f"{name}: nothing to compare with {ours}."
+    better = [way for way, found in others.items() if found["kl_mean"] <= own["kl_mean"]]
+    kinds = [kind for kind in own["kl"] if any(found["kl"][kind] <= own["kl"][kind] for found in others.values())]
+    ahead = f" ({'; '.join(better)})" if better else ""
+    return (
+        f"{name}: {_of(len(better), len(others))} other ways have a mean KL as low as {ours}{ahead}; on "
+        f"{_of(len(kinds), len(own['kl']))} kinds of prompts some other way does."
+    )
+
+
+def _lost_cells(name: str, cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Peers that were at least as close to full attention as hybrid and read no more, wherever both were measured."""
+    compared, lost = 0, []
+    for kind, scores in cells.items():
+        rows = [score for score in scores.values() if "kl_mean" in score]
+        for own in (row for row in rows if row.get("policy") == "hybrid"):
+            for peer in PEERS:
+                theirs = [row for row in rows if row.get("policy") == peer and _reads_no_more(row, own)]
+                compared += bool(theirs)
+                best = min(theirs, key=lambda row: row["kl_mean"], default=None)
+                if best is not None and best["kl_mean"] <= own["kl_mean"]:
+                    lost.append(f"{peer} on {kind}, {_point(best)}, hybrid {_point(own)}")
+    if not compared:
+        return f"{name}: no policy reads as little as hybrid."
+    listed = f": {'; '.join(lost)}." if lost else "."
+    return (
+        f"{name}: a policy that reads no more KV bytes than hybrid is at least as close to full attention in "
+        f"{_of(len(lost), compared)} comparisons{listed}"
+    )
+
+
+def _point(score: Mapping[str, Any]) -> str:
+    return f"KL {score['kl_mean']:.4g} at {shown(score['kv_bytes_per_token'], 'bytes')} a token"
+
+
+def _reads_no_more(row: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    return row["kv_bytes_per_token"] <= own["kv_bytes_per_token"]
+
+
+def _of(number: int, total: int) -> str:
+    return f"{number or 'none'} of {total}"
+
+
+def _subject(row: Mapping[str, Any]) -> str:
+    named = [str(row[key]) for key in ("op", "form", "way") if isinstance(row.get(key), str)][:1]
+    return ", ".join(named + [f"{key} {row[key]}" for key in ("batch", "context") if key in row])

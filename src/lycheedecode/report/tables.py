@@ -1,0 +1,91 @@
+"""Numbers of result files as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+
+def machine_line(environment: Mapping[str, Any]) -> Iterator[str]:
+    """One line: machine, versions, commit, date."""
+    machine, versions = environment.get("machine") or {}, environment.get("versions") or {}
+    gpus = machine.get("gpus") or []
+    device = (
+        f"{len(gpus)} x {gpus[0]}" if gpus else f"{machine.get('cpu', 'unknown CPU')}, {machine.get('cores')} cores"
+    )
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "vllm") if name in versions)
+    parts = [device, packages, f"commit {str(environment.get('commit'))[:10]}", str(environment.get("date", ""))[:10]]
+    yield "; ".join(part for part in parts if part)
+
+
+def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a command's result."""
+    if "cells" in result:
+        for cell, scores in result["cells"].items():
+            yield from (f"**{cell}**", "")
+            yield from _table([{"": name, **_flat(score)} for name, score in scores.items()])
+            yield ""
+            yield from _along(scores)
+    elif "rows" in result:
+        yield from _table(result["rows"])
+    plain = {name: value for name, value in result.items() if isinstance(value, (int, float, str)) and value != ""}
+    if plain:
+        yield from ("", *(f"- {_words(name)}: {shown(value, name)}" for name, value in plain.items()))
+
+
+def _flat(score: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a score what fits a row: the name says which policy it is."""
+    return {name: value for name, value in score.items() if name not in ("policy", "by_position")}
+
+
+def _along(scores: Mapping[str, Mapping[str, Any]], long: int = 64) -> Iterator[str]:
+    """Mean KL by position, of answers with at least `long` tokens."""
+    rows = []
+    for label, score in scores.items():
+        buckets = score.get("by_position") or ()
+        if buckets and buckets[-1]["last"] >= long:
+            spans = {f"{bucket['first']} to {bucket['last']}": bucket["kl_mean"] for bucket in buckets}
+            rows.append({"mean KL after tokens": label, **spans})
+    if rows:
+        yield from _table(rows)
+        yield ""
+
+
+def variant_lines(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of a comparison of ways to identify."""
+    ranked = sorted(variants.items(), key=lambda item: item[1]["kl_mean"])
+    yield from _table(
+        [
+            {"": name, "retrieval heads": found["retrieval_heads"], "kl_mean": found["kl_mean"], **found["kl"]}
+            for name, found in ranked
+        ]
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    yield _row(_words(name) for name in names)
+    yield _row("---" if any(isinstance(row.get(name), str) for row in rows) else "---:" for name in names)
+    for row in rows:
+        yield _row(shown(row.get(name), name) for name in names)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def shown(value: Any, name: str) -> str:
+    """A number as its name asks for."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if "bytes" in name:
+        return f"{value / 1e6:.2f} MB"
+    if name in ("top1_agreement", "same_answer", "exact_match", "share") or name.endswith("_share"):
+        return f"{value:.1%}"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
