@@ -156,6 +156,22 @@ def test_replays_are_eager_steps(family, hybrid, execution, dtype):
         assert (actual - expected).abs().mean() < 0.05 * expected.std()
 
 
+@needs_gpu
+@pytest.mark.skipif(
+    not ops.has_float8(torch.device("cuda" if torch.cuda.is_available() else "cpu")), reason="No 8 bits."
+)
+@pytest.mark.parametrize("changes", [{}, {"refresh_every": 2}, {"correction_every": 4}], ids=str)
+def test_replays_of_8_bit_scans_are_eager_steps(changes):
+    model = tiny.model("llama", **WIDE).cuda()
+    rows, answers = tiny.prompts(ROOM - 3, 37), tiny.prompts(8, 8)
+    config = HybridConfig(**{**CONFIG.to_dict(), "budget_tokens": 32, "scan_keys": "float8", **changes})
+    options = {"plan": tiny.plan(), "config": config}
+    expected, slow = gpu_scores(model, rows, answers, execution="eager", **options)
+    actual, fast = gpu_scores(model, rows, answers, execution="graph", **options)
+    torch.testing.assert_close(actual, expected, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(fast.kv_bytes, slow.kv_bytes)
+
+
 def gpu_scores(model, rows, answers, **options):
     engine = Engine(model, **options)
     context = engine.prefill(rows)
