@@ -191,10 +191,10 @@ class LycheeLM(TemplateLM):
         self, keys: list[str], prompts: list[list[int]], sampling: Sampling, most: int, stop: list[str]
     ) -> None:
         sampling = replace(sampling, seed=int(hashlib.sha256(f"{self._seed}{keys[0]}".encode()).hexdigest()[:12], 16))
-        context = self.engine.prefill(prompts, room=most)
+        context = self.engine.prefill(self._filled_up(prompts), room=most)
         for name in self._engines_without(keys):
             results = self.engines[name].generate(context, most, sampling=sampling, stop=stop)
-            for key, result in zip(keys, results, strict=True):
+            for key, result in zip(keys, results, strict=False):
                 self.answers[name, key] = Answer(
                     prompt_tokens=result.prompt_tokens,
                     text=result.text,
@@ -203,6 +203,11 @@ class LycheeLM(TemplateLM):
                     finish_reason=result.finish_reason,
                 )
             self._advance(len(keys))
+
+    def _filled_up(self, prompts: list[list[int]]) -> list[list[int]]:
+        """A batch of the usual size where steps are compiled: compiling one for the last prompts would take longer."""
+        compiled = any(engine.way == "compiled" for engine in self.engines.values())
+        return prompts + [prompts[-1]] * (self.batch_size - len(prompts)) if compiled else prompts
 
     def _generation(self, said: dict[str, Any]) -> tuple[Sampling, int, list[str]]:
         """Sampling, most new tokens and stop strings of a request."""

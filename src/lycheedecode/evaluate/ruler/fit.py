@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _SLACK = 2
-"""Tokens that may stay unused before another size is tried."""
+"""Tokens that may stay unused before another size is tried, and a thousandth of long items."""
 _TRIES = 12
 
 
@@ -45,7 +45,9 @@ class Fitter:
         self._size: int | None = None
 
     def longest(self, build: Callable[[int], Item]) -> Item:
-        """The largest `build(size)` within the limit, up to a unit of its haystack; sizes are counted in such units.
+        """The largest `build(size)` within the limit, up to a unit of its haystack or a thousandth of the limit.
+
+        Sizes are counted in units of the haystack.
 
         `build` may stop growing when it runs out of text.
         """
@@ -54,7 +56,8 @@ class Fitter:
         if tokens > self._limit:
             raise TaskLengthError(f"{self._what} has no room: the question alone takes {tokens} of {self._limit}.")
         high: int | None = None
-        size = self._size or max((self._limit - base) // 2, 1)
+        slack = max(self._limit // 1000, _SLACK)
+        size, before = self._size or max((self._limit - base) // 2, 1), (0, base)
         for _ in range(_TRIES):
             item = build(size)
             found = self._count(item)
@@ -65,10 +68,12 @@ class Fitter:
                 low, best, tokens = size, item, found
                 if exhausted:
                     break
-            if self._limit - tokens <= _SLACK or high == low + 1:
+            if self._limit - tokens <= slack or high == low + 1:
                 break
-            per_unit = (found - base) / size or 1.0
-            size = size + int((self._limit - found) / per_unit)
+            # Along the line through the last two sizes, to half the slack: how many tokens a word has varies.
+            per_unit = (found - before[1]) / (size - before[0]) or 1.0
+            before = size, found
+            size += round((self._limit - slack / 2 - found) / per_unit)
             size = max(size, low + 1) if high is None else min(max(size, low + 1), high - 1)
         self._size = max(low, 1)
         return best
