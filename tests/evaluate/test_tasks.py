@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from lycheedecode import Engine, HybridConfig
 from lycheedecode.cli import app
-from lycheedecode.evaluate.tasks import TaskOptions, averages, catalogue, evaluate_tasks
+from lycheedecode.evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
+from lycheedecode.evaluate.tasks.summary import averages
 from lycheedecode.integrations.lm_eval import LycheeLM
 
 SHAPE = ("--block-size", "16", "--sink-tokens", "4", "--recent-tokens", "8")
@@ -61,6 +62,10 @@ def records(path):
     return lines
 
 
+def test_help():
+    assert "--policies" in run("evaluate", "tasks", "--help").stdout
+
+
 # ---------------------------------------------------------------------- scores
 
 
@@ -69,7 +74,7 @@ def test_a_budget_that_covers_the_context_scores_what_full_attention_does(base, 
     command = [*base, "--tasks", "niah_single_1,vt", "--lengths", "1280,1024", "--budgets", "2048,64", *SHAPE, "--json"]
     printed = run(*command, str(out)).stdout
     report = json.loads(out.read_text())
-    cells = report["result"]["cells"]
+    cells = report["result"]["tasks"]
     assert [(cell["task"], cell["length"]) for cell in cells] == [
         ("niah_single_1", 1280), ("vt", 1280), ("niah_single_1", 1024), ("vt", 1024)
     ]  # fmt: skip
@@ -95,6 +100,14 @@ def test_a_budget_that_covers_the_context_scores_what_full_attention_does(base, 
         "ruler, 1280 tokens, 2 of 13 tasks",
         "ruler, 1024 tokens, 2 of 13 tasks",
     }
+    rows = report["result"]["rows"]
+    assert len(rows) == 4 * 3
+    assert (
+        rows[1] | {"task": "niah_single_1", "length": 1280, "policy": "hybrid, 2048 tokens", "metric": "recall"}
+        == rows[1]
+    )
+    assert rows[1]["difference_value"] == 0
+    assert "difference_value" not in rows[0]
     assert "vt, 1024 tokens" in printed
     assert "mean of ruler, 1280 tokens" in printed
 
@@ -146,7 +159,7 @@ def test_sets_from_a_folder(base, data_folder, tmp_path):
         "--json",
         str(out),
     )
-    cells = {cell["task"]: cell["scores"]["hybrid"] for cell in json.loads(out.read_text())["result"]["cells"]}
+    cells = {cell["task"]: cell["scores"]["hybrid"] for cell in json.loads(out.read_text())["result"]["tasks"]}
     assert {name: list(entry["metrics"]) for name, entry in cells.items()} == {
         "qa_1": ["recall"],
         "qa_2": ["recall"],
@@ -194,7 +207,7 @@ def test_chat_templates_where_a_task_is_made_for_it(engines, data_folder, monkey
 def test_a_context_beyond_the_positions_is_skipped_with_a_reason(base, tmp_path):
     out = tmp_path / "result.json"
     done = run(*base, "--tasks", "niah_single_1", "--lengths", "1024,2048", "--json", str(out))
-    cells = json.loads(out.read_text())["result"]["cells"]
+    cells = json.loads(out.read_text())["result"]["tasks"]
     assert cells[1]["skipped"] == "2048 tokens are more than the model's 1536 positions"
     assert "scores" not in cells[1]
     assert "2048 tokens: skipped" in done.stderr

@@ -14,7 +14,8 @@ from .. import policies as all_policies
 from ..config import HybridConfig
 from ..decoder import Execution
 from ..engine import Engine
-from ..evaluate.tasks import TaskOptions, averages, catalogue, evaluate_tasks
+from ..evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
+from ..evaluate.tasks.summary import averages, rows
 from ..evaluate.variants import Variant, variants
 from ..identify.text import load_text
 from ..models import DEFAULT_MODEL, ModelShape, load_model
@@ -112,10 +113,10 @@ def tasks(
         with Steps() as steps:
             cells = evaluate_tasks(
                 engines, names, options, answers=record, report=steps.show,
-                on_cell=lambda cells: write_json(json_file, "evaluate tasks", settings, {"cells": cells}),
+                on_cell=lambda cells: write_json(json_file, "evaluate tasks", settings, {"tasks": cells}),
             )  # fmt: skip
     means = averages(cells)
-    write_json(json_file, "evaluate tasks", settings, {"cells": cells, "averages": means})
+    write_json(json_file, "evaluate tasks", settings, {"rows": rows(cells), "averages": means, "tasks": cells})
     _show(cells, means)
 
 
@@ -152,14 +153,14 @@ def _show(cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, f
         if "skipped" in cell:
             errors.print(f"{title}: skipped, {cell['skipped']}.", style="dim")
             continue
-        rows = []
+        lines = []
         for policy, entry in cell["scores"].items():
             if entry["skipped"]:
                 reason = entry["skipped"][0]["reason"]
                 errors.print(f"{title}, {policy}: {len(entry['skipped'])} items skipped, as {reason}.", style="dim")
             for metric, found in entry["metrics"].items():
-                rows.append((policy, metric, *_row(entry, found)))
-        _table(title, ("policy", "metric", "score", "95%", "items", "tokens", "KV per token"), rows)
+                lines.append((policy, metric, *_row(entry, found)))
+        _table(title, ("policy", "metric", "score", "95%", "items", "tokens", "KV per token"), lines)
     for group, values in means.items():
         _table(f"mean of {group}", ("policy", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
 
@@ -171,7 +172,7 @@ def _row(entry: Mapping[str, Any], found: Mapping[str, float | None]) -> tuple[s
     return f"{found['value']:.3f}", span, str(entry["items"]), tokens, "" if read is None else megabytes(read)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -180,6 +181,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         table.add_column(
             "" if i == 0 else name, justify="left" if i == 0 or name == "metric" else "right", no_wrap=True
         )
-    for row in rows:
-        table.add_row(*row)
+    for line in lines:
+        table.add_row(*line)
     Console(highlight=False).print(table)

@@ -122,32 +122,6 @@ def evaluate_tasks(
     return cells
 
 
-def averages(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean of the first metric over RULER of each length and over LongBench: `{what: {engine: mean}}`.
-
-    Only of several tasks; one without a score is left out for all engines. Of a part of the tasks, the name says so.
-    """
-    found: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        scores = cell.get("scores", {})
-        if scores and all(one["metrics"] for one in scores.values()):
-            for family, members in catalogue.FAMILIES.items():
-                if cell["task"] in members:
-                    found.setdefault((family, cell["length"]), []).append(scores)
-    means = {}
-    for (family, length), members in found.items():
-        every = len(catalogue.FAMILIES[family])
-        name = family if length is None else f"{family}, {length} tokens"
-        name += f", {len(members)} of {every} tasks" if len(members) < every else ""
-        if len(members) > 1:
-            means[name] = {engine: fmean(_first(scores[engine]) for scores in members) for engine in members[0]}
-    return means
-
-
-def _first(entry: Mapping[str, Any]) -> float:
-    return next(iter(entry["metrics"].values()))["value"]
-
-
 def _cells(tasks: Sequence[str], lengths: Sequence[int]) -> list[_Cell]:
     generated = [name for name in tasks if catalogue.is_generated(name)]
     return [_Cell(name, length) for length in lengths for name in generated] + [
