@@ -73,7 +73,7 @@ class Comparison:
         shape = ModelShape.of(model)
         self.layers, self.width = shape.num_layers, shape.num_kv_heads
         self.reach = Reach(self.layers, self.width)
-        lessons = _lessons(model, tokenizer, held_out)
+        lessons = held_out_lessons(model, tokenizer, held_out)
         scores = get_args(BlockScore)
         self.judges = {s: Judge(model, lessons, replace(base.config, block_score=s), self.reach) for s in scores}
         self.results: dict[str, Any] = {}
@@ -195,7 +195,8 @@ def _random_roles(reach: Reach, number: int, seed: int) -> list[tuple[int, int]]
     return always + random.Random(seed).sample(others, number - len(always))
 
 
-def _lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Lesson]:
+def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Lesson]:
+    """The prompts that plans are judged on, prefilled."""
     makers, rng = makers_for(tokenizer, held_out.cells, "evaluate"), random.Random("evaluate/held-out")
     return [prepare(model, cell.make(makers, held_out.prompts, rng)) for cell in held_out.cells]
 
