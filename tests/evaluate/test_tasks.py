@@ -1,6 +1,7 @@
 """evaluate tasks, from the command line to the record, through the real harness."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -142,6 +143,18 @@ def test_a_right_answer_scores(engines, monkeypatch):
         assert cell["task"] != "niah_single_2" or full["metrics"]["recall"]["low"] == pytest.approx(0.6756, abs=1e-3)
 
 
+def test_policies_with_equal_bytes(base, tmp_path):
+    out = tmp_path / "result.json"
+    policies = ["--policy", "hybrid,streaming,kascade,paper", "--budget-tokens", "64", "--match-bytes", "900", *SHAPE]
+    run(*base, "--tasks", "niah_single_2", "--lengths", "1024", *policies, "--json", str(out))
+    result = json.loads(out.read_text())["result"]
+    read = {row["policy"]: row["kv_bytes_per_token"] for row in result["rows"]}
+    assert read["streaming"] == pytest.approx(read["hybrid"], rel=0.1)
+    assert read["streaming"] < read["full"]
+    assert set(read) | set(result["left_out"]) == {"full", "hybrid", "streaming", "kascade", "paper"}
+    assert "paper" in result["left_out"]
+
+
 def test_sets_from_a_folder(base, data_folder, tmp_path):
     out = tmp_path / "result.json"
     names = "longbench_hotpotqa,longbench_trec,longbench_lcc,aime24,olympiadbench,qa_1,qa_2"
@@ -267,7 +280,17 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- refusals
 
 
-def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub):
+@pytest.fixture
+def small_harness(monkeypatch):
+    """One folder of the harness's tasks: reading all of them takes seconds."""
+    from lm_eval import tasks
+
+    folder = Path(tasks.__file__).parent / "hellaswag"
+    manager = tasks.TaskManager(include_path=folder, include_defaults=False)
+    monkeypatch.setattr(catalogue, "_harness_tasks", lambda: manager)
+
+
+def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_harness):
     assert "did you mean niah_single_1" in refusal(*base, "--tasks", "niah_singel_1")
     assert "There is no policy 'hybrit': did you mean hybrid" in refusal(*base, "--policy", "hybrit")
     assert "put squad.json into a folder and name it with --data" in refusal(*base, "--tasks", "ruler")
@@ -277,10 +300,29 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub):
     assert "There is no text file" in refusal(*base, "--tasks", "vt", "--text", "nothing.txt")
     assert "--lengths must be whole numbers" in refusal(*base, "--lengths", "4k")
     assert "limit must be at least 1" in refusal(*base, "--limit", "0")
+    assert "--match-bytes needs a number" in refusal(*base, "--match-bytes", "0")
     assert "not both" in refusal(*base, "--budgets", "64,128", "--budget-tokens", "64")
     assert "--resume needs the --json file" in refusal(*base, "--tasks", "vt", "--resume")
     assert "vt with 600 tokens has no room" in refusal(*base, "--tasks", "vt", "--lengths", "600")
-    assert "cannot be loaded" in refusal(*base, "--tasks", "hellaswag")
+    assert "did you mean hellaswag" in refusal(*base, "--tasks", "helaswag")
+    assert "The task 'hellaswag' of the harness cannot be loaded" in refusal(*base, "--tasks", "hellaswag")
+
+
+def test_likelihoods_of_a_task_of_the_harness(engines, small_harness, monkeypatch):
+    from datasets import Dataset
+
+    row = {"ctx_b": "then", "activity_label": "Walking", "endings": list("abcd")}
+    rows = [{**row, "ctx_a": f"A {who} goes", "label": str(i)} for i, who in enumerate(("man", "dog"))]
+    data = {split: Dataset.from_list(rows) for split in ("train", "validation")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    told = []
+    report = lambda *numbers: told.append(numbers)  # noqa: E731
+    [cell] = evaluate_tasks(engines, ["hellaswag"], TaskOptions(batch_size=2), report=report)
+    full, hybrid = cell["scores"].values()
+    assert set(full["metrics"]) == {"acc", "acc_norm"}
+    assert full["metrics"] == hybrid["metrics"]  # so short a context lies within the budget
+    assert full["items"] == 2
+    assert told[-1] == ("hellaswag", 16, 16)
 
 
 def test_groups():

@@ -13,12 +13,12 @@ import typer
 from .. import policies as all_policies
 from ..config import HybridConfig
 from ..decoder import Execution
-from ..engine import Engine
 from ..evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
+from ..evaluate.tasks.engines import make_engines
 from ..evaluate.tasks.summary import averages, rows
 from ..evaluate.variants import Variant, variants
 from ..identify.text import load_text
-from ..models import DEFAULT_MODEL, ModelShape, load_model
+from ..models import DEFAULT_MODEL, load_model
 from ..plan import bundled_plans
 from .options import Device, DeviceMap, Dtype, Json, Model, Plan, Revision, Verbose, load_plan, megabytes, takes_form
 from .report import Steps, check_writable, errors, progress, quiet, write_json
@@ -45,6 +45,12 @@ def tasks(
         ),
     ] = "hybrid",
     budgets: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Several budgets, as 128,256,512.")] = None,
+    match_bytes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS", help="Give every policy the budget at which it reads what hybrid reads of so many tokens."
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(metavar="NUMBERS", help="Tokens of RULER's items, as 2048,4096.")] = "4096",
     limit: Annotated[
         int | None, typer.Option(help="Items of each task. \\[default: 100 of RULER's, all of a data set]")
@@ -83,7 +89,7 @@ def tasks(
         lengths=_numbers("--lengths", lengths), limit=limit, samples=samples, text=text, data=data, seed=seed,
         chat=chat, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
     )  # fmt: skip
-    compared = _variants(policy, budgets, form, plan, model)
+    compared = _variants(policy, budgets, form, plan, model, match_bytes)
     if data is not None and not data.is_dir():
         raise ValueError(f"There is no folder {str(data)!r}.")
     load_text(text)
@@ -94,7 +100,7 @@ def tasks(
 
     kept = {
         "model": model, "revision": revision, "dtype": dtype, "plan": plan or model, "seed": seed, "chat": chat,
-        "max_new_tokens": max_new_tokens, "temperature": temperature,
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "match_bytes": match_bytes,
         "policy": {variant.label: _identity(variant) for variant in compared},
     }  # fmt: skip
     settings = {
@@ -104,23 +110,28 @@ def tasks(
     with Record(None if json_file is None else record_path(json_file), kept, resume) as record, quiet(verbose):
         with progress(f"Loading {model}"):
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
-        shape, engines = ModelShape.of(network), {}
-        for variant in compared:
-            made = variant.make(shape)
-            engines[variant.label] = Engine(
-                network, tokenizer, attention=made.attention, config=made.config, execution=execution
-            )
+        with progress("Preparing policies"):
+            engines, left_out = make_engines(network, tokenizer, compared, execution, match_bytes or 0)
+        for label, reason in left_out.items():
+            errors.print(f"{label} is left out. {reason}", style="dim")
         with Steps() as steps:
             cells = evaluate_tasks(
                 engines, names, options, answers=record, report=steps.show,
                 on_cell=lambda cells: write_json(json_file, "evaluate tasks", settings, {"tasks": cells}),
             )  # fmt: skip
     means = averages(cells)
-    write_json(json_file, "evaluate tasks", settings, {"rows": rows(cells), "averages": means, "tasks": cells})
+    write_json(
+        json_file,
+        "evaluate tasks",
+        settings,
+        {"rows": rows(cells), "averages": means, "left_out": left_out, "tasks": cells},
+    )
     _show(cells, means)
 
 
-def _variants(policy: str, budgets: str | None, form: dict[str, Any], plan: str | None, model: str) -> list[Variant]:
+def _variants(
+    policy: str, budgets: str | None, form: dict[str, Any], plan: str | None, model: str, match_bytes: int | None
+) -> list[Variant]:
     names = [name.strip() for name in policy.split(",")]
     for name in names:
         all_policies.check_name(name)
@@ -128,9 +139,11 @@ def _variants(policy: str, budgets: str | None, form: dict[str, Any], plan: str 
     if several and "budget_tokens" in form:
         raise ValueError("Give --budget-tokens or several --budgets, not both.")
     config = HybridConfig(**({"budget_tokens": several[0]} if several else {}) | form)
-    needed = any(map(all_policies.needs_plan, names))
+    if match_bytes is not None and (match_bytes < 1 or config.selection not in ("top_k", "ratio")):
+        raise ValueError("--match-bytes needs a number of tokens, and a selection of top_k or ratio.")
+    needed = match_bytes is not None or any(map(all_policies.needs_plan, names))
     plans = {plan or model: load_plan(plan, model)} if needed or plan or model in bundled_plans() else {}
-    return variants(names, plans, config, several)
+    return variants(names, plans, config, several, match_bytes=match_bytes is not None)
 
 
 def _identity(variant: Variant) -> dict[str, Any]:
