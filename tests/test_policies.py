@@ -197,7 +197,7 @@ def naive_blocks(query, keys, config):
     bounds = []
     for block in keys.split(size):
         low, high = block.amin(0), block.amax(0)
-        bounds.append(float(torch.maximum(query * low, query * high).sum()))
+        bounds.append(float(torch.maximum(query * low, query * high).sum(-1).max()))
     must = {
         b for b in range(len(bounds)) if b * size < config.sink_tokens or (b + 1) * size > length - config.recent_tokens
     }

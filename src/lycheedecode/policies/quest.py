@@ -2,7 +2,7 @@
 
     bounds    of every block and dimension: the least and the largest of its keys; kept, and extended as tokens come
     score     sum over dimensions of the larger of q * least and q * largest: no key of the block has a larger logit
-    select    the best blocks of the budget, by the bounds of a group's query heads added up
+    select    the best blocks of the budget, by the largest bound among a group's query heads
 
 Two vectors a block are read instead of all its keys. The first two layers stay dense. Plain PyTorch.
 """
@@ -117,7 +117,7 @@ class QuestAttention:
 
 
 def score_by_bounds(query: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The bound of every block's logits, added up over a group.
+    """The bound of every block's logits, the largest of a group's query heads.
 
     Args:
         query: `[B, Hq, D]`, scaled.
@@ -128,5 +128,5 @@ def score_by_bounds(query: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """
     grouped = by_kv_head(query, KV(low, high)).float()  # [B, Hkv, G, D]
     bound = grouped.clamp(min=0) @ high.float().mT + grouped.clamp(max=0) @ low.float().mT
-    bound = bound.sum(2).transpose(0, 1)
+    bound = bound.amax(2).transpose(0, 1)
     return bound - bound.amin(-1, keepdim=True)
