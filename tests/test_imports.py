@@ -24,7 +24,7 @@ LEVELS = [
     {"identify", "integrations"},
     {"evaluate", "bench"},
     {"cli"},
-    {"demo"},
+    {"__main__", "demo"},
 ]
 """Modules and packages from the bottom up; each may import what lies on lower levels."""
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Makes the result files of docs/results anew: docs/measure.sh FOLDER STAGE...
+# Stages up to `serving` want one H200 to themselves; `cpu` wants a quiet machine. Each says how long it took.
+set -euo pipefail
+out=$1
+shift
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+mkdir -p "$out"
+
+python() { command "${PYTHON:-python3}" "$@"; }
+lychee() { python -m lycheedecode "$@"; }
+bench() { python -m "lycheedecode.bench.$1" "${@:2}"; }
+
+# What the plan that ships is judged on: budget 512, blocks of 16.
+form=(--budget-tokens 512 --block-size 16)
+fidelity=(evaluate fidelity --dtype float32 "${form[@]}")
+
+stage_tests() { # kernels and compiled steps against the reference, and no stray access
+  python -m pytest -q tests/ops tests/test_decoder.py tests/test_dense.py tests/test_linear.py \
+    tests/test_linear_triton.py tests/test_policies.py tests/test_scan_copy.py tests/bench
+  compute-sanitizer --tool memcheck --error-exitcode 1 "${PYTHON:-python3}" -m lycheedecode.bench.ops --smoke
+}
+
+stage_ops() {
+  bench ops --batches 1 8 --contexts 32768 131072 --blocks 16 32 64 --json "$out/h200-ops.json"
+  bench ops --batches 1 --contexts 524288 --blocks 32 --json "$out/h200-ops-512k.json"
+}
+
+stage_linear() { bench linear --step --json "$out/h200-linear.json"; }
+
+stage_step() {
+  for model in llama-3-8b qwen3-8b; do
+    bench step --model $model --forms full hybrid paper --batches 1 4 --contexts 32768 131072 --prefill \
+      --json "$out/h200-step-$model.json"
+    bench step --model $model --contexts 524288 --json "$out/h200-step-$model-512k.json"
+  done
+  bench step --layers 8 --contexts 1048576 --json "$out/h200-step-1m.json"
+  bench step --forms full hybrid --batches 1 4 --scan-keys float8 --json "$out/h200-step-float8.json"
+  bench step --forms full hybrid --batches 1 4 --refresh 2 --json "$out/h200-step-refresh.json"
+}
+
+stage_generate() { bench generate --json "$out/h200-generate.json"; }
+
+stage_fidelity() { # the shipped plan and its controls; what cuts bytes further; every peer at equal bytes; long answers
+  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --json "$out/fidelity.json"
+  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --policies hybrid --scan-keys float8 \
+    --json "$out/fidelity-float8.json"
+  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --policies hybrid --refresh-every 2 \
+    --json "$out/fidelity-refresh.json"
+}
+
+stage_peers() {
+  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --budgets 128,256,512,1024 \
+    --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming,own-topk \
+    --cells noise:4096:passkey:1 --cells prose:2048:passkey:5 --cells prose:4096:passkey:1 --json "$out/peers.json"
+}
+
+stage_long() {
+  lychee "${fidelity[@]}" --prompts 16 --batch-size 16 --policies hybrid,hybrid+correction,full+correction \
+    --cells prose:2048:long:1536 --temperature 0.7 --json "$out/long.json"
+}
+
+stage_roles() { # ways to identify; how stable roles are; budgets by numbers of retrieval heads
+  python -m lycheedecode.evaluate.identification --json "$out/identification.json"
+  python -m lycheedecode.evaluate.stability --json "$out/stability.json" --plans "$out/plans"
+  local plans=()
+  for plan in "$out"/plans/{seed-0,*-retrieval-heads}.json; do plans+=(--plan "$plan"); done
+  lychee "${fidelity[@]}" --prompts 32 --batch-size 16 --policies hybrid --budgets 128,256,512,1024 "${plans[@]}" \
+    --cells noise:4096:passkey:1 --cells prose:4096:passkey:5 --json "$out/heads-by-budget.json"
+}
+
+stage_tasks() {
+  lychee evaluate tasks --tasks ruler_synthetic --lengths 2048,4096,7168 --limit 100 --batch-size 25 \
+    --policies hybrid,paper,quest,streaming --budgets 256,512,1024 --block-size 16 --json "$out/ruler.json"
+}
+
+stage_serving() {
+  for model in llama-3-8b qwen3-8b; do bench serving --model $model --json "$out/h200-serving-$model.json"; done
+}
+
+stage_cpu() {
+  bench generate --model smollm2-135m --contexts 7000 --tokens 64 --budget 512 --block 16 --json "$out/cpu-generate.json"
+}
+
+for stage in "$@"; do
+  declare -F "stage_$stage" >/dev/null || { echo "measure.sh: there is no stage $stage" >&2; exit 2; }
+  began=$SECONDS
+  "stage_$stage"
+  echo "measure.sh: $stage took $((SECONDS - began)) s" >&2
+done
