@@ -73,6 +73,30 @@ def test_the_first_paragraph_says_what_is_not_better(tmp_path):
     assert f"]({tmp_path.name}/f.png)" in text
 
 
+def test_tasks_that_something_else_does_better(tmp_path):
+    def row(policy, score, read, high=None):
+        difference = {} if high is None else {"difference_value": score - 0.9, "difference_high": high}
+        return {"task": "vt", "length": 4096, "policy": policy, "metric": "recall", "score": score,
+                "kv_bytes_per_token": read, **difference}  # fmt: skip
+
+    rows = [
+        row("full", 0.9, 9e6),
+        row("hybrid, 256 tokens", 0.5, 2e6, -0.2),
+        row("hybrid, 512 tokens", 0.8, 3e6, 0.1),
+        row("quest, 512 tokens", 0.6, 2e6, -0.1),
+        row("duo, 512 tokens", 0.95, 4e6, 0.2),
+    ]
+    report = {"command": "evaluate tasks", "result": {"rows": rows, "averages": {}, "tasks": []}}
+    (tmp_path / "t.json").write_text(json.dumps(report), encoding="utf-8")
+    assert render(tmp_path).split("\n\n")[2].rstrip() == (
+        "**Where something else is better.** t: beyond its 95% interval, hybrid scores lower than full attention in "
+        "1 of 2 comparisons: hybrid, 256 tokens on vt, 4096, recall -0.4. A policy that reads no more KV bytes than "
+        "hybrid scores higher in 1 of 2 comparisons: quest, 512 tokens 0.6 on vt, 4096, recall, hybrid, 256 tokens "
+        "0.5."
+    )
+    assert "| vt | 4096 | hybrid, 256 tokens | recall | 0.5 | 2.00 MB |" in render(tmp_path)
+
+
 def test_pictures_are_the_same_every_time(tmp_path):
     pytest.importorskip("matplotlib")
     cells = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .tables import shown
@@ -24,6 +24,8 @@ def _lost(name: str, report: Mapping[str, Any]) -> Iterator[str]:
         yield _lost_ways(name, report["variants"])
     elif any("kl_mean" in score for scores in result.get("cells", {}).values() for score in scores.values()):
         yield _lost_cells(name, result["cells"])
+    if report.get("command") == "evaluate tasks":
+        yield from _lost_tasks(name, result.get("rows", ()))
     slow = [row for row in result.get("rows", ()) if row.get("speedup") is not None]
     if slow:
         slower = [row for row in slow if row["speedup"] < 1]
@@ -70,12 +72,46 @@ def _lost_cells(name: str, cells: Mapping[str, Mapping[str, Mapping[str, Any]]])
     )
 
 
+def _lost_tasks(name: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where hybrid scores lower than full attention, and where a peer that reads no more scores higher."""
+    places: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        places.setdefault(", ".join(str(row[key]) for key in ("task", "length", "metric") if key in row), []).append(
+            row
+        )
+    own = [(place, row, rows) for place, rows in places.items() for row in rows if _policy(row) == "hybrid"]
+    compared = [(place, row) for place, row, _ in own if "difference_high" in row]
+    lower = [
+        f"{row['policy']} on {place} {row['difference_value']:+.3g}"
+        for place, row in compared
+        if row["difference_high"] < 0
+    ]
+    yield f"{name}: beyond its 95% interval, hybrid scores lower than full attention in {_listed(lower, len(compared))}"
+    number, higher = 0, []
+    for place, row, others in own:
+        for peer in PEERS:
+            theirs = [other for other in others if _policy(other) == peer and _reads_no_more(other, row)]
+            number += bool(theirs)
+            best = max(theirs, key=lambda other: other["score"], default=row)
+            if best["score"] > row["score"]:
+                higher.append(f"{best['policy']} {best['score']:.3g} on {place}, {row['policy']} {row['score']:.3g}")
+    yield f"A policy that reads no more KV bytes than hybrid scores higher in {_listed(higher, number)}"
+
+
+def _policy(row: Mapping[str, Any]) -> str:
+    return str(row["policy"]).split(",")[0].partition("+")[0]
+
+
+def _listed(found: Sequence[str], total: int) -> str:
+    return f"{_of(len(found), total)} comparisons" + (f": {'; '.join(found)}." if found else ".")
+
+
 def _point(score: Mapping[str, Any]) -> str:
     return f"KL {score['kl_mean']:.4g} at {shown(score['kv_bytes_per_token'], 'bytes')} a token"
 
 
 def _reads_no_more(row: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    return row["kv_bytes_per_token"] <= own["kv_bytes_per_token"]
+    return row.get("kv_bytes_per_token", 0) <= own.get("kv_bytes_per_token", 0)
 
 
 def _of(number: int, total: int) -> str:
