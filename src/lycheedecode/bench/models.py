@@ -48,24 +48,33 @@ def build(name: str, layers: int | None = None, device: str = "cuda", dtype: tor
         if layers:
             raise ValueError("--layers cuts random models only.")
         return load_model(name, device=device)[0]
-    family, settings = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(
-        **{**settings, "num_hidden_layers": layers or settings["num_hidden_layers"]},
-        max_position_embeddings=_LONG,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = random_config(name, layers)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = getattr(transformers, f"{family}ForCausalLM")(config)
+            model = getattr(transformers, config.architectures[0])(config)
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def random_config(name: str, layers: int | None = None, **changes: Any) -> Any:
+    """Of a model of `MODELS` in transformers."""
+    import transformers
+
+    family, settings = MODELS[name]
+    plain = {
+        "max_position_embeddings": _LONG,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "architectures": [f"{family}ForCausalLM"],
+        "num_hidden_layers": layers or settings["num_hidden_layers"],
+    }
+    return getattr(transformers, f"{family}Config")(**{**settings, **plain, **changes})
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "ops": "Verify and time the operations of a decode step.",
     "step": "Verify and time whole decode steps of a model.",
     "generate": "Time generations, ours and Hugging Face's.",
+    "serving": "Time vLLM, stock and with hybrid decoding.",
 }
 
 

@@ -3,8 +3,9 @@
     builder   once a step and cache group: which rows decode, and their selections   -> metadata.hybrid
     layer     once a layer: rows that decode follow the plan, all others the backend
 
-vLLM puts sequences that get one token at a step before those that get several. The former decode hybridly, alone or
-beside others; the latter are prefill, and dense.
+vLLM puts sequences that decode before those that are prefilled. The former are hybrid, alone or beside others; the
+latter are dense. A CUDA graph cannot tell them apart when all get one token: the last token of a prompt is hybrid, too,
+where it is all that a step has to do for the prompt.
 """
 
 from __future__ import annotations
@@ -65,20 +66,21 @@ class HybridBuilder:
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        metadata = self._build(common_prefix_len, common_attn_metadata, fast_build)
+        hybrid = self.hybrid is not None and not common_prefix_len
+        rows = decode_rows(common_attn_metadata) if hybrid else 0
+        metadata = self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
         if self.hybrid is not None:
-            self.hybrid.add_step(0 if metadata.hybrid is None else metadata.hybrid.rows)
+            self.hybrid.add_step(rows)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-        return self._build(0, common_attn_metadata, False)
+        return self._build(0 if self.hybrid is None else common_attn_metadata.num_reqs, 0, common_attn_metadata, False)
 
     def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
         # It reads a prefix once for many sequences; rows that decode hybridly hardly read it.
         return self.hybrid is None and super().use_cascade_attention(*arguments, **options)
 
-    def _build(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
-        rows = 0 if self.hybrid is None or common_prefix_len else decode_rows(common)
+    def _build(self, rows: int, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
         # The backend need not plan work that it will not do.
         all_hybrid = self._is_all and rows == common.num_reqs
         metadata = super().build(common_prefix_len, common, fast_build or all_hybrid)
@@ -138,13 +140,13 @@ class HybridLayer:
 
 
 def decode_rows(common: CommonAttentionMetadata) -> int:
-    """How many sequences, from the first on, get one token at this step; 0 where attention is not simply causal."""
+    """How many sequences, from the first on, decode at this step; 0 where attention is not simply causal."""
     if common.causal is not True or common.mm_req_doc_ranges is not None:
         return 0
-    if common.max_query_len == 1:
-        return common.num_reqs
-    several = common.query_start_loc_cpu.diff()[: common.num_reqs] > 1
-    return int(several.int().argmax()) if several.any() else common.num_reqs
+    prefill = common.query_start_loc_cpu.diff()[: common.num_reqs] > 1
+    if common.is_prefilling is not None:  # it may leave out padding
+        prefill[: len(common.is_prefilling)] |= common.is_prefilling[: len(prefill)]
+    return int(prefill.int().argmax()) if prefill.any() else common.num_reqs
 
 
 _OF_ROWS = {

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.utils import get_pp_indices
@@ -28,7 +29,6 @@ from ...plan import HeadPlan, PlanError
 from . import settings
 
 logger = init_logger("vllm.lycheedecode")  # below `vllm`, whose handlers print it
-_LOG_SECONDS = 10.0
 
 
 class Part(NamedTuple):
@@ -79,10 +79,8 @@ class Group:
         self._bytes = torch.zeros(2, dtype=torch.float64, device=device)
         self._speaks = get_tensor_model_parallel_rank() == 0
         self.counters = {"hybrid_steps": 0, "dense_steps": 0, "hybrid_tokens": 0}
-        self._logged, self._log_at = (
-            dict.fromkeys((*self.counters, "bytes", "full"), 0),
-            time.monotonic() + _LOG_SECONDS,
-        )
+        self._reported = dict.fromkeys((*self.counters, "bytes", "full"), 0)
+        self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
         if device.type == "cuda":
             self._make_once(part, vllm_config, spec, device)
 
@@ -100,16 +98,16 @@ class Group:
         """Count on the host a step with `rows` sequences that decode hybridly, and now and then say so."""
         self.counters["hybrid_steps" if rows else "dense_steps"] += 1
         self.counters["hybrid_tokens"] += rows
-        if time.monotonic() >= self._log_at:
-            self._log_at = time.monotonic() + _LOG_SECONDS
+        if time.monotonic() >= self._report_at:
+            self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
             self.report()
 
     def report(self) -> dict[str, float]:
         """Everything counted so far; the rest since the last report goes to the log and to Prometheus."""
         read, full = self._bytes.tolist()
         total = {**self.counters, "bytes": read, "full": full}
-        new = {name: value - self._logged[name] for name, value in total.items()}
-        self._logged = total
+        new = {name: value - self._reported[name] for name, value in total.items()}
+        self._reported = total
         for name, counter in _prometheus().items():
             counter.inc(new[name])
         if self._speaks and new["hybrid_tokens"] and new["full"]:

@@ -1,0 +1,213 @@
+"""`bench serving`: time per output token in vLLM, with its own attention and with the plugin's.
+
+    a folder with a shape, no weights -> vLLM, stock -> the same prompts with the plugin
+
+Both are driven through vLLM's public interface; weights are random. A prompt is prefilled before it is timed, and comes
+from the prefix cache then. What a token takes is the difference between a long and a short generation, divided by the
+tokens between them: prefill and everything else that comes once is in both. How many tokens of the first sequence are
+the stock backend's is said, but proves nothing: random models choose between near ties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..plan import HeadPlan
+from . import harness
+from .harness import say
+from .models import MODELS, random_config
+from .workload import Shape, spread_plan
+
+WAYS = ("stock", "hybrid")
+_FEW = 4
+"""Tokens of the short generation."""
+_PAGE = 16
+"""Tokens of a page, vLLM's default on a GPU."""
+
+
+def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Time every case with every way, one engine after the other."""
+    if find_spec("vllm") is None:
+        raise ValueError("bench serving needs vLLM: pip install 'lycheedecode[vllm]'.")
+    # This process has asked for GPUs, after which a fork could not use them.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    cases = sorted(options.cases, key=lambda case: (case[0], case[1]))
+    config = random_config(
+        options.model,
+        options.layers,
+        max_position_embeddings=max(context for _, context in cases) + options.tokens + 2 * _PAGE,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        **({"head_dim": 32} if device == "cpu" else {}),  # the narrowest heads that vLLM has kernels for there
+    )
+    plan = plan_of(config, options.tensor_parallel_size)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        plan.save(Path(folder) / "plan.json")
+        for way in options.ways:
+            began = time.perf_counter()
+            with _engine(folder, way, cases, options, device) as llm:
+                started = time.perf_counter() - began
+                rows += [{**row, "start_seconds": started} for row in _time_cases(llm, way, cases, options, config)]
+    return {"plan_retrieval_heads": len(plan.retrieval), "rows": _compared(rows)}
+
+
+def plan_of(config: Any, ranks: int) -> HeadPlan:
+    """As `workload.spread_plan`, with an eighth of the heads, whose donors stay on their tensor-parallel rank."""
+    layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+    if kv_heads % ranks:
+        raise ValueError(f"{kv_heads} KV heads cannot be divided evenly over {ranks} ranks.")
+    own = kv_heads // ranks
+    shard = spread_plan(Shape(heads // ranks, own, config.head_dim, layers, max(layers * own // 8, own)))
+    donors = [
+        [(layer, head + rank * own) for rank in range(ranks) for layer, head in row] for row in shard.donors
+    ]  # fmt: skip
+    return HeadPlan.from_donors(donors)
+
+
+@contextmanager
+def _engine(
+    folder: str, way: str, cases: Sequence[tuple[int, int]], options: argparse.Namespace, device: str
+) -> Iterator[Any]:
+    """vLLM with room for the largest case; its memory is free again afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    attention: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
+    if way == "hybrid":
+        own = {"plan": f"{folder}/plan.json", "budget_tokens": options.budget, "block_size": options.block}
+        attention = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}}
+    llm = LLM(
+        folder,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=max(context for _, context in cases) + options.tokens + 2 * _PAGE,
+        max_num_seqs=max(batch for batch, _ in cases),
+        tensor_parallel_size=options.tensor_parallel_size,
+        gpu_memory_utilization=options.memory,
+        enable_prefix_caching=True,
+        enforce_eager=device == "cpu",
+        seed=options.seed,
+        **attention,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _time_cases(
+    llm: Any, way: str, cases: Sequence[tuple[int, int]], options: argparse.Namespace, config: Any
+) -> Iterator[dict[str, Any]]:
+    longest = max(context for _, context in cases)
+    texts = torch.randint(4, config.vocab_size, (max(batch for batch, _ in cases), longest)).tolist()
+    for batch, context in cases:
+        prompts = [{"prompt_token_ids": text[:context]} for text in texts[:batch]]
+        prefill, _ = _generate(llm, prompts, 1)
+        few, many, tokens = [], [], []
+        for _ in range(options.repeats):
+            few.append(_generate(llm, prompts, _FEW)[0])
+            seconds, tokens = _generate(llm, prompts, options.tokens)
+            many.append(seconds)
+        times = sorted((long - short) * 1e3 / (options.tokens - _FEW) for long, short in zip(many, few, strict=True))
+        row = {"way": way, "batch": batch, "context": context, "ms": median(times)}
+        row |= {"fast_ms": times[0], "slow_ms": times[-1], "prefill_seconds": prefill, "token_ids": tokens}
+        say(f"{way} {batch} x {context}: {row['ms']:.3f} ms a token")
+        yield row
+
+
+def _generate(llm: Any, prompts: Sequence[Any], count: int) -> tuple[float, list[int]]:
+    """Seconds, and the first sequence's tokens."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - began, list(outputs[0].outputs[0].token_ids)
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the speed-up over the stock backend, and how many tokens are the same until the first that differs."""
+    stock = {(row["batch"], row["context"]): row for row in rows if row["way"] == "stock"}
+    compared = []
+    for row in rows:
+        base = stock.get((row["batch"], row["context"]))
+        same = None
+        if base is not None:
+            pairs = zip(base["token_ids"], row["token_ids"], strict=True)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        kept = {name: value for name, value in row.items() if name != "token_ids"}
+        compared.append({**kept, "speedup": base and base["ms"] / row["ms"], "same_tokens": same})
+    return compared
+
+
+# ---------------------------------------------------------------------- what is shown
+
+HEADER = f"{'':7} {'batch':>5} {'context':>8} {'ms':>8} {'fastest':>8} {'slowest':>8} {'vs stock':>8} {'same':>5}"
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """A line of the table under `HEADER`."""
+    speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else " " * 8
+    times = f"{row['ms']:8.3f} {row['fast_ms']:8.3f} {row['slow_ms']:8.3f}"
+    same = "" if row["same_tokens"] is None else row["same_tokens"]
+    return f"{row['way']:7} {row['batch']:5} {row['context']:8} {times} {speedup} {same:>5}"
+
+
+def _case(text: str) -> tuple[int, int]:
+    batch, _, context = text.partition("x")
+    if not (batch.isdigit() and context.isdigit() and int(batch) and int(context) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context, like 4x131072")
+    return int(batch), int(context)
+
+
+def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    if options.smoke:
+        options.model, options.cases, options.budget, options.tokens = "tiny", [(1, 100), (2, 100)], 64, 12
+        options.block, options.repeats = 16, 1
+    if options.tokens <= _FEW:
+        raise ValueError(f"--tokens must be more than {_FEW}, not {options.tokens}.")
+    result = bench_serving(options, device)
+    print("\n".join([HEADER, *(format_row(row) for row in result["rows"])]))
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print; 0 done, 2 bad input."""
+    made = argparse.ArgumentParser(prog="bench serving", description="Time vLLM, stock and with hybrid decoding.")
+    cases = [(1, 1024), (1, 32768), (1, 65536), (1, 131072), (4, 131072)]
+    made.add_argument("--model", choices=MODELS, default="llama-3-8b", help="shape of the model; weights are random")
+    made.add_argument("--layers", type=int, help="of the model, when it is to be cut short")
+    made.add_argument("--cases", nargs="+", type=_case, default=cases, help="BATCHxCONTEXT, like 4x131072")
+    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="attention of vLLM's own, or ours")
+    made.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that share the heads")
+    made.add_argument("--budget", type=int, default=4096, help="tokens of a selection")
+    made.add_argument("--block", type=int, default=32, help="block size of the selections")
+    made.add_argument("--tokens", type=int, default=132, help="tokens of the long generation")
+    made.add_argument("--repeats", type=int, default=3, help="pairs of generations that are timed")
+    made.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory that vLLM may take")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--smoke", action="store_true", help="a tiny model, whatever else is said; runs without a GPU")
+    made.add_argument("--json", type=Path, help="write the result to this file")
+    return harness.main(made, _run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
