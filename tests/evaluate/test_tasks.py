@@ -146,6 +146,7 @@ def test_a_right_answer_scores(engines, monkeypatch):
 def test_policies_with_equal_bytes(base, tmp_path):
     out = tmp_path / "result.json"
     policies = ["--policy", "hybrid,streaming,kascade,paper", "--budget-tokens", "64", "--match-bytes", "900", *SHAPE]
+    policies += ["--execution", "graph"]  # off a GPU the same steps without a graph
     run(*base, "--tasks", "niah_single_2", "--lengths", "1024", *policies, "--json", str(out))
     result = json.loads(out.read_text())["result"]
     read = {row["policy"]: row["kv_bytes_per_token"] for row in result["rows"]}
@@ -301,6 +302,7 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "--lengths must be whole numbers" in refusal(*base, "--lengths", "4k")
     assert "limit must be at least 1" in refusal(*base, "--limit", "0")
     assert "--match-bytes needs a number" in refusal(*base, "--match-bytes", "0")
+    assert "execution must be one of" in refusal(*base, "--tasks", "vt", "--execution", "fast")
     assert "not both" in refusal(*base, "--budgets", "64,128", "--budget-tokens", "64")
     assert "--resume needs the --json file" in refusal(*base, "--tasks", "vt", "--resume")
     assert "vt with 600 tokens has no room" in refusal(*base, "--tasks", "vt", "--lengths", "600")

@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy
 import pytest
 
 from lycheedecode.evaluate.tasks import intervals, mathematics, metrics
@@ -136,6 +137,7 @@ def test_a_record_survives(tmp_path):
     with Record(path, {"model": "m", "policy": {"full": 1}}) as record:
         record[key] = Answer(12, text="yes", tokens=3)
         record.note(key, task="vt", score=0.5)
+        record.note(key, task="vt", score=0.5)  # nothing new
         assert len(path.read_text().splitlines()) == 3
     assert len(path.read_text().splitlines()) == 2
     path.write_text(path.read_text() + '{"policy": "full", "requ')  # interrupted while writing
@@ -143,10 +145,12 @@ def test_a_record_survives(tmp_path):
         assert record[key] == Answer(12, text="yes", tokens=3)
         assert list(record) == [key]
         record["hybrid", "abc"] = Answer(12, skipped="too long")
+        record.note(("hybrid", "abc"), metric=numpy.int64(1))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0] == {"settings": {"model": "m", "policy": {"full": 1, "hybrid": 2}}}
     assert lines[1]["score"] == 0.5
     assert lines[2]["skipped"] == "too long"
+    assert lines[2]["metric"] == 1
     with Record(path, {}) as record:
         assert not record
 

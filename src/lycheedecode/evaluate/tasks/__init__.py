@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -260,5 +261,5 @@ def _score(items: Sequence[_Item], task: Any, seed: int) -> tuple[dict[str, Any]
     entry["kv_bytes_per_token"] = fmean(read) if read else None
     first = next(iter(metrics), None)
     values = {item.document: item.named().get(first) for item in kept if first in item.named()}
-    numeric = all(isinstance(value, (int, float)) for value in values.values())
+    numeric = all(isinstance(value, Real) for value in values.values())
     return entry, {document: float(value) for document, value in values.items()} if numeric else {}

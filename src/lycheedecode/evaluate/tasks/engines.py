@@ -30,7 +30,7 @@ def make_engines(
     Args:
         model, tokenizer: what decodes.
         variants: policies, plans and budgets.
-        execution: as in `Engine`.
+        execution: as in `Engine`; policies whose steps are not fit for it are eager.
         match_at: context at which every policy gets the budget whose bytes are those of the plan; 0: equal budgets.
 
     Returns:
@@ -53,7 +53,12 @@ def make_engines(
                 raise
             left_out[variant.label] = str(error)
             continue
+        fixed = getattr(policy.attention, "graph_safe", False)
         engines[variant.label] = Engine(
-            model, tokenizer, attention=policy.attention, config=policy.config, execution=execution
+            model,
+            tokenizer,
+            attention=policy.attention,
+            config=policy.config,
+            execution=execution if fixed or execution == "auto" else "eager",
         )
     return engines, left_out

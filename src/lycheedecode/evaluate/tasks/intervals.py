@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from math import sqrt
+from numbers import Real
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ def score(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] = f
     found = float(aggregate(values))
     if len(values) < 2:
         return Score(found, None, None)
-    if all(isinstance(value, (int, float)) and value in (0, 1) for value in values) and found == fmean(values):
+    if all(isinstance(value, Real) and value in (0, 1) for value in values) and found == fmean(values):
         return Score(found, *wilson(found, len(values)))
     return Score(found, *bootstrap(values, aggregate, seed))
 

@@ -128,7 +128,9 @@ def _agree(value: Any, earlier: Any) -> bool:
 
 
 def _dump(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    # Metrics of the harness may be numpy's numbers, or anything.
+    plain = json.dumps(line, ensure_ascii=False, default=lambda value: getattr(value, "item", lambda: str(value))())
+    return plain + "\n"
 
 
 _MISSING = object()
