@@ -20,3 +20,11 @@ def llama():
 @pytest.fixture(scope="session")
 def byte_tokenizer():
     return tiny.byte_tokenizer()
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Kernels that were launched: compiled for Hopper, and not run."""
+    import hopper
+
+    return hopper.compile_only(monkeypatch, tmp_path)

@@ -3,56 +3,14 @@
 The interpreter, which runs the kernels elsewhere in these tests, accepts programs that the compiler refuses.
 """
 
-import os
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
+from hopper import SHARED_MEMORY, spilled_bytes
 
-triton = pytest.importorskip("triton", reason="The kernels need Triton.")
-if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("On a GPU the kernels compile where they run.", allow_module_level=True)
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from lycheedecode import HybridConfig  # noqa: E402
-from lycheedecode.ops import KV, Selections  # noqa: E402
-from lycheedecode.ops import triton as kernels  # noqa: E402
-from lycheedecode.ops.triton import common, read  # noqa: E402
-
-SHARED_MEMORY = 227 * 1024
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Hopper:
-    """What Triton asks a driver before it compiles."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Kernels that were launched, compiled and not run."""
-    found, run = [], JITFunction.run
-
-    def compile_only(self, *arguments, grid, warmup, **constants):
-        found.append(run(self, *arguments, grid=grid, warmup=True, **constants))
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(driver, "_active", Hopper())
-    return found
+from lycheedecode import HybridConfig
+from lycheedecode.ops import KV, Selections
+from lycheedecode.ops import triton as kernels
+from lycheedecode.ops.triton import common, read
 
 
 def check(compiled, tmp_path, count, spills=0):
@@ -60,12 +18,6 @@ def check(compiled, tmp_path, count, spills=0):
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name
         assert spilled_bytes(kernel, tmp_path) <= spills, kernel.metadata.name
-
-
-def spilled_bytes(kernel, tmp_path):
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([TOOL, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True)
-    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
 
 
 def make_cache(dim, dtype, page=0, slots=131072, heads=2):

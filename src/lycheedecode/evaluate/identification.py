@@ -42,16 +42,7 @@ class HeldOut(NamedTuple):
 
     prompts: int
     """Of each kind."""
-    cells: tuple[Cell, ...] = (
-        Cell("prose", 2048, "passkey", 1),
-        Cell("prose", 2048, "passkey", 5),
-        Cell("prose", 4096, "passkey", 1),
-        Cell("prose", 4096, "passkey", 5),
-        Cell("noise", 2048, "passkey", 1),
-        Cell("noise", 4096, "passkey", 1),
-        Cell("noise", 7168, "passkey", 1),
-        Cell("prose", 3072, "multi_hop", 4),
-    )
+    cells: tuple[Cell, ...] = (*IdentifySettings().calibrate_cells, Cell("prose", 3072, "multi_hop", 4))
 
 
 GATES: dict[str, dict[str, Any]] = {
