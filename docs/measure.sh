@@ -42,7 +42,15 @@ stage_step() {
 
 stage_generate() { bench generate --json "$out/h200-generate.json"; }
 
-stage_fidelity() { # the shipped plan and its controls; what cuts bytes further; every peer at equal bytes; long answers
+stage_plan() { # the plan that ships, and one by the paper's own identification, for a model of 8K positions
+  lychee identify "$out/plans/smollm2-135m.json" --num-retrieval-heads 14 --dtype float32 \
+    --json "$out/identify-smollm2-135m.json"
+  lychee identify "$out/plans/paper.json" --preset paper --num-retrieval-heads 14 --dtype float32 --steps 1500 \
+    --train prose:1024:passkey:10 --train prose:2048:passkey:10 --train prose:4096:passkey:10 \
+    --json "$out/identify-paper.json"
+}
+
+stage_fidelity() { # the shipped plan and its controls; what cuts the scan's bytes further
   lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --json "$out/fidelity.json"
   lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --policies hybrid --scan-keys float8 \
     --json "$out/fidelity-float8.json"
@@ -50,8 +58,9 @@ stage_fidelity() { # the shipped plan and its controls; what cuts bytes further;
     --json "$out/fidelity-refresh.json"
 }
 
-stage_peers() {
+stage_peers() { # after `plan`: the paper's form with its own roles, too
   lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --budgets 128,256,512,1024 \
+    --plan smollm2-135m --plan "$out/plans/paper.json" \
     --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming,own-topk \
     --cells noise:4096:passkey:1 --cells prose:2048:passkey:5 --cells prose:4096:passkey:1 --json "$out/peers.json"
 }
