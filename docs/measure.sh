@@ -17,7 +17,7 @@ form=(--budget-tokens 512 --block-size 16)
 fidelity=(evaluate fidelity --dtype float32 "${form[@]}")
 
 stage_tests() { # kernels and compiled steps against the reference, and no stray access
-  python -m pytest -q tests/ops tests/test_decoder.py tests/test_dense.py tests/test_linear.py \
+  python -m pytest -q -n 8 tests/ops tests/test_decoder.py tests/test_dense.py tests/test_linear.py \
     tests/test_linear_triton.py tests/test_policies.py tests/test_scan_copy.py tests/bench
   compute-sanitizer --tool memcheck --error-exitcode 1 "${PYTHON:-python3}" -m lycheedecode.bench.ops --smoke
 }
