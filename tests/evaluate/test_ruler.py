@@ -113,3 +113,14 @@ def test_rooms_are_the_limits_of_answers():
     assert {task["task"] for task in tasks} == set(KINDS)
     for task in tasks:
         assert task["dataset_kwargs"] == {"kind": task["task"], "room": task["generation_kwargs"]["max_gen_toks"]}
+
+
+def test_the_harness_loads_our_files_by_itself(byte_tokenizer, tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    byte_tokenizer.save_pretrained(tmp_path)
+    metadata = {"length": LENGTH, "items": 2, "tokenizer": str(tmp_path), "seed": 3}
+    manager = TaskManager(include_path=FILES, include_defaults=False, metadata=metadata)
+    [task] = manager.load(["niah_single_1"])["tasks"].values()
+    assert len(task.eval_docs) == 2
+    assert set(manager.load(["ruler_synthetic"])["tasks"]) == set(KINDS) - {"qa_1", "qa_2"}

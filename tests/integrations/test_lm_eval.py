@@ -1,6 +1,7 @@
 """The model class of lm-evaluation-harness against the engine, the model itself, and the real harness."""
 
 import lm_eval
+import lm_eval.tasks
 import pytest
 import tiny
 import torch
@@ -178,10 +179,15 @@ def test_the_harness_makes_one_from_its_arguments(llama, byte_tokenizer, tmp_pat
         "doc_to_target": "answer",
     }
     arguments = f"pretrained={tmp_path},device=cpu,dtype=float32"
-    scores = []
+    scores, nothing_else = [], lm_eval.tasks.TaskManager(include_defaults=False)
     for more in ("plan=full", f"plan={tmp_path}/plan.json,budget_tokens=64,block_size=4,sink_tokens=4,recent_tokens=4"):
         results = lm_eval.simple_evaluate(
-            "lycheedecode", f"{arguments},{more}", tasks=[dict(task)], batch_size=2, bootstrap_iters=0
+            "lycheedecode",
+            f"{arguments},{more}",
+            tasks=[dict(task)],
+            batch_size=2,
+            bootstrap_iters=0,
+            task_manager=nothing_else,
         )
         scores.append([sample["resps"] for sample in results["samples"]["colours"]])
     assert scores[0] == [[[(pytest.approx(one), hit)] for [(one, hit)] in each] for each in scores[1]]
