@@ -173,7 +173,9 @@ def _plans(given: Sequence[str] | None, model: str, needed: bool) -> dict[str, H
     """Plans by name; the bundled one of the model where none is given and one is needed or at hand."""
     if not given and not needed and model not in bundled_plans():
         return {}
-    return {name or model: load_plan(name, model) for name in given or [None]}
+    plans = {name or model: load_plan(name, model) for name in given or [None]}
+    short = [Path(name).stem for name in plans]  # results do not say where files lie, unless they must
+    return dict(zip(short, plans.values(), strict=True)) if len(set(short)) == len(short) else plans
 
 
 def _earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def measure_fidelity(
         temperature: at which the long answers are drawn, and continued by every policy with the same random numbers;
             0 is greedy.
         match_bytes: give every policy the budget at which it reads as many bytes as `hybrid` does with its plan and
-            config at the length of the prompt.
+            config in the middle of the answer.
         finished: results of an interrupted call.
         on_cell: called with every finished kind.
         report: called with kind, prompts done and prompts in all.
@@ -118,7 +118,8 @@ def measure_fidelity(
         name = f"fidelity/{seed}/{cell}"
         drawn = cell.make(makers, prompts, random.Random(name))
         longest = cell.tokens if isinstance(cell, Long) else max(len(prompt.answer_ids) for prompt in drawn)
-        engines, scores = _engines(model, tokenizer, variants, coverage, cell.length if match_bytes else 0, longest)
+        match_at = cell.length + longest // 2 if match_bytes else 0
+        engines, scores = _engines(model, tokenizer, variants, coverage, match_at, longest)
         _check_room(engines["full"], cell, longest)
         sums = {label: Sums() for label in engines}
         for start in range(0, prompts, batch_size):

@@ -67,7 +67,7 @@ def _lost_cells(name: str, cells: Mapping[str, Mapping[str, Mapping[str, Any]]])
         return f"{name}: no policy reads as little as hybrid."
     listed = f": {'; '.join(lost)}." if lost else "."
     return (
-        f"{name}: a policy that reads no more KV bytes than hybrid is at least as close to full attention in "
+        f"{name}: a policy that reads no more KV bytes than hybrid (up to 2%) is at least as close to full attention in "
         f"{_of(len(lost), compared)} comparisons{listed}"
     )
 
@@ -95,7 +95,7 @@ def _lost_tasks(name: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             best = max(theirs, key=lambda other: other["score"], default=row)
             if best["score"] > row["score"]:
                 higher.append(f"{best['policy']} {best['score']:.3g} on {place}, {row['policy']} {row['score']:.3g}")
-    yield f"A policy that reads no more KV bytes than hybrid scores higher in {_listed(higher, number)}"
+    yield f"A policy that reads no more KV bytes than hybrid (up to 2%) scores higher in {_listed(higher, number)}"
 
 
 def _policy(row: Mapping[str, Any]) -> str:
@@ -111,7 +111,8 @@ def _point(score: Mapping[str, Any]) -> str:
 
 
 def _reads_no_more(row: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    return row.get("kv_bytes_per_token", 0) <= own.get("kv_bytes_per_token", 0)
+    """Up to two percent: contexts grow while they are decoded, which costs policies differently."""
+    return row.get("kv_bytes_per_token", 0) <= 1.02 * own.get("kv_bytes_per_token", 0)
 
 
 def _of(number: int, total: int) -> str:
