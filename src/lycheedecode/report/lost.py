@@ -67,8 +67,8 @@ def _lost_cells(name: str, cells: Mapping[str, Mapping[str, Mapping[str, Any]]])
         return f"{name}: no policy reads as little as hybrid."
     listed = f": {'; '.join(lost)}." if lost else "."
     return (
-        f"{name}: a policy that reads no more KV bytes than hybrid (up to 2%) is at least as close to full attention in "
-        f"{_of(len(lost), compared)} comparisons{listed}"
+        f"{name}: a policy that reads no more KV bytes than hybrid (up to 2%) is at least as close to full attention "
+        f"in {_of(len(lost), compared)} comparisons{listed}"
     )
 
 
