@@ -166,34 +166,44 @@ def _show(cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, f
         if "skipped" in cell:
             errors.print(f"{title}: skipped, {cell['skipped']}.", style="dim")
             continue
-        lines = []
         for policy, entry in cell["scores"].items():
             if entry["skipped"]:
                 reason = entry["skipped"][0]["reason"]
                 errors.print(f"{title}, {policy}: {len(entry['skipped'])} items skipped, as {reason}.", style="dim")
-            for metric, found in entry["metrics"].items():
-                lines.append((policy, metric, *_row(entry, found)))
-        _table(title, ("policy", "metric", "score", "95%", "items", "tokens", "KV per token"), lines)
+        metrics = dict.fromkeys(metric for entry in cell["scores"].values() for metric in entry["metrics"])
+        for i, metric in enumerate(metrics):
+            lines = [
+                (policy, *_line(entry, entry["metrics"][metric], entry.get("difference") if i == 0 else None))
+                for policy, entry in cell["scores"].items()
+            ]
+            columns = ("", "score", "95%", "difference", "items", "tokens", "KV/token")
+            _table(f"{title}, {metric}", columns, lines)
     for group, values in means.items():
-        _table(f"mean of {group}", ("policy", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
+        _table(f"mean of {group}", ("", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
 
 
-def _row(entry: Mapping[str, Any], found: Mapping[str, float | None]) -> tuple[str, ...]:
-    span = "" if found["low"] is None else f"{found['low']:.3f} - {found['high']:.3f}"
+def _line(
+    entry: Mapping[str, Any], found: Mapping[str, float | None], difference: Mapping[str, float | None] | None
+) -> tuple[str, ...]:
+    span = "" if found["low"] is None else f"{found['low']:.2f}-{found['high']:.2f}"
+    change = ""
+    if difference is not None:
+        sure = difference["low"] is not None and not difference["low"] <= 0 <= difference["high"]
+        change = f"{difference['value']:+.3f}{'*' if sure else ' '}"
     read = entry["kv_bytes_per_token"]
     tokens = f"{entry['tokens_per_answer']:.1f}"
-    return f"{found['value']:.3f}", span, str(entry["items"]), tokens, "" if read is None else megabytes(read)
+    return f"{found['value']:.3f}", span, change, str(entry["items"]), tokens, "" if read is None else megabytes(read)
 
 
 def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=title, title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for i, name in enumerate(columns):
-        table.add_column(
-            "" if i == 0 else name, justify="left" if i == 0 or name == "metric" else "right", no_wrap=True
-        )
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for line in lines:
         table.add_row(*line)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(title, style="italic")
+    console.print(table)
