@@ -13,8 +13,8 @@ lychee() { python -m lycheedecode "$@"; }
 bench() { python -m "lycheedecode.bench.$1" "${@:2}"; }
 
 # What the plan that ships is judged on: budget 512, blocks of 16.
-form=(--budget-tokens 512 --block-size 16)
-fidelity=(evaluate fidelity --dtype float32 "${form[@]}")
+fidelity=(evaluate fidelity --dtype float32 --block-size 16)
+budget=(--budget-tokens 512)
 
 stage_tests() { # kernels and compiled steps against the reference, and no stray access
   python -m pytest -q -n 8 tests/ops tests/test_decoder.py tests/test_dense.py tests/test_linear.py \
@@ -51,10 +51,10 @@ stage_plan() { # the plan that ships, and one by the paper's own identification,
 }
 
 stage_fidelity() { # the shipped plan and its controls; what cuts the scan's bytes further
-  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --json "$out/fidelity.json"
-  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --policies hybrid --scan-keys float8 \
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --json "$out/fidelity.json"
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --policies hybrid --scan-keys float8 \
     --json "$out/fidelity-float8.json"
-  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --policies hybrid --refresh-every 2 \
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --policies hybrid --refresh-every 2 \
     --json "$out/fidelity-refresh.json"
 }
 
@@ -63,10 +63,12 @@ stage_peers() { # after `plan`: the paper's form with its own roles, too
     --plan smollm2-135m --plan "$out/plans/paper.json" \
     --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming,own-topk \
     --cells noise:4096:passkey:1 --cells prose:2048:passkey:5 --cells prose:4096:passkey:1 --json "$out/peers.json"
+  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --budgets 256,512,1024 --match-bytes \
+    --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming --json "$out/peers-equal-bytes.json"
 }
 
 stage_long() {
-  lychee "${fidelity[@]}" --prompts 16 --batch-size 16 --policies hybrid,hybrid+correction,full+correction \
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 16 --batch-size 16 --policies hybrid,hybrid+correction,full+correction \
     --cells prose:2048:long:1536 --temperature 0.7 --json "$out/long.json"
 }
 
