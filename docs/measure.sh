@@ -58,18 +58,20 @@ stage_fidelity() { # the shipped plan and its controls; what cuts the scan's byt
     --json "$out/fidelity-refresh.json"
 }
 
-stage_peers() { # after `plan`: the paper's form with its own roles, too
+stage_peers() { # after `plan`: the paper's form with its own roles, too; then every peer at hybrid's bytes
+  local cells=(--cells noise:4096:passkey:1 --cells prose:2048:passkey:5 --cells prose:4096:passkey:1)
   lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --budgets 128,256,512,1024 \
     --plan smollm2-135m --plan "$out/plans/paper.json" \
     --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming,own-topk \
-    --cells noise:4096:passkey:1 --cells prose:2048:passkey:5 --cells prose:4096:passkey:1 --json "$out/peers.json"
+    "${cells[@]}" --json "$out/peers.json"
   lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --budgets 256,512,1024 --match-bytes \
-    --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming --json "$out/peers-equal-bytes.json"
+    --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming "${cells[@]}" \
+    --json "$out/peers-equal-bytes.json"
 }
 
 stage_long() {
-  lychee "${fidelity[@]}" "${budget[@]}" --prompts 16 --batch-size 16 --policies hybrid,hybrid+correction,full+correction \
-    --cells prose:2048:long:1536 --temperature 0.7 --json "$out/long.json"
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 16 --batch-size 16 --cells prose:2048:long:1536 --temperature 0.7 \
+    --policies hybrid,hybrid+correction,full+correction --json "$out/long.json"
 }
 
 stage_roles() { # ways to identify; how stable roles are; budgets by numbers of retrieval heads
