@@ -310,6 +310,11 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "The task 'hellaswag' of the harness cannot be loaded" in refusal(*base, "--tasks", "hellaswag")
 
 
+def test_the_harness_may_be_missing(base, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'lycheedecode[eval]'" in refusal(*base)
+
+
 def test_likelihoods_of_a_task_of_the_harness(engines, small_harness, monkeypatch):
     from datasets import Dataset
 

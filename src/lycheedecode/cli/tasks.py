@@ -93,8 +93,8 @@ def tasks(
     if data is not None and not data.is_dir():
         raise ValueError(f"There is no folder {str(data)!r}.")
     load_text(text)
-    names = catalogue.expand([name.strip() for name in tasks.split(",")])
-    with quiet(verbose), progress("Reading data sets"):
+    with quiet(verbose), progress("Reading tasks and data sets"):
+        names = catalogue.expand([name.strip() for name in tasks.split(",")])
         catalogue.check_data(names, data)
     from ..evaluate.tasks.record import Record, record_path
 
