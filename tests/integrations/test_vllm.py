@@ -184,11 +184,22 @@ def test_smollm2(tmp_path):
 # ---------------------------------------------------------------------- several ranks
 
 
-def test_two_ranks_share_the_heads_between_them(checkpoint, monkeypatch):
+RANKS = {
+    "heads": (HeadPlan.same_index([(1, 0), (3, 1)], tiny.LAYERS, tiny.KV_HEADS), {"tensor_parallel_size": 2}),
+    "layers": (  # vLLM's CPU backend runs stages only where the model is compiled; the variable below makes that short
+        HeadPlan.from_donors([[(0, 0), (0, 1)], [(1, 0), (0, 0)], [(2, 0), (2, 0)], [(2, 0), (3, 1)]]),
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("shared", RANKS)
+def test_two_processes_share_a_model(checkpoint, shared, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    plan = HeadPlan.same_index([(1, 0), (3, 1)], tiny.LAYERS, tiny.KV_HEADS)
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    plan, options = RANKS[shared]
     prompts = tiny.prompts(60, 37, 5)
-    with serving(checkpoint(), plan, TIGHT, tensor_parallel_size=2) as llm:
+    with serving(checkpoint(), plan, TIGHT, **options) as llm:
         assert generate(llm, prompts) == ours("llama", plan, TIGHT, prompts)
 
 

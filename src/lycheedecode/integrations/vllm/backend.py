@@ -120,14 +120,12 @@ class HybridLayer:
         kv_cache: Tensor,
         attn_metadata: Any,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+        **scales: Any,
     ) -> Tensor:
         step: Step | None = getattr(attn_metadata, "hybrid", None)  # None without metadata: a run that only profiles
         index = None if step is None else step.group.layers.get(layer.layer_name)
-        scales = (output_scale, output_block_scale)
         if index is None:
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
         rows, attention = step.rows, step.group.attention
         kv = KV(*self.cache(kv_cache), step.lengths, None, step.page_table)
         attention(index, query[:rows], kv, step.selections, self.scale, out=output[:rows])
@@ -135,7 +133,7 @@ class HybridLayer:
             step.group.add_bytes(step.lengths, step.selections)
         if step.others is not None:
             rest = (query[rows:], key[rows:], value[rows:], kv_cache, step.others, output[rows:])
-            super().forward(layer, *rest, *scales)
+            super().forward(layer, *rest, **scales)
         return output
 
 
