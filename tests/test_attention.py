@@ -69,6 +69,17 @@ def test_the_papers_form_is_dense_where_it_retrieves():
     assert not torch.allclose(outputs[1][:, 3:], dense[:, 3:], atol=1e-3)
 
 
+@pytest.mark.parametrize("form", ["selected", "full"])
+def test_the_output_goes_where_it_is_told_to(form):
+    caches, queries = layers()
+    attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, retrieval_attention=form, **SETTINGS))
+    selections = attention.allocate(2, 50, "cpu")
+    for layer, (kv, query) in enumerate(zip(caches, queries, strict=True)):
+        out = torch.full_like(query, torch.nan)
+        assert attention(layer, query, kv, selections, 0.25, out=out) is out
+        torch.testing.assert_close(out, attention(layer, query, kv, selections, 0.25))
+
+
 def test_without_refresh_the_selections_stay():
     caches, queries = layers()
     attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, refresh_every=2, **SETTINGS))

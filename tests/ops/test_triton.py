@@ -228,6 +228,18 @@ def test_blocks_none_selected_gives_zeros():
     assert not kernels.attend_blocks(make_query(kv, 2), kv, selections, rows, 16, SCALE).any()
 
 
+def test_blocks_go_where_they_are_told_to():
+    kv = paged(make_cache([100, 31], heads=2), 16)
+    query, rows = make_query(kv, 3), torch.tensor([1, 0], device=DEVICE)
+    selections = make_selections(kv, 2, 3, 16)
+    out = torch.full((3, *query.shape[1:]), nan, device=DEVICE)
+    kernels.attend_blocks(query, kv, selections, rows, 16, SCALE, out=out[:2])
+    assert torch.equal(out[:2], kernels.attend_blocks(query, kv, selections, rows, 16, SCALE))
+    assert out[2].isnan().all()
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        kernels.attend_blocks(query, kv, selections, rows, 16, SCALE, out=out)
+
+
 # ---------------------------------------------------------------------- scan_blocks
 
 

@@ -46,14 +46,14 @@ class Step(NamedTuple):
 class HybridBuilder:
     """Before a backend's metadata builder in a class's bases."""
 
-    reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
-    supports_update_block_table = False  # the page table is in `Step`, too
-
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.hybrid: Group | None = None
         if is_chosen(vllm_config):
             self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device)
+        if self.hybrid is not None:
+            self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
+            self.supports_update_block_table = False  # the page table is in `Step`, too
         self._is_all = self.hybrid is not None and len(self.hybrid.layers) == len(layer_names)
 
     @classmethod
@@ -70,7 +70,7 @@ class HybridBuilder:
         rows = decode_rows(common_attn_metadata) if hybrid else 0
         metadata = self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
         if self.hybrid is not None:
-            self.hybrid.add_step(rows)
+            self.hybrid.add_step(int(common_attn_metadata.query_start_loc_cpu[rows]))  # padding has no tokens
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:

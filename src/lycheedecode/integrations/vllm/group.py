@@ -94,10 +94,10 @@ class Group:
         full = lengths.sum() * (2 * self._heads * self._key_bytes)
         self._bytes += torch.stack((read, full.double()))
 
-    def add_step(self, rows: int) -> None:
-        """Count on the host a step with `rows` sequences that decode hybridly, and now and then say so."""
-        self.counters["hybrid_steps" if rows else "dense_steps"] += 1
-        self.counters["hybrid_tokens"] += rows
+    def add_step(self, tokens: int) -> None:
+        """Count on the host a step in which so many tokens decode hybridly, and now and then say so."""
+        self.counters["hybrid_steps" if tokens else "dense_steps"] += 1
+        self.counters["hybrid_tokens"] += tokens
         if time.monotonic() >= self._report_at:
             self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
             self.report()
