@@ -98,7 +98,7 @@ def measure_fidelity(
         temperature: at which the long answers are drawn, and continued by every policy with the same random numbers;
             0 is greedy.
         match_bytes: give every policy the budget at which it reads as many bytes as `hybrid` does with its plan and
-            config in the middle of the answer.
+            config while the answer is decoded.
         finished: results of an interrupted call.
         on_cell: called with every finished kind.
         report: called with kind, prompts done and prompts in all.
@@ -118,7 +118,7 @@ def measure_fidelity(
         name = f"fidelity/{seed}/{cell}"
         drawn = cell.make(makers, prompts, random.Random(name))
         longest = cell.tokens if isinstance(cell, Long) else max(len(prompt.answer_ids) for prompt in drawn)
-        match_at = cell.length + longest // 2 if match_bytes else 0
+        match_at = cell.length + 1 if match_bytes else 0
         engines, scores = _engines(model, tokenizer, variants, coverage, match_at, longest)
         _check_room(engines["full"], cell, longest)
         sums = {label: Sums() for label in engines}
@@ -150,12 +150,12 @@ def calibrate(model: Any, tokenizer: Any, config: HybridConfig, cells: Sequence[
 def _engines(
     model: Any, tokenizer: Any, variants: Sequence[Variant], coverage: Tensor | None, match_at: int, tokens: int
 ) -> tuple[dict[str, Engine], Scores]:
-    """What decodes answers of `tokens` tokens, by label, and what it is; bytes are matched at `match_at` tokens."""
+    """What decodes answers of `tokens` tokens, by label, and what it is; bytes are matched from `match_at` on."""
     engines, scores = {}, {}
     on_gpu = next(model.parameters()).is_cuda
     for variant in variants:
         try:
-            policy = variant.make(ModelShape.of(model), coverage, match_at)
+            policy = variant.make(ModelShape.of(model), coverage, match_at, max(tokens - 1, 1))
         except PolicyError as error:
             if not match_at:
                 raise

@@ -35,11 +35,18 @@ class Variant:
     plan: HeadPlan | None = None
     plan_name: str | None = None
 
-    def make(self, shape: ModelShape, coverage: Tensor | None = None, match_at: int = 0) -> policies.Policy:
-        """What decodes; with `match_at`, at the budget whose bytes at so many tokens are those of the plan."""
+    def make(
+        self,
+        shape: ModelShape,
+        coverage: Tensor | None = None,
+        match_at: int = 0,
+        steps: int = policies.STEPS,
+    ) -> policies.Policy:
+        """What decodes; with `match_at`, at the budget whose bytes in `steps` steps from so many tokens on are those of
+        the plan."""
         config, given = self.config, {"shape": shape, "plan": self.plan, "coverage": coverage}
         if match_at and policies.has_budget(self.policy):
-            config = policies.match_bytes(self.policy, config=config, context=match_at, **given)
+            config = policies.match_bytes(self.policy, config=config, context=match_at, steps=steps, **given)
         return policies.make(self.policy, config=config, **given)
 
     def describe(self, config: HybridConfig) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from .window import WindowAttention
 
 CORRECTION_EVERY = 32
 """Tokens between corrections of `+correction` where the config has no number."""
+STEPS = 64
+"""Over how many steps bytes are compared: at a single one, how full the last block is would decide."""
 _CORRECTION = "+correction"
 
 
@@ -217,10 +219,11 @@ def _parse(name: str) -> tuple[_Kind, int, bool]:
 # ---------------------------------------------------------------------- equal bytes
 
 
-def bytes_at(policy: Policy, shape: ModelShape, context: int) -> float:
-    """KV bytes that a decode step reads on average at a context of `context` tokens, in bytes of one key of one head.
+def bytes_at(policy: Policy, shape: ModelShape, context: int, steps: int = STEPS) -> float:
+    """KV bytes that a decode step reads, in bytes of one key of one head: the mean of `steps` steps, of which the first
+    sees `context` tokens.
 
-    Exact for selections that fill their budget (`top_k`, `ratio`) or everything.
+    Exact for selections that fill their budget (`top_k`, `ratio`) or hold everything.
 
     Raises:
         PolicyError: a strategy whose selections are known only when they are made.
@@ -228,18 +231,19 @@ def bytes_at(policy: Policy, shape: ModelShape, context: int) -> float:
     attention, config = policy
     if config.selection not in ("top_k", "ratio"):
         raise PolicyError(f"What {config.selection} reads is not known beforehand: take a budget.")
-    lengths = torch.tensor([context], dtype=torch.int32)
-    selections = attention.allocate(1, context, "cpu")
+    lengths = torch.linspace(context, context + steps - 1, min(steps, STEPS)).round().int()
+    selections = attention.allocate(len(lengths), context + steps - 1, "cpu")
     if selections is not None:  # the newest blocks: the last of them, which may be in part empty, is always selected
-        capacity = config.capacity_blocks(-(-context // config.block_size))
-        latest = (context - 1) // config.block_size - torch.arange(capacity, dtype=torch.int32)
-        selections.blocks[..., :capacity] = latest
-        selections.counts.fill_(capacity)
+        held = [config.capacity_blocks(-(-length // config.block_size)) for length in lengths.tolist()]
+        selections.counts[:] = torch.tensor(held)
+        place = torch.arange(selections.blocks.shape[-1])
+        newest = (lengths[:, None] - 1) // config.block_size - place
+        selections.blocks[:] = newest.where(place < selections.counts[0, :, None], -1)
     rest = attention.refresh_every - 1
-    once, again = (float(attention.bytes_read(lengths, selections, first, 1)) for first in (True, False))
+    once, again = (float(attention.bytes_read(lengths, selections, first, 1).mean()) for first in (True, False))
     mean = (once + rest * again) / (rest + 1)
     if config.correction_every:
-        dense = 2.0 * len(shape.global_layers) * shape.num_kv_heads * context
+        dense = 2 * len(shape.global_layers) * shape.num_kv_heads * float(lengths.double().mean())
         mean += (dense - mean) / config.correction_every
     return mean
 
@@ -251,17 +255,18 @@ def match_bytes(
     config: HybridConfig,
     plan: HeadPlan,
     context: int,
+    steps: int = STEPS,
     coverage: Tensor | None = None,
 ) -> HybridConfig:
     """The config whose budget, in whole blocks, lets a policy read at most what `hybrid` reads with `config`, and one
-    block more would be too much; for a context of `context` tokens.
+    block more would be too much; in `steps` steps of which the first sees `context` tokens.
 
     Raises:
         PolicyError: the policy has no budget, or reads more even with the smallest.
     """
     if not has_budget(name):
         raise PolicyError(f"The policy {name!r} has no budget.")
-    allowed = bytes_at(make("hybrid", shape=shape, config=config, plan=plan), shape, context)
+    allowed = bytes_at(make("hybrid", shape=shape, config=config, plan=plan), shape, context, steps)
     block = make(name, shape=shape, config=config, plan=plan, coverage=coverage).config.block_size
 
     def with_blocks(blocks: int) -> HybridConfig:
@@ -269,13 +274,13 @@ def match_bytes(
 
     def cost(blocks: int) -> float:
         policy = make(name, shape=shape, config=with_blocks(blocks), plan=plan, coverage=coverage)
-        return bytes_at(policy, shape, context)
+        return bytes_at(policy, shape, context, steps)
 
     least, most = -(-config.forced_blocks * config.block_size // block), -(-context // block)
     if least > most:
         raise PolicyError(f"A context of {context} tokens is too short to compare budgets.")
     if cost(least) > allowed:
-        full = bytes_at(make("full", shape=shape), shape, context)
+        full = bytes_at(make("full", shape=shape), shape, context, steps)
         raise PolicyError(
             f"The policy {name!r} reads at least {cost(least) / full:.1%} of the cache at {context} tokens, but hybrid "
             f"no more than {allowed / full:.1%}."

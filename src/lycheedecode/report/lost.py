@@ -111,7 +111,7 @@ def _point(score: Mapping[str, Any]) -> str:
 
 
 def _reads_no_more(row: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Up to two percent: contexts grow while they are decoded, which costs policies differently."""
+    """Up to two percent: answers differ in length, and how full the last block is costs policies differently."""
     return row.get("kv_bytes_per_token", 0) <= 1.02 * own.get("kv_bytes_per_token", 0)
 
 
