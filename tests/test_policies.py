@@ -324,7 +324,7 @@ def test_bytes_are_means_over_steps(llama, shape, make, name, changes):
         engine.decode_one_token(context, torch.tensor([token]))
     mean = float(context.kv_bytes) / 6 / 64
     # Between two selections a block may be kept whose tokens are still to come.
-    assert policies.bytes_at(policy, shape, 200, 6) == pytest.approx(mean, rel=0.02 if changes else 1e-9)
+    assert policies.bytes_at(policy, shape, 200, 6) == pytest.approx(mean, rel=0.1 if changes else 1e-9)
 
 
 def test_what_cannot_be_matched_is_said(shape):
