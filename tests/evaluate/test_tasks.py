@@ -286,7 +286,7 @@ def small_harness(monkeypatch):
     """One folder of the harness's tasks: reading all of them takes seconds."""
     from lm_eval import tasks
 
-    folder = Path(tasks.__file__).parent / "hellaswag"
+    folder = Path(tasks.__file__).parent / "hellaswag"  # alone under the tag multiple_choice
     manager = tasks.TaskManager(include_path=folder, include_defaults=False)
     monkeypatch.setattr(catalogue, "_harness_tasks", lambda: manager)
 
@@ -307,7 +307,8 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "--resume needs the --json file" in refusal(*base, "--tasks", "vt", "--resume")
     assert "vt with 600 tokens has no room" in refusal(*base, "--tasks", "vt", "--lengths", "600")
     assert "did you mean hellaswag" in refusal(*base, "--tasks", "helaswag")
-    assert "The task 'hellaswag' of the harness cannot be loaded" in refusal(*base, "--tasks", "hellaswag")
+    for name in ("hellaswag", "multiple_choice"):
+        assert f"The task {name!r} of the harness cannot be loaded" in refusal(*base, "--tasks", name)
 
 
 def test_the_harness_may_be_missing(base, monkeypatch):

@@ -53,7 +53,7 @@ def _of_the_harness(name: str) -> list[str]:
         raise TaskNameError(f"There is no task {name!r}: {hint}")
     if name in known.all_subtasks:
         return [name]
-    return list(known.load([name])["tasks"])
+    return list(_loaded(known, name, name))
 
 
 @lru_cache(maxsize=1)
@@ -118,17 +118,22 @@ def load(name: str, metadata: Mapping[str, Any], samples: int = 1) -> Any:
         spec = name
     else:
         manager, spec = _harness_tasks(), name
-    try:
-        [task] = manager.load([spec])["tasks"].values()
-    except (OSError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"The task {name!r} of the harness cannot be loaded: {reason}.") from None
+    [task] = _loaded(manager, spec, name).values()
     if takes_samples(name):
         task.set_config("repeats", samples)
         task._filters = [build_filter_ensemble("none", [("take_first_k", {"k": samples})])]
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     return task
+
+
+def _loaded(manager: Any, spec: Any, name: str) -> dict[str, Any]:
+    """Tasks by name; the harness reads their data at once."""
+    try:
+        return manager.load([spec])["tasks"]
+    except (OSError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"The task {name!r} of the harness cannot be loaded: {reason}.") from None
 
 
 def _longbench(name: str) -> dict[str, Any]:
