@@ -52,6 +52,10 @@ def test_options_named_in_the_text_exist():
             assert f"{option} " in known, f"{page.name}: {option}"
 
 
+def no_model(*_, **__):
+    raise LookupError("no model here")
+
+
 def test_measuring_uses_options_that_exist(tmp_path, monkeypatch, capsys):
     """Every stage runs, with a Python that only writes down what it is asked."""
     script, log = ROOT / "docs" / "measure.sh", tmp_path / "asked"
@@ -59,8 +63,11 @@ def test_measuring_uses_options_that_exist(tmp_path, monkeypatch, capsys):
     for name in ("python", "compute-sanitizer"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >>{shlex.quote(str(log))}\n', encoding="utf-8")
         (tmp_path / name).chmod(0o755)
+    for name in ("paper", "seed-0", "14-retrieval-heads"):  # what earlier stages would have made
+        HeadPlan.load("smollm2-135m").save(tmp_path / "out" / "plans" / f"{name}.json")
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
     subprocess.run(["bash", script, tmp_path / "out", *stages], env=environment, check=True, capture_output=True)
+    monkeypatch.setattr("lycheedecode.cli.evaluate.load_model", no_model)
     asked = [line.split() for line in log.read_text(encoding="utf-8").splitlines()]
     asked = [words[words.index("-m") + 1 :] for words in asked if "pytest" not in words]
     assert len(asked) > len(stages)
@@ -74,6 +81,8 @@ def test_measuring_uses_options_that_exist(tmp_path, monkeypatch, capsys):
             known = capsys.readouterr().out
         for option in [word for word in words if word.startswith("--")]:
             assert re.search(rf"{option}\b", known), (module, option)
+        if words[:2] == ["evaluate", "fidelity"]:  # its options go together: it comes as far as the model
+            assert str(CliRunner().invoke(app, words).exception) == "no model here"
     done = subprocess.run(["bash", script, tmp_path, "nothing"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "measure.sh: there is no stage nothing\n")
 
