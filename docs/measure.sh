@@ -50,12 +50,9 @@ stage_plan() { # the plan that ships, and one by the paper's own identification,
     --json "$out/identify-paper.json"
 }
 
-stage_fidelity() { # the shipped plan and its controls; what cuts the scan's bytes further
-  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --json "$out/fidelity.json"
-  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --policies hybrid --scan-keys float8 \
-    --json "$out/fidelity-float8.json"
-  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --policies hybrid --refresh-every 2 \
-    --json "$out/fidelity-refresh.json"
+stage_fidelity() { # the shipped plan and its controls, and what cuts the scan's bytes further
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --json "$out/fidelity.json" \
+    --policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,random:1,random:2,own-topk
 }
 
 stage_peers() { # after `plan`: the paper's form with its own roles, too; then every peer at hybrid's bytes

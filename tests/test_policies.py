@@ -1,5 +1,6 @@
 """Policies for comparison: what they select, what they read, and that nothing but the budget makes them inexact."""
 
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -109,6 +110,18 @@ def test_fixed_steps_see_the_same_window(llama, make, name):
     rows, answers = tiny.prompts(60, 31), tiny.prompts(8, 8)
     fixed, eager = (engine_of(llama, make(name), execution=way) for way in ("graph", "eager"))
     close(fixed.score(rows, answers), eager.score(rows, answers))
+
+
+def test_endings_are_settings(llama, make):
+    both = make("same-index+refresh2+float8").config
+    assert (both.refresh_every, both.scan_keys, both.correction_every) == (2, "float8", 0)
+    assert make("hybrid+correction").config.correction_every == policies.CORRECTION_EVERY
+    assert make("hybrid+correction", replace(TIGHT, correction_every=5)).config.correction_every == 5
+    for name in ("full+refresh2", "full+float8", "quest+float8", "streaming+float8", "hybrid+", "hybrid+refresh3"):
+        with pytest.raises(policies.PolicyError, match="There is no policy"):
+            policies.check_name(name)
+    with pytest.raises(ValueError, match="scan_keys='float8' needs retrieval_attention='selected'"):
+        make("paper+float8")
 
 
 # ---------------------------------------------------------------------- who reads what

@@ -64,7 +64,11 @@ def fidelity(
         ),
     ] = None,
     policies: Annotated[
-        str, typer.Option(metavar="NAMES", help=f"To compare: {', '.join(all_policies.NAMES)}, any with +correction.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help=f"To compare: {', '.join(all_policies.NAMES)}; others may carry such an ending, too.",
+        ),
     ] = ",".join(POLICIES),
     budgets: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Several budgets, as 128,256,512.")

@@ -30,7 +30,12 @@ CORRECTION_EVERY = 32
 """Tokens between corrections of `+correction` where the config has no number."""
 STEPS = 64
 """Over how many steps bytes are compared: at a single one, how full the last block is would decide."""
-_CORRECTION = "+correction"
+_EXTRAS: dict[str, dict[str, Any]] = {
+    "correction": {"correction_every": CORRECTION_EVERY},
+    "refresh2": {"refresh_every": 2},
+    "float8": {"scan_keys": "float8"},
+}
+"""Settings that a name may carry."""
 
 
 class PolicyError(ValueError):
@@ -129,6 +134,12 @@ class _Kind(NamedTuple):
     has_budget: bool = True
     has_blocks: bool = True
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What its name may carry."""
+        scans = ("float8",) if self.has_budget and not self.fills_budget else ()
+        return ("correction", *(("refresh2",) if self.has_budget else ()), *scans)
+
 
 _KINDS = {
     "full": _Kind(_full, has_budget=False, has_blocks=False),
@@ -143,8 +154,9 @@ _KINDS = {
     "duo": _Kind(_duo, needs_plan=True, fills_budget=True),
     "streaming": _Kind(_streaming, fills_budget=True),
 }
-NAMES = (*_KINDS, f"full{_CORRECTION}")
-"""Any name may carry `+correction` (Cache Correction), and `random` a seed, as `random:3`."""
+NAMES = (*_KINDS, "full+correction", *(f"hybrid+{extra}" for extra in _EXTRAS))
+"""Any name may carry `+correction` (Cache Correction), what selects also `+refresh2`, what scans keys `+float8`, and
+`random` a seed, as `random:3`."""
 
 
 def make(
@@ -169,8 +181,12 @@ def make(
         PolicyError: an unknown name, a plan or coverage that is missing, a strategy that the policy does not know.
         PlanError: a plan that does not fit the model.
     """
-    kind, seed, corrected = _parse(name)
+    kind, seed, extras = _parse(name)
     config = config or HybridConfig()
+    corrects = "correction_every" in extras
+    if corrects and config.correction_every:
+        extras |= {"correction_every": config.correction_every}
+    config = replace(config, **extras)
     if kind.needs_plan and plan is None:
         raise PolicyError(f"The policy {name!r} needs a head plan.")
     if kind.fills_budget and config.selection not in ("top_k", "ratio"):
@@ -178,10 +194,8 @@ def make(
     if plan is not None:
         check_plan(plan, shape)
     policy = kind.make(_Given(shape, config, plan, coverage, seed))
-    if corrected:
-        policy = policy._replace(
-            config=replace(policy.config, correction_every=config.correction_every or CORRECTION_EVERY)
-        )
+    if corrects:
+        policy = policy._replace(config=replace(policy.config, correction_every=config.correction_every))
     return policy
 
 
@@ -205,15 +219,16 @@ def has_blocks(name: str) -> bool:
     return _parse(name)[0].has_blocks
 
 
-def _parse(name: str) -> tuple[_Kind, int, bool]:
-    """The kind, the seed, and whether there is Cache Correction."""
-    bare = name.removesuffix(_CORRECTION)
+def _parse(name: str) -> tuple[_Kind, int, dict[str, Any]]:
+    """The kind, the seed, and the settings that the name carries."""
+    bare, *extras = name.split("+")
     base, colon, seed = bare.partition(":")
-    if base not in _KINDS or (colon and not (base == "random" and seed.isdigit())):
+    known = base in _KINDS and (not colon or (base == "random" and seed.isdigit()))
+    if not known or not set(extras) <= set(_KINDS[base].extras):
         near = get_close_matches(name, NAMES, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise PolicyError(f"There is no policy {name!r}: {hint}There are {', '.join(NAMES)}.")
-    return _KINDS[base], int(seed or 0), bare != name
+    return _KINDS[base], int(seed or 0), {key: value for extra in extras for key, value in _EXTRAS[extra].items()}
 
 
 # ---------------------------------------------------------------------- equal bytes
