@@ -80,9 +80,12 @@ stage_roles() { # ways to identify; how stable roles are; budgets by numbers of 
     --cells noise:4096:passkey:1 --cells prose:4096:passkey:5 --json "$out/heads-by-budget.json"
 }
 
-stage_tasks() {
-  lychee evaluate tasks --tasks ruler_synthetic --lengths 2048,4096,7168 --limit 100 --batch-size 25 \
-    --policies hybrid,paper,quest,streaming --budgets 256,512,1024 --block-size 16 --json "$out/ruler.json"
+stage_tasks() { # a model of 8K positions: longer items are skipped, and say so
+  local ruler=(evaluate tasks --tasks ruler_synthetic --limit 100 --batch-size 100 --execution graph --block-size 16)
+  lychee "${ruler[@]}" --lengths 2048,4096,8192 --policies hybrid,paper,streaming --budgets 128,256,512,1024 \
+    --json "$out/ruler.json"
+  lychee "${ruler[@]}" --lengths 4096 --budget-tokens 512 --match-bytes 4000 \
+    --policies hybrid,paper,quest,tidaldecode,duo,kascade,streaming,own-topk --json "$out/ruler-equal-bytes.json"
 }
 
 stage_serving() {
