@@ -267,7 +267,7 @@ def _compare(engine: Engine, context: Context, reference: _Reference, choose: Ch
     found_logits = reference.logits if first else _feed(engine, context, reference.answers)
     for step, (given, logits) in enumerate(zip(reference.logits, found_logits, strict=True), start=1):
         expected, found = given.log_softmax(-1), logits.log_softmax(-1)
-        kl.append((expected.exp() * (expected - found)).sum(-1))
+        kl.append((expected.exp() * (expected - found)).sum(-1).clamp(min=0))  # rounding can be negative
         agreed.append(expected.argmax(-1) == found.argmax(-1))
         chosen.append(choose(logits, step))
     kv_bytes = (context.kv_bytes / context.steps).tolist()
