@@ -50,11 +50,15 @@ class HybridBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.hybrid: Group | None = None
         if is_chosen(vllm_config):
-            self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device)
+            self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device, self.obstacle())
         if self.hybrid is not None:
             self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
             self.supports_update_block_table = False  # the page table is in `Step`, too
         self._is_all = self.hybrid is not None and len(self.hybrid.layers) == len(layer_names)
+
+    def obstacle(self) -> str | None:
+        """What of the backend keeps its layers from hybrid decoding, as the end of a sentence; None when nothing."""
+        return None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -155,6 +159,7 @@ _OF_ROWS = {
     "is_prefilling",
     "seq_lens_cpu_upper_bound",
     "rswa_prefix_lens",
+    "req_idx",
     "_seq_lens_cpu",
     "_num_computed_tokens_cpu",
 }
@@ -163,13 +168,13 @@ _OF_ROWS = {
 
 def from_row(common: CommonAttentionMetadata, rows: int) -> CommonAttentionMetadata:
     """The batch without its first `rows` sequences of one token each."""
-    present = {field.name: getattr(common, field.name) for field in fields(common) if field.name in _OF_ROWS}
+    given = {field.name: getattr(common, field.name) for field in fields(common)}
+    cut = {name: given[name][rows:] for name in _OF_ROWS & given.keys() if given[name] is not None}
     return common.replace(
         query_start_loc=common.query_start_loc[rows:] - rows,
         query_start_loc_cpu=common.query_start_loc_cpu[rows:] - rows,
         num_reqs=common.num_reqs - rows,
         num_actual_tokens=common.num_actual_tokens - rows,
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-        **{name: tensor[rows:] for name, tensor in present.items() if tensor is not None},
+        **cut,
+        **{name: None for name in given if name.endswith("_cache")},  # made of the whole batch
     )

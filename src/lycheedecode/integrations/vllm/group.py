@@ -133,12 +133,14 @@ class Group:
         self._bytes.zero_()
 
     @classmethod
-    def of(cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device) -> Group | None:
+    def of(
+        cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device, obstacle: str | None
+    ) -> Group | None:
         """The group of those among `layer_names` that can decode hybridly; None when none can. Says why in the log.
 
-        Raises `PlanError` when such a layer has a donor in a layer that cannot.
+        Raises `PlanError` when such a layer has a donor in a layer that cannot. `obstacle`: of all of them.
         """
-        why_all = _why_all_dense(vllm_config, spec, device)
+        why_all = obstacle or _why_all_dense(vllm_config, spec, device)
         modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         why = {name: why_all or _why_dense(module.impl) for name, module in modules.items()}
         for reason, count in Counter(filter(None, why.values())).items():
