@@ -15,7 +15,8 @@ PARTS = {
     "blocks": "blocks",
     "scan": "test_scan and not scan_select",
     "select": "test_select",
-    "the rest": "not (dense or blocks or test_scan or test_select) or scan_select",
+    "scan_select": "scan_select",
+    "the rest": "not (dense or blocks or test_scan or test_select)",
 }
 
 
