@@ -192,30 +192,40 @@ def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Less
     return [prepare(model, cell.make(makers, held_out.prompts, rng)) for cell in held_out.cells]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A command line with what comparisons of plans share."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--retrieval-heads", type=int, default=14)
     parser.add_argument("--budget-tokens", type=int, default=512)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--calibrate-prompts", type=int, default=32, help="of each kind")
-    parser.add_argument("--steps", type=int, default=300, help="of each training")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts of a training step")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts of each kind")
-    parser.add_argument("--random-plans", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
-    arguments = parser.parse_args()
+    return parser
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[Any, Any, IdentifySettings]:
+    """Model, tokenizer and the settings that comparisons start from, for the options of `make_parser`."""
     base = IdentifySettings(
         num_retrieval_heads=arguments.retrieval_heads,
         config=HybridConfig(budget_tokens=arguments.budget_tokens, block_size=arguments.block_size),
         calibrate_prompts=arguments.calibrate_prompts,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
     )
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype)
+    return *load_model(arguments.model, dtype=arguments.dtype), base
+
+
+def main() -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts of a training step")
+    parser.add_argument("--random-plans", type=int, default=3)
+    arguments = parser.parse_args()
+    model, tokenizer, base = open_model(arguments)
+    base = replace(base, steps=arguments.steps, batch_size=arguments.batch_size)
     comparison = Comparison(model, tokenizer, base, HeldOut(arguments.prompts), arguments.json)
     compare(comparison, arguments.random_plans)
 

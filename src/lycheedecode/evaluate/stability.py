@@ -10,7 +10,6 @@ is written at once, and skipped when the command runs again with the same result
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -21,18 +20,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..config import HybridConfig
 from ..environment import describe_environment
 from ..identify import Cell, IdentifySettings, Stages
 from ..identify.donors import Reach
 from ..identify.search import Judge
 from ..identify.sensitivity import Surrogate
-from ..models import DEFAULT_MODEL, ModelShape, load_model
+from ..models import ModelShape
 from ..plan import HeadPlan
-from .identification import HeldOut, held_out_lessons
+from .identification import HeldOut, held_out_lessons, make_parser, open_model
 
 HOPS = 4
 
@@ -154,26 +151,12 @@ def _same_donors(one: HeadPlan, other: HeadPlan) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--json", type=Path, required=True)
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--plans", type=Path, help="folder for the plans")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--numbers", type=int, nargs="*", default=[6, 10, 20, 30, 45], help="of retrieval heads")
-    parser.add_argument("--retrieval-heads", type=int, default=14)
-    parser.add_argument("--budget-tokens", type=int, default=512)
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--calibrate-prompts", type=int, default=32, help="of each kind")
-    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts of each kind")
-    parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
-    base = IdentifySettings(
-        num_retrieval_heads=arguments.retrieval_heads,
-        config=HybridConfig(budget_tokens=arguments.budget_tokens, block_size=arguments.block_size),
-        calibrate_prompts=arguments.calibrate_prompts,
-    )
-    torch.set_float32_matmul_precision("high")
-    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype)
+    model, tokenizer, base = open_model(arguments)
     held_out = HeldOut(arguments.prompts)
     stability = Stability(model, tokenizer, base, held_out, arguments.json, arguments.plans)
     for variant in variants(base, arguments.seeds, arguments.numbers):
