@@ -41,6 +41,15 @@ def test_the_copy_follows_the_cache(llama, lengths, changes, execution):
         context.rewind()
 
 
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_one_prefill_serves_several_generations(llama, execution):
+    engine = Engine(llama, plan=tiny.plan(), config=HybridConfig(**TIGHT), execution=execution)
+    context = engine.prefill(tiny.prompts(60, 37), room=12)
+    engine.decode_one_token(context, torch.tensor([7, 7]))
+    answers = [[result.token_ids for result in engine.generate(context, 12)] for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_it_selects_by_the_rounded_keys(llama):
     """Keys that 8 bits hold exactly are selected as those of the cache."""
     torch.manual_seed(0)
@@ -72,13 +81,13 @@ def test_a_budget_that_covers_the_context_stays_exact(llama):
 
 def test_half_the_bytes_of_a_16_bit_cache():
     lengths = torch.tensor([1000], dtype=torch.int32)
+    keys_and_values = torch.empty(1, tiny.KV_HEADS, 1000, 16, dtype=torch.bfloat16)
     sizes = {}
     for keys in ("cache", "float8"):
         attention = HybridAttention(tiny.plan(), HybridConfig(**{**TIGHT, "scan_keys": keys}))
         selections = attention.allocate(1, 1000, "cpu")
         if keys == "float8":
-            store = torch.empty(1, tiny.KV_HEADS, 1000, 16, dtype=torch.bfloat16)
-            selections.follow([(store, store)] * tiny.LAYERS, 1000, True)
+            selections.follow(lambda layer: (keys_and_values, keys_and_values), 1000, True)
         sizes[keys] = attention.bytes_read(lengths, selections, True, 32).item()
     assert sizes["cache"] - sizes["float8"] == 1000 * len(tiny.plan().retrieval) * 16
 

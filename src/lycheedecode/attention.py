@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple, Protocol
@@ -185,15 +185,16 @@ class CopyingSelections(Selections):
         """See `Selections`."""
         self.known = min(self.known, slots)
 
-    def follow(self, stores: Sequence[tuple[Tensor, Tensor]], filled: int, refresh: bool) -> None:
+    def follow(self, store_of: Callable[[int], tuple[Tensor, Tensor]], filled: int, refresh: bool) -> None:
         """See `Selections`."""
         if self.copy is None:
-            batch, _, capacity, dim = stores[0][0].shape
+            batch, _, capacity, dim = store_of(min(self.heads))[0].shape
             rows = sum(map(len, self.heads.values()))
-            self.copy = self.blocks.new_empty((rows, batch, capacity, dim), dtype=torch.float8_e4m3fn)
+            with torch.inference_mode(False):  # a step may be prepared outside of that mode, and write it there
+                self.copy = self.blocks.new_empty((rows, batch, capacity, dim), dtype=torch.float8_e4m3fn)
         if filled - self.known >= self.newest:  # a prompt, or what Cache Correction has written anew
             for layer, heads in self.heads.items():
-                write_copy(self.copy_of(layer), stores[layer][0], heads, self.known, filled)
+                write_copy(self.copy_of(layer), store_of(layer)[0], heads, self.known, filled)
             self.known = filled
         if refresh:
             self.known = filled + 1

@@ -207,7 +207,7 @@ class KVCache(Cache):
             self.selected_at = position
         refresh = (position - self.selected_at) % attention.refresh_every == 0
         if self.selections is not None:
-            self.selections.follow([layer.store for layer in self.layers], position, refresh)
+            self.selections.follow(lambda layer: self.layers[layer].store, position, refresh)
         return self.selections, refresh
 
     def forget_selections(self) -> None:

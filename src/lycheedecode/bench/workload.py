@@ -163,7 +163,7 @@ class Workload:
         attention = HybridAttention(spread_plan(self.shape), config)
         selections = attention.allocate(self.batch, self.context, self.pool.device)
         inputs = [self.inputs(layer) for layer in range(self.shape.layers)]
-        selections.follow([(kv.keys, kv.values) for _, kv in inputs], self.context, True)
+        selections.follow(lambda layer: inputs[layer][1][:2], self.context, True)
 
         def step() -> None:
             for layer, (query, kv) in enumerate(inputs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,11 +78,11 @@ class Selections(NamedTuple):
     def truncate(self, slots: int) -> None:
         """The cache forgets every slot from `slots` on. Selections that remember what it held there forget as well."""
 
-    def follow(self, stores: Sequence[tuple[Tensor, Tensor]], filled: int, refresh: bool) -> None:
+    def follow(self, store_of: Callable[[int], tuple[Tensor, Tensor]], filled: int, refresh: bool) -> None:
         """A step is to come. Selections that remember what the cache holds bring that up to date.
 
         Args:
-            stores: of every layer, keys and values `[B, Hkv, capacity, D]`.
+            store_of: a layer's keys and values, `[B, Hkv, capacity, D]`.
             filled: slots in use so far.
             refresh: whether the step selects anew.
         """
