@@ -122,16 +122,17 @@ def _time_cases(
     for batch, context in cases:
         prompts = [{"prompt_token_ids": text[:context]} for text in texts[:batch]]
         prefill, _ = _generate(llm, prompts, 1)
-        few, many, tokens = [], [], []
-        for _ in range(options.repeats):
-            few.append(_generate(llm, prompts, _FEW)[0])
-            seconds, tokens = _generate(llm, prompts, options.tokens)
-            many.append(seconds)
-        times = sorted((long - short) * 1e3 / (options.tokens - _FEW) for long, short in zip(many, few, strict=True))
+        _, tokens = _generate(llm, prompts, options.tokens)  # what comes once with decoding has then come
+        times = sorted(_token_ms(llm, prompts, options.tokens) for _ in range(options.repeats))
         row = {"way": way, "batch": batch, "context": context, "ms": median(times)}
         row |= {"fast_ms": times[0], "slow_ms": times[-1], "prefill_seconds": prefill, "token_ids": tokens}
         say(f"{way} {batch} x {context}: {row['ms']:.3f} ms a token")
         yield row
+
+
+def _token_ms(llm: Any, prompts: Sequence[Any], count: int) -> float:
+    few, many = (_generate(llm, prompts, tokens)[0] for tokens in (_FEW, count))
+    return (many - few) * 1e3 / (count - _FEW)
 
 
 def _generate(llm: Any, prompts: Sequence[Any], count: int) -> tuple[float, list[int]]:
