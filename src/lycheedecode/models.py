@@ -86,14 +86,14 @@ def load_model(
     Raises:
         ModelError: not found, not readable, not a causal language model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     where, options = _locate(name)
     if revision:
         options["revision"] = revision
     target = _device(device)
+    tokenizer = load_tokenizer(name, revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         model = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=_dtype(dtype, target),
@@ -102,13 +102,34 @@ def load_model(
             **(_dequantized() if "gguf_file" in options else {"use_safetensors": True}),
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise ModelError(f"The model {name!r} cannot be loaded: {first_line}.") from error
+    except _LOADING as error:
+        raise _not_loaded(name, error) from error
     if device_map is None:
         model = model.to(target)
     model.config.name_or_path = name
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a model; arguments and errors as of `load_model`."""
+    from transformers import AutoTokenizer
+
+    where, options = _locate(name)
+    if revision:
+        options["revision"] = revision
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+    except _LOADING as error:
+        raise _not_loaded(name, error) from error
+
+
+_LOADING = (OSError, ValueError, KeyError, ImportError)
+"""What transformers raises when something cannot be loaded."""
+
+
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    first_line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return ModelError(f"The model {name!r} cannot be loaded: {first_line}.")
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """`bench generate`: tokens a second from prompt to last token, ours and that of Hugging Face's `generate`.
 
-    prompts of random tokens -> Engine, full and hybrid -> Hugging Face, eager SDPA
+    prompts -> Engine, full and hybrid -> Hugging Face, eager SDPA
 
 Decoding is timed from the first new token to the last, the prefill up to the first. Nothing is verified here: `bench
 step` and the tests do that; both sides say which tokens they chose first, and how many of those are the same.
@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from . import harness
 from .harness import say
-from .models import build, release
+from .models import build, prompts_for, release
 from .step import make_engine
 
 WAYS = ("full", "hybrid", "paper", "transformers")
@@ -33,7 +33,7 @@ def bench_generate(options: argparse.Namespace, device: str) -> dict[str, Any]:
     rows = []
     for context in options.contexts:
         for batch in options.batches:
-            prompts = torch.randint(4, model.config.vocab_size, (batch, context))
+            prompts = prompts_for(model, batch, context)
             cases = []
             for way in options.ways:
                 run = _transformers if way == "transformers" else _ours

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..cache import KVCache
 from ..engine import Context
-from ..models import ModelShape, load_model
+from ..identify.text import load_text
+from ..models import ModelShape, load_model, load_tokenizer
 from ..plan import HeadPlan, bundled_plans
 from .workload import Shape, spread_plan
 
@@ -57,6 +58,18 @@ def build(name: str, layers: int | None = None, device: str = "cuda", dtype: tor
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def prompts_for(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    """int64 `[batch, length]`: for real models stretches of prose, for random ones random tokens."""
+    name = ModelShape.of(model).name
+    if name not in bundled_plans():
+        return torch.randint(4, model.config.vocab_size, (batch, length))
+    text = torch.tensor(load_tokenizer(name)(load_text("prose"), verbose=False).input_ids)
+    if length > len(text):
+        raise ValueError(f"The prose that comes with Python has {len(text)} tokens, not {length}.")
+    starts = torch.randint(len(text) - length + 1, (batch,)).tolist()
+    return torch.stack([text[start : start + length] for start in starts])
 
 
 def random_config(name: str, layers: int | None = None, **changes: Any) -> Any:
