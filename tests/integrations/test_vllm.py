@@ -196,10 +196,27 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("shared", RANKS)
-def test_two_processes_share_a_model(checkpoint, shared, monkeypatch):
+@pytest.fixture
+def _two_cores(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+
+
+@pytest.mark.usefixtures("_two_cores")
+def test_two_ranks_with_a_roomy_budget_give_the_stock_backends_tokens(checkpoint):
+    plan, options = RANKS["heads"]
+    prompts, results = tiny.prompts(60, 37, 5), []
+    for more in ({}, {"plan": plan, "config": ROOMY, **options}):
+        with serving(checkpoint(), **more) as llm:
+            results.append(generate(llm, prompts, logprobs=0))
+    (tokens, logprobs), (hybrid_tokens, hybrid_logprobs) = results
+    assert hybrid_tokens == tokens
+    torch.testing.assert_close(hybrid_logprobs, logprobs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("_two_cores")
+@pytest.mark.parametrize("shared", RANKS)
+def test_two_processes_share_a_model(checkpoint, shared):
     plan, options = RANKS[shared]
     prompts = tiny.prompts(60, 37, 5)
     with serving(checkpoint(), plan, TIGHT, **options) as llm:
