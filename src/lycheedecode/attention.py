@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple, Protocol
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .config import HybridConfig
-from .ops import KV, Selections
-from .ops.reference import write_copy
+from .ops import KV, CopyingSelections, Selections
 from .plan import HeadPlan
 
 
@@ -91,11 +90,10 @@ class HybridAttention:
     def allocate(self, batch: int, slots: int, device: torch.device | str) -> Selections:
         config = self.config
         num_blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
-        kind = Selections if config.scan_keys == "cache" else CopyingSelections
-        selections = kind.allocate(len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks), device)
-        if isinstance(selections, CopyingSelections):
-            selections.heads, selections.newest = self._scanned, config.refresh_every
-        return selections
+        size = len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks)
+        if config.scan_keys == "cache":
+            return Selections.allocate(*size, device)
+        return CopyingSelections.allocate(*size, device).of(self._scanned, config.refresh_every)
 
     def __call__(
         self,
@@ -124,8 +122,7 @@ class HybridAttention:
         config, roles = self.config, self._layers[layer]
         if roles.retrieval and refresh:
             chosen = selections.rows(roles.first_row, len(roles.retrieval))
-            copy = selections.copy_of(layer) if isinstance(selections, CopyingSelections) else None
-            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=copy)
+            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=selections.copy_of(layer))
         if config.retrieval_attention == "selected" or not roles.retrieval:
             rows = _as_index(roles.donor_rows, query.device)
             return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out)
@@ -140,14 +137,12 @@ class HybridAttention:
 
         Dense retrieval heads read keys and values once: their scan is a by-product of their attention.
         """
-        scan_bytes = key_bytes
-        if isinstance(selections, CopyingSelections):
-            scan_bytes = key_bytes / 2 if selections.copy is None else selections.copy.shape[-1]
         tokens = selections.tokens(lengths, self.config.block_size).double()
         attended = _as_weights(self._readers, lengths.device) @ tokens  # [B]
         scanned = lengths.double() * self._scans
-        dense = self.config.retrieval_attention == "full"
-        return 2 * key_bytes * (attended + scanned * dense) + scan_bytes * scanned * (refreshed and not dense)
+        if self.config.retrieval_attention == "full":
+            return 2 * key_bytes * (attended + scanned)
+        return 2 * key_bytes * attended + selections.scan_bytes(key_bytes) * scanned * refreshed
 
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """How many heads scan, and how many attend over each row of the selections."""
@@ -158,46 +153,6 @@ class HybridAttention:
             for head in roles.sparse if dense else range(self.plan.num_kv_heads):
                 readers[roles.donor_rows[head]] += 1
         return scans, tuple(readers)
-
-
-class CopyingSelections(Selections):
-    """Selections, and a copy in 8-bit floats of the keys that they are made from.
-
-    Attributes:
-        heads: retrieval heads of every layer that the copy serves.
-        newest: tokens that a scan writes into the copy itself.
-        copy: float8_e4m3fn `[heads, B, capacity, D]`, None before the first step.
-        known: slots that the copy holds.
-    """
-
-    def __init__(self, *_: Tensor) -> None:
-        self.heads: dict[int, tuple[int, ...]] = {}
-        self.newest = 1
-        self.copy: Tensor | None = None
-        self.known = 0
-
-    def copy_of(self, layer: int) -> Tensor:
-        """`[B, R, capacity, D]`: of the layer's retrieval heads."""
-        first = sum(len(heads) for other, heads in self.heads.items() if other < layer)
-        return self.copy[first : first + len(self.heads[layer])].transpose(0, 1)
-
-    def truncate(self, slots: int) -> None:
-        """See `Selections`."""
-        self.known = min(self.known, slots)
-
-    def follow(self, store_of: Callable[[int], tuple[Tensor, Tensor]], filled: int, refresh: bool) -> None:
-        """See `Selections`."""
-        if self.copy is None:
-            batch, _, capacity, dim = store_of(min(self.heads))[0].shape
-            rows = sum(map(len, self.heads.values()))
-            with torch.inference_mode(False):  # a step may be prepared outside of that mode, and write it there
-                self.copy = self.blocks.new_empty((rows, batch, capacity, dim), dtype=torch.float8_e4m3fn)
-        if filled - self.known >= self.newest:  # a prompt, or what Cache Correction has written anew
-            for layer, heads in self.heads.items():
-                write_copy(self.copy_of(layer), store_of(layer)[0], heads, self.known, filled)
-            self.known = filled
-        if refresh:
-            self.known = filled + 1
 
 
 class _Roles(NamedTuple):

@@ -22,13 +22,24 @@ from torch import Tensor
 
 from ..config import HybridConfig
 from . import cpu, reference
+from .copy import CopyingSelections
 from .types import KV, Selections
 
 kernels: ModuleType | None = None
 if torch.version.cuda and find_spec("triton"):
     from . import triton as kernels
 
-__all__ = ["KV", "Selections", "attend", "attend_blocks", "has_float8", "scan_blocks", "scan_select", "select_blocks"]
+__all__ = [
+    "KV",
+    "CopyingSelections",
+    "Selections",
+    "attend",
+    "attend_blocks",
+    "has_float8",
+    "scan_blocks",
+    "scan_select",
+    "select_blocks",
+]
 
 
 def scan_blocks(

@@ -75,6 +75,14 @@ class Selections(NamedTuple):
         inside = (lengths[:, None] - self.blocks * block_size).clamp(0, block_size)  # [R, B, K]
         return inside.masked_fill(self.blocks < 0, 0).sum(-1)
 
+    def copy_of(self, layer: int) -> Tensor | None:
+        """What scans of a layer read in place of the cache's keys (`ops.scan_select`); None: those."""
+        return None
+
+    def scan_bytes(self, key_bytes: int) -> float:
+        """Bytes of a key that is scanned, where the cache's have `key_bytes`."""
+        return key_bytes
+
     def truncate(self, slots: int) -> None:
         """The cache forgets every slot from `slots` on. Selections that remember what it held there forget as well."""
 
