@@ -94,6 +94,9 @@ stage_serving() {
 
 stage_cpu() {
   bench generate --model smollm2-135m --contexts 7000 --tokens 64 --budget 512 --block 16 --json "$out/cpu-generate.json"
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 10 --json "$out/fidelity-2k-cpu.json" \
+    --cells noise:2048:passkey:1 --cells prose:2048:passkey:1 \
+    --policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,own-topk
 }
 
 for stage in "$@"; do
