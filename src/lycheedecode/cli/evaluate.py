@@ -29,6 +29,7 @@ from .options import (
     load_plan,
     megabytes,
     parse_cell,
+    parse_numbers,
     takes_form,
 )
 from .report import Steps, check_writable, errors, progress, quiet, write_json
@@ -107,7 +108,10 @@ def fidelity(
         all_policies.check_name(name)
     if max_kl is not None and "hybrid" not in names:
         raise ValueError("--max-kl is about hybrid, which is not among --policies.")
-    sweep = {"budget_tokens": _numbers("--budgets", budgets), "block_size": _numbers("--block-sizes", block_sizes)}
+    sweep = {
+        "budget_tokens": parse_numbers("--budgets", budgets),
+        "block_size": parse_numbers("--block-sizes", block_sizes),
+    }
     for name, values in sweep.items():
         if values and name in form:
             raise ValueError(f"Give --{name.replace('_', '-')} or several of them, not both.")
@@ -153,14 +157,6 @@ def fidelity(
     if not result.get("faithful", True):
         errors.print(f"lycheedecode: the mean KL {max(ours):.4f} exceeds {max_kl}.")
         raise typer.Exit(1)
-
-
-def _numbers(option: str, text: str | None) -> list[int]:
-    """Whole numbers, separated by commas; none for None."""
-    parts = [] if text is None else text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{option} must be whole numbers with commas between them, as 128,256, not {text!r}.")
-    return list(dict.fromkeys(map(int, parts)))
 
 
 def _parse_kind(text: str) -> Cell | Long:

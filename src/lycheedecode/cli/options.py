@@ -125,6 +125,14 @@ def parse_cell(text: str) -> Cell:
     return Cell(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
 
 
+def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Whole numbers from `128,256`, each once; none for None."""
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option} must be whole numbers with commas between them, as 128,256, not {text!r}.")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
 def megabytes(size: float) -> str:
     """Bytes for people."""
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"

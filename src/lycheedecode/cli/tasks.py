@@ -20,7 +20,20 @@ from ..evaluate.variants import Variant, variants
 from ..identify.text import load_text
 from ..models import DEFAULT_MODEL, load_model
 from ..plan import bundled_plans
-from .options import Device, DeviceMap, Dtype, Json, Model, Plan, Revision, Verbose, load_plan, megabytes, takes_form
+from .options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Plan,
+    Revision,
+    Verbose,
+    load_plan,
+    megabytes,
+    parse_numbers,
+    takes_form,
+)
 from .report import Steps, check_writable, errors, progress, quiet, write_json
 
 
@@ -86,7 +99,7 @@ def tasks(
     if not verbose:
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     options = TaskOptions(
-        lengths=_numbers("--lengths", lengths), limit=limit, samples=samples, text=text, data=data, seed=seed,
+        lengths=parse_numbers("--lengths", lengths), limit=limit, samples=samples, text=text, data=data, seed=seed,
         chat=chat, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
     )  # fmt: skip
     compared = _variants(policy, budgets, form, plan, model, match_bytes)
@@ -135,7 +148,7 @@ def _variants(
     names = [name.strip() for name in policy.split(",")]
     for name in names:
         all_policies.check_name(name)
-    several = () if budgets is None else _numbers("--budgets", budgets)
+    several = parse_numbers("--budgets", budgets)
     if several and "budget_tokens" in form:
         raise ValueError("Give --budget-tokens or several --budgets, not both.")
     config = HybridConfig(**({"budget_tokens": several[0]} if several else {}) | form)
@@ -151,13 +164,6 @@ def _identity(variant: Variant) -> dict[str, Any]:
     config = variant.config.to_dict()
     names = config if all_policies.has_budget(variant.policy) else ("correction_every",)
     return {"policy": variant.policy, **{name: config[name] for name in names}}
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{option} must be whole numbers with commas between them, as 2048,4096, not {text!r}.")
-    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _show(cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, float]]) -> None:
