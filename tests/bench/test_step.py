@@ -18,7 +18,8 @@ def test_smoke_writes_its_report(tmp_path, capsys):
     assert report["command"] == "bench step"
     rows = report["result"]["rows"]
     assert [(row["form"], row["batch"]) for row in rows] == [(form, batch) for batch in (1, 2) for form in step.FORMS]
-    assert all(row["error"] < 1e-4 and row["ms"] > 0 for row in rows)
+    rounding = 2e-2 if torch.cuda.is_available() else 1e-4  # bfloat16 there, float32 here
+    assert all(row["error"] < rounding and row["ms"] > 0 for row in rows)
     assert rows[1]["bytes"] < rows[0]["bytes"]
     assert len(report["result"]["prefills"]) == 2
     assert len(capsys.readouterr().out.splitlines()) == 7
@@ -26,7 +27,7 @@ def test_smoke_writes_its_report(tmp_path, capsys):
 
 def test_a_wrong_step_is_refused(monkeypatch, capsys):
     right = Engine.decode_one_token
-    wrong = lambda engine, *arguments: right(engine, *arguments) * (1.1 if engine.way == "graph" else 1.0)  # noqa: E731
+    wrong = lambda engine, *arguments: right(engine, *arguments) * (1.0 if engine.way == "eager" else 1.3)  # noqa: E731
     monkeypatch.setattr(Engine, "decode_one_token", wrong)
     assert step.main(["--smoke"]) == 1
     assert "full (batch 1, context 300): logits differ" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from math import ceil
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from ..plan import HeadPlan, bundled_plans
 from .workload import Shape, spread_plan
 
 _LONG = 1 << 21
-_KEY_SCALE = 2.0
-"""Makes attention prefer some tokens, as it does in trained models: no ties at the edge of a selection."""
+_STRETCH, _STRONG = 64, 32
+"""Stretches of so many tokens, and how many of a context have strong keys: attention prefers them, as it prefers some
+tokens in trained models. Hardly anything then depends on which of the others lie at the edge of a selection."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": (
         "Llama",
@@ -117,14 +119,24 @@ def random_context(model: nn.Module, batch: int, length: int, room: int) -> Cont
     token = table.new_empty(batch, shape.num_kv_heads, 1, shape.head_dim)
     for layer in cache.layers:
         layer.lazy_initialization(token, token)
+    strength = _strengths(cache.layers[0].store[0])
+    for layer in cache.layers:
         keys, values = layer.store
-        keys.normal_(std=_KEY_SCALE)
+        keys.normal_().mul_(strength)
         values.normal_()
         layer.length = length
     logits = torch.zeros(batch, table.shape[0], device=table.device)
     with torch.inference_mode(False):  # engines add to it outside inference mode, too
         kv_bytes = torch.zeros(batch, dtype=torch.float64, device=table.device)
     return Context(cache, logits, [length] * batch, 0.0, kv_bytes)
+
+
+def _strengths(keys: torch.Tensor) -> torch.Tensor:
+    """Scale of the keys, `[B, 1, S, 1]`: the same for all heads and layers, which choose for each other."""
+    batch, _, slots, _ = keys.shape
+    strong = torch.rand(batch, ceil(slots / _STRETCH), device=keys.device).argsort(-1) < _STRONG
+    scale = torch.where(strong, 3.0, 0.25).to(keys.dtype).repeat_interleave(_STRETCH, 1)
+    return scale[:, None, :slots, None]
 
 
 def release() -> None:

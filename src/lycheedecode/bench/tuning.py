@@ -27,7 +27,7 @@ from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import relative_error
 from .workload import Shape, Workload, make_pool
 
-KERNELS = ("scan_select", "attend_blocks", "attend", "scan", "select")
+KERNELS = ("scan", "select", "attend_blocks", "attend")
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,29 @@ class Candidate:
 
 
 SHAPES = {
-    "scan_select": ((128, 8, 3), (128, 8, 4), (64, 4, 4), (64, 8, 4), (128, 4, 3), (256, 8, 3), (256, 16, 3)),
-    "scan": ((128, 4, 3), (64, 4, 4), (128, 8, 3), (256, 8, 3)),
-    "attend": ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 5)),
+    "scan": ((128, 4, 3), (128, 4, 2), (64, 4, 4), (64, 4, 3), (64, 2, 4), (128, 8, 3), (256, 8, 2), (256, 8, 3)),
+    "attend": ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 2), (128, 8, 3), (64, 8, 4), (32, 4, 5)),
     "attend_blocks": (
-        (64, 4, 4), (64, 4, 3), (64, 4, 1), (64, 8, 4), (64, 2, 3), (128, 8, 1), (128, 8, 3), (32, 4, 5), (32, 2, 4)
+        (64, 4, 4), (64, 4, 3), (64, 4, 2), (64, 2, 2), (64, 2, 3), (32, 2, 2), (32, 2, 3), (32, 2, 4), (32, 1, 3),
+        (16, 1, 4), (16, 1, 6), (32, 4, 4), (128, 4, 2), (128, 8, 2),
     ),
 }  # fmt: skip
 """Tiles, warps and stages that are worth a try."""
-PROGRAMS = 128, 512
+PROGRAMS = 128, 1056
 """Fewest and most programs of a launch, in all."""
 
 
 def candidates(kernel: str, batch: int, block: int, context: int, kv_heads: int) -> Iterator[Candidate]:
     """The grid of a kernel, on a batch; the first launch also without an early start, to compare."""
-    for heads in (1, kv_heads) if kernel in ("scan_select", "scan", "select") else (kv_heads,):
+    for heads in (1, kv_heads) if kernel in ("scan", "select") else (kv_heads,):
         if kernel == "select":
             tile = 1 << (ceil(context / block) - 1).bit_length()
             for warps, early in product((4, 8, 16), (True, False)):
                 yield Candidate(kernel, batch, heads, block, 1, tile, warps, 1, early)
             continue
-        splits = [s for s in (2**i for i in range(10)) if PROGRAMS[0] <= batch * heads * s <= PROGRAMS[1]]
+        splits = [s for s in (2**i for i in range(11)) if PROGRAMS[0] <= batch * heads * s <= PROGRAMS[1]]
         for i, (s, (tile, warps, stages)) in enumerate(product(splits, SHAPES[kernel])):
-            if tile >= block or "scan" not in kernel:
+            if tile >= block or kernel != "scan":
                 for early in (True, False) if i == 0 else (True,):
                     yield Candidate(kernel, batch, heads, block, s, tile, warps, stages, early)
 
@@ -148,8 +148,7 @@ def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tupl
     from ..ops.triton.common import Tuning
 
     make: dict[str, Callable[..., tuple[int, Callable[[int], Tensor]]]] = {
-        "scan_select": _scan_select, "attend_blocks": _attend_blocks, "attend": _attend, "scan": _scan,
-        "select": _select,
+        "scan": _scan, "select": _select, "attend_blocks": _attend_blocks, "attend": _attend,
     }  # fmt: skip
     torch.manual_seed(0)  # the same selections for every candidate
     tuning = Tuning(candidate.splits, candidate.tile, candidate.warps, candidate.stages, candidate.early)
@@ -185,21 +184,6 @@ def _scan(candidate: Candidate, work: Workload, config: HybridConfig, tuning: An
         query, kv = work.inputs(i)
         heads = work.some_heads(i, candidate.heads)
         return scan(query, kv, heads, config.block_size, work.shape.scale, "mass", tuning).worth
-
-    return work.scan_bytes(candidate.heads), call
-
-
-def _scan_select(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.triton.scan_select import scan_select
-    from ..ops.triton.select import Rule
-
-    out, rule = work.selections(config, candidate.heads), Rule.of(config)
-
-    def call(i: int) -> Tensor:
-        query, kv = work.inputs(i)
-        heads = work.some_heads(i, candidate.heads)
-        scan_select(query, kv, heads, rule, work.shape.scale, "mass", out, tuning)
-        return out.blocks
 
     return work.scan_bytes(candidate.heads), call
 

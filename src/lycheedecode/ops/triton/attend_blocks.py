@@ -31,8 +31,8 @@ def _attend_blocks_kernel(
     BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(rows + h)  # no kernel writes it
     common.wait_for_inputs(EARLY)
-    row = tl.load(rows + h)
     head = h
     if heads is not None:
         head = tl.load(heads + h)

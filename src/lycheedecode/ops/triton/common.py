@@ -295,31 +295,32 @@ def _merge(
 ):  # fmt: skip
     """Average of the partial results of all splits, weighted by their mass; `CHUNK` splits at a time.
 
-    Others wrote what is read here during this launch: it comes from the L2, past this processor's own cache.
+    Others wrote what is read here during this launch: it comes from the L2, past this processor's own cache. No load
+    waits for another: at this point of a launch a step to the L2 and back is most of what there is left to do.
     """
     GROUP: tl.constexpr = triton.next_power_of_2(G)
-    ALL: tl.constexpr = triton.next_power_of_2(SPLITS)
     g = tl.arange(0, GROUP)
     d = tl.arange(0, DP)
     mask = (g < G)[:, None] & (d < D)[None, :]
     first = pair.to(tl.int64) * SPLITS
 
-    s = tl.arange(0, ALL)
-    at_mass = sums + (first + s)[:, None] * G + g[None, :]
-    mass = tl.load(at_mass, mask=(s < SPLITS)[:, None] & (g < G)[None, :], other=float("-inf"), cache_modifier=".cg")
-    peak = finite(tl.max(mass, 0))
-    total = tl.sum(tl.exp2(mass - peak[None, :]), 0)
-
     acc = tl.zeros([GROUP, DP], tl.float32)
-    for chunk in range(0, SPLITS, CHUNK):
+    peak = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    for chunk in tl.static_range(0, SPLITS, CHUNK):
         c = chunk + tl.arange(0, CHUNK)
         here = (c < SPLITS)[:, None] & (g < G)[None, :]
-        log = tl.load(
-            sums + (first + c)[:, None] * G + g[None, :], mask=here, other=float("-inf"), cache_modifier=".cg"
-        )
         at_part = partial + (first + c)[:, None, None] * (G * D) + (g[:, None] * D + d[None, :])[None, :, :]
         part = tl.load(at_part, mask=here[:, :, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
-        acc += tl.sum(tl.exp2(log - peak[None, :])[:, :, None] * part, 0)
+        at_mass = sums + (first + c)[:, None] * G + g[None, :]
+        mass = tl.load(at_mass, mask=here, other=float("-inf"), cache_modifier=".cg")
+        new_peak = tl.maximum(peak, tl.max(mass, 0))
+        shift = finite(new_peak)
+        fade = tl.exp2(peak - shift)
+        weight = tl.exp2(mass - shift[None, :])
+        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * part, 0)
+        total = total * fade + tl.sum(weight, 0)
+        peak = new_peak
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     at = output + pair.to(tl.int64) * (G * D) + g[:, None] * D + d[None, :]
     tl.store(at, result.to(output.dtype.element_ty), mask=mask)

@@ -14,7 +14,6 @@ from ..types import KV, Selections
 from . import scan, select
 from .attend import attend as attend_densely
 from .attend_blocks import attend_blocks as attend_sparsely
-from .scan_select import scan_select as scan_and_select
 from .select import Rule
 
 
@@ -138,7 +137,7 @@ def _scan_select(
 ) -> None:
     kv = KV(keys, values, lengths, starts, page_table)
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
-    scan_and_select(query, kv, tuple(heads), rule, scale, score, Selections(blocks, counts), copy=copy)
+    select.scan_select(query, kv, tuple(heads), rule, scale, score, Selections(blocks, counts), copy)
 
 
 def _attend_blocks(

@@ -11,7 +11,7 @@ the program whose tile it lies in.
 
 Tiles go round the splits: at any time all programs together read one stretch of memory, and every program of a fixed
 grid takes an even share of the tokens that there are. Nothing is normalised while the keys stream by: `block_scores`
-does that once all sums are known, in a kernel of its own (`scan_blocks`) or where blocks are selected (`scan_select`).
+does that once all sums are known, in a kernel of its own (`scan_blocks`) or where blocks are selected (`select`).
 """
 
 from __future__ import annotations
@@ -264,4 +264,5 @@ def default_tuning(pairs: int, kv: KV) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
     tile = common.tile_of(kv, 32768)
     splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 256)
-    return Tuning(splits, tile, 4, 3, common.starts_early(kv.keys.device))
+    warps = 8 if kv.keys.dtype == torch.float32 else 4  # its products take registers
+    return Tuning(splits, tile, warps, 3, common.starts_early(kv.keys.device))
