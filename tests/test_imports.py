@@ -12,7 +12,7 @@ import lycheedecode
 
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
-    {"config", "environment", "report"},
+    {"config", "environment", "report", "rotation"},
     {"plan"},
     {"ops"},
     {"attention", "linear", "sampling", "views"},

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention import DecodeAttention
 from .ops import KV, Selections, kernels
+from .rotation import Rotation
 
 ROOM = 256
 """Slots are allocated in multiples of this, which every block size divides."""
@@ -242,19 +243,34 @@ def _room_for(states: Tensor, slots: int) -> Tensor:
     return states.new_empty(batch, heads, slots, dim)
 
 
-def write_newest(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, filled: Tensor) -> None:
+def write_newest(
+    keys: Tensor,
+    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    filled: Tensor,
+    query: Tensor | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor | None:
     """Write the newest token to slot `filled[b] - 1` of each sequence of a store; no slot number reaches the host.
 
     Args:
         keys, values: `[B, Hkv, capacity, D]`; written in place.
         key, value: of the token, `[B, Hkv, D]`.
         filled: int32 `[B]`, slots in use, the token's own included.
+        query: of the token, `[B, Hq, D]`.
+        rotation: what key and query still have to pass; None when they have.
+
+    Returns:
+        The query, rotated; `query` itself without a rotation.
     """
     if keys.is_cuda and kernels is not None and kernels.why_not(key) is None:
         from .ops.triton.append import append
 
-        append(keys, values, key, value, filled)
-        return
+        return append(keys, values, key, value, filled, query, rotation)
+    if rotation is not None:
+        key, query = rotation.of_key(key), rotation.of_query(query)
     sequence, slot = torch.arange(filled.shape[0], device=filled.device), filled.long() - 1
     keys[sequence, :, slot] = key
     values[sequence, :, slot] = value
+    return query

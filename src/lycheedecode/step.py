@@ -30,6 +30,7 @@ from .attention import DecodeAttention
 from .cache import KVCache, write_newest
 from .models import AttentionRoute
 from .ops import KV, Selections
+from .rotation import Rotation
 from .routing import Reach, refuse_unless_plain
 
 Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -39,8 +40,13 @@ Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
 class Step(Protocol):
     """What the attention layers of an open step do."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Take the token's key and value, `[B, Hkv, D]`; returns the output for its query, both `[B, Hq, D]`."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Take the token's key and value, `[B, Hkv, D]`; returns the output for its query, both `[B, Hq, D]`.
+
+        With a `rotation`, query and key have not passed it yet.
+        """
 
 
 class FlexibleStep:
@@ -65,8 +71,12 @@ class FlexibleStep:
         self._cache, self._attention, self._reaches = cache, attention, reaches
         self._selections, self._refresh = selections, refresh
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
         """See `Step`."""
+        if rotation is not None:
+            query, key = rotation.of_query(query), rotation.of_key(key)
         keys, values = self._cache.update(key[:, :, None], value[:, :, None], layer)
         reach, starts = self._reaches[layer], self._cache.starts
         if reach.is_all:
@@ -124,10 +134,12 @@ class FixedStep:
         self.kv_bytes += self._attention.bytes_read(lengths, self.selections, self._refresh, self._key_bytes)
         return logits
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
         """See `Step`."""
         keys, values = self.stores[layer]
-        write_newest(keys, values, key, value, self.filled)
+        query = write_newest(keys, values, key, value, self.filled, query, rotation)
         reach = self._reaches[layer]
         kv = KV(keys, values, *self._ends[reach])
         if reach.is_all:
@@ -150,8 +162,20 @@ def running(step: Step) -> Iterator[None]:
         _running.pop()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
-    return _running[-1].attend(layer, query, key, value, scale)
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    rotation = None if cos is None else Rotation(cos, sin, query_norm, key_norm, eps)
+    return _running[-1].attend(layer, query, key, value, scale, rotation)
 
 
 # It writes the cache behind the compiler's back. That is safe: layers depend on each other through their outputs, so
@@ -160,7 +184,7 @@ _attend_operator = torch.library.custom_op("lycheedecode::decode_layer", _attend
 
 
 @_attend_operator.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
+def _(query, key, value, layer, scale, cos=None, sin=None, query_norm=None, key_norm=None, eps=0.0):
     return query.new_empty(query.shape)
 
 
@@ -215,15 +239,17 @@ INDUCTOR = {"coordinate_descent_tuning": True}
 
 
 @lru_cache(maxsize=8)
-def compiled_forward(backend: Any = "inductor") -> Forward:
+def compiled_forward(backend: Any = None) -> Forward:
     """A `Forward` that compiles the whole model, once for every batch size.
 
     The whole model rather than layer by layer: the end of a layer and the norm that begins the next are one kernel
     then. Its kernels repeat from layer to layer, so most of the compiler's work is found in its cache.
 
     Args:
-        backend: of `torch.compile`.
+        backend: of `torch.compile`; None: `lycheedecode.linear.backend`.
     """
+    if backend is None:
+        from .linear import backend
     options = INDUCTOR if backend == "inductor" else None
     run = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, options=options)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lycheedecode.cache import write_newest
+from lycheedecode.rotation import Rotation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +36,31 @@ def test_the_kernel_writes_where_the_definition_does(dim):
     write_newest(*expected, key.cpu(), value.cpu(), filled.cpu())
     append(keys, values, key, value, filled)
     assert torch.equal(keys.cpu(), expected[0])
+    assert torch.equal(values.cpu(), expected[1])
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [16, 60])
+@pytest.mark.parametrize("normed", [False, True])
+def test_queries_and_keys_rotate_on_the_way(dim, normed):
+    from lycheedecode.ops.triton.append import append
+
+    keys, values = torch.randn(2, 3, 2, 20, dim, device=DEVICE)
+    key, value = torch.randn(3, 2, 2, dim, device=DEVICE).unbind(1)
+    query = torch.randn(3, 5, 2, dim, device=DEVICE)[:, :, 1]
+    filled = torch.tensor([20, 1, 7], dtype=torch.int32, device=DEVICE)
+    rotation = Rotation(*torch.randn(2, 3, dim, device=DEVICE))
+    if normed:
+        rotation = rotation._replace(
+            **dict(zip(("query_norm", "key_norm"), torch.randn(2, dim), strict=True)), eps=1e-5
+        )
+    rotation = Rotation(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in rotation))
+    on_cpu = Rotation(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in rotation))
+    expected = keys.cpu().clone(), values.cpu().clone()
+    right = write_newest(*expected, key.cpu(), value.cpu(), filled.cpu(), query.cpu(), on_cpu)
+    found = append(keys, values, key, value, filled, query, rotation)
+    torch.testing.assert_close(found.cpu(), right)
+    torch.testing.assert_close(keys.cpu(), expected[0])
     assert torch.equal(values.cpu(), expected[1])
 
 

@@ -392,19 +392,6 @@ def test_scan_select_is_scan_then_select(settings, score):
     assert as_sets(out) == as_sets(expected)
 
 
-@pytest.mark.parametrize("tile", [16, 128])
-@pytest.mark.parametrize(("splits", "warps"), [(1, 1), (3, 4), (8, 8)])
-def test_scan_select_in_any_cut(tile, splits, warps):
-    kv = make_cache([400, 31], slots=403)
-    config = HybridConfig(block_size=8, budget_tokens=128)
-    query = make_query(kv, 5)
-    expected, out = (Selections.allocate(2, 2, 16, DEVICE) for _ in range(2))
-    kernels.select_blocks(kernels.scan_blocks(query, kv, (1, 0), 8, SCALE), kv, config, expected)
-    tuning = Tuning(splits, tile, warps, 2)
-    select.scan_select(query, kv, (1, 0), select.Rule.of(config), SCALE, "mass", out, tuning=tuning)
-    assert as_sets(out) == as_sets(expected)
-
-
 def test_scan_select_of_rows_too_long_to_hold(monkeypatch):
     monkeypatch.setattr(select, "IN_REGISTERS", 32)
     kv = make_cache([400])

@@ -32,20 +32,11 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--refresh", type=int, default=1, help="select anew at every n-th token")
     keys = {"choices": get_args(ScanKeys), "default": "cache"}
     made.add_argument("--scan-keys", **keys, help="what retrieval heads scan: the cache, or a copy in 8 bits")
-    made.add_argument("--backend", choices=["inductor", "linear"], default="inductor", help="compiler of the model")
+    made.add_argument("--backend", choices=["ours", "inductor"], default="ours", help="of torch.compile")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--smoke", action="store_true", help="a tiny model, whatever else is said; runs without a GPU")
     made.add_argument("--json", type=Path, help="write the result to this file")
     return made
-
-
-def backend(name: str) -> Any:
-    """What `torch.compile` takes."""
-    if name == "linear":
-        from ..linear import backend as linear_backend
-
-        return linear_backend
-    return name
 
 
 def main(

@@ -114,7 +114,7 @@ def _bench_case(
 
 def make_engine(model: nn.Module, form: str, options: argparse.Namespace, execution: Execution) -> Engine:
     """An engine whose decode steps have this form of attention."""
-    settings = {"backend": harness.backend(options.backend), "execution": execution}
+    settings = {"backend": None if options.backend == "ours" else options.backend, "execution": execution}
     if form == "full":
         return Engine(model, **settings)
     config = HybridConfig(

@@ -77,6 +77,7 @@ def attend(
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
-    tile = common.tile_of(kv, 32768)
-    splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 128, 64) if pairs <= 16 else 16
-    return Tuning(splits, tile, 4, 3)
+    few = pairs <= 16
+    tile = common.tile_of(kv, 16384 if few else 32768)
+    splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 128, 64) if few else 8
+    return Tuning(splits, tile, 4, 4 if few else 3, common.starts_early(kv.keys.device))

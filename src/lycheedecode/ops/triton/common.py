@@ -41,15 +41,19 @@ class Tuning(NamedTuple):
     stages: int
     early: bool = False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the launch itself."""
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, "EARLY": self.early}
+        return {**options, "launch_pdl": True} if self.early else options
+
     def launch(self, kv: KV) -> dict[str, Any]:
-        """Options of the launch itself.
+        """Options of a launch that goes over a cache.
 
         Pages are looked up in one step of the pipeline and read in a later one: the same loads in flight take twice
         the steps.
         """
-        stages = self.stages if kv.page_table is None else max(2 * self.stages - 1, 1)
-        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": stages, "EARLY": self.early}
-        return {**options, "launch_pdl": True} if self.early else options
+        return (self if kv.page_table is None else self._replace(stages=max(2 * self.stages - 1, 1))).options
 
 
 # ---------------------------------------------------------------------- before a launch

@@ -135,9 +135,11 @@ def _scan_select(
     counts: Tensor,
     copy: Tensor | None,
 ) -> None:
-    kv = KV(keys, values, lengths, starts, page_table)
+    kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts)
+    select.check_selections(out, (len(heads), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
-    select.scan_select(query, kv, tuple(heads), rule, scale, score, Selections(blocks, counts), copy)
+    scores = scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy, refresh_every)
+    select.select_blocks(scores, kv, rule, out)
 
 
 def _attend_blocks(

@@ -10,8 +10,8 @@ With a copy of the keys in 8-bit floats, that is what streams by; the newest tok
 the program whose tile it lies in.
 
 Tiles go round the splits: at any time all programs together read one stretch of memory, and every program of a fixed
-grid takes an even share of the tokens that there are. Nothing is normalised while the keys stream by: `block_scores`
-does that once all sums are known, in a kernel of its own (`scan_blocks`) or where blocks are selected (`select`).
+grid takes an even share of the tokens that there are. Nothing is normalised while the keys stream by: `_block_scores`
+does that once all sums are known, in a kernel of its own: the one program that then selects would take longer.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _scan_kernel(
 
 
 @triton.jit
-def block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLITS: tl.constexpr):
+def _block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLITS: tl.constexpr):
     """Scores of blocks `n`: weights normalised for each query head, averaged over the group, 0 outside `mask`.
 
     `row` counts groups in `worth [.., G, stride_worth]` and `sums [.., G, SPLITS]`.
@@ -140,14 +140,14 @@ def block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLIT
     s = tl.arange(0, triton.next_power_of_2(SPLITS))
     at = sums + (row * G + gs)[:, None] * SPLITS + s[None, :]
     here = (gs < G)[:, None] & (s < SPLITS)[None, :]
-    mass = tl.load(at, mask=here, other=float("-inf"), cache_modifier=".cg")
+    mass = tl.load(at, mask=here, other=float("-inf"))
     peak = common.finite(tl.max(mass, 1))
     total = common.finite(peak + tl.log2(tl.sum(tl.exp2(mass - peak[:, None]), 1)))
 
     score = tl.zeros(n.shape, tl.float32)
     for g in tl.static_range(G):
         at = worth + (row * G + g) * stride_worth + n
-        part = tl.load(at, mask=n < stride_worth, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(at, mask=n < stride_worth, other=float("-inf"))
         score += tl.exp2(part - tl.sum(tl.where(gs == g, total, 0.0), 0))
     return tl.where(mask, score / G, 0.0)
 
@@ -162,7 +162,7 @@ def _normalise_kernel(
     _first, count = common.extent(b, lengths, starts, slots)
     row = (r * tl.num_programs(2) + b).to(tl.int64)
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    score = block_scores(worth, sums, row, n, n < tl.cdiv(count, BLOCK), stride_worth, G, SPLITS)
+    score = _block_scores(worth, sums, row, n, n < tl.cdiv(count, BLOCK), stride_worth, G, SPLITS)
     tl.store(scores + row * N + n, score, mask=n < N)
 
 
@@ -221,7 +221,7 @@ def scan(
     newest: int = 0,
 ) -> Worth:
     """The scan alone, not normalised; arguments as in `ops.scan_blocks`, `newest` tokens written into `copy` first."""
-    tuning = tuning or default_tuning(query.shape[0] * len(heads), kv)
+    tuning = tuning or default_tuning(query.shape[0] * len(heads), block_size, kv)
     worth, values, constants = scan_arguments(query, kv, heads, block_size, scale, score, tuning, copy, newest)
     with common.on_device(query):
         _scan_kernel[tuning.splits, len(heads), query.shape[0]](*values, **constants)
@@ -260,9 +260,9 @@ def scan_blocks(
     return normalise(scan(query, kv, heads, block_size, scale, score, None, copy, newest), kv, block_size)
 
 
-def default_tuning(pairs: int, kv: KV) -> Tuning:
+def default_tuning(pairs: int, block_size: int, kv: KV) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
-    tile = common.tile_of(kv, 32768)
+    tile = max(common.tile_of(kv, 16384), block_size)
+    warps = 8 if kv.keys.dtype == torch.float32 else max(tile // 32, 2)  # float32 takes more registers
     splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 256)
-    warps = 8 if kv.keys.dtype == torch.float32 else 4  # its products take registers
-    return Tuning(splits, tile, warps, 3, common.starts_early(kv.keys.device))
+    return Tuning(splits, tile, warps, 4, common.starts_early(kv.keys.device))

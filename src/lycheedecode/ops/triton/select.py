@@ -1,6 +1,5 @@
 """Block scores -> selections, written straight into the persistent buffers; one program a row and sequence.
 
-    score      given, or what a scan left behind, normalised here: one launch less between a scan and its selection
     keys       the bits of a score that is not negative, read as an integer, rank like the score;
                blocks that are always selected get the largest key, absent ones the least
     wanted     how many blocks: from the strategy and the capacity of the buffers
@@ -27,7 +26,6 @@ from ...config import HybridConfig
 from ..types import KV, Selections
 from . import common
 from .common import Tuning
-from .scan import block_scores, normalise, scan
 
 IN_REGISTERS = 32768
 """Longest row of blocks that a program holds at once."""
@@ -205,7 +203,7 @@ def choose(
 @triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K"])
 def _select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
-    scores, sums, lengths, starts, slots, N, num_blocks, K, amount, G: tl.constexpr, SPLITS: tl.constexpr,
+    scores, lengths, starts, slots, N, num_blocks, K, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -214,13 +212,8 @@ def _select_kernel(
     _first, count = common.extent(b, lengths, starts, slots)
     exist, sinks, recent = extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
-    row = (r * tl.num_programs(1) + b).to(tl.int64)
-    if sums is None:
-        scores += row * N
-        score, _key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
-    else:
-        n = tl.arange(0, CHUNK)
-        score = block_scores(scores, sums, row, n, n < tl.cdiv(count, BLOCK), N, G, SPLITS)
+    scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
+    score, _key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
     at_count = counts + r * stride_counts_r + b * stride_counts_b
     choose(blocks, at_count, score, scores, N, sinks, recent, exist, K, amount, STRATEGY, CHUNK, HELD)
 
@@ -270,48 +263,11 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
         raise ValueError(f"scores must be float32, not {scores.dtype}.")
     scores = scores.contiguous()
     num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
-    _launch(scores, None, scores.shape[2], num_blocks, kv, rule, out, {"G": 1, "SPLITS": 1}, tuning)
-
-
-def scan_select(
-    query: Tensor,
-    kv: KV,
-    heads: tuple[int, ...],
-    rule: Rule,
-    scale: float,
-    score: str,
-    out: Selections,
-    copy: Tensor | None = None,
-    tuning: Tuning | None = None,
-) -> None:
-    """See `ops.scan_select`: a scan, cut by `tuning`, then a selection that normalises what it left, if it can."""
-    check_selections(out, (len(heads), query.shape[0]))
-    worth = scan(query, kv, heads, rule.block_size, scale, score, tuning, copy, rule.refresh_every)
-    num_blocks = rule.num_blocks(kv.slots)
-    if num_blocks > IN_REGISTERS:
-        select_blocks(normalise(worth, kv, rule.block_size), kv, rule, out)
-        return
-    _rows, _batch, group, stride = worth.worth.shape
-    _launch(*worth, stride, num_blocks, kv, rule, out, {"G": group, "SPLITS": worth.sums.shape[3]})
-
-
-def _launch(
-    scores: Tensor,
-    sums: Tensor | None,
-    stride: int,
-    num_blocks: int,
-    kv: KV,
-    rule: Rule,
-    out: Selections,
-    cuts: dict[str, int],
-    tuning: Tuning | None = None,
-) -> None:
     tuning = tuning or default_tuning(num_blocks, scores.device)
     with common.on_device(scores):
         _select_kernel[out.blocks.shape[:2]](
-            *(*selection_arguments(out), scores, sums, kv.lengths, kv.starts, kv.slots, stride, num_blocks),
+            *(*selection_arguments(out), scores, kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks),
             *(out.blocks.shape[2], rule.amount),
-            **cuts,
             **rule.constants,
             CHUNK=tuning.tile,
             HELD=num_blocks <= tuning.tile,
