@@ -29,10 +29,12 @@ class _Rotated(NamedTuple):
 def use_rotation(gm: GraphModule) -> int:
     """Hand rotations to the attention layers that alone read them; returns how many layers took theirs."""
     layers = [node for node in gm.graph.nodes if is_call(node, "decode_layer.default")]
-    return sum(_take(gm, node) for node in layers)
+    tables: dict[Node, Node] = {}
+    return sum(_take(gm, node, tables) for node in layers)
 
 
-def _take(gm: GraphModule, node: Node) -> bool:
+def _take(gm: GraphModule, node: Node, tables: dict[Node, Node]) -> bool:
+    """`tables`: the row of each table that layers share."""
     if len(node.args) != 5 or node.kwargs:
         return False
     query, key = _rotated(node.args[0]), _rotated(node.args[1])
@@ -42,7 +44,11 @@ def _take(gm: GraphModule, node: Node) -> bool:
     with gm.graph.inserting_before(node):
         sources = [r.x if n is None else _transposed(gm, n.x) for r, n in zip((query, key), norms, strict=True)]
         query_, key_ = (_item(gm, source, (slice(None), slice(None), 0)) for source in sources)
-        cos, sin = (_item(gm, table, (slice(None), 0)) for table in (query.cos, query.sin))
+    for table in (query.cos, query.sin):
+        if table not in tables:
+            with gm.graph.inserting_after(table):
+                tables[table] = _item(gm, table, (slice(None), 0))
+    cos, sin = tables[query.cos], tables[query.sin]
     weights = [None if norm is None else norm.weight for norm in norms]
     node.args = (query_, key_, *node.args[2:], cos, sin, *weights, 0.0 if norms[0] is None else norms[0].eps)
     for rotated, norm in zip((query, key), norms, strict=True):

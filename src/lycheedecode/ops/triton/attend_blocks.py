@@ -2,7 +2,7 @@
 
     selection of head h's donor   [ 7 | 0 | 93 | 12 | 55 | 31 | 2 | -1 | -1 ]     block indices, any order
     tiles of gathered tokens      \\_ tile 0 _/\\_ tile 1 _/\\_ tile 2 _/           several blocks, or part of one
-    programs (b, h, split)        \\_______ split 0 ________/\\_ split 1 ..
+    programs (b, h, split)          split 0       split 1       split 0
 
 A program gathers its tiles' keys and values straight from the cache and reads nothing else; every program of a fixed
 grid takes an even share of the tiles that there are. Where a tile lies is looked up one tile ahead, so that loads of
@@ -45,16 +45,15 @@ def _attend_blocks_kernel(
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     tiles = tl.cdiv(chosen * BLOCK, TILE)
-    share = tl.cdiv(tiles, SPLITS)
-    gathered = split * share * TILE + tl.arange(0, TILE)
+    gathered = split * TILE + tl.arange(0, TILE)
     block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
-    for _tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
+    for _tile in range(split, tiles, SPLITS):
         token = block * BLOCK + gathered % BLOCK
         exists = (block >= 0) & (token < count)
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
         k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
         v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
-        gathered += TILE
+        gathered += SPLITS * TILE
         block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
 
@@ -122,5 +121,5 @@ def default_tuning(pairs: int, kv: KV, capacity: int) -> Tuning:
     tile = min(common.tile_of(kv, 16384 if few else 8192), 64)
     capacity = min(capacity, max(kv.slots, 1))
     splits = common.even_splits(pairs, triton.cdiv(capacity, tile), 128 if few else 512, 32)
-    early = common.starts_early(kv.keys.device)
+    early = 2 * common.starts_early(kv.keys.device)
     return Tuning(splits, tile, 4, 3, early) if few else Tuning(splits, tile, 2, 2, early)

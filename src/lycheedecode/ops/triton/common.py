@@ -32,14 +32,16 @@ class Tuning(NamedTuple):
         tile: tokens that a program handles at once.
         warps: of a program.
         stages: depth of its load pipeline.
-        early: start while the kernel before it still drains (programmatic dependent launch).
+        early: programmatic dependent launch. 0: none. 1: start while the kernel before it drains, and once that has
+            ended let the next one start. 2: let the next one start at once: for kernels that leave memory idle, if the
+            next one may call its weights into the L2 meanwhile.
     """
 
     splits: int
     tile: int
     warps: int
     stages: int
-    early: bool = False
+    early: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -126,9 +128,9 @@ def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:
 
 
 @lru_cache(maxsize=64)
-def starts_early(device: torch.device) -> bool:
-    """Whether this GPU can start a kernel while the one before it drains: from Hopper on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def starts_early(device: torch.device) -> int:
+    """1 if this GPU can start a kernel while the one before it drains: from Hopper on."""
+    return int(device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -180,12 +182,15 @@ def merge_space(batch: int, heads: int, splits: int, group: int, dim: int, devic
 
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
-    """With an early start: wait until the kernel before has written all, then let the next one start early too.
+    """With an early start: wait until the kernel before has written all, and let the next one start early, too.
 
-    In this order two kernels overlap at most: what runs before this point may count on all but the last one.
+    Kernels write nothing before this point, and read nothing that one of the last two kernels before them wrote.
     """
+    if EARLY == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if EARLY == 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 
