@@ -137,12 +137,11 @@ class HybridAttention:
 
         Dense retrieval heads read keys and values once: their scan is a by-product of their attention.
         """
-        tokens = selections.tokens(lengths, self.config.block_size).double()
-        attended = _as_weights(self._readers, lengths.device) @ tokens  # [B]
-        scanned = lengths.double() * self._scans
-        if self.config.retrieval_attention == "full":
-            return 2 * key_bytes * (attended + scanned)
-        return 2 * key_bytes * attended + selections.scan_bytes(key_bytes) * scanned * refreshed
+        dense = self.config.retrieval_attention == "full"
+        scan_bytes = 2 * key_bytes if dense else selections.scan_bytes(key_bytes) * refreshed
+        weights = _as_weights(tuple(2.0 * key_bytes * readers for readers in self._readers), lengths.device)
+        attended = (weights[:, None] * selections.tokens(lengths, self.config.block_size)).sum(0)  # [B]
+        return attended.add_(lengths, alpha=float(scan_bytes * self._scans))
 
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """How many heads scan, and how many attend over each row of the selections."""
@@ -201,5 +200,5 @@ def _as_index(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _as_weights(values: tuple[int, ...], device: torch.device) -> Tensor:
+def _as_weights(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)

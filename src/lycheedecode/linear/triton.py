@@ -26,9 +26,6 @@ from .operator import MAX_ROWS, MAX_WEIGHTS
 PROGRAMS = 396
 """Programs that an H200's 132 multiprocessors hold at once, three each: one wave, whose loads keep the memory busy."""
 
-SMALL = 36 << 20
-"""Bytes of a layer that fits into the L2 beside what else is in flight."""
-
 
 class Tuning(NamedTuple):
     """How the kernel cuts its work; never changes what it computes.
@@ -254,33 +251,27 @@ def linear(
 
 
 def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> Tuning:
-    """What was fastest on an H200; `bench linear --tune` measures it.
-
-    A small layer follows attention, which leaves memory idle: it calls all of its weights into the L2 meanwhile, and
-    lets the next layer do so while it reads them there.
-    """
+    """What was fastest on an H200; `bench linear --tune` measures it."""
+    prefetch = 512 if dtype.itemsize == 2 else 0
     out = sizes[0] if gated else sum(sizes)
-    small = out * columns * 2 <= SMALL
-    prefetch = (columns if small else 512) if dtype.itemsize == 2 else 0
-    overlap = 64 if small else 16
     if rows == 1:
         if out >= 32 * PROGRAMS:
             return Tuning(rows=32, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=prefetch)
         if columns > 8192:
             return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=prefetch, overlap=4)
-        if small:
-            return Tuning(rows=16, depth=256, splits=1, warps=4, stages=4, dot=0, prefetch=prefetch, overlap=overlap)
+        if out <= 4096:
+            return Tuning(rows=16, depth=256, splits=1, warps=4, stages=4, dot=0, prefetch=prefetch)
         return Tuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=prefetch)
     if gated:
-        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=8, prefetch=prefetch, overlap=4)
+        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=prefetch, overlap=4)
     tiles = sum(-(-size // 64) for size in sizes)
     if tiles >= PROGRAMS:
         return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=min(prefetch, 128))
     splits = min(power_of_two(PROGRAMS // tiles), max(columns // 128, 1))
-    if small:
-        return Tuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=prefetch, overlap=overlap)
     if columns > 8192:
         return Tuning(rows=64, depth=128, splits=splits, warps=4, stages=4, prefetch=prefetch)
+    if out <= 4096:
+        return Tuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=min(prefetch, 128))
     return Tuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=prefetch)
 
 

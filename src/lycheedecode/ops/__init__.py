@@ -4,7 +4,7 @@
     select_blocks   block scores                               -> selections                    [R, B, K]
     attend_blocks   all heads, each over its donor's selection -> output                        [B, H * G, D]
     attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
-    scan_select     the first two in as few launches as pay
+    scan_select     the first two
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
 `N = ceil(S / block_size)` blocks, `K` selected blocks, `R` retrieval heads, `H` the KV heads asked for.

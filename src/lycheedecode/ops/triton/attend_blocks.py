@@ -117,9 +117,10 @@ def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_h
 
 def default_tuning(pairs: int, kv: KV, capacity: int) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
-    few = pairs <= 16
+    few = pairs <= 32
     tile = min(common.tile_of(kv, 16384 if few else 8192), 64)
     capacity = min(capacity, max(kv.slots, 1))
-    splits = common.even_splits(pairs, triton.cdiv(capacity, tile), 128 if few else 512, 32)
+    programs = 128 if pairs <= 16 else 256 if few else 512
+    splits = common.even_splits(pairs, triton.cdiv(capacity, tile), programs, 32)
     early = 2 * common.starts_early(kv.keys.device)
     return Tuning(splits, tile, 4, 3, early) if few else Tuning(splits, tile, 2, 2, early)
