@@ -9,6 +9,7 @@ import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.evaluate import fidelity
+from lycheedecode.evaluate.engines import coverage_for
 from lycheedecode.evaluate.fidelity import Choice, Long, measure_fidelity
 from lycheedecode.evaluate.scores import Sums, overall
 from lycheedecode.evaluate.variants import variants
@@ -141,7 +142,9 @@ def test_answers_that_are_followed_are_not_decoded_again(llama, tokenizer, monke
 
 def test_kascade_is_calibrated_on_the_same_kinds_of_prompts(llama, tokenizer):
     cells = [Cell("noise", 250), Long("noise", 250, 5)]
-    coverage = fidelity.calibrate(llama, tokenizer, CONFIG, cells)
+    compared = variants(["hybrid", "kascade"], PLANS, CONFIG)
+    coverage = coverage_for(llama, tokenizer, compared, cells)
+    assert coverage_for(llama, tokenizer, compared[:2], cells) is None
     assert coverage.shape == (8, 8)
     assert coverage.diagonal().mean() > coverage[6:, :2].mean()
     found = measure(llama, tokenizer, ["kascade"], cells, prompts=1)

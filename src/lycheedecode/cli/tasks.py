@@ -13,12 +13,13 @@ import typer
 from .. import policies as all_policies
 from ..config import HybridConfig
 from ..decoder import Execution
+from ..evaluate.engines import coverage_for, make_engines
 from ..evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
-from ..evaluate.tasks.engines import make_engines
 from ..evaluate.tasks.summary import averages, rows
 from ..evaluate.variants import Variant, variants
+from ..identify.prompts import Cell
 from ..identify.text import load_text
-from ..models import DEFAULT_MODEL, load_model
+from ..models import DEFAULT_MODEL, ModelShape, load_model
 from ..plan import bundled_plans
 from .options import (
     Device,
@@ -35,6 +36,8 @@ from .options import (
     takes_form,
 )
 from .report import Steps, check_writable, errors, progress, quiet, write_json
+
+_CALIBRATION_TOKENS = 2048
 
 
 @takes_form
@@ -124,7 +127,9 @@ def tasks(
         with progress(f"Loading {model}"):
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         with progress("Preparing policies"):
-            engines, left_out = make_engines(network, tokenizer, compared, execution, match_bytes or 0)
+            tokens = min(_CALIBRATION_TOKENS, (ModelShape.of(network).max_positions or 2 * _CALIBRATION_TOKENS) // 2)
+            coverage = coverage_for(network, tokenizer, compared, [Cell("prose", tokens), Cell("noise", tokens)])
+            engines, left_out = make_engines(network, tokenizer, compared, execution, coverage, match_bytes or 0)
         for label, reason in left_out.items():
             errors.print(f"{label} is left out. {reason}", style="dim")
         with Steps() as steps:

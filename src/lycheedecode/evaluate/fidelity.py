@@ -19,13 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import HybridConfig
 from ..engine import Context, Engine
-from ..identify import IdentifySettings, Stages
-from ..identify.donors import Reach
 from ..identify.prompts import Cell, Prompt, PromptMaker, makers_for
-from ..models import ModelShape
-from ..policies import PolicyError
+from .engines import coverage_for, make_engines
 from .scores import Sums
 from .variants import Variant
 
@@ -40,7 +36,6 @@ CELLS = (
 )
 """What the shipped plan is judged on."""
 
-_CALIBRATION_PROMPTS = 4
 _WORTH_A_GRAPH = 32
 """Tokens of an answer from which on capturing a step pays: it costs a few steps for every policy and batch."""
 
@@ -106,10 +101,7 @@ def measure_fidelity(
     Returns:
         `{kind: {label: ...}}`, see `Scores`.
     """
-    makers, coverage = makers_for(tokenizer, cells, "evaluate"), None
-    calibrated = [variant for variant in variants if variant.policy.startswith("kascade")]
-    if calibrated:
-        coverage = calibrate(model, tokenizer, calibrated[0].config, cells)
+    makers, coverage = makers_for(tokenizer, cells, "evaluate"), coverage_for(model, tokenizer, variants, cells)
     results = dict(finished or {})
     for cell in cells:
         if str(cell) in results:
@@ -137,40 +129,21 @@ def measure_fidelity(
     return results
 
 
-def calibrate(model: Any, tokenizer: Any, config: HybridConfig, cells: Sequence[Cell | Long]) -> Tensor:
-    """Coverage of heads by heads for Kascade, on a few prompts of the same kinds from the text of identification."""
-    shape = ModelShape.of(model)
-    kinds = tuple(dict.fromkeys(Cell(cell.text, cell.length) for cell in cells))
-    settings = IdentifySettings(
-        config=config, calibrate_cells=kinds, calibrate_prompts=_CALIBRATION_PROMPTS, batch_size=1
-    )
-    return Stages(model, tokenizer, settings, Reach(shape.num_layers, shape.num_kv_heads)).coverage()
-
-
 def _engines(
     model: Any, tokenizer: Any, variants: Sequence[Variant], coverage: Tensor | None, match_at: int, tokens: int
 ) -> tuple[dict[str, Engine], Scores]:
     """What decodes answers of `tokens` tokens, by label, and what it is; bytes are matched from `match_at` on."""
-    engines, scores = {}, {}
-    on_gpu = next(model.parameters()).is_cuda
+    # Many policies for some tokens each: compiling their steps would take longer than the steps do.
+    captured = next(model.parameters()).is_cuda and tokens >= _WORTH_A_GRAPH
+    engines, left_out = make_engines(
+        model, tokenizer, variants, "graph" if captured else "eager", coverage, match_at, max(tokens - 1, 1)
+    )
+    scores: Scores = {}
     for variant in variants:
-        try:
-            policy = variant.make(ModelShape.of(model), coverage, match_at, max(tokens - 1, 1))
-        except PolicyError as error:
-            if not match_at:
-                raise
-            scores[variant.label] = {"policy": variant.policy, "left_out": str(error)}
-            continue
-        # Many policies for some tokens each: compiling their steps would take longer than the steps do.
-        captured = on_gpu and tokens >= _WORTH_A_GRAPH and getattr(policy.attention, "graph_safe", False)
-        scores[variant.label] = variant.describe(policy.config)
-        engines[variant.label] = Engine(
-            model,
-            tokenizer,
-            attention=policy.attention,
-            config=policy.config,
-            execution="graph" if captured else "eager",
-        )
+        if variant.label in left_out:
+            scores[variant.label] = {"policy": variant.policy, "left_out": left_out[variant.label]}
+        else:
+            scores[variant.label] = variant.describe(engines[variant.label].config)
     return engines, scores
 
 

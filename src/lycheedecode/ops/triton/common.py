@@ -184,7 +184,7 @@ def merge_space(batch: int, heads: int, splits: int, group: int, dim: int, devic
 def wait_for_inputs(EARLY: tl.constexpr):
     """With an early start: wait until the kernel before has written all, and let the next one start early, too.
 
-    Kernels write nothing before this point, and read nothing that one of the last two kernels before them wrote.
+    Before this point kernels write nothing, and read only what no kernel writes.
     """
     if EARLY == 2:
         tl.extra.cuda.gdc_launch_dependents()
