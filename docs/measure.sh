@@ -31,7 +31,7 @@ stage_linear() { bench linear --step --json "$out/h200-linear.json"; }
 
 stage_step() {
   for model in llama-3-8b qwen3-8b; do
-    bench step --model $model --forms full hybrid paper --batches 1 4 --contexts 32768 131072 --prefill \
+    bench step --model $model --forms full hybrid paper --batches 1 4 --contexts 32768 131072 --prefill --profile \
       --json "$out/h200-step-$model.json"
     bench step --model $model --contexts 524288 --json "$out/h200-step-$model-512k.json"
   done

@@ -17,9 +17,18 @@ def test_every_kind_of_result_becomes_a_table(tmp_path):
         "commit": "0123456789abcdef",
     }
     score = {"kl_mean": 0.012345, "top1_agreement": 0.987, "kv_bytes_per_token": 2.5e6}
+    kernels = [{"name": f"k|{i}", "launches": 2.0, "us": 10.0 - i} for i in range(10)]
     files = {
         "a": {"command": "evaluate fidelity", "result": {"cells": {"2048 tokens": {"hybrid": score}}, "kl_mean": 0.5}},
         "b": {"command": "bench ops", "result": {"rows": [{"op": "scan", "ms": 1.5, "share": 0.5}, {"op": "all"}]}},
+        "d": {
+            "command": "bench step",
+            "result": {
+                "rows": [],
+                "prefills": [{"context": 512, "seconds": 0.5}],
+                "profiles": [{"form": "hybrid", "batch": 2, "context": 512, "kernels": kernels}],
+            },
+        },
         "c": {"what": "ways", "variants": {"x": {"retrieval_heads": 4, "kl_mean": 0.2, "kl": {"noise": 0.1}}}},
     }
     for name, report in files.items():
@@ -30,6 +39,9 @@ def test_every_kind_of_result_becomes_a_table(tmp_path):
     assert "- kl mean: 0.5" in text
     assert "| op | ms | share |\n| --- | ---: | ---: |\n| scan | 1.5 | 50.0% |\n| all |  |  |" in text
     assert "|  | retrieval heads | kl mean | noise |\n| --- | ---: | ---: | ---: |\n| x | 4 | 0.2 | 0.1 |" in text
+    assert "| context | seconds |\n| ---: | ---: |\n| 512 | 0.5 |" in text
+    assert "**Kernels of a step: hybrid, batch 2, 512 tokens**" in text
+    assert "| others | 4 | 3 |" in text
     assert "a: no policy reads as little as hybrid." in text
     assert "b: none of 1 rows are slower" not in text
     assert render(tmp_path / "none").endswith("There are no result files yet.\n")

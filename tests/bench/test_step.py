@@ -1,12 +1,15 @@
 """Benchmarks of whole steps on a tiny model: they verify, refuse, report; times mean nothing here."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from lycheedecode.bench import generate, step
 from lycheedecode.bench.models import build, plan_for, random_context, weight_bytes
+from lycheedecode.bench.profile import Kernel, add_up, format_kernels
 from lycheedecode.engine import Engine
 
 
@@ -31,6 +34,32 @@ def test_a_wrong_step_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(Engine, "decode_one_token", wrong)
     assert step.main(["--smoke"]) == 1
     assert "full (batch 1, context 300): logits differ" in capsys.readouterr().err
+
+
+def test_profiles_add_up():
+    def event(name, us, device=DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+    events = [event("a", 2.0), event("b", 9.0), event("a", 4.0), event("host", 50.0, DeviceType.CPU)]
+    kernels = add_up(events, 2)
+    assert kernels == [Kernel("b", 0.5, 4.5), Kernel("a", 1.0, 3.0)]
+    assert [line.split()[-1] for line in format_kernels(kernels).splitlines()] == ["b", "a"]
+    many = format_kernels([Kernel(str(i), 1.0, 1.0) for i in range(20)])
+    assert "6.0 others" in many.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="This machine has a GPU.")
+def test_a_profile_needs_a_gpu(capsys):
+    assert step.main(["--smoke", "--profile"]) == 2
+    assert "--profile needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Kernels run on a GPU.")
+def test_a_profile_is_reported(tmp_path):
+    path = tmp_path / "step.json"
+    assert step.main(["--smoke", "--profile", "--forms", "hybrid", "--json", str(path)]) == 0
+    (profile,) = json.loads(path.read_text())["result"]["profiles"]
+    assert any("attend_blocks" in kernel["name"] for kernel in profile["kernels"])
 
 
 def test_another_choice_is_no_tie():

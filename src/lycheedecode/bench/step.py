@@ -25,6 +25,7 @@ from ..engine import Context, Engine, Execution
 from . import harness
 from .harness import say
 from .models import build, plan_for, random_context, release, weight_bytes
+from .profile import format_kernels, profile_step
 from .timing import read_bandwidth
 from .verify import MismatchError, relative_error
 
@@ -69,22 +70,28 @@ def bench_step(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Verify and time; raises `MismatchError`, and then there are no times."""
     bandwidth = _bandwidth() if device == "cuda" else None
     model = build(options.model, options.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows, prefills = [], []
+    rows, prefills, profiles = [], [], []
     for context in options.contexts:
         for batch in options.batches:
             if options.prefill:
                 prefills.append(_time_prefill(model, batch, context))
-            rows += _bench_case(model, batch, context, bandwidth, options)
+            rows += _bench_case(model, batch, context, bandwidth, options, profiles)
     return {
         "read_tb_s": bandwidth and bandwidth / 1e12,
         "weight_bytes": weight_bytes(model),
         "rows": [asdict(row) for row in rows],
         "prefills": prefills,
+        "profiles": profiles,
     }
 
 
 def _bench_case(
-    model: nn.Module, batch: int, length: int, bandwidth: float | None, options: argparse.Namespace
+    model: nn.Module,
+    batch: int,
+    length: int,
+    bandwidth: float | None,
+    options: argparse.Namespace,
+    profiles: list[dict[str, Any]],
 ) -> Iterator[Row]:
     context = random_context(model, batch, length, _ROOM)
     full_ms = None
@@ -106,6 +113,12 @@ def _bench_case(
             first_seconds=first_seconds,
         )
         say(format_row(row))
+        if options.profile:
+            kernels = profile_step(engine, context)
+            say(format_kernels(kernels))
+            profiles.append(
+                {"form": form, "batch": batch, "context": length, "kernels": [asdict(kernel) for kernel in kernels]}
+            )
         yield row
         context.rewind()
     del context, engine, eager
@@ -208,6 +221,8 @@ def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
     if options.smoke:
         options.model, options.contexts, options.budget, options.block, options.steps = "tiny", [300], 64, 16, 4
         options.execution = "graph" if device == "cpu" else options.execution
+    if options.profile and device == "cpu":
+        raise ValueError("--profile needs a CUDA GPU: it shows kernels.")
     result = bench_step(options, device)
     print("\n".join([HEADER, *(format_row(Row(**row)) for row in result["rows"])]))
     return result
@@ -220,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--steps", type=int, default=60, help="steps that are timed")
     made.add_argument("--execution", default="compiled", choices=["compiled", "graph", "eager"], help="of a step")
     made.add_argument("--prefill", action="store_true", help="time a real prefill, too")
+    made.add_argument("--profile", action="store_true", help="show which kernels a step consists of (GPU only)")
     return harness.main(made, _run, arguments)
 
 

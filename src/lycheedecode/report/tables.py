@@ -28,9 +28,24 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield from _along(scores)
     elif "rows" in result:
         yield from _table(result["rows"])
+    if result.get("prefills"):
+        yield from ("", "**Prefill**", "", *_table(result["prefills"]))
+    for profile in result.get("profiles") or ():
+        yield from _kernels(profile)
     plain = {name: value for name, value in result.items() if isinstance(value, (int, float, str)) and value != ""}
     if plain:
         yield from ("", *(f"- {_words(name)}: {shown(value, name)}" for name, value in plain.items()))
+
+
+def _kernels(profile: Mapping[str, Any], most: int = 8) -> Iterator[str]:
+    """The kernels that a step spends most time in."""
+    what = f"{profile['form']}, batch {profile['batch']}, {profile['context']} tokens"
+    yield from ("", f"**Kernels of a step: {what}** (traced: small ones are slower than they are)", "")
+    first, rest = profile["kernels"][:most], profile["kernels"][most:]
+    rows = [{**kernel, "name": f"`{kernel['name'][:60]}`"} for kernel in first]
+    if rest:
+        rows.append({"name": "others", **{key: sum(kernel[key] for kernel in rest) for key in ("launches", "us")}})
+    yield from _table(rows)
 
 
 def _flat(score: Mapping[str, Any]) -> dict[str, Any]:

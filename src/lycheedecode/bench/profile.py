@@ -1,0 +1,70 @@
+"""Where the time of a decode step goes: its kernels, by name, from a trace of some steps.
+
+A tracer slows small kernels down, and charges a kernel that starts early while it waits for the one before. So shares
+say where to look; how long a step takes, `bench step` measures without it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ..engine import Context, Engine
+
+_WARM_UP, _STEPS, _SHOWN = 3, 3, 14
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """All launches of one kernel in a step.
+
+    Attributes:
+        name: as the tracer knows it.
+        launches: a step.
+        us: microseconds a step, of all of them.
+    """
+
+    name: str
+    launches: float
+    us: float
+
+
+def profile_step(engine: Engine, context: Context) -> list[Kernel]:
+    """Kernels of a step on a GPU, those that take longest first; `context` is rewound before and after."""
+    token_ids = torch.full((len(context.prompt_lengths),), 7, device=engine.device)
+    context.rewind()
+    for _ in range(_WARM_UP):
+        engine.decode_one_token(context, token_ids)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
+        for _ in range(_STEPS):
+            engine.decode_one_token(context, token_ids)
+        torch.cuda.synchronize()
+    context.rewind()
+    return add_up(trace.events(), _STEPS)
+
+
+def add_up(events: Any, steps: int) -> list[Kernel]:
+    """Kernels by name, from what a tracer recorded in so many steps."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            found[event.name].append(event.time_range.elapsed_us())
+    kernels = [Kernel(name, len(times) / steps, sum(times) / steps) for name, times in found.items()]
+    return sorted(kernels, key=lambda kernel: -kernel.us)
+
+
+def format_kernels(kernels: list[Kernel]) -> str:
+    """A line for each of the first, and one for the rest."""
+    rest = kernels[_SHOWN:]
+    lines = [
+        f"  {k.launches:6.1f} x {k.us / k.launches:8.2f} us = {k.us:8.1f} us  {k.name[:80]}" for k in kernels[:_SHOWN]
+    ]
+    if rest:
+        lines.append(f"  {sum(k.launches for k in rest):6.1f} others {'':8} = {sum(k.us for k in rest):8.1f} us")
+    return "\n".join(lines)
