@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the result files of docs/results anew: docs/measure.sh FOLDER STAGE...
-# Stages up to `serving` want one H200 to themselves; `cpu` wants a quiet machine. Each says how long it took.
+# Stages up to `serving` want one H200 to themselves, `two_gpus` two; `cpu` wants a quiet machine. Each says how long it took.
 set -euo pipefail
 out=$1
 shift
@@ -90,6 +90,17 @@ stage_tasks() { # a model of 8K positions: longer items are skipped, and say so
 
 stage_serving() {
   for model in llama-3-8b qwen3-8b; do bench serving --model $model --json "$out/h200-serving-$model.json"; done
+}
+
+stage_two_gpus() { # two of one host; 8 x 131072 fits two only
+  local cases=(1x32768 4x32768 8x32768 1x131072 4x131072)
+  bench serving --cases "${cases[@]}" --json "$out/h200x2-serving-1-rank.json"
+  bench serving --cases "${cases[@]}" 8x131072 --tensor-parallel-size 2 --json "$out/h200x2-serving-2-ranks.json"
+  bench serving --model llama-3-70b --cases "${cases[@]}" --tensor-parallel-size 2 --json "$out/h200x2-serving-70b.json"
+  for map in "" "--device-map balanced"; do
+    lychee identify "$out/plans/gpus${map:+-2}.json" --num-retrieval-heads 14 --dtype float32 $map \
+      --json "$out/h200x2-identify${map:+-2}.json"
+  done
 }
 
 stage_cpu() {

@@ -26,6 +26,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     ),
+    "llama-3-70b": (
+        "Llama",
+        {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 128256,
+         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
+    ),
     "qwen3-8b": (
         "Qwen3",
         {"num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936,
