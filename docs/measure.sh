@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the result files of docs/results anew: docs/measure.sh FOLDER STAGE...
-# Stages up to `serving` want one H200 to themselves, `two_gpus` two; `cpu` wants a quiet machine. Each says how long it took.
+# Stages up to `serving` want one H200 to themselves, `ranks` two; `cpu` wants a quiet machine. Each says how long it took.
 set -euo pipefail
 out=$1
 shift
@@ -92,7 +92,7 @@ stage_serving() {
   for model in llama-3-8b qwen3-8b; do bench serving --model $model --json "$out/h200-serving-$model.json"; done
 }
 
-stage_two_gpus() { # two of one host; 8 x 131072 fits two only
+stage_ranks() { # two of one host; 8 x 131072 fits two only
   local cases=(1x32768 4x32768 8x32768 1x131072 4x131072)
   bench serving --cases "${cases[@]}" --json "$out/h200x2-serving-1-rank.json"
   bench serving --cases "${cases[@]}" 8x131072 --tensor-parallel-size 2 --json "$out/h200x2-serving-2-ranks.json"

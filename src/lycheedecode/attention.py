@@ -135,13 +135,15 @@ class HybridAttention:
     def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
         """Keys scanned by retrieval heads, and keys and values attended by every head (see `DecodeAttention`).
 
-        Dense retrieval heads read keys and values once: their scan is a by-product of their attention.
+        Dense retrieval heads read keys and values once: their scan is a by-product of their attention. What fits into
+        the budget as a whole is not scanned.
         """
         dense = self.config.retrieval_attention == "full"
         scan_bytes = 2 * key_bytes if dense else selections.scan_bytes(key_bytes) * refreshed
         weights = _as_weights(tuple(2.0 * key_bytes * readers for readers in self._readers), lengths.device)
         attended = (weights[:, None] * selections.tokens(lengths, self.config.block_size)).sum(0)  # [B]
-        return attended.add_(lengths, alpha=float(scan_bytes * self._scans))
+        scanned = lengths if dense else lengths.masked_fill(lengths <= self.config.enough_tokens, 0)
+        return attended.add_(scanned, alpha=float(scan_bytes * self._scans))
 
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """How many heads scan, and how many attend over each row of the selections."""

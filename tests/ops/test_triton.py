@@ -392,6 +392,22 @@ def test_scan_select_is_scan_then_select(settings, score):
     assert as_sets(out) == as_sets(expected)
 
 
+@pytest.mark.parametrize("refresh_every", [1, 3])
+def test_what_fits_is_selected_as_a_whole_and_not_scanned(refresh_every):
+    """Sequences of a batch around the edge of the budget; keys of those below it are poisoned."""
+    config = HybridConfig(block_size=8, budget_tokens=80, recent_tokens=8, refresh_every=refresh_every)
+    lengths = [config.enough_tokens + difference for difference in (1, 0, -1, -60)]
+    kv = make_cache([*lengths, 0, 200])
+    expected, out = (Selections.allocate(1, 6, 10, DEVICE) for _ in range(2))
+    query = make_query(kv, 2)
+    scores = reference.scan_blocks(query, kv, (1,), 8, SCALE)
+    reference.select_blocks(scores, kv, config, expected)
+    kv.keys[1:4] = nan
+    kernels.scan_select(query, kv, (1,), config, SCALE, out)
+    assert as_sets(out) == as_sets(expected)
+    assert out.counts[0, 1:5].tolist() == [ceil((n + refresh_every - 1) / 8) if n else 0 for n in (*lengths[1:], 0)]
+
+
 def test_scan_select_of_rows_too_long_to_hold(monkeypatch):
     monkeypatch.setattr(select, "IN_REGISTERS", 32)
     kv = make_cache([400])

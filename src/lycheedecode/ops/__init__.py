@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
+from math import ceil
 from types import ModuleType
 
 import torch
@@ -102,6 +103,7 @@ def scan_select(
 ) -> None:
     """`select_blocks(scan_blocks(...))`, without the scores in between; arguments as there.
 
+    With the strategy `top_k`, sequences whose blocks all fit into the budget are selected as a whole, and not scanned.
     A `copy` may lack the last `config.refresh_every` tokens of each sequence: they are written into it first.
     """
     _check(query, kv)
@@ -112,7 +114,11 @@ def scan_select(
         return
     if copy is not None:
         reference.write_newest_to_copy(copy, kv, heads, config.refresh_every)
-    scores = implementation.scan_blocks(query, kv, heads, config.block_size, scale, config.block_score, copy)
+    if kv.slots <= config.enough_tokens:
+        blocks = ceil(kv.slots / config.block_size)
+        scores = torch.zeros(len(heads), query.shape[0], blocks, device=query.device)
+    else:
+        scores = implementation.scan_blocks(query, kv, heads, config.block_size, scale, config.block_score, copy)
     implementation.select_blocks(scores, kv, config, out)
 
 

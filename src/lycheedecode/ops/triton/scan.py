@@ -55,7 +55,8 @@ def _write_newest(
 @triton.jit
 def scan_tiles(
     worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
-    keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE: tl.constexpr,
+    keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N,
+    PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
     NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +90,8 @@ def scan_tiles(
     line = ((r * tl.num_programs(2) + b) * G + g).to(tl.int64)
     peak = tl.full([GP, TURNS, LANES], float("-inf"), tl.float32)
     total = tl.zeros([GP, TURNS, LANES], tl.float32)
-    for tile in range(split, tl.cdiv(count, TILE), SPLITS):
+    tiles = tl.where(count > enough, tl.cdiv(count, TILE), 0)
+    for tile in range(split, tiles, SPLITS):
         token = tile * TILE + dealt
         exists = token < count
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
@@ -114,17 +116,18 @@ def scan_tiles(
     tl.store(sums + line * SPLITS + split, highest + tl.log2(mass), mask=g < G)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "enough"])
 def _scan_kernel(
     worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
-    keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE: tl.constexpr,
+    keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N,
+    PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
     NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     common.wait_for_inputs(EARLY)
     scan_tiles(
         worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
-        keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, N, PAGE,
+        keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N, PAGE,
         G, D, GP, DP, BLOCK, LARGEST, NEWEST, TILE, SPLITS, WARPS,
     )  # fmt: skip
 
@@ -152,15 +155,17 @@ def _block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLI
     return tl.where(mask, score / G, 0.0)
 
 
-@triton.jit(do_not_specialize=["slots", "N"])
+@triton.jit(do_not_specialize=["slots", "enough", "N"])
 def _normalise_kernel(
-    scores, worth, sums, lengths, starts, slots, N, stride_worth,
+    scores, worth, sums, lengths, starts, slots, enough, N, stride_worth,
     G: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(1), tl.program_id(2)
     common.wait_for_inputs(EARLY)
     _first, count = common.extent(b, lengths, starts, slots)
     row = (r * tl.num_programs(2) + b).to(tl.int64)
+    if (enough > 0) & (count <= enough):
+        return
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     score = _block_scores(worth, sums, row, n, n < tl.cdiv(count, BLOCK), stride_worth, G, SPLITS)
     tl.store(scores + row * N + n, score, mask=n < N)
@@ -176,6 +181,7 @@ def scan_arguments(
     tuning: Tuning,
     copy: Tensor | None = None,
     newest: int = 0,
+    enough: int = 0,
 ) -> tuple[Worth, tuple[Any, ...], dict[str, Any]]:
     """Checked arguments of `scan_tiles`, and what it will write."""
     common.check_strides(query, kv)
@@ -194,7 +200,7 @@ def scan_arguments(
     values = (
         *(*worth, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
         *((None, 0, 0, 0) if copy is None else (copy, *copy.stride()[:3])),
-        *(kv.keys, *cache[2:8], *cache[11:13], num_blocks, cache[13]),
+        *(kv.keys, *cache[2:8], *cache[11:13], enough, num_blocks, cache[13]),
     )
     constants = {
         **common.padded(group, dim),
@@ -219,24 +225,28 @@ def scan(
     tuning: Tuning | None = None,
     copy: Tensor | None = None,
     newest: int = 0,
+    enough: int = 0,
 ) -> Worth:
-    """The scan alone, not normalised; arguments as in `ops.scan_blocks`, `newest` tokens written into `copy` first."""
+    """The scan alone, not normalised; arguments as in `ops.scan_blocks`.
+
+    `newest` tokens are written into `copy` first; sequences of up to `enough` tokens are left out.
+    """
     tuning = tuning or default_tuning(query.shape[0] * len(heads), block_size, kv)
-    worth, values, constants = scan_arguments(query, kv, heads, block_size, scale, score, tuning, copy, newest)
+    worth, values, constants = scan_arguments(query, kv, heads, block_size, scale, score, tuning, copy, newest, enough)
     with common.on_device(query):
         _scan_kernel[tuning.splits, len(heads), query.shape[0]](*values, **constants)
     return worth
 
 
-def normalise(worth: Worth, kv: KV, block_size: int) -> Tensor:
-    """float32 `[R, B, N]`: the scores that `ops.scan_blocks` returns."""
+def normalise(worth: Worth, kv: KV, block_size: int, enough: int = 0) -> Tensor:
+    """float32 `[R, B, N]`: the scores that `ops.scan_blocks` returns; anything for what a scan left out."""
     rows, batch, group, stride_worth = worth.worth.shape
     num_blocks = triton.cdiv(kv.slots, block_size)
     scores = torch.empty((rows, batch, num_blocks), dtype=torch.float32, device=worth.worth.device)
     chunk = 512
     with common.on_device(scores):
         _normalise_kernel[triton.cdiv(num_blocks, chunk), rows, batch](
-            *(scores, *worth, kv.lengths, kv.starts, kv.slots, num_blocks, stride_worth),
+            *(scores, *worth, kv.lengths, kv.starts, kv.slots, enough, num_blocks, stride_worth),
             G=group,
             BLOCK=block_size,
             SPLITS=worth.sums.shape[3],
@@ -255,9 +265,11 @@ def scan_blocks(
     score: str = "mass",
     copy: Tensor | None = None,
     newest: int = 0,
+    enough: int = 0,
 ) -> Tensor:
-    """See `ops.scan_blocks`; `newest` tokens are written into `copy` first."""
-    return normalise(scan(query, kv, heads, block_size, scale, score, None, copy, newest), kv, block_size)
+    """See `ops.scan_blocks`; `newest` and `enough` as in `scan`."""
+    worth = scan(query, kv, heads, block_size, scale, score, None, copy, newest, enough)
+    return normalise(worth, kv, block_size, enough)
 
 
 def default_tuning(pairs: int, block_size: int, kv: KV) -> Tuning:

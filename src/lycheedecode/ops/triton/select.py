@@ -213,9 +213,15 @@ def _select_kernel(
     exist, sinks, recent = extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
     scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
-    score, _key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
     at_count = counts + r * stride_counts_r + b * stride_counts_b
-    choose(blocks, at_count, score, scores, N, sinks, recent, exist, K, amount, STRATEGY, CHUNK, HELD)
+    if (STRATEGY == "top_k") & (exist <= K):  # whatever the scores are
+        for k in range(0, K, CHUNK):
+            n = k + tl.arange(0, CHUNK)
+            tl.store(blocks + n, tl.where(n < exist, n, -1), mask=n < K)
+        tl.store(at_count, exist)
+    else:
+        score, _key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
+        choose(blocks, at_count, score, scores, N, sinks, recent, exist, K, amount, STRATEGY, CHUNK, HELD)
 
 
 class Rule(NamedTuple):
