@@ -59,6 +59,11 @@ class Projection(NamedTuple):
         """Of the weights."""
         return sum(self.sizes) * self.columns * 2
 
+    @classmethod
+    def of(cls, kind: Any) -> Projection:
+        """That of a `linear.triton.Kind`."""
+        return cls(kind.sizes, kind.columns, kind.norm, kind.residual, kind.gated)
+
 
 LLAMA_3_8B = {
     "qkv": Projection((4096, 1024, 1024), 4096, norm=True),
@@ -252,7 +257,7 @@ def tune(names: Sequence[str], batches: Sequence[int], most: int, limit: float) 
     began = time.perf_counter()
     grids = {(name, batch): candidates(LLAMA_3_8B[name], batch) for name, batch in product(names, batches)}
     grids = {key: grid[:: max(-(-len(grid) // most), 1)] for key, grid in grids.items()}
-    compile_ahead([(*key, tuning) for key, grid in grids.items() for tuning in grid])
+    compile_ahead([(LLAMA_3_8B[name], batch, t) for (name, batch), grid in grids.items() for t in grid])
     print(f"compiled {sum(map(len, grids.values()))} launches in {time.perf_counter() - began:.0f} s", flush=True)
     problems, bandwidth, found = make_problems(names), measured_bandwidth(), []
     for at, ((name, batch), grid) in enumerate(grids.items()):
@@ -295,21 +300,21 @@ def _words(tuning: Any) -> str:
     return "default" if tuning is None else " ".join(f"{name} {value}" for name, value in tuning._asdict().items())
 
 
-def compile_ahead(launches: list[tuple[str, int, Any]]) -> None:
+def compile_ahead(launches: list[tuple[Projection, int, Any]]) -> None:
     """Into Triton's cache, in as many processes as there are cores; what fails will fail again where it is timed."""
     workers = max(min(len(os.sched_getaffinity(0)) - 1, 15, len(launches)), 1)
     with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
         list(processes.map(_compile_some, [launches[i::workers] for i in range(workers)]))
 
 
-def _compile_some(launches: list[tuple[str, int, Any]]) -> None:
+def _compile_some(launches: list[tuple[Projection, int, Any]]) -> None:
     from ..linear.triton import linear
 
-    for name, batch, tuning in launches:
+    for projection, batch, tuning in launches:
         try:
-            Problem.random(LLAMA_3_8B[name], batch, 1, empty=True).compute(linear, 0, tuning=tuning)
+            Problem.random(projection, batch, 1, empty=True).compute(linear, 0, tuning=tuning)
         except Exception as error:
-            print(f"  {name}, {tuning}: {type(error).__name__}", file=sys.stderr, flush=True)
+            print(f"  {projection.sizes}, {tuning}: {type(error).__name__}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------- python -m lycheedecode.bench.linear

@@ -125,6 +125,32 @@ def _bench_case(
     release()
 
 
+def tune(options: argparse.Namespace) -> dict[str, Any]:
+    """Launches of the linear layers for the first context and batch, with the last form of attention."""
+    from ..linear.triton import launches
+    from . import linear
+    from .step_tuning import tune_step
+
+    model = build(options.model, options.layers, "cuda", torch.bfloat16)
+    context = random_context(model, options.batches[0], options.contexts[0], _ROOM)
+
+    def step_ms() -> float:
+        engine = make_engine(model, options.forms[-1], options, "compiled")
+        ms = median(_time(engine, context, options.steps, 1))
+        context.cache.fixed_steps.clear()
+        return ms
+
+    def compile_ahead(pairs: list[tuple[Any, Any]]) -> None:
+        linear.compile_ahead([(linear.Projection.of(kind), kind.rows, launch) for kind, launch in pairs])
+
+    launches.clear()
+    step_ms()  # compiles the model, and finds the kinds of layers
+    rows = tune_step(
+        launches, lambda kind: linear.candidates(linear.Projection.of(kind), kind.rows), compile_ahead, step_ms
+    )
+    return {"rows": rows, "launches": {str(tuple(kind)): launch._asdict() for kind, launch in launches.items()}}
+
+
 def make_engine(model: nn.Module, form: str, options: argparse.Namespace, execution: Execution) -> Engine:
     """An engine whose decode steps have this form of attention."""
     settings = {"backend": None if options.backend == "ours" else options.backend, "execution": execution}
@@ -223,6 +249,10 @@ def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
         options.execution = "graph" if device == "cpu" else options.execution
     if options.profile and device == "cpu":
         raise ValueError("--profile needs a CUDA GPU: it shows kernels.")
+    if options.tune:
+        if device == "cpu":
+            raise ValueError("--tune needs a CUDA GPU.")
+        return tune(options)
     result = bench_step(options, device)
     print("\n".join([HEADER, *(format_row(Row(**row)) for row in result["rows"])]))
     return result
@@ -235,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--steps", type=int, default=60, help="steps that are timed")
     made.add_argument("--execution", default="compiled", choices=["compiled", "graph", "eager"], help="of a step")
     made.add_argument("--prefill", action="store_true", help="time a real prefill, too")
+    made.add_argument("--tune", action="store_true", help="search launches of the linear layers where they run")
     made.add_argument("--profile", action="store_true", help="show which kernels a step consists of (GPU only)")
     return harness.main(made, _run, arguments)
 

@@ -52,6 +52,22 @@ class Tuning(NamedTuple):
     overlap: int = 16
 
 
+class Kind(NamedTuple):
+    """What a launch is chosen by."""
+
+    rows: int
+    sizes: tuple[int, ...]
+    columns: int
+    dtype: torch.dtype
+    gated: bool
+    norm: bool = False
+    residual: bool = False
+
+
+launches: dict[Kind, Tuning] = {}
+"""The launch of every kind of layer that was computed; whoever changes one changes those to come."""
+
+
 @triton.jit
 def _call_into_l2(weight, tile, N, K, k, columns, TN: tl.constexpr, THREADS: tl.constexpr):
     """Columns from `k` on of the program's rows, in as many pieces, of a multiple of 16 bytes, as it has threads."""
@@ -206,7 +222,9 @@ def linear(
     sizes = [weight.shape[0] for weight in weights]
     width = sizes[0] if gated else sum(sizes)
     out = x.new_empty((*x.shape[:-1], width))
-    tuning = tuning or default_tuning(rows, tuple(sizes), columns, x.dtype, gated)
+    if tuning is None:
+        kind = Kind(rows, tuple(sizes), columns, x.dtype, gated, norm is not None, residual is not None)
+        tuning = launches.get(kind) or launches.setdefault(kind, default_tuning(*kind[:5]))
     if gated and tuning.splits > 1:
         raise ValueError("A gated linear layer takes no splits.")
     flat = x.reshape(rows, columns)

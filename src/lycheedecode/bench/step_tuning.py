@@ -1,0 +1,71 @@
+"""`bench step --tune`: launches of the linear layers, judged by the time of the whole step that they are part of.
+
+    for every kind of layer     its candidates in turn -> the step captured anew, and timed; the fastest stays
+
+A launch that is fastest after itself need not be so between attention and the next layer: kernels start early, and what
+one of them calls into the L2, another may need there. What wins goes into `linear.triton.default_tuning` by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+from .harness import say
+
+STARTS = ({"prefetch": 128}, {"prefetch": 512}, {"prefetch": 2048}, {"overlap": 4}, {"overlap": 16}, {"overlap": 64})
+"""How a launch overlaps with its neighbours; tried without compiling anything."""
+
+
+def tune_step(
+    launches: MutableMapping[Any, Any],
+    candidates: Callable[[Any], Sequence[Any]],
+    compile_ahead: Callable[[list[tuple[Any, Any]]], None],
+    step_ms: Callable[[], float],
+    most: int = 12,
+) -> list[dict[str, Any]]:
+    """Better launches, left in `launches`; returns every one that was tried, with the step's time.
+
+    Args:
+        launches: the launch of each kind of layer in the step (`linear.triton.launches`); read when a step is captured.
+        candidates: other launches of a kind.
+        compile_ahead: takes pairs of a kind and a launch.
+        step_ms: captures the step with the launches as they are, and times it; raises where one of them cannot run.
+        most: candidates of a kind, at most, taken evenly.
+    """
+    grids = {kind: list(_evenly(candidates(kind), most)) for kind in launches}
+    compile_ahead([(kind, launch) for kind, grid in grids.items() for launch in grid])
+    best_ms, tried = step_ms(), []
+    say(f"{best_ms:.4f} ms  as it is")
+    for kind, grid in grids.items():
+        for launch in _and_starts(grid, launches, kind):
+            before, launches[kind] = launches[kind], launch
+            try:
+                ms = step_ms()
+            except Exception as error:  # more shared memory than there is, as Triton reports it
+                say(f"  left out: {launch}: {str(error).splitlines()[0][:80]}")
+                ms = float("inf")
+            tried.append({"layer": _words(kind), "launch": _words(launch), "step_ms": ms})
+            if ms < best_ms:
+                best_ms = ms
+                say(f"{ms:.4f} ms  {_words(kind)}: {_words(launch)}")
+            else:
+                launches[kind] = before
+    return sorted((row for row in tried if row["step_ms"] != float("inf")), key=lambda row: row["step_ms"])
+
+
+def _and_starts(grid: Sequence[Any], launches: MutableMapping[Any, Any], kind: Any) -> Iterator[Any]:
+    """The candidates; then the best of them so far with other starts."""
+    yield from (launch for launch in grid if launch != launches[kind])
+    for changes in STARTS:
+        launch = launches[kind]._replace(**changes)
+        if launch != launches[kind]:
+            yield launch
+
+
+def _evenly(grid: Sequence[Any], most: int) -> Sequence[Any]:
+    return grid[:: max(-(-len(grid) // most), 1)]
+
+
+def _words(fields: Any) -> str:
+    return " ".join(f"{name} {value}" for name, value in fields._asdict().items())
