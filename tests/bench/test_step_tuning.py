@@ -31,7 +31,8 @@ def test_the_fastest_launch_of_every_kind_stays():
     assert launches == {Kind("a"): Launch(64, prefetch=128), Kind("b"): Launch(8, overlap=4)}
     assert len(compiled) == 12
     assert rows[0]["step_ms"] == step_ms() == 1
-    assert len(rows) > 12 and all("256" not in row["launch"] for row in rows)  # that cannot run
+    assert len(rows) > 12
+    assert all("256" not in row["launch"] for row in rows)  # that cannot run
 
 
 def test_some_candidates_of_many():
