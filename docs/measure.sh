@@ -51,7 +51,7 @@ stage_plan() { # the plan that ships, and one by the paper's own identification,
 }
 
 stage_fidelity() { # the shipped plan and its controls, and what cuts the scan's bytes further
-  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 20 --json "$out/fidelity.json" \
+  lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 50 --json "$out/fidelity.json" \
     --policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,random:1,random:2,own-topk
 }
 
