@@ -138,11 +138,12 @@ class HybridAttention:
         Dense retrieval heads read keys and values once: their scan is a by-product of their attention. What fits into
         the budget as a whole is not scanned.
         """
-        dense = self.config.retrieval_attention == "full"
+        config, dense = self.config, self.config.retrieval_attention == "full"
         scan_bytes = 2 * key_bytes if dense else selections.scan_bytes(key_bytes) * refreshed
         weights = _as_weights(tuple(2.0 * key_bytes * readers for readers in self._readers), lengths.device)
-        attended = (weights[:, None] * selections.tokens(lengths, self.config.block_size)).sum(0)  # [B]
-        scanned = lengths if dense else lengths.masked_fill(lengths <= self.config.enough_tokens, 0)
+        attended = (weights[:, None] * selections.tokens(lengths, config.block_size)).sum(0)  # [B]
+        enough = selections.enough_tokens(config.selection, config.block_size, config.refresh_every)
+        scanned = lengths if dense else lengths.masked_fill(lengths <= enough, 0)
         return attended.add_(scanned, alpha=float(scan_bytes * self._scans))
 
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:

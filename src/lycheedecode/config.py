@@ -133,13 +133,6 @@ class HybridConfig:
             limit = min(limit, max(ceil(self.budget_ratio * num_blocks), self.forced_blocks))
         return max(limit, 1)
 
-    @property
-    def enough_tokens(self) -> int:
-        """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""
-        if self.selection != "top_k":
-            return 0
-        return max(self.budget_blocks * self.block_size - (self.refresh_every - 1), 0)
-
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return asdict(self)

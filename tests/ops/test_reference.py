@@ -5,7 +5,7 @@ from math import ceil, nan
 import pytest
 import torch
 
-from lycheedecode import HybridConfig
+from lycheedecode import HybridConfig, ops
 from lycheedecode.ops import KV, Selections, cpu, reference
 
 IMPLEMENTATIONS = [reference, cpu]
@@ -263,3 +263,16 @@ def test_a_selection_holds_the_blocks_of_tokens_that_come_before_the_next():
     config = HybridConfig(budget_tokens=12, refresh_every=4, **SMALL)
     assert select(SCORES, config, lengths=[24]) == [{1, 5, 6}]  # tokens 25 to 27 lie in block 6
     assert select(SCORES, config, lengths=[21]) == [{1, 3, 5}]  # tokens 22 to 24 lie in block 5
+
+
+@pytest.mark.parametrize("capacity", [3, 8, 20])
+def test_a_scan_is_left_out_only_where_the_buffers_hold_everything(capacity):
+    """Whatever the config's budget is: buffers may be smaller."""
+    keys, values = torch.randn(2, 1, 2, 60, 16)
+    kv, query = KV(keys, values, None), torch.randn(1, 4, 16)
+    config = HybridConfig(block_size=4, budget_tokens=80, sink_tokens=0, recent_tokens=4)
+    found, right = (Selections.allocate(1, 1, capacity, "cpu") for _ in range(2))
+    ops.scan_select(query, kv, (1,), config, 0.25, found)
+    ops.select_blocks(ops.scan_blocks(query, kv, (1,), 4, 0.25), kv, config, right)
+    assert set(found.blocks.flatten().tolist()) == set(right.blocks.flatten().tolist())
+    assert torch.equal(found.counts, right.counts)

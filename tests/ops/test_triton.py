@@ -396,7 +396,7 @@ def test_scan_select_is_scan_then_select(settings, score):
 def test_what_fits_is_selected_as_a_whole_and_not_scanned(refresh_every):
     """Sequences of a batch around the edge of the budget; keys of those below it are poisoned."""
     config = HybridConfig(block_size=8, budget_tokens=80, recent_tokens=8, refresh_every=refresh_every)
-    lengths = [config.enough_tokens + difference for difference in (1, 0, -1, -60)]
+    lengths = [80 - (refresh_every - 1) + difference for difference in (1, 0, -1, -60)]
     kv = make_cache([*lengths, 0, 200])
     expected, out = (Selections.allocate(1, 6, 10, DEVICE) for _ in range(2))
     query = make_query(kv, 2)

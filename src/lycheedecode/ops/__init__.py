@@ -114,7 +114,7 @@ def scan_select(
         return
     if copy is not None:
         reference.write_newest_to_copy(copy, kv, heads, config.refresh_every)
-    if kv.slots <= config.enough_tokens:
+    if kv.slots <= out.enough_tokens(config.selection, config.block_size, config.refresh_every):
         blocks = ceil(kv.slots / config.block_size)
         scores = torch.zeros(len(heads), query.shape[0], blocks, device=query.device)
     else:

@@ -75,6 +75,10 @@ class Selections(NamedTuple):
         inside = (lengths[:, None] - self.blocks * block_size).clamp(0, block_size)  # [R, B, K]
         return inside.masked_fill(self.blocks < 0, 0).sum(-1)
 
+    def enough_tokens(self, strategy: str, block_size: int, refresh_every: int) -> int:
+        """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""
+        return max(self.blocks.shape[-1] * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
+
     def copy_of(self, layer: int) -> Tensor | None:
         """What scans of a layer read in place of the cache's keys (`ops.scan_select`); None: those."""
         return None

@@ -138,8 +138,7 @@ def _scan_select(
     kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts)
     select.check_selections(out, (len(heads), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
-    # Up to so many tokens a sequence is selected as a whole, see `HybridConfig.enough_tokens`.
-    enough = max(blocks.shape[2] * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
+    enough = out.enough_tokens(strategy, block_size, refresh_every)
     scores = scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy, refresh_every, enough)
     select.select_blocks(scores, kv, rule, out)
 

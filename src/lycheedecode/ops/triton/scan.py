@@ -16,7 +16,7 @@ does that once all sums are known, in a kernel of its own: the one program that 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,13 +52,13 @@ def _write_newest(
     tl.debug_barrier()  # other threads of the program read it
 
 
-@triton.jit
-def scan_tiles(
+@triton.jit(do_not_specialize=["slots", "enough"])
+def _scan_kernel(
     worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
     keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N,
     PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr,
+    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program's share of a scan.
 
@@ -75,6 +75,7 @@ def scan_tiles(
     dealt = block * BLOCK + column // (EIGHT * LANES) % ROUNDS * EIGHT + column % EIGHT
 
     split, r, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    common.wait_for_inputs(EARLY)
     head = r
     if heads is not None:
         head = tl.load(heads + r)
@@ -116,22 +117,6 @@ def scan_tiles(
     tl.store(sums + line * SPLITS + split, highest + tl.log2(mass), mask=g < G)
 
 
-@triton.jit(do_not_specialize=["slots", "enough"])
-def _scan_kernel(
-    worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
-    keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N,
-    PAGE: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    common.wait_for_inputs(EARLY)
-    scan_tiles(
-        worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
-        keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N, PAGE,
-        G, D, GP, DP, BLOCK, LARGEST, NEWEST, TILE, SPLITS, WARPS,
-    )  # fmt: skip
-
-
 @triton.jit
 def _block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLITS: tl.constexpr):
     """Scores of blocks `n`: weights normalised for each query head, averaged over the group, 0 outside `mask`.
@@ -171,50 +156,6 @@ def _normalise_kernel(
     tl.store(scores + row * N + n, score, mask=n < N)
 
 
-def scan_arguments(
-    query: Tensor,
-    kv: KV,
-    heads: tuple[int, ...],
-    block_size: int,
-    scale: float,
-    score: str,
-    tuning: Tuning,
-    copy: Tensor | None = None,
-    newest: int = 0,
-    enough: int = 0,
-) -> tuple[Worth, tuple[Any, ...], dict[str, Any]]:
-    """Checked arguments of `scan_tiles`, and what it will write."""
-    common.check_strides(query, kv)
-    if copy is not None and copy.stride(-1) != 1:
-        raise ValueError(f"copy must have a contiguous last dimension, not strides {copy.stride()}.")
-    if score not in ("mass", "max"):
-        raise ValueError(f"score must be 'mass' or 'max', not {score!r}.")
-    batch, num_query_heads, dim = query.shape
-    group, num_blocks = num_query_heads // kv.keys.shape[1], triton.cdiv(kv.slots, 16 * block_size) * 16
-    shape = (len(heads), batch, group)
-    worth = Worth(
-        torch.empty((*shape, num_blocks), dtype=torch.float32, device=query.device),
-        torch.empty((*shape, tuning.splits), dtype=torch.float32, device=query.device),
-    )
-    cache = common.cache_arguments(kv._replace(values=kv.keys))
-    values = (
-        *(*worth, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
-        *((None, 0, 0, 0) if copy is None else (copy, *copy.stride()[:3])),
-        *(kv.keys, *cache[2:8], *cache[11:13], enough, num_blocks, cache[13]),
-    )
-    constants = {
-        **common.padded(group, dim),
-        "BLOCK": block_size,
-        "LARGEST": score == "max",
-        "NEWEST": 0 if copy is None else newest,
-        "TILE": max(tuning.tile, block_size),
-        "SPLITS": tuning.splits,
-        "WARPS": tuning.warps,
-        **tuning.launch(kv),
-    }
-    return worth, values, constants
-
-
 def scan(
     query: Tensor,
     kv: KV,
@@ -231,10 +172,34 @@ def scan(
 
     `newest` tokens are written into `copy` first; sequences of up to `enough` tokens are left out.
     """
-    tuning = tuning or default_tuning(query.shape[0] * len(heads), block_size, kv)
-    worth, values, constants = scan_arguments(query, kv, heads, block_size, scale, score, tuning, copy, newest, enough)
+    common.check_strides(query, kv)
+    if copy is not None and copy.stride(-1) != 1:
+        raise ValueError(f"copy must have a contiguous last dimension, not strides {copy.stride()}.")
+    if score not in ("mass", "max"):
+        raise ValueError(f"score must be 'mass' or 'max', not {score!r}.")
+    batch, num_query_heads, dim = query.shape
+    tuning = tuning or default_tuning(batch * len(heads), block_size, kv)
+    group, num_blocks = num_query_heads // kv.keys.shape[1], triton.cdiv(kv.slots, 16 * block_size) * 16
+    shape = (len(heads), batch, group)
+    worth = Worth(
+        torch.empty((*shape, num_blocks), dtype=torch.float32, device=query.device),
+        torch.empty((*shape, tuning.splits), dtype=torch.float32, device=query.device),
+    )
+    cache = common.cache_arguments(kv._replace(values=kv.keys))
     with common.on_device(query):
-        _scan_kernel[tuning.splits, len(heads), query.shape[0]](*values, **constants)
+        _scan_kernel[tuning.splits, len(heads), batch](
+            *(*worth, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
+            *((None, 0, 0, 0) if copy is None else (copy, *copy.stride()[:3])),
+            *(kv.keys, *cache[2:8], *cache[11:13], enough, num_blocks, cache[13]),
+            **common.padded(group, dim),
+            BLOCK=block_size,
+            LARGEST=score == "max",
+            NEWEST=0 if copy is None else newest,
+            TILE=max(tuning.tile, block_size),
+            SPLITS=tuning.splits,
+            WARPS=tuning.warps,
+            **tuning.launch(kv),
+        )
     return worth
 
 

@@ -128,7 +128,7 @@ def _blocks_of_mass(
 
 
 @triton.jit
-def extent_of_blocks(
+def _extent_of_blocks(
     count, num_blocks, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """How many blocks exist; sinks are the blocks before `sinks`, recent ones those from `recent` on."""
@@ -139,7 +139,7 @@ def extent_of_blocks(
 
 
 @triton.jit
-def choose(
+def _choose(
     blocks, at_count, score, scores, N, sinks, recent, exist, K, amount,
     STRATEGY: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +210,7 @@ def _select_kernel(
     r, b = tl.program_id(0), tl.program_id(1)
     common.wait_for_inputs(EARLY)
     _first, count = common.extent(b, lengths, starts, slots)
-    exist, sinks, recent = extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
+    exist, sinks, recent = _extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
     scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
     at_count = counts + r * stride_counts_r + b * stride_counts_b
@@ -221,7 +221,7 @@ def _select_kernel(
         tl.store(at_count, exist)
     else:
         score, _key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
-        choose(blocks, at_count, score, scores, N, sinks, recent, exist, K, amount, STRATEGY, CHUNK, HELD)
+        _choose(blocks, at_count, score, scores, N, sinks, recent, exist, K, amount, STRATEGY, CHUNK, HELD)
 
 
 class Rule(NamedTuple):
@@ -270,21 +270,16 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
     scores = scores.contiguous()
     num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
     tuning = tuning or default_tuning(num_blocks, scores.device)
+    blocks, counts = out
     with common.on_device(scores):
-        _select_kernel[out.blocks.shape[:2]](
-            *(*selection_arguments(out), scores, kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks),
-            *(out.blocks.shape[2], rule.amount),
+        _select_kernel[blocks.shape[:2]](
+            *(blocks, counts, *blocks.stride()[:2], *counts.stride()),
+            *(scores, kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], rule.amount),
             **rule.constants,
             CHUNK=tuning.tile,
             HELD=num_blocks <= tuning.tile,
             **tuning.launch(kv),
         )
-
-
-def selection_arguments(out: Selections) -> tuple[Any, ...]:
-    """Selections as kernels that write them take them: buffers and strides."""
-    blocks, counts = out
-    return blocks, counts, blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)
 
 
 def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
