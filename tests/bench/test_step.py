@@ -15,7 +15,7 @@ from lycheedecode.engine import Engine
 
 def test_smoke_writes_its_report(tmp_path, capsys):
     path = tmp_path / "step.json"
-    arguments = ["--smoke", "--batches", "1", "2", "--forms", *step.FORMS, "--prefill", "--json", str(path)]
+    arguments = ["--smoke", "--batches", "1", "2", "--forms", *step.FORMS, "--json", str(path)]
     assert step.main(arguments) == 0
     report = json.loads(path.read_text())
     assert report["command"] == "bench step"
@@ -24,8 +24,17 @@ def test_smoke_writes_its_report(tmp_path, capsys):
     rounding = 2e-2 if torch.cuda.is_available() else 1e-4  # bfloat16 there, float32 here
     assert all(row["error"] < rounding and row["ms"] > 0 for row in rows)
     assert rows[1]["bytes"] < rows[0]["bytes"]
-    assert len(report["result"]["prefills"]) == 2
-    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert report["result"]["left_out"] == []
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(step.FORMS)
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
+    path = tmp_path / "step.json"
+    monkeypatch.setattr(step, "_missing_bytes", lambda model, batch, length: (batch - 1) * 5e9)
+    assert step.main(["--smoke", "--batches", "1", "2", "--forms", "full", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())["result"]
+    assert [row["batch"] for row in result["rows"]] == [1]
+    assert result["left_out"] == ["batch 2, context 300: 5 GB of memory are missing"]
 
 
 def test_a_wrong_step_is_refused(monkeypatch, capsys):

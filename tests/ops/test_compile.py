@@ -66,6 +66,15 @@ def test_blocks_and_groups(compiled, block_size, group, tmp_path):
     check(compiled, tmp_path, 5)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_less_shared_memory(compiled, dim, tmp_path, monkeypatch):
+    """What a workstation's GPU has."""
+    monkeypatch.setattr(common, "shared_memory", lambda device: 99 * 1024)
+    launch_all(make_cache(dim, torch.bfloat16))
+    check(compiled, tmp_path, 5)
+    assert max(kernel.metadata.shared for kernel in compiled) <= 99 * 1024
+
+
 def test_early_start(compiled, tmp_path, monkeypatch):
     """Programmatic dependent launch: the wait comes first, but for the loads of what no kernel writes."""
     monkeypatch.setattr(common, "starts_early", lambda device: 1)

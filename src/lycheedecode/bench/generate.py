@@ -22,9 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 from . import harness
 from .harness import say
 from .models import build, prompts_for, release
-from .step import make_engine
+from .step import FORMS, make_engine
 
-WAYS = ("full", "hybrid", "paper", "transformers")
+WAYS = (*FORMS, "transformers")
 
 
 def bench_generate(options: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -106,14 +106,14 @@ def _compared(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return cases
 
 
-HEADER = f"{'':13} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms':>8} {'tokens/s':>8} {'vs HF':>7} {'same':>5}  way"
+HEADER = f"{'':15} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms':>8} {'tokens/s':>8} {'vs HF':>7} {'same':>5}  way"
 
 
 def format_row(row: dict[str, Any]) -> str:
     """A line of the table under `HEADER`."""
     speedup = f"{row['speedup']:6.2f}x" if row["speedup"] else " " * 7
     speed = f"{row['prefill_seconds']:9.2f} {row['ms']:8.3f} {row['tokens_per_second']:8.1f} {speedup}"
-    return f"{row['way']:13} {row['batch']:5} {row['context']:8} {speed} {row['same_tokens']:5}  {row['execution']}"
+    return f"{row['way']:15} {row['batch']:5} {row['context']:8} {speed} {row['same_tokens']:5}  {row['execution']}"
 
 
 def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -7,11 +7,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from ..config import ScanKeys
 from ..environment import describe_environment
 from ..models import ModelError
 from .models import MODELS
@@ -29,9 +28,6 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--contexts", **numbers, default=[131072], help="tokens of each sequence")
     made.add_argument("--budget", type=int, default=4096, help="tokens of a selection")
     made.add_argument("--block", type=int, default=32, help="block size")
-    made.add_argument("--refresh", type=int, default=1, help="select anew at every n-th token")
-    keys = {"choices": get_args(ScanKeys), "default": "cache"}
-    made.add_argument("--scan-keys", **keys, help="what retrieval heads scan: the cache, or a copy in 8 bits")
     made.add_argument("--backend", choices=["ours", "inductor"], default="ours", help="of torch.compile")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--smoke", action="store_true", help="a tiny model, whatever else is said; runs without a GPU")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config import HybridConfig
 from ..engine import Context, Engine, Execution
+from ..models import ModelShape
 from . import harness
 from .harness import say
 from .models import build, plan_for, random_context, release, weight_bytes
@@ -29,8 +30,17 @@ from .profile import format_kernels, profile_step
 from .timing import read_bandwidth
 from .verify import MismatchError, relative_error
 
-FORMS = ("full", "hybrid", "paper")
+FORMS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "hybrid": {},
+    "paper": {"retrieval_attention": "full"},
+    "hybrid+float8": {"scan_keys": "float8"},
+    "hybrid+refresh2": {"refresh_every": 2},
+}
+"""Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
 _ROOM = 512
+_SPARE_BYTES = 6 << 30
+"""What a step may need besides weights and cache."""
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Of the logits, relative: a compiled model rounds to 16 bits at other places, which a deep random model amplifies."""
 _POOL_BYTES = 4 << 30
@@ -41,7 +51,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        form: `full` attention, `hybrid`, or `paper`: hybrid with dense retrieval heads.
+        form: of attention, one of `FORMS`.
         batch, context: on what.
         ms: median time of a step; `fast_ms`, `slow_ms`: the fastest and slowest tenth.
         bytes: of weights and cache that it must read.
@@ -70,18 +80,21 @@ def bench_step(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Verify and time; raises `MismatchError`, and then there are no times."""
     bandwidth = _bandwidth() if device == "cuda" else None
     model = build(options.model, options.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows, prefills, profiles = [], [], []
+    rows, profiles, left_out = [], [], []
     for context in options.contexts:
         for batch in options.batches:
-            if options.prefill:
-                prefills.append(_time_prefill(model, batch, context))
+            missing = _missing_bytes(model, batch, context)
+            if missing > 0:
+                left_out.append(f"batch {batch}, context {context}: {missing / 1e9:.0f} GB of memory are missing")
+                say(f"left out: {left_out[-1]}")
+                continue
             rows += _bench_case(model, batch, context, bandwidth, options, profiles)
     return {
         "read_tb_s": bandwidth and bandwidth / 1e12,
         "weight_bytes": weight_bytes(model),
         "rows": [asdict(row) for row in rows],
-        "prefills": prefills,
         "profiles": profiles,
+        "left_out": left_out,
     }
 
 
@@ -100,7 +113,7 @@ def _bench_case(
         began = time.perf_counter()
         error = _verify(engine, eager, context, f"{form} (batch {batch}, context {length})")
         first_seconds = time.perf_counter() - began
-        times = _time(engine, context, options.steps, options.refresh if form != "full" else 1)
+        times = _time(engine, context, options.steps, (FORMS[form] or {}).get("refresh_every", 1))
         size = weight_bytes(model) + int(context.kv_bytes.sum().item() / context.steps)
         ms = median(times)
         full_ms = ms if form == "full" else full_ms
@@ -154,16 +167,20 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
 def make_engine(model: nn.Module, form: str, options: argparse.Namespace, execution: Execution) -> Engine:
     """An engine whose decode steps have this form of attention."""
     settings = {"backend": None if options.backend == "ours" else options.backend, "execution": execution}
-    if form == "full":
+    form_settings = FORMS[form]
+    if form_settings is None:
         return Engine(model, **settings)
-    config = HybridConfig(
-        budget_tokens=options.budget,
-        block_size=options.block,
-        refresh_every=options.refresh,
-        scan_keys=options.scan_keys if form != "paper" else "cache",
-        retrieval_attention="full" if form == "paper" else "selected",
-    )
+    config = HybridConfig(budget_tokens=options.budget, block_size=options.block, **form_settings)
     return Engine(model, plan=plan_for(model), config=config, **settings)
+
+
+def _missing_bytes(model: nn.Module, batch: int, length: int) -> int:
+    """How much more memory than there is this GPU would need; 0 or less: it fits."""
+    if model.device.type != "cuda":
+        return 0
+    shape, tokens = ModelShape.of(model), batch * (length + _ROOM)
+    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize * tokens
+    return cache + _SPARE_BYTES - torch.cuda.mem_get_info(model.device)[0]
 
 
 def _verify(engine: Engine, eager: Engine, context: Context, what: str) -> float:
@@ -214,17 +231,6 @@ def _now(device: torch.device) -> Any:
     return event
 
 
-def _time_prefill(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
-    """Seconds of a real prefill; the second one, when everything has been made that is made once."""
-    prompts = torch.randint(0, 500, (batch, length)).tolist()
-    engine, seconds = Engine(model), []
-    for _ in range(2):
-        seconds.append(engine.prefill(prompts).prefill_seconds)
-        release()
-    say(f"prefill  batch {batch}  context {length}  {seconds[-1]:.2f} s (the first {seconds[0]:.2f} s)")
-    return {"batch": batch, "context": length, "seconds": seconds[-1], "first_seconds": seconds[0]}
-
-
 def _bandwidth() -> float:
     pool = torch.empty(_POOL_BYTES // 4, dtype=torch.int32, device="cuda").random_()
     return read_bandwidth(pool)
@@ -232,7 +238,7 @@ def _bandwidth() -> float:
 
 # ---------------------------------------------------------------------- what is shown
 
-HEADER = f"{'':8} {'batch':>5} {'context':>8} {'ms':>8} {'TB/s':>6} {'of bound':>8} {'vs full':>8} {'error':>8}  way"
+HEADER = f"{'':15} {'batch':>5} {'context':>8} {'ms':>8} {'TB/s':>6} {'of bound':>8} {'vs full':>8} {'error':>8}  way"
 
 
 def format_row(row: Row) -> str:
@@ -240,7 +246,7 @@ def format_row(row: Row) -> str:
     share = f"{row.share:8.1%}" if row.share is not None else " " * 8
     speedup = f"{row.speedup:7.2f}x" if row.speedup is not None else " " * 8
     speed = f"{row.ms:8.3f} {row.bytes / row.ms / 1e9:6.2f} {share} {speedup}"
-    return f"{row.form:8} {row.batch:5} {row.context:8} {speed} {row.error:8.1e}  {row.way}"
+    return f"{row.form:15} {row.batch:5} {row.context:8} {speed} {row.error:8.1e}  {row.way}"
 
 
 def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -264,7 +270,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--forms", nargs="+", choices=FORMS, default=["full", "hybrid"], help="of decode attention")
     made.add_argument("--steps", type=int, default=60, help="steps that are timed")
     made.add_argument("--execution", default="compiled", choices=["compiled", "graph", "eager"], help="of a step")
-    made.add_argument("--prefill", action="store_true", help="time a real prefill, too")
     made.add_argument("--tune", action="store_true", help="search launches of the linear layers where they run")
     made.add_argument("--profile", action="store_true", help="show which kernels a step consists of (GPU only)")
     return harness.main(made, _run, arguments)

@@ -269,28 +269,30 @@ def linear(
 
 
 def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> Tuning:
-    """What was fastest on an H200; `bench linear --tune` measures it."""
-    prefetch = 512 if dtype.itemsize == 2 else 0
+    """What was fastest on an H200 within a step; `bench step --tune` measures it."""
+    far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
     out = sizes[0] if gated else sum(sizes)
     if rows == 1:
-        if out >= 32 * PROGRAMS:
-            return Tuning(rows=32, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=prefetch)
+        if gated:
+            return Tuning(rows=16, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+        if out >= 32 * PROGRAMS and dtype.itemsize == 2:
+            return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=near)
         if columns > 8192:
-            return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=prefetch, overlap=4)
+            return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=far)
         if out <= 4096:
-            return Tuning(rows=16, depth=256, splits=1, warps=4, stages=4, dot=0, prefetch=prefetch)
-        return Tuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=prefetch)
+            return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
+        return Tuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
     if gated:
-        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=prefetch, overlap=4)
+        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
     tiles = sum(-(-size // 64) for size in sizes)
     if tiles >= PROGRAMS:
-        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=min(prefetch, 128))
+        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=far)
     splits = min(power_of_two(PROGRAMS // tiles), max(columns // 128, 1))
     if columns > 8192:
-        return Tuning(rows=64, depth=128, splits=splits, warps=4, stages=4, prefetch=prefetch)
+        return Tuning(rows=32, depth=256, splits=2, warps=4, stages=5, prefetch=far)
     if out <= 4096:
-        return Tuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=min(prefetch, 128))
-    return Tuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=prefetch)
+        return Tuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
+    return Tuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
 
 
 def check(

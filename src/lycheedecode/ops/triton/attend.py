@@ -48,7 +48,7 @@ def _attend_kernel(
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
 
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK)
+    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
 
 
 def attend(
@@ -77,7 +77,9 @@ def attend(
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
-    few = pairs <= 16
-    tile = common.tile_of(kv, 16384 if few else 32768)
-    splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 128, 64) if few else 8
-    return Tuning(splits, tile, 4, 4 if few else 3, common.starts_early(kv.keys.device))
+    few, early = pairs <= 16, common.starts_early(kv.keys.device)
+    tile, stages = (16384, 4) if few else (32768, 3)
+    tuning = common.fitting(Tuning(8, common.tile_of(kv, tile), 4, stages, early), kv)
+    if few:
+        tuning = tuning._replace(splits=common.even_splits(pairs, triton.cdiv(kv.slots, tuning.tile), 128, 64))
+    return tuning

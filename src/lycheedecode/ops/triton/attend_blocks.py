@@ -58,7 +58,7 @@ def _attend_blocks_kernel(
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
 
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK)
+    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
 
 
 def attend_blocks(
@@ -116,11 +116,14 @@ def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_h
 
 
 def default_tuning(pairs: int, kv: KV, capacity: int) -> Tuning:
-    """What was fastest on an H200; `bench ops --tune` measures it."""
-    few = pairs <= 32
-    tile = min(common.tile_of(kv, 16384 if few else 8192), 64)
-    capacity = min(capacity, max(kv.slots, 1))
-    programs = 128 if pairs <= 16 else 256 if few else 512
-    splits = common.even_splits(pairs, triton.cdiv(capacity, tile), programs, 32)
-    early = 2 * common.starts_early(kv.keys.device)
-    return Tuning(splits, tile, 4, 3, early) if few else Tuning(splits, tile, 2, 2, early)
+    """What was fastest on an H200, within a step for up to 32 pairs; `bench ops --tune` measures it by itself."""
+    early = common.starts_early(kv.keys.device)
+    if pairs <= 16:
+        programs, tuning = 128, Tuning(1, min(common.tile_of(kv, 32768), 128), 4, 3, 2 * early)
+    elif pairs <= 32:
+        programs, tuning = 256, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 3, early)
+    else:
+        programs, tuning = 512, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 2, 2 * early)
+    tuning = common.fitting(tuning, kv)
+    tiles = triton.cdiv(min(capacity, max(kv.slots, 1)), tuning.tile)
+    return tuning._replace(splits=common.even_splits(pairs, tiles, programs, 32))

@@ -112,6 +112,22 @@ def even_splits(pairs: int, tiles: int, programs: int, most: int) -> int:
     return max(min(wanted, most, power_of_two(tiles)), 1)
 
 
+@lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program can have; an H200's where there is no GPU to ask."""
+    if device.type != "cuda":
+        return 227 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def fitting(tuning: Tuning, kv: KV) -> Tuning:
+    """With smaller tiles where keys and values in flight do not fit into this GPU's shared memory."""
+    token = 2 * power_of_two(kv.keys.shape[3]) * kv.keys.element_size()
+    most = (shared_memory(kv.keys.device) - 8192) // (max(tuning.stages - 1, 1) * token)
+    return tuning._replace(tile=max(min(tuning.tile, power_of_two(most + 1) // 2), 16))
+
+
 @lru_cache(maxsize=4096)
 def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(heads, dtype=torch.int32, device=device)
@@ -186,8 +202,6 @@ def wait_for_inputs(EARLY: tl.constexpr):
 
     Before this point kernels write nothing, and read only what no kernel writes.
     """
-    if EARLY == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if EARLY:
         tl.extra.cuda.gdc_wait()
     if EARLY == 1:
@@ -269,8 +283,11 @@ def attend_tile(acc, peak, total, q, k, v, exists, scale):
 def finish(
     output, partial, sums, arrivals, acc, peak, total, pair, split,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write row `pair` of `output [B * H, G, D]`: at once, or by the program that arrives last of its splits."""
+    if EARLY == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
     mask = (g < G)[:, None] & (d < D)[None, :]

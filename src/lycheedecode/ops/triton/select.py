@@ -296,4 +296,4 @@ def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
 def default_tuning(num_blocks: int, device: torch.device) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
     tile = min(max(common.power_of_two(num_blocks), 64), IN_REGISTERS)
-    return Tuning(1, tile, min(max(tile // 512, 1), 16 if tile < 32768 else 32), 1, 2 * common.starts_early(device))
+    return Tuning(1, tile, min(max(tile // 512, 1), 16 if tile < 32768 else 32), 1, common.starts_early(device))
