@@ -43,6 +43,8 @@ _SPARE_BYTES = 6 << 30
 """What a step may need besides weights and cache."""
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Of the logits, relative: a compiled model rounds to 16 bits at other places, which a deep random model amplifies."""
+_FAR = 6
+"""Two logits that lie further apart than this many times the typical error are not confused by rounding."""
 _POOL_BYTES = 4 << 30
 
 
@@ -193,8 +195,8 @@ def _verify(engine: Engine, eager: Engine, context: Context, what: str) -> float
     error, tolerance = relative_error(results[1], results[0]), _TOLERANCES[engine.model.dtype]
     if not error <= tolerance:
         raise MismatchError(f"{what}: logits differ from the eager step's by {error:.2e} (allowed: {tolerance:.0e}).")
-    if not _same_choice(*results, tolerance):
-        raise MismatchError(f"{what}: the next token is not the eager step's.")
+    if not _same_choice(*results, _FAR * error):
+        raise MismatchError(f"{what}: the next token is not the eager step's, with logits that differ by {error:.2e}.")
     return error
 
 
