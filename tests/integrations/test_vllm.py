@@ -24,6 +24,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from lycheedecode.integrations.vllm import cuda
+from lycheedecode.integrations.vllm.group import part_of_this_process
 from lycheedecode.integrations.vllm.settings import ServingError
 
 SETTINGS = {"block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
@@ -249,6 +250,20 @@ def gpu_builder(checkpoint):
     with serving(checkpoint(), tiny.plan(), TIGHT) as llm:
         [builder] = llm.collective_rpc(make)
     return builder
+
+
+def test_kernels_are_made_for_a_page_table_as_wide_as_vllms(checkpoint):
+    def shapes(worker):
+        builder, seen = worker.model_runner.attn_groups[0][0].get_metadata_builder(), []
+        group, config = builder.hybrid, builder.vllm_config
+        group.attention = lambda layer, query, kv, *_, **__: seen.append(kv.page_table.shape)
+        group.add_bytes = lambda *_: None
+        group._make_once(part_of_this_process(config), config, builder.kv_cache_spec, torch.device("cpu"))
+        return seen, worker.model_runner.input_batch.block_table[0].get_device_tensor(1).shape
+
+    with serving(checkpoint(), tiny.plan(), TIGHT, max_model_len=250, block_size=32) as llm:
+        [(seen, theirs)] = llm.collective_rpc(shapes)
+    assert seen == [theirs] * tiny.LAYERS
 
 
 def batch(tokens, lengths, prefilling=None):

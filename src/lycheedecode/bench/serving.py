@@ -3,9 +3,11 @@
     a folder with a shape, no weights -> vLLM, stock -> the same prompts with the plugin
 
 Both are driven through vLLM's public interface; weights are random. A prompt is prefilled before it is timed, and comes
-from the prefix cache then. What a token takes is the difference between a long and a short generation, divided by the
-tokens between them: prefill and everything else that comes once is in both. How many tokens of the first sequence are
-the stock backend's is said, but proves nothing: random models choose between near ties.
+from the prefix cache then; with `--fill` vLLM's DecodeBenchConnector fills the cache with random numbers instead. What
+a token takes is the difference between a long and a short generation, divided by the tokens between them: prefill and
+everything else that comes once is in both. Sequences are sent one after the other, and the first ends before the last:
+the short generation, a third of the long one, is long enough for all to decode together. How many tokens of the first
+sequence are the stock backend's is said, but proves nothing: random models choose between near ties.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -33,8 +36,10 @@ from .models import MODELS, random_config
 from .workload import Shape, spread_plan
 
 WAYS = ("stock", "hybrid")
-_FEW = 4
-"""Tokens of the short generation."""
+_PLUGIN = "lycheedecode"
+"""Name of the entry point by which vLLM finds the plugin."""
+_SHORT = 3
+"""So many times as long as the short generation is the long one."""
 _PAGE = 16
 """Tokens of a page, vLLM's default on a GPU."""
 
@@ -43,6 +48,8 @@ def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Time every case with every way, one engine after the other."""
     if find_spec("vllm") is None:
         raise ValueError("bench serving needs vLLM: pip install 'lycheedecode[vllm]'.")
+    if "hybrid" in options.ways and not entry_points(group="vllm.general_plugins", name=_PLUGIN):
+        raise ValueError("vLLM does not find the plugin: install lycheedecode, its files alone on a path will not do.")
     # This process has asked for GPUs, after which a fork could not use them.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     cases = sorted(options.cases, key=lambda case: (case[0], case[1]))
@@ -54,6 +61,8 @@ def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
         **({"head_dim": 32} if device == "cpu" else {}),  # the narrowest heads that vLLM has kernels for there
     )
     plan = plan_of(config, options.tensor_parallel_size)
+    longest = max(context for _, context in cases)
+    texts = torch.randint(4, config.vocab_size, (max(batch for batch, _ in cases), longest)).tolist()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -62,7 +71,7 @@ def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
             began = time.perf_counter()
             with _engine(folder, way, cases, options, device) as llm:
                 started = time.perf_counter() - began
-                rows += [{**row, "start_seconds": started} for row in _time_cases(llm, way, cases, options, config)]
+                rows += [{**row, "start_seconds": started} for row in _time_cases(llm, way, cases, texts, options)]
     return {"plan_retrieval_heads": len(plan.retrieval), "rows": _compared(rows)}
 
 
@@ -87,10 +96,17 @@ def _engine(
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    attention: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
+    settings: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
     if way == "hybrid":
         own = {"plan": f"{folder}/plan.json", "budget_tokens": options.budget, "block_size": options.block}
-        attention = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}}
+        settings = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}}
+    if options.fill:
+        numbers = {"fill_mean": 0.0, "fill_std": 1.0}
+        settings["kv_transfer_config"] = {
+            "kv_connector": "DecodeBenchConnector", "kv_role": "kv_both", "kv_connector_extra_config": numbers
+        }  # fmt: skip
+    if device == "cuda":  # no graphs but those that are timed
+        settings["compilation_config"] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in cases})}
     llm = LLM(
         folder,
         load_format="dummy",
@@ -102,7 +118,7 @@ def _engine(
         enable_prefix_caching=True,
         enforce_eager=device == "cpu",
         seed=options.seed,
-        **attention,
+        **settings,
     )
     try:
         yield llm
@@ -115,10 +131,12 @@ def _engine(
 
 
 def _time_cases(
-    llm: Any, way: str, cases: Sequence[tuple[int, int]], options: argparse.Namespace, config: Any
+    llm: Any,
+    way: str,
+    cases: Sequence[tuple[int, int]],
+    texts: Sequence[list[int]],
+    options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    longest = max(context for _, context in cases)
-    texts = torch.randint(4, config.vocab_size, (max(batch for batch, _ in cases), longest)).tolist()
     for batch, context in cases:
         prompts = [{"prompt_token_ids": text[:context]} for text in texts[:batch]]
         prefill, _ = _generate(llm, prompts, 1)
@@ -131,8 +149,9 @@ def _time_cases(
 
 
 def _token_ms(llm: Any, prompts: Sequence[Any], count: int) -> float:
-    few, many = (_generate(llm, prompts, tokens)[0] for tokens in (_FEW, count))
-    return (many - few) * 1e3 / (count - _FEW)
+    short = count // _SHORT
+    few, many = (_generate(llm, prompts, tokens)[0] for tokens in (short, count))
+    return (many - few) * 1e3 / (count - short)
 
 
 def _generate(llm: Any, prompts: Sequence[Any], count: int) -> tuple[float, list[int]]:
@@ -184,8 +203,8 @@ def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
     if options.smoke:
         options.model, options.cases, options.budget, options.tokens = "tiny", [(1, 100), (2, 100)], 64, 12
         options.block, options.repeats = 16, 1
-    if options.tokens <= _FEW:
-        raise ValueError(f"--tokens must be more than {_FEW}, not {options.tokens}.")
+    if options.tokens < _SHORT:
+        raise ValueError(f"--tokens must be at least {_SHORT}, not {options.tokens}.")
     result = bench_serving(options, device)
     print("\n".join([HEADER, *(format_row(row) for row in result["rows"])]))
     return result
@@ -205,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--tokens", type=int, default=132, help="tokens of the long generation")
     made.add_argument("--repeats", type=int, default=3, help="pairs of generations that are timed")
     made.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory that vLLM may take")
+    made.add_argument("--fill", action="store_true", help="random keys and values, in place of long prefills")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--smoke", action="store_true", help="a tiny model, whatever else is said; runs without a GPU")
     made.add_argument("--json", type=Path, help="write the result to this file")

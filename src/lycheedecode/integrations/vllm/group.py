@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -120,11 +121,15 @@ class Group:
         return total
 
     def _make_once(self, part: Part, vllm_config: Any, spec: Any, device: torch.device) -> None:
-        """Run every layer once on next to nothing: what kernels make once must not be made inside a CUDA graph."""
+        """Run every layer once on next to nothing: what kernels make once must not be made inside a CUDA graph.
+
+        The page table is as wide as vLLM's, which holds whole 128 tokens: kernels are compiled for its stride.
+        """
         shape = (1, part.plan.num_kv_heads, spec.block_size, spec.head_size)
         keys = torch.zeros(shape, dtype=spec.dtype, device=device)
         one = torch.ones(1, dtype=torch.int32, device=device)
-        kv = KV(keys, keys, one, None, one[:, None] - 1)
+        pages = ceil(128 * ceil(vllm_config.model_config.max_model_len / 128) / spec.block_size)
+        kv = KV(keys, keys, one, None, torch.zeros((1, pages), dtype=torch.int32, device=device))
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         query = torch.zeros((1, heads, spec.head_size), dtype=spec.dtype, device=device)
         for layer in sorted(self.layers.values()):
