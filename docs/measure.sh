@@ -82,7 +82,10 @@ stage_tasks() { # a model of 8K positions: longer items are skipped, and say so
 }
 
 stage_serving() {
-  for model in llama-3-8b qwen3-8b; do bench serving --model $model --json "$out/h200-serving-$model.json"; done
+  local cases=(1x1024 1x32768 1x131072 4x131072)
+  for model in llama-3-8b qwen3-8b; do
+    bench serving --model $model --cases "${cases[@]}" --fill --json "$out/h200-serving-$model.json"
+  done
 }
 
 stage_ranks() { # two of one host; 8 x 131072 fits two only

@@ -67,10 +67,12 @@ def _versions() -> dict[str, str]:
 def _commit() -> str | None:
     """The commit of the source tree that runs, with `+changes` when files differ from it; None when not in git.
 
-    A copy without its repository is told by the variable LYCHEEDECODE_COMMIT which commit it is.
+    A copy without its repository, or with an old one, is told by the variable LYCHEEDECODE_COMMIT which commit it is.
     """
+    if told := os.environ.get("LYCHEEDECODE_COMMIT"):
+        return told
     if not _git("ls-files", "--error-unmatch", Path(__file__).name):
-        return os.environ.get("LYCHEEDECODE_COMMIT")  # in somebody else's repository, or in none
+        return None  # in somebody else's repository, or in none
     commit = _git("rev-parse", "HEAD")
     return f"{commit}+changes" if commit and _git("status", "--porcelain", "--", ".") else commit
 

@@ -63,7 +63,7 @@ def test_pages_and_some_heads(compiled, page, dim, tmp_path):
 @pytest.mark.parametrize(("block_size", "group"), [(1, 1), (16, 7), (64, 1), (256, 7)])
 def test_blocks_and_groups(compiled, block_size, group, tmp_path):
     launch_all(make_cache(128, torch.float16, slots=4096 * block_size), group, block_size)
-    check(compiled, tmp_path, 5, spills=8)  # of two registers, in the search for a few of many blocks
+    check(compiled, tmp_path, 5)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -364,26 +364,6 @@ def test_select(settings, levels, tile):
     assert (everything.blocks[3] == 7).all()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"budget_tokens": 64}, {"selection": "ratio", "budget_ratio": 0.008, "budget_tokens": 64}, {"budget_tokens": 32}],
-    ids=["top_k", "ratio", "forced"],
-)
-@pytest.mark.parametrize("levels", [1, 3, 50, 10**6])
-def test_select_in_groups(settings, levels):
-    """Rows much longer than what is selected; recent tokens in two blocks, or in one, which may be one of the sinks."""
-    lengths, slots = [4003, 3996, 600, 100, 17, 0], 4003
-    config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 5, **settings})
-    scores = make_scores(2, lengths, slots, 8, levels)
-    kv = KV(*[torch.empty(6, 1, slots, 16, device=DEVICE)] * 2, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
-    capacity = config.capacity_blocks(ceil(slots / 8))
-    assert select.group_size(512, capacity) > 1
-    expected, out = (Selections.allocate(2, 6, capacity, DEVICE) for _ in range(2))
-    reference.select_blocks(scores, kv, config, expected)
-    kernels.select_blocks(scores, kv, config, out)
-    assert as_sets(out) == as_sets(expected)
-
-
 @configs
 def test_select_fewer_than_configured(settings):
     """Buffers too small for what is forced: the first forced blocks, as in the reference."""

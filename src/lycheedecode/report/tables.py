@@ -30,8 +30,11 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield from _table(result["rows"])
     if result.get("prefills"):
         yield from ("", "**Prefill**", "", *_table(result["prefills"]))
-    for profile in result.get("profiles") or ():
-        yield from _kernels(profile)
+    if profiles := result.get("profiles"):
+        yield from ("", "<details><summary>Kernels of a step</summary>")
+        for profile in profiles:
+            yield from _kernels(profile)
+        yield from ("", "</details>")
     plain = {name: value for name, value in result.items() if isinstance(value, (int, float, str)) and value != ""}
     if plain:
         yield from ("", *(f"- {_words(name)}: {shown(value, name)}" for name, value in plain.items()))

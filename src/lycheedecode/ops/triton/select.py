@@ -8,10 +8,8 @@
     write      the selected blocks in ascending order, then -1
 
 Every step of the search counts over the whole row, which the program holds in registers; a row too long for that is
-read again each time. Two cuts at a time, since for threads to meet takes longer than to count. In long rows counting is
-what takes time: there the program first selects as many groups of neighbours by their largest keys, and then among
-their blocks. Each group before a selected block's has a better block, so no block is missed, ties included.
-Nothing depends on the order in which threads run, and nothing travels to the host.
+read again each time. A step takes as long as the threads take to meet, not as they take to count: hence two cuts at a
+time. Nothing depends on the order in which threads run, and nothing travels to the host.
 """
 
 from __future__ import annotations
@@ -141,17 +139,30 @@ def _extent_of_blocks(
 
 
 @triton.jit
-def _search(
-    wanted, there, forced, low, high, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr
-):
-    """The least key that is selected, and how many that are equal to it.
+def _choose(
+    blocks, at_count, score, scores, N, sinks, recent, exist, K, amount,
+    STRATEGY: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """Select for one row: `score` holds its first `CHUNK` blocks; more of them are read from `scores` unless `HELD`."""
+    n = tl.arange(0, CHUNK)
+    key = _keys(score, n, sinks, recent, exist)
+    forced = sinks + exist - recent
+    low, high = _range(key, scores, N, sinks, recent, exist, CHUNK, HELD)
+    wanted = tl.minimum(exist, K)
+    if STRATEGY == "ratio":
+        share = tl.ceil(amount * exist.to(tl.float32)).to(tl.int32)
+        wanted = tl.minimum(wanted, tl.maximum(share, forced))
+    elif STRATEGY == "threshold":
+        least = tl.full((), amount, tl.float32).to(tl.int32, bitcast=True)
+        wanted = tl.minimum(wanted, _count(least, key, scores, N, sinks, recent, exist, CHUNK, HELD))
+    elif STRATEGY == "top_p":
+        fewest = _blocks_of_mass(amount, low, high, forced, score, key, scores, N, sinks, recent, exist, CHUNK, HELD)
+        wanted = tl.minimum(wanted, fewest)
 
-    `there` keys are not absent, `forced` of them are the largest key; the others lie between `low` and `high`.
-    """
     above = forced  # keys larger than `high`
     if wanted <= forced:
         low, high, above = _FORCED, _FORCED, 0
-    elif wanted == there:
+    elif wanted == exist:
         high, above = low, 0
     while low < high:
         third = (high - low + 2) // 3
@@ -168,81 +179,25 @@ def _search(
         else:
             high = less - 1
             above = of_less
-    return low, wanted - above  # all of the equal ones, when `wanted` keys reach `low`
+    ties = wanted - above  # of the keys equal to `low`, so many are selected: all, when `wanted` keys reach it
 
-
-@triton.jit
-def _search_held(wanted, key):
-    """`_search` in keys that are all at hand."""
-    low, high = _range(key, key, 0, 0, 0, 0, 1, True)
-    there, forced = tl.sum((key >= 0).to(tl.int32), 0), tl.sum((key == _FORCED).to(tl.int32), 0)
-    return _search(tl.minimum(wanted, there), there, forced, low, high, key, key, 0, 0, 0, 0, 1, True)
-
-
-@triton.jit
-def _write(to, what, key, low, ties, larger_before, equal_before):
-    """Store what is selected of `what`, in order; returns how many keys were larger than `low` and how many equal."""
-    larger, equal = (key > low).to(tl.int32), (key == low).to(tl.int32)
-    both = tl.cumsum(larger | (equal << 16), 0)
-    before_larger = larger_before + (both & 0xFFFF) - larger
-    before_equal = equal_before + ((both >> 16) & 0xFFFF) - equal
-    chosen = (larger > 0) | ((equal > 0) & (before_equal < ties))
-    tl.store(to + before_larger + tl.minimum(before_equal, ties), what, mask=chosen)
-    return larger, equal
-
-
-@triton.jit
-def _choose_in_groups(
-    blocks, scores, N, sinks, recent, exist, wanted, CHUNK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Write the `wanted` best blocks, at most `WIDTH`, of a row of at most `CHUNK`; groups pass through `blocks`."""
-    g = tl.arange(0, CHUNK // GROUP)
-    within = tl.arange(0, GROUP)[None, :]
-    n = g[:, None] * GROUP + within
-    key = _keys(tl.load(scores + n, mask=n < N, other=0.0), n, sinks, recent, exist)
-    best = tl.max(key, 1)
-    low, ties = _search_held(wanted, best)
-    _write(blocks, g, best, low, ties, 0, 0)
-    tl.debug_barrier()
-    k = tl.arange(0, WIDTH)
-    taken = k < tl.minimum(wanted, tl.cdiv(exist, GROUP))
-    group = tl.load(blocks + k, mask=taken, other=0, cache_modifier=".cg")
-    tl.debug_barrier()  # from here on blocks take the place of groups
-    n = group[:, None] * GROUP + within
-    there = taken[:, None] & (n < N)
-    key = _keys(tl.load(scores + n, mask=there, other=0.0), n, sinks, recent, exist)
-    key = tl.reshape(tl.where(taken[:, None], key, _ABSENT), [WIDTH * GROUP])
-    low, ties = _search_held(wanted, key)
-    _write(blocks, tl.reshape(n, [WIDTH * GROUP]), key, low, ties, 0, 0)
-
-
-@triton.jit
-def _choose(
-    blocks, scores, N, sinks, recent, exist, wanted, amount,
-    STRATEGY: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
-    """Write the best blocks of a row, at most `wanted`, and return how many; it is read once if it is `HELD`."""
-    n = tl.arange(0, CHUNK)
-    score, key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
-    forced = sinks + exist - recent
-    low, high = _range(key, scores, N, sinks, recent, exist, CHUNK, HELD)
-    if STRATEGY == "threshold":
-        least = tl.full((), amount, tl.float32).to(tl.int32, bitcast=True)
-        wanted = tl.minimum(wanted, _count(least, key, scores, N, sinks, recent, exist, CHUNK, HELD))
-    elif STRATEGY == "top_p":
-        fewest = _blocks_of_mass(amount, low, high, forced, score, key, scores, N, sinks, recent, exist, CHUNK, HELD)
-        wanted = tl.minimum(wanted, fewest)
-
-    low, ties = _search(wanted, exist, forced, low, high, key, scores, N, sinks, recent, exist, CHUNK, HELD)
     larger_before, equal_before = 0, 0
     for c in range(0, exist, CHUNK):
         if not HELD:
             _, key = _read(scores, c // CHUNK, N, sinks, recent, exist, CHUNK)
-        larger, equal = _write(blocks, c + n, key, low, ties, larger_before, equal_before)
+        larger, equal = (key > low).to(tl.int32), (key == low).to(tl.int32)
+        both = tl.cumsum(larger | (equal << 16), 0)
+        before_larger = larger_before + (both & 0xFFFF) - larger
+        before_equal = equal_before + ((both >> 16) & 0xFFFF) - equal
+        chosen = (larger > 0) | ((equal > 0) & (before_equal < ties))
+        at = before_larger + tl.minimum(before_equal, ties)
+        tl.store(blocks + at, c + n, mask=chosen)
         if not HELD:
             larger_before += tl.sum(larger, 0)
             equal_before += tl.sum(equal, 0)
-    return wanted
+    tl.store(at_count, wanted)
+    for k in range(wanted, K, CHUNK):
+        tl.store(blocks + k + n, n * 0 - 1, mask=k + n < K)
 
 
 @triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K"])
@@ -250,8 +205,7 @@ def _select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
     scores, lengths, starts, slots, N, num_blocks, K, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
-    EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1)
     common.wait_for_inputs(EARLY)
@@ -259,21 +213,15 @@ def _select_kernel(
     exist, sinks, recent = _extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
     scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
-    k = tl.arange(0, WIDTH)
+    at_count = counts + r * stride_counts_r + b * stride_counts_b
     if (STRATEGY == "top_k") & (exist <= K):  # whatever the scores are
-        tl.store(blocks + k, k, mask=k < exist)
-        wanted = exist
+        for k in range(0, K, CHUNK):
+            n = k + tl.arange(0, CHUNK)
+            tl.store(blocks + n, tl.where(n < exist, n, -1), mask=n < K)
+        tl.store(at_count, exist)
     else:
-        wanted = tl.minimum(exist, K)
-        if STRATEGY == "ratio":
-            share = tl.ceil(amount * exist.to(tl.float32)).to(tl.int32)
-            wanted = tl.minimum(wanted, tl.maximum(share, sinks + exist - recent))
-        if GROUP > 1:
-            _choose_in_groups(blocks, scores, N, sinks, recent, exist, wanted, CHUNK, GROUP, WIDTH)
-        else:
-            wanted = _choose(blocks, scores, N, sinks, recent, exist, wanted, amount, STRATEGY, CHUNK, HELD)
-    tl.store(counts + r * stride_counts_r + b * stride_counts_b, wanted)
-    tl.store(blocks + k, k * 0 - 1, mask=(k >= wanted) & (k < K))
+        score, _key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
+        _choose(blocks, at_count, score, scores, N, sinks, recent, exist, K, amount, STRATEGY, CHUNK, HELD)
 
 
 class Rule(NamedTuple):
@@ -323,24 +271,15 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
     num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
     tuning = tuning or default_tuning(num_blocks, scores.device)
     blocks, counts = out
-    held, most = num_blocks <= tuning.tile, blocks.shape[2]
     with common.on_device(scores):
         _select_kernel[blocks.shape[:2]](
             *(blocks, counts, *blocks.stride()[:2], *counts.stride()),
-            *(scores, kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, most, rule.amount),
+            *(scores, kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], rule.amount),
             **rule.constants,
             CHUNK=tuning.tile,
-            HELD=held,
-            GROUP=group_size(tuning.tile, most) if held and rule.strategy in ("top_k", "ratio") else 1,
-            WIDTH=common.power_of_two(max(most, 1)),
+            HELD=num_blocks <= tuning.tile,
             **tuning.launch(kv),
         )
-
-
-def group_size(num_blocks: int, most: int) -> int:
-    """Neighbours in a group, which make two short searches of a long one; 1: it is short by itself."""
-    wide = num_blocks // common.power_of_two(max(most, 1))
-    return min(1 << (wide.bit_length() - 1) // 2, 8) if wide >= 16 else 1
 
 
 def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
@@ -357,4 +296,4 @@ def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
 def default_tuning(num_blocks: int, device: torch.device) -> Tuning:
     """What was fastest on an H200; `bench ops --tune` measures it."""
     tile = min(max(common.power_of_two(num_blocks), 64), IN_REGISTERS)
-    return Tuning(1, tile, min(max(tile // 256, 1), 32), 1, common.starts_early(device))
+    return Tuning(1, tile, min(max(tile // 512, 4), 16 if tile < 32768 else 32), 1, common.starts_early(device))
