@@ -97,8 +97,8 @@ def test_bytes_are_counted_from_what_was_selected():
     _, selections = step(attention, caches, queries)
     # Blocks of 4: the last one holds 2 tokens of 50, and 1 of 29. Eight heads attend, four scan.
     expected = [8 * 2 * 14 + 4 * 50, 8 * 2 * 13 + 4 * 29]
-    assert attention.bytes_read(lengths, selections, True, 10).tolist() == [10 * tokens for tokens in expected]
-    unrefreshed = attention.bytes_read(lengths, selections, False, 1).tolist()
+    assert tiny.bytes_read(attention, lengths, selections, True, 10) == [10 * tokens for tokens in expected]
+    unrefreshed = tiny.bytes_read(attention, lengths, selections, False, 1)
     assert unrefreshed == [8 * 2 * 14, 8 * 2 * 13]
 
 
@@ -107,13 +107,13 @@ def test_dense_retrieval_heads_read_each_key_once():
     attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, retrieval_attention="full", **SETTINGS))
     _, selections = step(attention, caches, queries)
     expected = 4 * 2 * 14 + 4 * 2 * 50  # four sparse heads, four dense ones
-    assert attention.bytes_read(caches[0].token_counts(), selections, True, 1).tolist() == [expected] * 2
+    assert tiny.bytes_read(attention, caches[0].token_counts(), selections, True, 1) == [expected] * 2
     full = FullAttention(tiny.LAYERS, tiny.KV_HEADS)
-    assert full.bytes_read(caches[0].token_counts(), None, True, 1).tolist() == [8 * 2 * 50] * 2
+    assert tiny.bytes_read(full, caches[0].token_counts(), None, True, 1) == [8 * 2 * 50] * 2
 
 
 def test_layers_outside_the_count_read_nothing():
     caches, queries = layers(slots=50)
     attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, **SETTINGS), layers=[0, 1])
     _, selections = step(attention, caches, queries)
-    assert attention.bytes_read(caches[0].token_counts(), selections, True, 1)[0] == 4 * 2 * 14 + 3 * 50
+    assert tiny.bytes_read(attention, caches[0].token_counts(), selections, True, 1)[0] == 4 * 2 * 14 + 3 * 50

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from lycheedecode import HeadPlan
+from lycheedecode.attention import DecodeAttention
+from lycheedecode.ops import Selections
 
 LAYERS, KV_HEADS = 4, 2
 _SHAPE = {
@@ -87,6 +89,15 @@ def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
         "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
     }
+
+
+def bytes_read(
+    attention: DecodeAttention, lengths: torch.Tensor, selections: Selections | None, refreshed: bool, key_bytes: int
+) -> list[float]:
+    """What `count_bytes` counts for each sequence."""
+    total = torch.zeros(len(lengths), dtype=torch.float64)
+    attention.count_bytes(total, lengths, selections, refreshed, key_bytes)
+    return total.tolist()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

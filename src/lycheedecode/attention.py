@@ -35,10 +35,13 @@ class DecodeAttention(Protocol):
     ) -> Tensor:
         """Attention output `[B, Hq, D]` of one layer for one new token a sequence."""
 
-    def bytes_read(self, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int) -> Tensor:
-        """Bytes of the KV cache that the step just made read for each sequence, float64 `[B]`.
+    def count_bytes(
+        self, total: Tensor, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int
+    ) -> None:
+        """Add the bytes of the KV cache that the step just made read for each sequence.
 
         Args:
+            total: float64 `[B]`, added to in place.
             lengths: int32 `[B]`, cached tokens of each sequence at that step.
             selections: the buffers as the step left them.
             refreshed: whether it selected.
@@ -63,8 +66,10 @@ class FullAttention:
     ) -> Tensor:
         return ops.attend(query, kv, scale)
 
-    def bytes_read(self, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int) -> Tensor:
-        return lengths.double() * (2 * self._num_heads * key_bytes)
+    def count_bytes(
+        self, total: Tensor, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int
+    ) -> None:
+        total.add_(lengths, alpha=2 * self._num_heads * key_bytes)
 
 
 class HybridAttention:
@@ -73,7 +78,7 @@ class HybridAttention:
     Args:
         plan: the donor of every KV head.
         config: budget, strategy, form.
-        layers: the layers that follow the plan, None for all; only `bytes_read` needs to know.
+        layers: the layers that follow the plan, None for all; only `count_bytes` needs to know.
     """
 
     graph_safe = True
@@ -132,7 +137,9 @@ class HybridAttention:
         )  # the paper's form
         return output if out is None else out.copy_(output)
 
-    def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
+    def count_bytes(
+        self, total: Tensor, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int
+    ) -> None:
         """Keys scanned by retrieval heads, and keys and values attended by every head (see `DecodeAttention`).
 
         Dense retrieval heads read keys and values once: their scan is a by-product of their attention. What fits into
@@ -140,11 +147,9 @@ class HybridAttention:
         """
         config, dense = self.config, self.config.retrieval_attention == "full"
         scan_bytes = 2 * key_bytes if dense else selections.scan_bytes(key_bytes) * refreshed
-        weights = _as_weights(tuple(2.0 * key_bytes * readers for readers in self._readers), lengths.device)
-        attended = (weights[:, None] * selections.tokens(lengths, config.block_size)).sum(0)  # [B]
+        costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
         enough = selections.enough_tokens(config.selection, config.block_size, config.refresh_every)
-        scanned = lengths if dense else lengths.masked_fill(lengths <= enough, 0)
-        return attended.add_(scanned, alpha=float(scan_bytes * self._scans))
+        ops.count_bytes(total, lengths, selections, costs, config.block_size, 0 if dense else enough)
 
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """How many heads scan, and how many attend over each row of the selections."""
@@ -200,8 +205,3 @@ def attend_in_two_forms(
 @lru_cache(maxsize=4096)
 def _as_index(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-@lru_cache(maxsize=64)
-def _as_weights(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)

@@ -116,7 +116,7 @@ class Decoder:
         step = FlexibleStep(cache, self.attention, self._reaches, selections, refresh)
         with self._route, steps.running(step):
             logits = steps.forward(self._model, token_ids, lengths)
-        kv_bytes += self.attention.bytes_read(lengths, selections, refresh, cache.key_bytes)
+        self.attention.count_bytes(kv_bytes, lengths, selections, refresh, cache.key_bytes)
         return logits
 
     def _step_down(self, cache: KVCache, error: Exception) -> None:

@@ -308,7 +308,7 @@ class Engine:
         context._uncorrected.clear()
         cache.truncate(cache.length - tokens.shape[1] + 1)  # the newest token has no entry yet
         logits = self._dense(cache, tokens, context.padding)
-        context.kv_bytes += self._full.bytes_read(cache.token_counts(), None, True, cache.key_bytes)
+        self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
 
     def _pad(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:

@@ -131,7 +131,7 @@ class FixedStep:
                 self._ends[reach] = self.filled - first, first
         with running(self):
             logits = forward(model, self.token_ids, lengths)
-        self.kv_bytes += self._attention.bytes_read(lengths, self.selections, self._refresh, self._key_bytes)
+        self._attention.count_bytes(self.kv_bytes, lengths, self.selections, self._refresh, self._key_bytes)
         return logits
 
     def attend(

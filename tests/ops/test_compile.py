@@ -126,6 +126,12 @@ def test_rows_of_scores(compiled, num_blocks, tmp_path):
     check(compiled, tmp_path, 3, spills=128 if num_blocks > 8192 else 0)
 
 
+@pytest.mark.parametrize("num_blocks", [4112, 40000])
+def test_long_rows_with_histograms(compiled, num_blocks, tmp_path):
+    launch_all(make_cache(64, torch.bfloat16, slots=32 * num_blocks))
+    check(compiled, tmp_path, 5)
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_appending(compiled, normed, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "starts_early", lambda device: 1)

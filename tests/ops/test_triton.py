@@ -408,6 +408,51 @@ def test_what_fits_is_selected_as_a_whole_and_not_scanned(refresh_every):
     assert out.counts[0, 1:5].tolist() == [ceil((n + refresh_every - 1) / 8) if n else 0 for n in (*lengths[1:], 0)]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"budget_tokens": 96}, {"selection": "ratio", "budget_ratio": 0.3}, {"budget_tokens": 96, "refresh_every": 12}],
+    ids=["top_k", "ratio", "ahead"],
+)
+@pytest.mark.parametrize("levels", [1, 3, 40, 10**6])
+def test_select_with_a_histogram(settings, levels):
+    """As long rows are; many blocks in a bin, or few, or just the right number. The second launch finds it zero."""
+    config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings})
+    rule = select.Rule.of(config)
+    kv = make_cache([6000, 1000, 333, 0, 5, 120], dim=16)
+    capacity = config.capacity_blocks(rule.num_blocks(kv.slots))
+    expected, out = (Selections.allocate(2, 6, capacity, DEVICE) for _ in range(2))
+    histogram = torch.zeros(12, select.BINS, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        worth = make_worth(2, kv, 8, levels)
+        scores = scan.normalise(worth, kv, 8, 0, rule, histogram)
+        reference.select_blocks(scores, kv, config, expected)
+        assert histogram.any()
+        select.select_blocks(scores, kv, rule, out, histogram=histogram)
+        assert as_sets(out) == as_sets(expected)
+        assert not histogram.any()
+
+
+def test_scan_select_of_long_rows(monkeypatch):
+    """With the histogram that the kernels make for each other, and scores that a scan found."""
+    monkeypatch.setattr(select, "_LONG", 32)
+    kv = make_cache([900, 300, 40])
+    config = HybridConfig(block_size=8, budget_tokens=128, sink_tokens=10, recent_tokens=9)
+    query = make_query(kv, 2)
+    expected, out = (Selections.allocate(2, 3, 16, DEVICE) for _ in range(2))
+    reference.select_blocks(kernels.scan_blocks(query, kv, (0, 1), 8, SCALE), kv, config, expected)
+    for _ in range(2):
+        kernels.scan_select(query, kv, (0, 1), config, SCALE, out)
+        assert as_sets(out) == as_sets(expected)
+
+
+def make_worth(rows, kv, block_size, levels):
+    """Of a scan that found so many different values."""
+    num_blocks = ceil(kv.slots / (16 * block_size)) * 16
+    shape = (rows, kv.keys.shape[0], 1)
+    values = torch.randint(1, levels + 1, (*shape, num_blocks), device=DEVICE).log2()
+    return scan.Worth(values, values.exp2().sum(-1, keepdim=True).log2() + torch.zeros(*shape, 2, device=DEVICE) - 1)
+
+
 def test_scan_select_of_rows_too_long_to_hold(monkeypatch):
     monkeypatch.setattr(select, "IN_REGISTERS", 32)
     kv = make_cache([400])

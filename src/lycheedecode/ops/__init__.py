@@ -1,10 +1,11 @@
-"""The four operations of a decode step, each defined once (`reference.py`) and implemented as often as it pays.
+"""The operations of a decode step, each defined once (`reference.py`) and implemented as often as it pays.
 
     scan_blocks     queries x keys of the retrieval heads      -> what every block is worth     [R, B, N]
     select_blocks   block scores                               -> selections                    [R, B, K]
     attend_blocks   all heads, each over its donor's selection -> output                        [B, H * G, D]
     attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
     scan_select     the first two
+    count_bytes     what all of them read of the cache         -> added to a total              [B]
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
 `N = ceil(S / block_size)` blocks, `K` selected blocks, `R` retrieval heads, `H` the KV heads asked for.
@@ -14,6 +15,7 @@ Every query is the newest token of its sequence, whose key and value are already
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from importlib.util import find_spec
 from math import ceil
 from types import ModuleType
@@ -36,6 +38,7 @@ __all__ = [
     "Selections",
     "attend",
     "attend_blocks",
+    "count_bytes",
     "has_float8",
     "scan_blocks",
     "scan_select",
@@ -160,6 +163,32 @@ def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = 
     """Dense attention of KV heads over the whole cache; arguments and result as in `attend_blocks`."""
     _check(query, kv)
     return _implementation(query).attend(query, kv, scale, heads)
+
+
+def count_bytes(
+    total: Tensor, lengths: Tensor, selections: Selections, costs: tuple[float, ...], block_size: int, enough: int = 0
+) -> None:
+    """Add what a step read of the cache to `total`, float64 `[B]`, in place; nothing reaches the host.
+
+    Args:
+        total: bytes so far.
+        lengths: int32 `[B]`, cached tokens of each sequence.
+        selections: all selections of the model, `[R, B, K]`.
+        costs: bytes read for each token in the blocks of each row, and last those for each token of the whole cache
+            (scanned, or attended to densely); `R + 1` of them.
+        block_size: tokens per block.
+        enough: tokens up to which the whole of a sequence was not looked at.
+    """
+    if len(costs) != len(selections.blocks) + 1:
+        raise ValueError(f"costs must be one for each of {len(selections.blocks)} rows, and one; not {len(costs)}.")
+    launches = total.is_cuda and kernels is not None and kernels.HAS_COMPILER
+    implementation = kernels if launches else reference
+    implementation.count_bytes(total, lengths, selections, _as_tensor(costs, total.device), block_size, enough)
+
+
+@lru_cache(maxsize=4096)
+def _as_tensor(costs: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(costs, dtype=torch.float64, device=device)
 
 
 def _implementation(tensor: Tensor) -> ModuleType:

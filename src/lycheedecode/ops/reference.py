@@ -154,6 +154,13 @@ def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = 
     return _finish(logits, values, query, some_empty=True)
 
 
+def count_bytes(
+    total: Tensor, lengths: Tensor, selections: Selections, costs: Tensor, block_size: int, enough: int
+) -> None:
+    attended = costs[:-1, None] * selections.tokens(lengths, block_size)  # [R, B]
+    total += attended.sum(0) + costs[-1] * lengths.masked_fill(lengths <= enough, 0)
+
+
 def _finish(logits: Tensor, values: Tensor, query: Tensor, some_empty: bool) -> Tensor:
     """softmax(logits) @ values, `[B, H, G, T]` x `[B, H, T, D]` -> `[B, H * G, D]`; a row without tokens gives 0."""
     weights = logits.softmax(-1)

@@ -255,7 +255,10 @@ def bytes_at(policy: Policy, shape: ModelShape, context: int, steps: int = STEPS
         newest = (lengths[:, None] - 1) // config.block_size - place
         selections.blocks[:] = newest.where(place < selections.counts[0, :, None], -1)
     rest = attention.refresh_every - 1
-    once, again = (float(attention.bytes_read(lengths, selections, first, 1).mean()) for first in (True, False))
+    total = torch.zeros(2, len(lengths), dtype=torch.float64)
+    for read, refreshed in zip(total, (True, False), strict=True):
+        attention.count_bytes(read, lengths, selections, refreshed, 1)
+    once, again = total.mean(1).tolist()
     mean = (once + rest * again) / (rest + 1)
     if config.correction_every:
         dense = 2 * len(shape.global_layers) * shape.num_kv_heads * float(lengths.double().mean())

@@ -80,12 +80,14 @@ class QuestAttention:
         rows = torch.arange(first, first + self._width, device=query.device)
         return ops.attend_blocks(query, kv, selections, rows, self.config.block_size, scale)
 
-    def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
+    def count_bytes(
+        self, total: Tensor, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int
+    ) -> None:
         """Keys and values that are attended to, and two vectors for every block."""
         size = self.config.block_size
         attended = selections.tokens(lengths, size).sum(0) + len(self._dense) * self._width * lengths.double()
         bounds = (lengths.double() / size).ceil() * len(selections.counts)
-        return 2 * key_bytes * (attended + bounds * refreshed)
+        total += 2 * key_bytes * (attended + bounds * refreshed)
 
     def _extend(self, selections: BoundedSelections, layer: int, kv: KV) -> tuple[Tensor, Tensor]:
         """The layer's bounds `[B, Hkv, N, D]`, after a look at the blocks whose tokens are new."""

@@ -56,8 +56,10 @@ class WindowAttention:
             query, kv, selections, self._dense[layer], windowed, (0,) * len(windowed), self.config.block_size, scale
         )
 
-    def bytes_read(self, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int) -> Tensor:
+    def count_bytes(
+        self, total: Tensor, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int
+    ) -> None:
         """Keys and values, of everything by dense heads and of the window by the others."""
         dense, windowed = (sum(map(len, heads.values())) for heads in (self._dense, self._windowed))
-        [window] = selections.tokens(lengths, self.config.block_size)
-        return 2 * key_bytes * (dense * lengths.double() + windowed * window)
+        costs = 2.0 * key_bytes * windowed, 2.0 * key_bytes * dense
+        ops.count_bytes(total, lengths, selections, costs, self.config.block_size)

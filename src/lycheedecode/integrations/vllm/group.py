@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ... import ops
-from ...attention import HybridAttention
+from ...attention import FullAttention, HybridAttention
 from ...config import HybridConfig
 from ...ops import KV, Selections
 from ...plan import HeadPlan, PlanError
@@ -73,11 +73,11 @@ class Group:
         self.last_layer = max(layers.values())
         self.attention = HybridAttention(part.plan, part.config, tuple(layers.values()))
         self._key_bytes = spec.head_size * spec.dtype.itemsize
-        self._heads = len(layers) * part.plan.num_kv_heads
+        self._full = FullAttention(len(layers), part.plan.num_kv_heads)
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, graphs)  # a graph may hold rows of padding
         self._selections = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device)
-        self._bytes = torch.zeros(2, dtype=torch.float64, device=device)
+        self._bytes = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self._speaks = get_tensor_model_parallel_rank() == 0
         self.counters = {"hybrid_steps": 0, "dense_steps": 0, "hybrid_tokens": 0}
         self._reported = dict.fromkeys((*self.counters, "bytes", "full"), 0)
@@ -91,9 +91,8 @@ class Group:
 
     def add_bytes(self, lengths: Tensor, selections: Selections) -> None:
         """Count on the device what the step read: after its last layer; a CUDA graph repeats it."""
-        read = self.attention.bytes_read(lengths, selections, True, self._key_bytes).sum()
-        full = lengths.sum() * (2 * self._heads * self._key_bytes)
-        self._bytes += torch.stack((read, full.double()))
+        for attention, total in zip((self.attention, self._full), self._bytes, strict=True):
+            attention.count_bytes(total[: len(lengths)], lengths, selections, True, self._key_bytes)
 
     def add_step(self, tokens: int) -> None:
         """Count on the host a step in which so many tokens decode hybridly, and now and then say so."""
@@ -105,7 +104,7 @@ class Group:
 
     def report(self) -> dict[str, float]:
         """Everything counted so far; the rest since the last report goes to the log and to Prometheus."""
-        read, full = self._bytes.tolist()
+        read, full = self._bytes.sum(1).tolist()
         total = {**self.counters, "bytes": read, "full": full}
         new = {name: value - self._reported[name] for name, value in total.items()}
         self._reported = total

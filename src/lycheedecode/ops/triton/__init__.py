@@ -6,11 +6,21 @@ import shutil
 from torch import Tensor
 
 from .common import DTYPES, MAX_HEAD_DIM
+from .count import count_bytes
 from .operators import attend, attend_blocks, scan_blocks, scan_select, select_blocks
 
-__all__ = ["attend", "attend_blocks", "scan_blocks", "scan_select", "select_blocks", "why_not"]
+__all__ = [
+    "HAS_COMPILER",
+    "attend",
+    "attend_blocks",
+    "count_bytes",
+    "scan_blocks",
+    "scan_select",
+    "select_blocks",
+    "why_not",
+]
 
-_HAS_COMPILER = bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))))
+HAS_COMPILER = bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))))
 
 
 def why_not(query: Tensor) -> str | None:
@@ -19,6 +29,6 @@ def why_not(query: Tensor) -> str | None:
         return f"there are no kernels for {query.dtype}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"there are no kernels for head dims above {MAX_HEAD_DIM}"
-    if not _HAS_COMPILER:
+    if not HAS_COMPILER:
         return "Triton needs a C compiler: install gcc, or name one in the variable CC"
     return None

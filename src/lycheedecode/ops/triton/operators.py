@@ -139,8 +139,12 @@ def _scan_select(
     select.check_selections(out, (len(heads), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
     enough = out.enough_tokens(strategy, block_size, refresh_every)
-    scores = scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy, refresh_every, enough)
-    select.select_blocks(scores, kv, rule, out)
+    rows = len(heads) * query.shape[0]
+    histogram = select.take_histogram(rule, rows, rule.num_blocks(kv.slots), query.device)
+    scores = scan.scan_blocks(
+        query, kv, tuple(heads), block_size, scale, score, copy, refresh_every, enough, rule, histogram
+    )
+    select.select_blocks(scores, kv, rule, out, histogram=histogram)
 
 
 def _attend_blocks(

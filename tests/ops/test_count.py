@@ -1,0 +1,124 @@
+"""Bytes are counted exactly; on a CPU the file runs itself again in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from lycheedecode import ops
+from lycheedecode.ops import Selections, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
+BLOCK = 4
+
+
+@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
+def test_in_the_interpreter():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def make_selections(rows, lengths, capacity, lookahead=0):
+    """Random blocks in no order, as many as fit; with a lookahead blocks that hold nothing yet are among them."""
+    out = Selections.allocate(rows, len(lengths), capacity, DEVICE)
+    for b, length in enumerate(lengths):
+        exist = -(-(length + lookahead) // BLOCK) if length else 0
+        for r in range(rows):
+            chosen = torch.randperm(exist)[: min(exist, capacity - r % 2)].int()
+            out.blocks[r, b, : len(chosen)] = chosen.to(DEVICE)
+            out.counts[r, b] = len(chosen)
+    return out
+
+
+@runs_kernels
+@pytest.mark.parametrize("lookahead", [0, 9])
+@pytest.mark.parametrize(("capacity", "lengths"), [(5, [50, 0, 19, 1]), (40, [163, 40]), (4200, [20001])], ids=str)
+def test_the_kernel_counts_what_the_definition_does(capacity, lengths, lookahead):
+    from lycheedecode.ops.triton.count import count_bytes
+
+    selections = make_selections(3, lengths, capacity, lookahead)
+    enough = capacity * BLOCK - lookahead
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    costs = torch.tensor([256.0, 2.0**33 + 1, 0.0, 512 * 7 + 0.5], dtype=torch.float64, device=DEVICE)
+    total = torch.arange(len(lengths), dtype=torch.float64, device=DEVICE) + 2.0**50
+    expected = total.clone()
+    for _ in range(2):
+        reference.count_bytes(expected, lengths, selections, costs, BLOCK, enough)
+        count_bytes(total, lengths, selections, costs, BLOCK, enough)
+    assert torch.equal(total, expected)
+
+
+@runs_kernels
+def test_some_sequences_of_larger_buffers():
+    """As in vLLM, whose selections and totals have room for more rows than a step has."""
+    from lycheedecode.ops.triton.count import count_bytes
+
+    whole = make_selections(2, [30, 21, 17], 5)
+    some = Selections(whole.blocks[:, :2], whole.counts[:, :2])
+    lengths = torch.tensor([30, 21], dtype=torch.int32, device=DEVICE)
+    costs = torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64, device=DEVICE)
+    total, expected = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
+    count_bytes(total[:2], lengths, some, costs, BLOCK, 21)
+    reference.count_bytes(expected[:2], lengths, some, costs, BLOCK, 21)
+    assert torch.equal(total, expected)
+    assert total[2] == 0
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_graph_repeats_it():
+    selections, lengths = make_selections(2, [30], 5), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    total, costs = torch.zeros(1, dtype=torch.float64, device=DEVICE), (3.0, 5.0, 7.0)
+    ops.count_bytes(total, lengths, selections, costs, BLOCK)
+    expected, graph = total.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.count_bytes(total, lengths, selections, costs, BLOCK)
+    for length in (30, 30, 31):
+        lengths.fill_(length)
+        graph.replay()
+        reference.count_bytes(expected, lengths, selections, torch.tensor(costs, device=DEVICE).double(), BLOCK, 0)
+    assert torch.equal(total, expected)
+
+
+def test_the_definition():
+    selections = Selections.allocate(2, 3, 3, DEVICE)
+    selections.blocks[0, 0] = torch.tensor([2, 0, 3])  # of 10 tokens: 2, 4 and, ahead of them, none
+    selections.blocks[1, 0, :1] = 1
+    selections.blocks[:, 1, :2] = torch.tensor([0, 1])  # 5 tokens
+    lengths = torch.tensor([10, 5, 0], dtype=torch.int32, device=DEVICE)
+    total = torch.ones(3, dtype=torch.float64, device=DEVICE)
+    ops.count_bytes(total, lengths, selections, (1.0, 10.0, 100.0), BLOCK, enough=5)
+    assert total.tolist() == [1 + 6 + 40 + 1000, 1 + 5 + 50, 1]
+
+
+def test_costs_that_do_not_fit_are_refused():
+    selections, lengths = Selections.allocate(2, 1, 3, DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="costs must be"):
+        ops.count_bytes(torch.zeros(1, dtype=torch.float64), lengths, selections, (1.0, 2.0), BLOCK)
+
+
+@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("capacity", [1, 128, 32768])
+def test_it_compiles_for_hopper(compiled, capacity, early, tmp_path, monkeypatch):
+    from hopper import spilled_bytes
+
+    from lycheedecode.ops import triton as kernels
+    from lycheedecode.ops.triton import common
+
+    monkeypatch.setattr(common, "starts_early", lambda device: early)
+    selections, lengths = Selections.allocate(16, 2, capacity, "cpu"), torch.zeros(2, dtype=torch.int32)
+    total, costs = torch.zeros(2, dtype=torch.float64), torch.zeros(17, dtype=torch.float64)
+    kernels.count_bytes(total, lengths, selections, costs, 32, 32 * capacity)
+    [kernel] = compiled
+    assert spilled_bytes(kernel, tmp_path) == 0
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("relaxed.add.f64") == 1
+    assert ("griddepcontrol.launch_dependents" in ptx) == bool(early)
+    if early:  # the costs, which no kernel writes
+        assert ptx[: ptx.index("griddepcontrol.wait")].count("ld.global") == 1
