@@ -96,6 +96,7 @@ def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
     kernels.scan_select(query, kv, (0, 1), config, 0.1, out, copy)
     check(compiled, tmp_path, 3)
     assert "cvt.rn.f16x2.e4m3x2" in compiled[0].asm["ptx"]
+    assert ".f32.f16.f16.f32" in compiled[0].asm["ptx"]  # no way round by bfloat16
 
 
 STRATEGIES = {

@@ -159,7 +159,8 @@ def on_device(tensor: Tensor) -> Any:
 class _Arrivals:
     """Counters that are zero between launches: the last program to arrive sets its own back to zero.
 
-    Calls take turns in one buffer, so that launches that are in flight together do not share a counter.
+    Calls take turns in one buffer, so that launches that are in flight together do not share a counter. Each gets whole
+    16 bytes: kernels are compiled for how their arguments are aligned.
     """
 
     _SIZE = 1 << 18
@@ -171,13 +172,14 @@ class _Arrivals:
     def take(self, count: int, device: torch.device) -> Tensor:
         """int32 `[count]` zeros."""
         buffer, first = self._buffers.get(device, (None, 0))
-        if buffer is None or count > len(buffer):
-            buffer, first = torch.zeros(max(self._SIZE, count), dtype=torch.int32, device=device), 0
+        taken = -(-count // 4) * 4
+        if buffer is None or taken > len(buffer):
+            buffer, first = torch.zeros(max(self._SIZE, taken), dtype=torch.int32, device=device), 0
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return buffer[:count]  # it lives in the graph, which zeroes it at every replay
-        if first + count > len(buffer):
+        if first + taken > len(buffer):
             first = 0
-        self._buffers[device] = buffer, first + count
+        self._buffers[device] = buffer, first + taken
         return buffer[first : first + count]
 
 

@@ -88,6 +88,10 @@ def _scan_kernel(
             copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks,
             split, D, DP, NEWEST, TILE, SPLITS,
         )  # fmt: skip
+    if copy is not None and q.dtype == tl.bfloat16:  # 8-bit floats become 16-bit ones in one step, bfloat16 in three
+        size = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)[:, None]
+        q = (q / size).to(tl.float16)
+        scale *= size
     g = tl.arange(0, GP)
     line = ((r * tl.num_programs(2) + b) * G + g).to(tl.int64)
     peak = tl.full([GP, TURNS, LANES], float("-inf"), tl.float32)
