@@ -48,15 +48,13 @@ stage_fidelity() { # the shipped plan and its controls, and what cuts the scan's
     --policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,random:1,random:2,own-topk
 }
 
-stage_peers() { # after `plan`: the paper's form with its own roles, too; then every peer at hybrid's bytes
-  local cells=(--cells noise:4096:passkey:1 --cells prose:2048:passkey:5 --cells prose:4096:passkey:1)
-  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --budgets 128,256,512,1024 \
-    --plan smollm2-135m --plan "$out/plans/paper.json" \
-    --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming,own-topk \
-    "${cells[@]}" --json "$out/peers.json"
-  lychee "${fidelity[@]}" --prompts 100 --batch-size 20 --budgets 256,512,1024 --match-bytes \
-    --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming "${cells[@]}" \
-    --json "$out/peers-equal-bytes.json"
+stage_peers() { # after `plan`: every peer at hybrid's bytes, then over budgets, and the paper's form with its own roles
+  local equal=(--match-bytes --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming)
+  lychee "${fidelity[@]}" "${budget[@]}" "${equal[@]}" --prompts 100 --batch-size 50 --json "$out/peers.json"
+  lychee "${fidelity[@]}" --budgets 128,256,1024 "${equal[@]}" --prompts 100 --batch-size 50 \
+    --cells noise:4096:passkey:1 --cells prose:4096:passkey:1 --json "$out/peers-by-budget.json"
+  lychee "${fidelity[@]}" "${budget[@]}" --plan "$out/plans/paper.json" --policies hybrid,paper --prompts 100 \
+    --batch-size 50 --json "$out/peers-paper-roles.json"
 }
 
 stage_long() {
@@ -75,10 +73,10 @@ stage_roles() { # ways to identify; how stable roles are; budgets by numbers of 
 
 stage_tasks() { # a model of 8K positions: longer items are skipped, and say so
   local ruler=(evaluate tasks --tasks ruler_synthetic --limit 100 --batch-size 100 --execution graph --block-size 16)
-  lychee "${ruler[@]}" --lengths 2048,4096,8192 --policies hybrid,paper,streaming --budgets 128,256,512,1024 \
-    --json "$out/ruler.json"
-  lychee "${ruler[@]}" --lengths 4096 --budget-tokens 512 --match-bytes 4000 \
-    --policies hybrid,paper,quest,tidaldecode,duo,kascade,streaming,own-topk --json "$out/ruler-equal-bytes.json"
+  lychee "${ruler[@]}" --lengths 4096 --policies hybrid --budgets 256,512,1024 --json "$out/ruler.json"
+  lychee "${ruler[@]}" --lengths 4096 "${budget[@]}" --match-bytes 4000 \
+    --policies hybrid,paper,quest,tidaldecode,duo,kascade,streaming --json "$out/ruler-equal-bytes.json"
+  lychee "${ruler[@]}" --lengths 2048,8000 --policies hybrid --budgets 512,1024 --json "$out/ruler-lengths.json"
 }
 
 stage_serving() {
