@@ -10,7 +10,7 @@ from lycheedecode.bench import ops as bench
 from lycheedecode.bench import timing
 from lycheedecode.bench.tuning import KERNELS, candidates
 from lycheedecode.bench.verify import MismatchError, relative_error, verify
-from lycheedecode.bench.workload import Shape, Workload, make_pool, spread_plan
+from lycheedecode.bench.workload import ROOM, Shape, Workload, make_pool, spread_plan
 
 SMALL = Shape(query_heads=4, kv_heads=2, dim=16, layers=4, retrieval_heads=4, dtype=torch.float32)
 CONFIG = HybridConfig(budget_tokens=64, block_size=8, recent_tokens=8)
@@ -18,12 +18,14 @@ CONFIG = HybridConfig(budget_tokens=64, block_size=8, recent_tokens=8)
 
 @pytest.fixture
 def work():
-    return Workload(SMALL, make_pool(SMALL, 1000, "cpu"), batch=2, context=200)
+    return Workload(SMALL, make_pool(SMALL, 3000, "cpu"), batch=2, context=200)
 
 
 def test_caches_are_cut_out_of_one_pool(work):
-    assert len(work.caches) == 2  # of 400 tokens each
-    assert work.caches[0].keys.shape == (2, 2, 200, 16)
+    assert len(work.caches) == 2  # of 1424 tokens each
+    assert work.caches[0].keys.shape == (2, 2, 200 + ROOM, 16)
+    assert work.full_caches[0].keys.shape == (2, 2, 200, 16)
+    assert len(work.full_caches) >= len(work.caches)
     pointers = {kv.keys.data_ptr() for kv in work.caches} | {kv.values.data_ptr() for kv in work.caches}
     assert len(pointers) == 4
     assert all(work.pool.data_ptr() <= pointer < work.pool.data_ptr() + work.pool.nbytes for pointer in pointers)

@@ -24,7 +24,7 @@ from ..environment import describe_environment
 from .baselines import all_baselines
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import MismatchError, check_close, verify
-from .workload import Shape, Workload, make_pool
+from .workload import ROOM, Shape, Workload, make_pool
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def bench_ops(
     if not torch.cuda.is_available():
         raise ValueError("There is no CUDA GPU here: operations can be timed on one only. --smoke verifies without.")
     tokens = int(pool_gib * 2**30) // (2 * shape.kv_heads * shape.key_bytes)
-    pool = make_pool(shape, max(tokens, max(batches) * max(contexts)), "cuda")
+    pool = make_pool(shape, max(tokens, max(batches) * (max(contexts) + ROOM)), "cuda")
     meter = Meter(read_bandwidth(pool), seconds, [])
     errors, notes = [], []
     for context in contexts:
@@ -114,10 +114,10 @@ def _time_full(meter: Meter, work: Workload, notes: list[str]) -> float:
     best = float("inf")
     count = rotations(work.dense_bytes, 4, 32)
     scale = work.shape.scale
-    right = ops.attend(*work.inputs(0), scale)
+    right = ops.attend(*work.full_inputs(0), scale)
     for name, make in all_baselines().items():
         try:
-            calls = [make(*work.inputs(i), scale) for i in range(count)]
+            calls = [make(*work.full_inputs(i), scale) for i in range(count)]
             check_close(name, calls[0](), right, 2e-2)
             best = min(best, meter.add(f"full, {name}", work, 0, calls, work.dense_bytes).ms)
         except (ImportError, RuntimeError, NotImplementedError) as error:

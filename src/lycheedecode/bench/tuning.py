@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import HybridConfig
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import relative_error
-from .workload import Shape, Workload, make_pool
+from .workload import ROOM, Shape, Workload, make_pool
 
 KERNELS = ("scan", "select", "attend_blocks", "attend")
 
@@ -66,7 +66,7 @@ def candidates(kernel: str, batch: int, block: int, context: int, kv_heads: int)
     """The grid of a kernel, on a batch; the first launch also without an early start, to compare."""
     for heads in (1, kv_heads) if kernel in ("scan", "select") else (kv_heads,):
         if kernel == "select":
-            tile = 1 << (ceil(context / block) - 1).bit_length()
+            tile = 1 << (ceil((context + ROOM) / block) - 1).bit_length()
             for warps, early in product((4, 8, 16), (True, False)):
                 yield Candidate(kernel, batch, heads, block, 1, tile, warps, 1, early)
             continue
@@ -92,7 +92,7 @@ def tune(
                  for block in (blocks if kernel != "attend" else blocks[:1])]  # fmt: skip
     grids = {work: list(candidates(work[0], work[1], work[3], work[2], shape.kv_heads)) for work in workloads}
     _compile_ahead([(c, work[2]) for work, grid in grids.items() for c in grid], budget_tokens)
-    pool = make_pool(shape, max(8 * 131072, max(batches) * max(contexts)), "cuda")
+    pool = make_pool(shape, max(8 * 131072, max(batches) * (max(contexts) + ROOM)), "cuda")
     bandwidth = read_bandwidth(pool)
     print(f"read bandwidth: {bandwidth / 1e12:.2f} TB/s", flush=True)
     found = []
@@ -174,7 +174,7 @@ def _attend_blocks(candidate: Candidate, work: Workload, config: HybridConfig, t
 def _attend(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
     from ..ops.triton.attend import attend
 
-    return work.dense_bytes, lambda i: attend(*work.inputs(i), work.shape.scale, None, tuning)
+    return work.dense_bytes, lambda i: attend(*work.full_inputs(i), work.shape.scale, None, tuning)
 
 
 def _scan(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
@@ -192,7 +192,7 @@ def _select(candidate: Candidate, work: Workload, config: HybridConfig, tuning: 
     from ..ops.triton.select import Rule, select_blocks
 
     kv, rule, out = work.caches[0], Rule.of(config), work.selections(config, candidate.heads)
-    shape = (candidate.heads, work.batch, ceil(work.context / config.block_size))
+    shape = (candidate.heads, work.batch, ceil(kv.slots / config.block_size))
     scores = (2 * torch.randn(shape, device=work.pool.device)).softmax(-1)
 
     def call(i: int) -> Tensor:
@@ -220,7 +220,8 @@ def _compile_some(grid: list[tuple[Candidate, int]], budget_tokens: int) -> None
     )
     shape = Shape()
     for candidate, context in grid:
-        pool = torch.empty(2 * candidate.batch * context * shape.kv_heads * shape.dim, dtype=shape.dtype)
+        tokens = candidate.batch * (context + ROOM)
+        pool = torch.empty(2 * tokens * shape.kv_heads * shape.dim, dtype=shape.dtype)
         config = HybridConfig(budget_tokens=budget_tokens, block_size=candidate.block)
         with suppress(Exception):  # what fails will fail again where it is timed, and be counted
             launches(candidate, Workload(shape, pool, candidate.batch, context), config)[1][0]()

@@ -2,7 +2,8 @@
 
     pool      | layer 0: keys, values | layer 1: keys, values | ...      as many layers as fit, at most the model's
 
-Successive calls take successive layers, so that together they read more than the L2 holds.
+Successive calls take successive layers, so that together they read more than the L2 holds. Caches have room for the
+tokens to come, as they have in a generation: rows of blocks are longer than the context, and not by a power of two.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from ..config import HybridConfig
 from ..ops import KV, Selections
 from ..plan import HeadPlan
 from .timing import Call
+
+ROOM = 512
+"""Slots of a cache that hold nothing yet."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,17 @@ class Workload:
     @cached_property
     def caches(self) -> list[KV]:
         """One for each layer that fits into the pool, at least one and at most the model's."""
+        return self._caches(self.context + ROOM)
+
+    @cached_property
+    def full_caches(self) -> list[KV]:
+        """Contiguous ones, without room, as full attention of others wants them; in the same memory."""
+        return self._caches(self.context)
+
+    def _caches(self, slots: int) -> list[KV]:
         shape = self.shape
-        sizes = (self.batch, shape.kv_heads, self.context, shape.dim)
-        half = self.batch * shape.kv_heads * self.context * shape.dim
+        sizes = (self.batch, shape.kv_heads, slots, shape.dim)
+        half = self.batch * shape.kv_heads * slots * shape.dim
         layers = min(self.pool.numel() // (2 * half), shape.layers)
         lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=self.pool.device)
         halves = [self.pool[i * half : (i + 1) * half].view(sizes) for i in range(2 * layers)]
@@ -103,6 +115,10 @@ class Workload:
     def inputs(self, i: int) -> tuple[Tensor, KV]:
         """Query and cache of the i-th call."""
         return self.queries[i % len(self.caches)], self.caches[i % len(self.caches)]
+
+    def full_inputs(self, i: int) -> tuple[Tensor, KV]:
+        """Those of full attention; the caches are as many, or more."""
+        return self.queries[i % len(self.queries)], self.full_caches[i % len(self.queries)]
 
     # ------------------------------------------------------------------ bytes that must be read
 
@@ -161,7 +177,7 @@ class Workload:
     def step(self, config: HybridConfig) -> Call:
         """All attention of a decode step."""
         attention = HybridAttention(spread_plan(self.shape), config)
-        selections = attention.allocate(self.batch, self.context, self.pool.device)
+        selections = attention.allocate(self.batch, self.context + ROOM, self.pool.device)
         inputs = [self.inputs(layer) for layer in range(self.shape.layers)]
         selections.follow(lambda layer: inputs[layer][1][:2], self.context, True)
 
@@ -178,7 +194,7 @@ class Workload:
 
     def selections(self, config: HybridConfig, rows: int) -> Selections:
         """Empty ones."""
-        capacity = config.capacity_blocks(ceil(self.context / config.block_size))
+        capacity = config.capacity_blocks(ceil((self.context + ROOM) / config.block_size))
         return Selections.allocate(rows, self.batch, capacity, self.pool.device)
 
     def random_selections(self, config: HybridConfig) -> tuple[Selections, list[Tensor]]:
