@@ -48,7 +48,7 @@ def draw_roofline(report: Mapping[str, Any], path: Path) -> None:
             )  # fmt: skip
     axes.set(xscale="log", ylim=(0, None), xlabel="bytes that must be read, MB", ylabel="read, TB/s")
     axes.grid(True, color="#ecf0f1", lw=0.6)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     save(figure, path)
 
 
