@@ -1,13 +1,11 @@
 """The linear operator, and the backend that finds linear layers in graphs."""
 
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import interpreter
 import pytest
 import tiny
 import torch
@@ -21,12 +19,7 @@ from lycheedecode.linear.graph import use_linear
 @pytest.mark.skipif(torch.cuda.is_available(), reason="On a GPU test_linear_triton.py runs by itself.")
 @pytest.mark.skipif(find_spec("triton") is None, reason="The kernel needs Triton.")
 def test_kernel_in_the_interpreter():
-    """In a process that has not imported Triton yet."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    cases = Path(__file__).with_name("test_linear_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    done = subprocess.run(command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    interpreter.run_tests(Path(__file__).with_name("test_linear_triton.py"))
 
 
 class Graphs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import ceil
 from typing import NamedTuple, Protocol
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .config import HybridConfig
 from .ops import KV, CopyingSelections, Selections
+from .ops.types import constant
 from .plan import HeadPlan
 
 
@@ -129,7 +129,7 @@ class HybridAttention:
             chosen = selections.rows(roles.first_row, len(roles.retrieval))
             ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=selections.copy_of(layer))
         if config.retrieval_attention == "selected" or not roles.retrieval:
-            rows = _as_index(roles.donor_rows, query.device)
+            rows = constant(roles.donor_rows, torch.int64, query.device)
             return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out)
         rows = tuple(roles.donor_rows[head] for head in roles.sparse)
         output = attend_in_two_forms(
@@ -191,17 +191,12 @@ def attend_in_two_forms(
     """
     if not sparse:
         return ops.attend(query, kv, scale)
-    chosen = _as_index(rows, query.device)
+    chosen = constant(rows, torch.int64, query.device)
     if not dense:
         return ops.attend_blocks(query, kv, selections, chosen, block_size, scale)
     output = torch.empty_like(query).unflatten(1, (len(dense) + len(sparse), -1))  # [B, Hkv, G, D]
     whole = ops.attend(query, kv, scale, dense)
-    output[:, _as_index(dense, query.device)] = whole.unflatten(1, (len(dense), -1))
+    output[:, constant(dense, torch.int64, query.device)] = whole.unflatten(1, (len(dense), -1))
     part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse)
-    output[:, _as_index(sparse, query.device)] = part.unflatten(1, (len(sparse), -1))
+    output[:, constant(sparse, torch.int64, query.device)] = part.unflatten(1, (len(sparse), -1))
     return output.flatten(1, 2)
-
-
-@lru_cache(maxsize=4096)
-def _as_index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)

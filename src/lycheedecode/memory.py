@@ -26,18 +26,23 @@ def prefill_chunk(model: nn.Module, shape: ModelShape, batch: int, slots: int) -
     weight = next(model.parameters())
     if not weight.is_cuda:
         return _CPU_CHUNK
-    slot_bytes = 2 * batch * shape.num_layers * shape.num_kv_heads * shape.head_dim * weight.element_size()
+    each = slot_bytes(shape, batch, weight.dtype)
     free = free_bytes(weight.device)
-    left = free - slots * slot_bytes
+    left = free - slots * each
     if left < 0:
         raise CacheMemoryError(
-            f"The KV cache of {batch} x {slots} tokens needs {slots * slot_bytes / 2**30:.1f} GiB, but "
-            f"{free / 2**30:.1f} GiB are free: up to {free // slot_bytes} tokens a sequence would fit."
+            f"The KV cache of {batch} x {slots} tokens needs {slots * each / 2**30:.1f} GiB, but "
+            f"{free / 2**30:.1f} GiB are free: up to {free // each} tokens a sequence would fit."
         )
     config = model.config.get_text_config(decoder=True)
     width = getattr(config, "intermediate_size", 0) + 3 * config.hidden_size
     tokens = int(_SHARE * left) // (4 * width * weight.element_size() * batch)
     return max(tokens // _STEP, 1) * _STEP
+
+
+def slot_bytes(shape: ModelShape, batch: int, dtype: torch.dtype) -> int:
+    """Keys and values of one token of every sequence, in all layers."""
+    return 2 * batch * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,10 +1,9 @@
 """Bytes are counted exactly; on a CPU the file runs itself again in Triton's interpreter."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
+import interpreter
 import pytest
 import torch
 
@@ -19,10 +18,7 @@ BLOCK = 4
 
 @pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
 def test_in_the_interpreter():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    interpreter.run_tests(__file__)
 
 
 def make_selections(rows, lengths, capacity, lookahead=0):

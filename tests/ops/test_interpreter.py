@@ -1,11 +1,9 @@
-"""Runs `test_triton.py` in Triton's interpreter, in a process that has not imported Triton yet."""
+"""Runs `test_triton.py` in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
@@ -24,7 +22,4 @@ PARTS = {
 @pytest.mark.skipif(find_spec("triton") is None, reason="The kernels need Triton.")
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_kernels_in_the_interpreter(part):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(CASES)]
-    done = subprocess.run(command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    interpreter.run_tests("-k", part, CASES)

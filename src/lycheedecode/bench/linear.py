@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..environment import describe_environment
 from ..linear import backend, reference
+from .step_tuning import evenly, words
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import MismatchError, check_close
 
@@ -256,7 +257,7 @@ def tune(names: Sequence[str], batches: Sequence[int], most: int, limit: float) 
     """Time at most `most` launches of every projection, in about `limit` seconds; prints the best few."""
     began = time.perf_counter()
     grids = {(name, batch): candidates(LLAMA_3_8B[name], batch) for name, batch in product(names, batches)}
-    grids = {key: grid[:: max(-(-len(grid) // most), 1)] for key, grid in grids.items()}
+    grids = {key: evenly(grid, most) for key, grid in grids.items()}
     compile_ahead([(LLAMA_3_8B[name], batch, t) for (name, batch), grid in grids.items() for t in grid])
     print(f"compiled {sum(map(len, grids.values()))} launches in {time.perf_counter() - began:.0f} s", flush=True)
     problems, bandwidth, found = make_problems(names), measured_bandwidth(), []
@@ -297,7 +298,7 @@ def _time_launches(problem: Problem, launches: Sequence[Any], bandwidth: float, 
 
 
 def _words(tuning: Any) -> str:
-    return "default" if tuning is None else " ".join(f"{name} {value}" for name, value in tuning._asdict().items())
+    return "default" if tuning is None else words(tuning)
 
 
 def compile_ahead(launches: list[tuple[Projection, int, Any]]) -> None:

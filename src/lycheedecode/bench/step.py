@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config import HybridConfig
 from ..engine import Context, Engine, Execution
+from ..memory import free_bytes, slot_bytes
 from ..models import ModelShape
 from . import harness
 from .harness import say
@@ -180,9 +181,8 @@ def _missing_bytes(model: nn.Module, batch: int, length: int) -> int:
     """How much more memory than there is this GPU would need; 0 or less: it fits."""
     if model.device.type != "cuda":
         return 0
-    shape, tokens = ModelShape.of(model), batch * (length + _ROOM)
-    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize * tokens
-    return cache + _SPARE_BYTES - torch.cuda.mem_get_info(model.device)[0]
+    cache = (length + _ROOM) * slot_bytes(ModelShape.of(model), batch, model.dtype)
+    return cache + _SPARE_BYTES - free_bytes(model.device)
 
 
 def _verify(engine: Engine, eager: Engine, context: Context, what: str) -> float:

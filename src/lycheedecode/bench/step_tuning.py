@@ -33,7 +33,7 @@ def tune_step(
         step_ms: captures the step with the launches as they are, and times it; raises where one of them cannot run.
         most: candidates of a kind, at most, taken evenly.
     """
-    grids = {kind: list(_evenly(candidates(kind), most)) for kind in launches}
+    grids = {kind: list(evenly(candidates(kind), most)) for kind in launches}
     compile_ahead([(kind, launch) for kind, grid in grids.items() for launch in grid])
     best_ms, tried = step_ms(), []
     say(f"{best_ms:.4f} ms  as it is")
@@ -45,10 +45,10 @@ def tune_step(
             except Exception as error:  # more shared memory than there is, as Triton reports it
                 say(f"  left out: {launch}: {str(error).splitlines()[0][:80]}")
                 ms = float("inf")
-            tried.append({"layer": _words(kind), "launch": _words(launch), "step_ms": ms})
+            tried.append({"layer": words(kind), "launch": words(launch), "step_ms": ms})
             if ms < best_ms:
                 best_ms = ms
-                say(f"{ms:.4f} ms  {_words(kind)}: {_words(launch)}")
+                say(f"{ms:.4f} ms  {words(kind)}: {words(launch)}")
             else:
                 launches[kind] = before
     return sorted((row for row in tried if row["step_ms"] != float("inf")), key=lambda row: row["step_ms"])
@@ -63,9 +63,11 @@ def _and_starts(grid: Sequence[Any], launches: MutableMapping[Any, Any], kind: A
             yield launch
 
 
-def _evenly(grid: Sequence[Any], most: int) -> Sequence[Any]:
+def evenly(grid: Sequence[Any], most: int) -> Sequence[Any]:
+    """At most so many of them, from all over the grid."""
     return grid[:: max(-(-len(grid) // most), 1)]
 
 
-def _words(fields: Any) -> str:
+def words(fields: Any) -> str:
+    """Names and values of a named tuple."""
     return " ".join(f"{name} {value}" for name, value in fields._asdict().items())

@@ -87,10 +87,15 @@ class Workload:
     batch: int
     context: int
 
+    @property
+    def slots(self) -> int:
+        """Of a cache."""
+        return self.context + ROOM
+
     @cached_property
     def caches(self) -> list[KV]:
         """One for each layer that fits into the pool, at least one and at most the model's."""
-        return self._caches(self.context + ROOM)
+        return self._caches(self.slots)
 
     @cached_property
     def full_caches(self) -> list[KV]:
@@ -177,7 +182,7 @@ class Workload:
     def step(self, config: HybridConfig) -> Call:
         """All attention of a decode step."""
         attention = HybridAttention(spread_plan(self.shape), config)
-        selections = attention.allocate(self.batch, self.context + ROOM, self.pool.device)
+        selections = attention.allocate(self.batch, self.slots, self.pool.device)
         inputs = [self.inputs(layer) for layer in range(self.shape.layers)]
         selections.follow(lambda layer: inputs[layer][1][:2], self.context, True)
 
@@ -194,7 +199,7 @@ class Workload:
 
     def selections(self, config: HybridConfig, rows: int) -> Selections:
         """Empty ones."""
-        capacity = config.capacity_blocks(ceil((self.context + ROOM) / config.block_size))
+        capacity = config.capacity_blocks(ceil(self.slots / config.block_size))
         return Selections.allocate(rows, self.batch, capacity, self.pool.device)
 
     def random_selections(self, config: HybridConfig) -> tuple[Selections, list[Tensor]]:

@@ -15,7 +15,6 @@ Every query is the newest token of its sequence, whose key and value are already
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 from importlib.util import find_spec
 from math import ceil
 from types import ModuleType
@@ -26,7 +25,7 @@ from torch import Tensor
 from ..config import HybridConfig
 from . import cpu, reference
 from .copy import CopyingSelections
-from .types import KV, Selections
+from .types import KV, Selections, constant
 
 kernels: ModuleType | None = None
 if torch.version.cuda and find_spec("triton"):
@@ -183,12 +182,8 @@ def count_bytes(
         raise ValueError(f"costs must be one for each of {len(selections.blocks)} rows, and one; not {len(costs)}.")
     launches = total.is_cuda and kernels is not None and kernels.HAS_COMPILER
     implementation = kernels if launches else reference
-    implementation.count_bytes(total, lengths, selections, _as_tensor(costs, total.device), block_size, enough)
-
-
-@lru_cache(maxsize=4096)
-def _as_tensor(costs: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(costs, dtype=torch.float64, device=device)
+    each = constant(costs, torch.float64, total.device)
+    implementation.count_bytes(total, lengths, selections, each, block_size, enough)
 
 
 def _implementation(tensor: Tensor) -> ModuleType:

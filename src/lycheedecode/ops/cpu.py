@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import attend, count_bytes, scan_blocks, select_blocks
+from .reference import attend, scan_blocks, select_blocks
 from .types import KV, Selections
 
-__all__ = ["attend", "attend_blocks", "count_bytes", "scan_blocks", "select_blocks"]
+__all__ = ["attend", "attend_blocks", "scan_blocks", "select_blocks"]
 
 
 def attend_blocks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -98,3 +99,9 @@ class Selections(NamedTuple):
             filled: slots in use so far.
             refresh: whether the step selects anew.
         """
+
+
+@lru_cache(maxsize=16384)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[len(values)]`, made once: CUDA graphs hold on to its address."""
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import KV
+from ..types import KV, constant
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -128,11 +128,6 @@ def fitting(tuning: Tuning, kv: KV) -> Tuning:
     return tuning._replace(tile=max(min(tuning.tile, power_of_two(most + 1) // 2), 16))
 
 
-@lru_cache(maxsize=4096)
-def _head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(heads, dtype=torch.int32, device=device)
-
-
 def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:
     """int32 `[H]` on the cache's device; None for all heads in order."""
     num_heads = kv.keys.shape[1]
@@ -140,7 +135,7 @@ def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:
         return None
     if not all(0 <= head < num_heads for head in heads):
         raise ValueError(f"heads {heads} do not all exist: the cache has {num_heads} KV heads.")
-    return _head_index(heads, kv.keys.device)
+    return constant(heads, torch.int32, kv.keys.device)
 
 
 @lru_cache(maxsize=64)

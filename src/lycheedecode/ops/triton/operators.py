@@ -141,9 +141,8 @@ def _scan_select(
     enough = out.enough_tokens(strategy, block_size, refresh_every)
     rows = len(heads) * query.shape[0]
     histogram = select.take_histogram(rule, rows, rule.num_blocks(kv.slots), query.device)
-    scores = scan.scan_blocks(
-        query, kv, tuple(heads), block_size, scale, score, copy, refresh_every, enough, rule, histogram
-    )
+    worth = scan.scan(query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, enough)
+    scores = scan.normalise(worth, kv, block_size, enough, rule, histogram)
     select.select_blocks(scores, kv, rule, out, histogram=histogram)
 
 

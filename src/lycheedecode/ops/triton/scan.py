@@ -148,8 +148,8 @@ def _block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLI
 @triton.jit(do_not_specialize=["slots", "enough", "N", "num_blocks"])
 def _normalise_kernel(
     scores, histogram, worth, sums, lengths, starts, slots, enough, N, num_blocks, stride_worth,
-    G: tl.constexpr, SPLITS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, SINK: tl.constexpr,
-    RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    G: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    LOOKAHEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(1), tl.program_id(2)
     common.wait_for_inputs(EARLY)
@@ -160,8 +160,8 @@ def _normalise_kernel(
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     score = _block_scores(worth, sums, row, n, n < tl.cdiv(count, BLOCK), stride_worth, G, SPLITS)
     tl.store(scores + row * N + n, score, mask=n < N)
-    if BINS > 0:
-        select.count_in_bins(histogram + row * BINS, score, n, count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
+    if histogram is not None:
+        select.count_in_bins(histogram, row, score, n, count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
 
 
 def scan(
@@ -222,15 +222,14 @@ def normalise(
     num_blocks = triton.cdiv(kv.slots, block_size)
     scores = torch.empty((rows, batch, num_blocks), dtype=torch.float32, device=worth.worth.device)
     chunk, forced = 512, {"SINK": 0, "RECENT": 0, "LOOKAHEAD": 0}
-    if histogram is not None:
+    if rule is not None:
         forced = {name: rule.constants[name] for name in forced}
     with common.on_device(scores):
         _normalise_kernel[triton.cdiv(num_blocks, chunk), rows, batch](
             *(scores, histogram, *worth, kv.lengths, kv.starts, kv.slots, enough, num_blocks),
-            *(num_blocks if rule is None else max(num_blocks, rule.num_blocks(kv.slots)), stride_worth),
+            *(num_blocks if rule is None else rule.num_blocks(kv.slots), stride_worth),
             G=group,
             SPLITS=worth.sums.shape[3],
-            BINS=0 if histogram is None else select.BINS,
             BLOCK=block_size,
             **forced,
             CHUNK=chunk,
@@ -247,14 +246,9 @@ def scan_blocks(
     scale: float,
     score: str = "mass",
     copy: Tensor | None = None,
-    newest: int = 0,
-    enough: int = 0,
-    rule: Rule | None = None,
-    histogram: Tensor | None = None,
 ) -> Tensor:
-    """See `ops.scan_blocks`; `newest` and `enough` as in `scan`, `rule` and `histogram` as in `normalise`."""
-    worth = scan(query, kv, heads, block_size, scale, score, None, copy, newest, enough)
-    return normalise(worth, kv, block_size, enough, rule, histogram)
+    """See `ops.scan_blocks`."""
+    return normalise(scan(query, kv, heads, block_size, scale, score, None, copy), kv, block_size)
 
 
 def default_tuning(pairs: int, block_size: int, kv: KV) -> Tuning:

@@ -41,6 +41,7 @@ _FORCED = tl.constexpr(0x7FFFFFFF)
 _ABSENT = tl.constexpr(-1)
 _BIN_BITS = tl.constexpr(16)
 _FIRST_BIN = tl.constexpr((0x3F800000 >> 16) - BINS + 1)
+_BINS = tl.constexpr(BINS)
 _LAST_BIN = tl.constexpr(BINS - 1)
 _FEW = tl.constexpr(64)
 
@@ -206,13 +207,13 @@ def _bin(key):
 
 @triton.jit
 def count_in_bins(
-    histogram, score, n, count, num_blocks,
+    histogram, row, score, n, count, num_blocks,
     SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add blocks `n` to the histogram of their row, but for those that are always selected."""
+    """Add blocks `n` to the histogram of their `row`, but for those that are always selected."""
     exist, sinks, recent = _extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
     key = _keys(score, n, sinks, recent, exist)
-    tl.atomic_add(histogram + _bin(key), 1, mask=(key >= 0) & (key < _FORCED), sem="relaxed")
+    tl.atomic_add(histogram + row * _BINS + _bin(key), 1, mask=(key >= 0) & (key < _FORCED), sem="relaxed")
 
 
 @triton.jit
@@ -227,11 +228,9 @@ def _write_best(to, few, count, wanted, scores, exist):
 
 
 @triton.jit
-def _choose_by_histogram(
-    blocks, histogram, scores, N, sinks, recent, exist, wanted, CHUNK: tl.constexpr, BINS: tl.constexpr
-):
+def _choose_by_histogram(blocks, histogram, scores, N, sinks, recent, exist, wanted, CHUNK: tl.constexpr):
     """Write the `wanted` best blocks of a row: more than the forced ones, fewer than exist."""
-    bins = tl.arange(0, BINS)
+    bins = tl.arange(0, _BINS)
     size = tl.load(histogram + bins, cache_modifier=".cg")
     forced = sinks + exist - recent
     reach = tl.cumsum(size, 0, reverse=True)  # blocks in this bin or above it
@@ -244,7 +243,7 @@ def _choose_by_histogram(
     for c in range(0, exist, CHUNK):
         n = c + tl.arange(0, CHUNK)
         _, key = _read(scores, c // CHUNK, N, sinks, recent, exist, CHUNK)
-        bin_ = tl.where(key == _FORCED, BINS, _bin(key))
+        bin_ = tl.where(key == _FORCED, _BINS, _bin(key))
         sure, maybe = ((key >= 0) & (bin_ > edge)).to(tl.int32), ((key >= 0) & (bin_ == edge)).to(tl.int32)
         both = tl.cumsum(sure | (maybe << 16), 0)
         tl.store(blocks + sure_before + (both & 0xFFFF) - 1, n, mask=sure > 0)
@@ -294,7 +293,7 @@ def _select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
     scores, histogram, lengths, starts, slots, N, num_blocks, K, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    CHUNK: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1)
     common.wait_for_inputs(EARLY)
@@ -310,13 +309,12 @@ def _select_kernel(
         wanted = tl.minimum(wanted, tl.maximum(share, forced))
     k = tl.arange(0, WIDTH)
     searched = True
-    if BINS > 0:
+    if histogram is not None:
+        histogram += row * _BINS
         searched = (wanted <= forced) | (wanted == exist)
         if not searched:
-            _choose_by_histogram(
-                blocks, histogram + row * BINS, scores, N, sinks, recent, exist, wanted, CHUNK, BINS
-            )  # fmt: skip
-        tl.store(histogram + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))  # for the next launch
+            _choose_by_histogram(blocks, histogram, scores, N, sinks, recent, exist, wanted, CHUNK)
+        tl.store(histogram + tl.arange(0, _BINS), tl.zeros([_BINS], tl.int32))  # for the next launch
     if (STRATEGY == "top_k") & (wanted == exist):  # whatever the scores are
         tl.store(blocks + k, k, mask=k < exist)
     elif searched:
@@ -392,7 +390,6 @@ def select_blocks(
             *(blocks, counts, *blocks.stride()[:2], *counts.stride(), scores, histogram),
             *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], rule.amount),
             **rule.constants,
-            BINS=0 if histogram is None else BINS,
             CHUNK=tuning.tile,
             HELD=num_blocks <= tuning.tile,
             WIDTH=common.power_of_two(max(blocks.shape[2], 1)),
