@@ -29,7 +29,7 @@ stage_linear() { bench linear --step --json "$out/h200-linear.json"; }
 stage_step() { # 4 x 524288 does not fit, and is left out
   bench step --batches 1 4 --contexts 32768 131072 524288 --profile --json "$out/h200-step-llama-3-8b.json" \
     --forms full hybrid paper hybrid+float8 hybrid+refresh2
-  bench step --model qwen3-8b --batches 1 4 --json "$out/h200-step-qwen3-8b.json"
+  bench step --model qwen3-8b --batches 1 4 --profile --json "$out/h200-step-qwen3-8b.json"
   bench step --layers 8 --contexts 1048576 --json "$out/h200-step-1m.json"
 }
 
