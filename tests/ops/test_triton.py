@@ -346,8 +346,11 @@ def make_scores(rows, lengths, slots, block_size, levels):
 
 @configs
 @pytest.mark.parametrize("levels", [1, 4, 10**6])
-@pytest.mark.parametrize("tile", [512, 64], ids=["held", "chunks"])
-def test_select(settings, levels, tile):
+@pytest.mark.parametrize("each", [66, 1], ids=["held", "chunks"])
+def test_select(settings, levels, each, monkeypatch):
+    """By a row that is held, and one that is read again."""
+    monkeypatch.setattr(select, "IN_REGISTERS", each)
+    monkeypatch.setattr(select, "_READ_AGAIN", 1)
     lengths, slots = [1000, 333, 0, 5, 40], 1003
     config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings})
     scores = make_scores(2, lengths, slots, 8, levels)
@@ -358,7 +361,7 @@ def test_select(settings, levels, tile):
     everything = Selections.allocate(4, 5, capacity, DEVICE)
     everything.blocks.fill_(7)
     out = everything.rows(1, 2)
-    select.select_blocks(scores, kv, select.Rule.of(config), out, Tuning(1, tile, 4, 1))
+    select.select_blocks(scores, kv, select.Rule.of(config), out, Tuning(1, 32, 1, 1))
     assert as_sets(out) == as_sets(expected)
     assert (everything.blocks[0] == 7).all()
     assert (everything.blocks[3] == 7).all()
@@ -408,60 +411,21 @@ def test_what_fits_is_selected_as_a_whole_and_not_scanned(refresh_every):
     assert out.counts[0, 1:5].tolist() == [ceil((n + refresh_every - 1) / 8) if n else 0 for n in (*lengths[1:], 0)]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"budget_tokens": 96}, {"selection": "ratio", "budget_ratio": 0.3}, {"budget_tokens": 96, "refresh_every": 12}],
-    ids=["top_k", "ratio", "ahead"],
-)
+@pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("levels", [1, 3, 40, 10**6])
-def test_select_with_a_histogram(settings, levels):
-    """As long rows are; many blocks in a bin, or few, or just the right number. The second launch finds it zero."""
-    config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings})
-    rule = select.Rule.of(config)
-    kv = make_cache([6000, 1000, 333, 0, 5, 120], dim=16)
-    capacity = config.capacity_blocks(rule.num_blocks(kv.slots))
-    expected, out = (Selections.allocate(2, 6, capacity, DEVICE) for _ in range(2))
-    histogram = torch.zeros(12, select.BINS, dtype=torch.int32, device=DEVICE)
-    for _ in range(2):
-        worth = make_worth(2, kv, 8, levels)
-        scores = scan.normalise(worth, kv, 8, 0, rule, histogram)
+def test_select_from_rows_of_any_length(levels, held, monkeypatch):
+    """Rows that fill the last vector by one block, all of it, and all but one."""
+    monkeypatch.setattr(select, "_READ_AGAIN", 2)
+    config = HybridConfig(block_size=8, budget_tokens=96, sink_tokens=10, recent_tokens=9)
+    for num_blocks in (1025, 1024, 1023):
+        monkeypatch.setattr(select, "IN_REGISTERS", 66 if held else 7)
+        scores = make_scores(2, [8 * num_blocks, 4100, 0], 8 * num_blocks, 8, levels)
+        lengths = torch.tensor([8 * num_blocks, 4100, 0], dtype=torch.int32, device=DEVICE)
+        kv = KV(*[torch.empty(3, 1, 8 * num_blocks, 16, device=DEVICE)] * 2, lengths)
+        expected, out = (Selections.allocate(2, 3, 12, DEVICE) for _ in range(2))
         reference.select_blocks(scores, kv, config, expected)
-        assert histogram.any()
-        select.select_blocks(scores, kv, rule, out, histogram=histogram)
+        select.select_blocks(scores, kv, select.Rule.of(config), out)
         assert as_sets(out) == as_sets(expected)
-        assert not histogram.any()
-
-
-def test_scan_select_of_long_rows(monkeypatch):
-    """With the histogram that the kernels make for each other, and scores that a scan found."""
-    monkeypatch.setattr(select, "_LONG", 32)
-    kv = make_cache([900, 300, 40])
-    config = HybridConfig(block_size=8, budget_tokens=128, sink_tokens=10, recent_tokens=9)
-    query = make_query(kv, 2)
-    expected, out = (Selections.allocate(2, 3, 16, DEVICE) for _ in range(2))
-    reference.select_blocks(kernels.scan_blocks(query, kv, (0, 1), 8, SCALE), kv, config, expected)
-    for _ in range(2):
-        kernels.scan_select(query, kv, (0, 1), config, SCALE, out)
-        assert as_sets(out) == as_sets(expected)
-
-
-def make_worth(rows, kv, block_size, levels):
-    """Of a scan that found so many different values."""
-    num_blocks = ceil(kv.slots / (16 * block_size)) * 16
-    shape = (rows, kv.keys.shape[0], 1)
-    values = torch.randint(1, levels + 1, (*shape, num_blocks), device=DEVICE).log2()
-    return scan.Worth(values, values.exp2().sum(-1, keepdim=True).log2() + torch.zeros(*shape, 2, device=DEVICE) - 1)
-
-
-def test_scan_select_of_rows_too_long_to_hold(monkeypatch):
-    monkeypatch.setattr(select, "IN_REGISTERS", 32)
-    kv = make_cache([400])
-    config = HybridConfig(block_size=8, budget_tokens=128)
-    query = make_query(kv, 2)
-    expected, out = (Selections.allocate(1, 1, 16, DEVICE) for _ in range(2))
-    reference.select_blocks(kernels.scan_blocks(query, kv, (1,), 8, SCALE), kv, config, expected)
-    kernels.scan_select(query, kv, (1,), config, SCALE, out)
-    assert as_sets(out) == as_sets(expected)
 
 
 # ---------------------------------------------------------------------- the door

@@ -97,6 +97,7 @@ def bench_ops(
             for block in blocks:
                 config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
                 errors.append({"batch": batch, "context": context, "block": block, **verify(work, config)})
+            _time_reading(meter, work)
             full_ms = _time_full(meter, work, notes)
             for block in blocks:
                 config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
@@ -107,6 +108,18 @@ def bench_ops(
         "errors": errors,
         "notes": notes,
     }
+
+
+def _time_reading(meter: Meter, work: Workload) -> None:
+    """As many bytes as a scan and full attention read, and nothing done with them: what launches cost in any case."""
+    from ..ops.triton import read
+
+    words, out = work.pool.view(-1).view(torch.int32), read.scratch(work.pool.device)
+    for what, size in (("keys", work.scan_bytes(work.shape.kv_heads)), ("keys and values", work.dense_bytes)):
+        parts = words.split(size // 4)[: rotations(size, 4, 32)]
+        ways = [[lambda part=part, way=way: read.read_all(part, out, way) for part in parts] for way in read.WAYS]
+        fastest = min(ways, key=lambda calls: time_calls(calls, 0.02).ms)
+        meter.add(f"read only, {what}", work, 0, fastest, size)
 
 
 def _time_full(meter: Meter, work: Workload, notes: list[str]) -> float:

@@ -42,11 +42,11 @@ class Candidate:
     tile: int
     warps: int
     stages: int
-    early: bool
+    early: int
 
     def __str__(self) -> str:
-        early = " early" if self.early else ""
-        return f"splits {self.splits:3} tile {self.tile:5} warps {self.warps:2} stages {self.stages}{early}"
+        launch = f"splits {self.splits:3} tile {self.tile:5} warps {self.warps:2} stages {self.stages}"
+        return f"{launch} early {self.early}"
 
 
 SHAPES = {
@@ -62,18 +62,17 @@ PROGRAMS = 128, 1056
 """Fewest and most programs of a launch, in all."""
 
 
-def candidates(kernel: str, batch: int, block: int, context: int, kv_heads: int) -> Iterator[Candidate]:
+def candidates(kernel: str, batch: int, block: int, kv_heads: int) -> Iterator[Candidate]:
     """The grid of a kernel, on a batch; the first launch also without an early start, to compare."""
     for heads in (1, kv_heads) if kernel in ("scan", "select") else (kv_heads,):
         if kernel == "select":
-            tile = 1 << (ceil((context + ROOM) / block) - 1).bit_length()
-            for warps, early in product((4, 8, 16), (True, False)):
-                yield Candidate(kernel, batch, heads, block, 1, tile, warps, 1, early)
+            for warps, early in product((4, 8, 16, 32), (1, 0)):
+                yield Candidate(kernel, batch, heads, block, 1, 32 * warps, warps, 1, early)
             continue
         splits = [s for s in (2**i for i in range(11)) if PROGRAMS[0] <= batch * heads * s <= PROGRAMS[1]]
         for i, (s, (tile, warps, stages)) in enumerate(product(splits, SHAPES[kernel])):
             if tile >= block or kernel != "scan":
-                for early in (True, False) if i == 0 else (True,):
+                for early in (1, 0) if i == 0 else (1, 2) if kernel == "attend_blocks" else (1,):
                     yield Candidate(kernel, batch, heads, block, s, tile, warps, stages, early)
 
 
@@ -90,7 +89,7 @@ def tune(
     shape = Shape()
     workloads = [(kernel, batch, context, block) for kernel in kernels for context in contexts for batch in batches
                  for block in (blocks if kernel != "attend" else blocks[:1])]  # fmt: skip
-    grids = {work: list(candidates(work[0], work[1], work[3], work[2], shape.kv_heads)) for work in workloads}
+    grids = {work: list(candidates(work[0], work[1], work[3], shape.kv_heads)) for work in workloads}
     _compile_ahead([(c, work[2]) for work, grid in grids.items() for c in grid], budget_tokens)
     pool = make_pool(shape, max(8 * 131072, max(batches) * (max(contexts) + ROOM)), "cuda")
     bandwidth = read_bandwidth(pool)

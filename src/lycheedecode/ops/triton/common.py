@@ -321,29 +321,33 @@ def _merge(
     Others wrote what is read here during this launch: it comes from the L2, past this processor's own cache. No load
     waits for another: at this point of a launch a step to the L2 and back is most of what there is left to do.
     """
-    GROUP: tl.constexpr = triton.next_power_of_2(G)
-    g = tl.arange(0, GROUP)
+    g = tl.arange(0, triton.next_power_of_2(G))
     d = tl.arange(0, DP)
     mask = (g < G)[:, None] & (d < D)[None, :]
+    within = g[:, None] * D + d[None, :]
     first = pair.to(tl.int64) * SPLITS
 
-    acc = tl.zeros([GROUP, DP], tl.float32)
-    peak = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    for chunk in tl.static_range(0, SPLITS, CHUNK):
-        c = chunk + tl.arange(0, CHUNK)
-        here = (c < SPLITS)[:, None] & (g < G)[None, :]
-        at_part = partial + (first + c)[:, None, None] * (G * D) + (g[:, None] * D + d[None, :])[None, :, :]
-        part = tl.load(at_part, mask=here[:, :, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
-        at_mass = sums + (first + c)[:, None] * G + g[None, :]
-        mass = tl.load(at_mass, mask=here, other=float("-inf"), cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(mass, 0))
+    acc = tl.zeros(within.shape, tl.float32)
+    peak = tl.full(g.shape, float("-inf"), tl.float32)
+    total = tl.zeros(g.shape, tl.float32)
+    for chunk in range(0, SPLITS, CHUNK):
+        parts, masses = (), ()
+        for c in tl.static_range(CHUNK):
+            part = first + chunk + c
+            here = chunk + c < SPLITS
+            parts += (tl.load(partial + part * (G * D) + within, mask=mask & here, other=0.0, cache_modifier=".cg"),)
+            at = sums + part * G + g
+            masses += (tl.load(at, mask=(g < G) & here, other=float("-inf"), cache_modifier=".cg"),)
+        new_peak = peak
+        for c in tl.static_range(CHUNK):
+            new_peak = tl.maximum(new_peak, masses[c])
         shift = finite(new_peak)
         fade = tl.exp2(peak - shift)
-        weight = tl.exp2(mass - shift[None, :])
-        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * part, 0)
-        total = total * fade + tl.sum(weight, 0)
-        peak = new_peak
+        acc, total, peak = acc * fade[:, None], total * fade, new_peak
+        for c in tl.static_range(CHUNK):
+            weight = tl.exp2(masses[c] - shift)
+            acc += weight[:, None] * parts[c]
+            total += weight
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     at = output + pair.to(tl.int64) * (G * D) + g[:, None] * D + d[None, :]
     tl.store(at, result.to(output.dtype.element_ty), mask=mask)

@@ -139,11 +139,9 @@ def _scan_select(
     select.check_selections(out, (len(heads), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
     enough = out.enough_tokens(strategy, block_size, refresh_every)
-    rows = len(heads) * query.shape[0]
-    histogram = select.take_histogram(rule, rows, rule.num_blocks(kv.slots), query.device)
     worth = scan.scan(query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, enough)
-    scores = scan.normalise(worth, kv, block_size, enough, rule, histogram)
-    select.select_blocks(scores, kv, rule, out, histogram=histogram)
+    scores = scan.normalise(worth, kv, block_size, enough)
+    select.select_blocks(scores, kv, rule, out)
 
 
 def _attend_blocks(

@@ -24,9 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import KV
-from . import common, select
+from . import common
 from .common import LOG2_E, Tuning
-from .select import Rule
 
 
 class Worth(NamedTuple):
@@ -145,11 +144,10 @@ def _block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLI
     return tl.where(mask, score / G, 0.0)
 
 
-@triton.jit(do_not_specialize=["slots", "enough", "N", "num_blocks"])
+@triton.jit(do_not_specialize=["slots", "enough", "N"])
 def _normalise_kernel(
-    scores, histogram, worth, sums, lengths, starts, slots, enough, N, num_blocks, stride_worth,
-    G: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    LOOKAHEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    scores, worth, sums, lengths, starts, slots, enough, N, stride_worth,
+    G: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(1), tl.program_id(2)
     common.wait_for_inputs(EARLY)
@@ -160,8 +158,6 @@ def _normalise_kernel(
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     score = _block_scores(worth, sums, row, n, n < tl.cdiv(count, BLOCK), stride_worth, G, SPLITS)
     tl.store(scores + row * N + n, score, mask=n < N)
-    if histogram is not None:
-        select.count_in_bins(histogram, row, score, n, count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
 
 
 def scan(
@@ -211,27 +207,18 @@ def scan(
     return worth
 
 
-def normalise(
-    worth: Worth, kv: KV, block_size: int, enough: int = 0, rule: Rule | None = None, histogram: Tensor | None = None
-) -> Tensor:
-    """float32 `[R, B, N]`: the scores that `ops.scan_blocks` returns; anything for what a scan left out.
-
-    With a histogram the blocks of every row are added to it, but for those that `rule` always selects.
-    """
+def normalise(worth: Worth, kv: KV, block_size: int, enough: int = 0) -> Tensor:
+    """float32 `[R, B, N]`: the scores that `ops.scan_blocks` returns; anything for what a scan left out."""
     rows, batch, group, stride_worth = worth.worth.shape
     num_blocks = triton.cdiv(kv.slots, block_size)
     scores = torch.empty((rows, batch, num_blocks), dtype=torch.float32, device=worth.worth.device)
-    chunk, forced = 512, {"SINK": 0, "RECENT": 0, "LOOKAHEAD": 0}
-    if rule is not None:
-        forced = {name: rule.constants[name] for name in forced}
+    chunk = 512
     with common.on_device(scores):
         _normalise_kernel[triton.cdiv(num_blocks, chunk), rows, batch](
-            *(scores, histogram, *worth, kv.lengths, kv.starts, kv.slots, enough, num_blocks),
-            *(num_blocks if rule is None else rule.num_blocks(kv.slots), stride_worth),
+            *(scores, *worth, kv.lengths, kv.starts, kv.slots, enough, num_blocks, stride_worth),
             G=group,
             SPLITS=worth.sums.shape[3],
             BLOCK=block_size,
-            **forced,
             CHUNK=chunk,
             **Tuning(1, chunk, 4, 1, common.starts_early(scores.device)).launch(kv),
         )

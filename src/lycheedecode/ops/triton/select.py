@@ -3,15 +3,15 @@
     keys       the bits of a score that is not negative, read as an integer, rank like the score;
                blocks that are always selected get the largest key, absent ones the least
     wanted     how many blocks: from the strategy and the capacity of the buffers
-    search     cut an interval of keys in three until exactly `wanted` keys reach a cut, or it is one key:
+    search     cut an interval of keys in four until exactly `wanted` keys reach a cut, or it is one key:
                then of the blocks with this key the earlier ones win
-    write      the selected blocks, then -1
+    write      the selected blocks, in an order that means nothing, then -1
 
-Every step of the search counts over the whole row, which the program holds in registers; a row too long for that is
-read again each time. A step takes as long as the threads take to meet, not as they take to count: hence two cuts at a
-time. Long rows come with a histogram of their keys, which many programs made. Then one look at the row is enough: what
-lies above the bin that the last selected block is in is selected, and only the few blocks of this bin are ranked.
-Nothing depends on the order in which threads run, and nothing travels to the host.
+    row        | lanes | lanes | lanes | lan    `EACH` vectors of keys, in registers: as many as the row is long
+
+Every step of the search counts over the whole row; a row too long for the registers is read again each time. A step
+takes as long as the threads take to meet, not as they take to count: hence three cuts at a time, and one sum. Nothing
+depends on the order in which threads run, and nothing travels to the host.
 """
 
 from __future__ import annotations
@@ -29,296 +29,211 @@ from ..types import KV, Selections
 from . import common
 from .common import Tuning
 
-IN_REGISTERS = 32768
-"""Longest row of blocks that a program holds at once."""
+IN_REGISTERS = 66
+"""Most keys of a row that a thread holds: 32 * 1024 blocks and a few."""
 
-BINS = 4096
-"""Of a histogram: 128 for each power of two from 2**-32 to 1; smaller scores are in the first."""
-_MOST_HISTOGRAMS, _LONG = 32, 4096
-"""Rows, all together, that have histograms; a row of more blocks than that has one."""
+_READ_AGAIN = 16  # keys of a longer row that it reads at once
 
 _FORCED = tl.constexpr(0x7FFFFFFF)
+_LARGEST = tl.constexpr(0x7F800000)  # of a score
 _ABSENT = tl.constexpr(-1)
-_BIN_BITS = tl.constexpr(16)
-_FIRST_BIN = tl.constexpr((0x3F800000 >> 16) - BINS + 1)
-_BINS = tl.constexpr(BINS)
-_LAST_BIN = tl.constexpr(BINS - 1)
-_FEW = tl.constexpr(64)
+_BITS = tl.constexpr(21)  # of each of three counts in one integer
+_LOW_BITS = tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
-def _keys(score, n, sinks, recent, exist):
-    """Integers that rank blocks as the contract does."""
-    key = tl.maximum(score, 0.0).to(tl.int32, bitcast=True)
-    key = tl.where((n < sinks) | (n >= recent), _FORCED, key)
-    return tl.where(n < exist, key, _ABSENT)
+def _block(c, e, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Indices of the blocks in vector `e` of chunk `c`."""
+    return (c * EACH + e) * LANES + tl.arange(0, LANES)
 
 
 @triton.jit
-def _read(scores, c, N, sinks, recent, exist, CHUNK: tl.constexpr):
-    """Scores and keys of a chunk of the row."""
-    n = c * CHUNK + tl.arange(0, CHUNK)
-    score = tl.load(scores + n, mask=n < N, other=0.0)
-    return score, _keys(score, n, sinks, recent, exist)
+def _chunks(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Into how many chunks of `EACH` vectors a row falls."""
+    return 1 if HELD else tl.cdiv(row[4], LANES * EACH)
 
 
 @triton.jit
-def _count(least, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr):
-    """How many keys are at least `least`."""
-    if HELD:
-        found = tl.sum((key >= least).to(tl.int32), 0)
-    else:
-        found = 0
-        for c in range(tl.cdiv(exist, CHUNK)):
-            _, key = _read(scores, c, N, sinks, recent, exist, CHUNK)
-            found += tl.sum((key >= least).to(tl.int32), 0)
-    return found
+def _read(row, c, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Keys of a chunk of the row, `EACH` vectors: integers that rank blocks as the contract does."""
+    scores, N, sinks, recent, exist = row
+    keys = ()
+    for e in tl.static_range(EACH):
+        n = _block(c, e, LANES, EACH)
+        key = tl.maximum(tl.load(scores + n, mask=n < N, other=0.0), 0.0).to(tl.int32, bitcast=True)
+        key = tl.where((n < sinks) | (n >= recent), _FORCED, key)
+        keys += (tl.where(n < exist, key, _ABSENT),)
+    return keys
 
 
 @triton.jit
-def _count_two(less, more, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr):
-    """How many keys are at least `less`, and at least `more`: one reduction of two packed counts."""
-    if HELD:
-        both = tl.sum((key >= less).to(tl.int32) | ((key >= more).to(tl.int32) << 16), 0)
-        of_less, of_more = both & 0xFFFF, (both >> 16) & 0xFFFF
-    else:
-        of_less, of_more = 0, 0
-        for c in range(tl.cdiv(exist, CHUNK)):
-            _, key = _read(scores, c, N, sinks, recent, exist, CHUNK)
-            both = tl.sum((key >= less).to(tl.int32) | ((key >= more).to(tl.int32) << 16), 0)
-            of_less += both & 0xFFFF
-            of_more += (both >> 16) & 0xFFFF
-    return of_less, of_more
+def _count(one, two, three, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """How many keys are at least `one`, at least `two`, at least `three`."""
+    ones, twos, threes = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        here = keys if HELD else _read(row, c, LANES, EACH)
+        for e in tl.static_range(EACH):
+            ones += (here[e] >= one).to(tl.int32)
+            twos += (here[e] >= two).to(tl.int32)
+            threes += (here[e] >= three).to(tl.int32)
+    packed = (threes.to(tl.int64) << 2 * _BITS) | (twos.to(tl.int64) << _BITS) | ones.to(tl.int64)
+    found = tl.sum(packed, 0)
+    of_one, of_two, of_three = found & _LOW_BITS, (found >> _BITS) & _LOW_BITS, found >> 2 * _BITS
+    return of_one.to(tl.int32), of_two.to(tl.int32), of_three.to(tl.int32)
 
 
 @triton.jit
-def _mass(least, score, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr):
-    """Scores of the blocks whose keys are at least `least`, added up."""
-    if HELD:
-        found = tl.sum(tl.where(key >= least, score, 0.0), 0)
-    else:
-        found = 0.0
-        for c in range(tl.cdiv(exist, CHUNK)):
-            score, key = _read(scores, c, N, sinks, recent, exist, CHUNK)
-            found += tl.sum(tl.where(key >= least, score, 0.0), 0)
-    return found
+def _count_equal(key, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """How many blocks before `end` have this key."""
+    found = tl.zeros([LANES], tl.int32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        here = keys if HELD else _read(row, c, LANES, EACH)
+        for e in tl.static_range(EACH):
+            found += ((here[e] == key) & (_block(c, e, LANES, EACH) < end)).to(tl.int32)
+    return tl.sum(found, 0)
 
 
 @triton.jit
-def _range(key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr):
-    """Least and largest key of the blocks that are neither forced nor absent."""
-    low = tl.min(tl.where(key < 0, _FORCED, key), 0)
-    high = tl.max(tl.where(key == _FORCED, 0, key), 0)
-    if not HELD:
-        for c in range(1, tl.cdiv(exist, CHUNK)):
-            _, key = _read(scores, c, N, sinks, recent, exist, CHUNK)
-            low = tl.minimum(low, tl.min(tl.where(key < 0, _FORCED, key), 0))
-            high = tl.maximum(high, tl.max(tl.where(key == _FORCED, 0, key), 0))
-    return low, high
+def _mass(least, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Scores of the blocks whose keys are at least `least`, but for those always selected, added up."""
+    found = tl.zeros([LANES], tl.float32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        here = keys if HELD else _read(row, c, LANES, EACH)
+        for e in tl.static_range(EACH):
+            counted = (here[e] >= least) & (here[e] < _FORCED)
+            found += tl.where(counted, here[e], 0).to(tl.float32, bitcast=True)
+    return tl.sum(found, 0)
 
 
 @triton.jit
-def _blocks_of_mass(
-    amount, low, high, forced, score, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr
-):
+def _forced_mass(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Scores of the blocks that are always selected, added up."""
+    scores, N, sinks, recent, exist = row
+    found = tl.zeros([LANES], tl.float32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        for e in tl.static_range(EACH):
+            n = _block(c, e, LANES, EACH)
+            forced = ((n < sinks) | (n >= recent)) & (n < exist)
+            found += tl.maximum(tl.load(scores + n, mask=forced & (n < N), other=0.0), 0.0)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def _blocks_of_mass(amount, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
     """Fewest blocks, best first after the forced ones, that hold the mass `amount`."""
-    wanted = exist
-    if _mass(_FORCED, score, key, scores, N, sinks, recent, exist, CHUNK, HELD) >= amount:
+    amount -= _forced_mass(row, LANES, EACH, HELD)
+    wanted = row[4]
+    if amount <= 0:
         wanted = forced
-    elif _mass(0, score, key, scores, N, sinks, recent, exist, CHUNK, HELD) >= amount:
+    elif _mass(0, keys, row, LANES, EACH, HELD) >= amount:
+        low, high = 0, _LARGEST
         while low < high:  # the largest key such that the keys from it on hold enough
             middle = low + (high - low + 1) // 2
-            enough = _mass(middle, score, key, scores, N, sinks, recent, exist, CHUNK, HELD) >= amount
+            enough = _mass(middle, keys, row, LANES, EACH, HELD) >= amount
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle - 1)
-        above = _count(low + 1, key, scores, N, sinks, recent, exist, CHUNK, HELD)
-        equal = _count(low, key, scores, N, sinks, recent, exist, CHUNK, HELD) - above
-        missing = amount - _mass(low + 1, score, key, scores, N, sinks, recent, exist, CHUNK, HELD)
+        reach, above, _ = _count(low, low + 1, _FORCED, keys, row, LANES, EACH, HELD)
+        missing = amount - _mass(low + 1, keys, row, LANES, EACH, HELD)
         ties = tl.ceil(missing / tl.maximum(low.to(tl.float32, bitcast=True), 1e-38))
-        wanted = above + tl.minimum(tl.maximum(ties, 1.0), equal.to(tl.float32)).to(tl.int32)
+        wanted = above + tl.minimum(tl.maximum(ties, 1.0), (reach - above).to(tl.float32)).to(tl.int32)
     return wanted
 
 
 @triton.jit
-def _extent_of_blocks(
-    count, num_blocks, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many blocks exist; sinks are the blocks before `sinks`, recent ones those from `recent` on."""
-    exist = tl.where(count > 0, tl.minimum(tl.cdiv(count + LOOKAHEAD, BLOCK), num_blocks), 0)
-    sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)
-    recent = tl.maximum(tl.minimum(tl.maximum(count - RECENT, 0) // BLOCK, exist), sinks)
-    return exist, sinks, recent
-
-
-@triton.jit
-def _search(
-    wanted, there, above, low, high, key, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr
-):
-    """The least key that is selected, and how many of those equal to it are.
-
-    `there` keys are not absent, `above` of them are larger than `high`, none lies between absent ones and `low`.
-    """
-    if wanted <= above:
-        low, high, above = _FORCED, _FORCED, 0
-    elif wanted == there:
-        high, above = low, 0
-    while low < high:
-        third = (high - low + 2) // 3
-        less = low + third
-        more = tl.minimum(less + third, high)
-        of_less, of_more = _count_two(less, more, key, scores, N, sinks, recent, exist, CHUNK, HELD)
-        if of_more >= wanted:
-            low = more
-            high = tl.where(of_more == wanted, more, high)
-        elif of_less >= wanted:
-            low = less
-            high = tl.where(of_less == wanted, less, more - 1)
-            above = of_more
+def _search(wanted, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Where the selection ends: larger keys are selected, and blocks before `end` that have the key `low`."""
+    exist = row[4]
+    low, high, above, reach = 0, _LARGEST, forced, exist
+    if wanted <= forced:
+        low, high, above, reach = _FORCED, _FORCED, 0, forced
+    elif wanted == exist:
+        high = low
+    while low < high:  # `above` keys are larger than `high`; `reach` are at least `low`, no fewer than wanted
+        quarter = (high - low) // 4 + 1
+        one, two, three = low + quarter, tl.minimum(low + 2 * quarter, high), tl.minimum(low + 3 * quarter, high)
+        of_one, of_two, of_three = _count(one, two, three, keys, row, LANES, EACH, HELD)
+        if of_three >= wanted:
+            low, reach = three, of_three
+        elif of_two >= wanted:
+            low, high, reach, above = two, three - 1, of_two, of_three
+        elif of_one >= wanted:
+            low, high, reach, above = one, two - 1, of_one, of_two
         else:
-            high = less - 1
-            above = of_less
-    return low, wanted - above  # all of the equal ones, when `wanted` keys reach `low`
+            high, above = one - 1, of_one
+        high = tl.where(reach == wanted, low, high)
+    end = exist
+    if reach > wanted:  # the earliest ones of those that are equal
+        first = 0
+        while first < end:
+            middle = (first + end) // 2
+            enough = _count_equal(low, middle, keys, row, LANES, EACH, HELD) >= wanted - above
+            end = tl.where(enough, middle, end)
+            first = tl.where(enough, first, middle + 1)
+    return low, end
 
 
 @triton.jit
-def _write_row(blocks, key, low, ties, scores, N, sinks, recent, exist, CHUNK: tl.constexpr, HELD: tl.constexpr):
-    """Store the selected blocks of a row, in ascending order."""
-    larger_before, equal_before = 0, 0
-    for c in range(0, exist, CHUNK):
+def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Store the selected blocks of a row; each thread those it holds, one after another."""
+    before = 0
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        here = keys if HELD else _read(row, c, LANES, EACH)
+        mine = tl.zeros([LANES], tl.int32)
+        for e in tl.static_range(EACH):
+            mine += ((here[e] > low) | ((here[e] == low) & (_block(c, e, LANES, EACH) < end))).to(tl.int32)
+        at = before + tl.cumsum(mine, 0) - mine
+        for e in tl.static_range(EACH):
+            n = _block(c, e, LANES, EACH)
+            selected = (here[e] > low) | ((here[e] == low) & (n < end))
+            tl.store(blocks + at, n, mask=selected)
+            at += selected.to(tl.int32)
         if not HELD:
-            _, key = _read(scores, c // CHUNK, N, sinks, recent, exist, CHUNK)
-        larger, equal = (key > low).to(tl.int32), (key == low).to(tl.int32)
-        both = tl.cumsum(larger | (equal << 16), 0)
-        before_larger = larger_before + (both & 0xFFFF) - larger
-        before_equal = equal_before + ((both >> 16) & 0xFFFF) - equal
-        chosen = (larger > 0) | ((equal > 0) & (before_equal < ties))
-        at = before_larger + tl.minimum(before_equal, ties)
-        tl.store(blocks + at, c + tl.arange(0, CHUNK), mask=chosen)
-        if not HELD:
-            larger_before += tl.sum(larger, 0)
-            equal_before += tl.sum(equal, 0)
-
-
-@triton.jit
-def _bin(key):
-    """Where a key belongs in a histogram."""
-    return tl.minimum(tl.maximum((key >> _BIN_BITS) - _FIRST_BIN, 0), _LAST_BIN)
-
-
-@triton.jit
-def count_in_bins(
-    histogram, row, score, n, count, num_blocks,
-    SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Add blocks `n` to the histogram of their `row`, but for those that are always selected."""
-    exist, sinks, recent = _extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
-    key = _keys(score, n, sinks, recent, exist)
-    tl.atomic_add(histogram + row * _BINS + _bin(key), 1, mask=(key >= 0) & (key < _FORCED), sem="relaxed")
-
-
-@triton.jit
-def _write_best(to, few, count, wanted, scores, exist):
-    """Store the `wanted` best of a few blocks, `count` in ascending order at `few`: each compared with each."""
-    c = tl.arange(0, _FEW)
-    n = tl.load(few + c, mask=c < count, other=0, cache_modifier=".cg")
-    key = tl.where(c < count, _keys(tl.load(scores + n), n, 0, exist, exist), _ABSENT)
-    larger, equal = key[None, :] > key[:, None], key[None, :] == key[:, None]
-    rank = tl.sum((larger | (equal & (c[None, :] < c[:, None]))).to(tl.int32), 1)
-    tl.store(to + rank, n, mask=rank < wanted)
-
-
-@triton.jit
-def _choose_by_histogram(blocks, histogram, scores, N, sinks, recent, exist, wanted, CHUNK: tl.constexpr):
-    """Write the `wanted` best blocks of a row: more than the forced ones, fewer than exist."""
-    bins = tl.arange(0, _BINS)
-    size = tl.load(histogram + bins, cache_modifier=".cg")
-    forced = sinks + exist - recent
-    reach = tl.cumsum(size, 0, reverse=True)  # blocks in this bin or above it
-    edge = tl.max(tl.where(reach >= wanted - forced, bins, 0), 0)
-    inside = tl.sum(tl.where(bins == edge, size, 0), 0)
-    before = forced + tl.sum(tl.where(bins > edge, size, 0), 0)  # blocks that are selected in any case
-    missing = wanted - before
-
-    sure_before, maybe_before = 0, 0
-    for c in range(0, exist, CHUNK):
-        n = c + tl.arange(0, CHUNK)
-        _, key = _read(scores, c // CHUNK, N, sinks, recent, exist, CHUNK)
-        bin_ = tl.where(key == _FORCED, _BINS, _bin(key))
-        sure, maybe = ((key >= 0) & (bin_ > edge)).to(tl.int32), ((key >= 0) & (bin_ == edge)).to(tl.int32)
-        both = tl.cumsum(sure | (maybe << 16), 0)
-        tl.store(blocks + sure_before + (both & 0xFFFF) - 1, n, mask=sure > 0)
-        at = maybe_before + ((both >> 16) & 0xFFFF) - 1
-        if inside == missing:
-            tl.store(blocks + before + at, n, mask=maybe > 0)
-        else:  # the histogram has been read: it has room for them
-            tl.store(histogram + at, n, mask=(maybe > 0) & (at < _FEW))
-        sure_before += tl.sum(sure, 0)
-        maybe_before += tl.sum(maybe, 0)
-
-    tl.debug_barrier()
-    if (inside != missing) & (inside <= _FEW):
-        _write_best(blocks + before, histogram, inside, missing, scores, exist)
-    elif inside != missing:
-        low = tl.where(edge > 0, (edge + _FIRST_BIN) << _BIN_BITS, 0)
-        high = tl.where(edge < _LAST_BIN, (edge + _FIRST_BIN + 1) << _BIN_BITS, _FORCED) - 1
-        _, first = _read(scores, 0, N, sinks, recent, exist, CHUNK)
-        low, ties = _search(wanted, exist, before, low, high, first, scores, N, sinks, recent, exist, CHUNK, False)
-        _write_row(blocks, first, low, ties, scores, N, sinks, recent, exist, CHUNK, False)
-    tl.debug_barrier()
+            before += tl.sum(mine, 0)
 
 
 @triton.jit
 def _choose(
-    blocks, scores, N, sinks, recent, exist, wanted, amount,
-    STRATEGY: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
+    blocks, row, forced, wanted, amount,
+    STRATEGY: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Write the best blocks of a row, at most `wanted`, and return how many; it is read once if it is `HELD`."""
-    score, key = _read(scores, 0, N, sinks, recent, exist, CHUNK)
-    forced = sinks + exist - recent
-    low, high = _range(key, scores, N, sinks, recent, exist, CHUNK, HELD)
+    """Write the best blocks of a row, at most `wanted`, and return how many."""
+    keys = _read(row, 0, LANES, EACH)
     if STRATEGY == "threshold":
         least = tl.full((), amount, tl.float32).to(tl.int32, bitcast=True)
-        wanted = tl.minimum(wanted, _count(least, key, scores, N, sinks, recent, exist, CHUNK, HELD))
+        wanted = tl.minimum(wanted, _count(least, least, least, keys, row, LANES, EACH, HELD)[0])
     elif STRATEGY == "top_p":
-        fewest = _blocks_of_mass(amount, low, high, forced, score, key, scores, N, sinks, recent, exist, CHUNK, HELD)
-        wanted = tl.minimum(wanted, fewest)
-
-    low, ties = _search(wanted, exist, forced, low, high, key, scores, N, sinks, recent, exist, CHUNK, HELD)
-    _write_row(blocks, key, low, ties, scores, N, sinks, recent, exist, CHUNK, HELD)
+        wanted = tl.minimum(wanted, _blocks_of_mass(amount, forced, keys, row, LANES, EACH, HELD))
+    low, end = _search(wanted, forced, keys, row, LANES, EACH, HELD)
+    _write(blocks, low, end, keys, row, LANES, EACH, HELD)
     return wanted
 
 
 @triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K"])
 def _select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
-    scores, histogram, lengths, starts, slots, N, num_blocks, K, amount,
+    scores, lengths, starts, slots, N, num_blocks, K, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1)
     common.wait_for_inputs(EARLY)
     _first, count = common.extent(b, lengths, starts, slots)
-    exist, sinks, recent = _extent_of_blocks(count, num_blocks, SINK, RECENT, LOOKAHEAD, BLOCK)
+    exist = tl.where(count > 0, tl.minimum(tl.cdiv(count + LOOKAHEAD, BLOCK), num_blocks), 0)
+    sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)  # the blocks before it are always selected ..
+    recent = tl.maximum(tl.minimum(tl.maximum(count - RECENT, 0) // BLOCK, exist), sinks)  # .. and those from it on
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
-    row = r * tl.num_programs(1) + b
-    scores += row.to(tl.int64) * N
+    scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
     forced = sinks + exist - recent
     wanted = tl.minimum(exist, K)
     if STRATEGY == "ratio":
         share = tl.ceil(amount * exist.to(tl.float32)).to(tl.int32)
         wanted = tl.minimum(wanted, tl.maximum(share, forced))
     k = tl.arange(0, WIDTH)
-    searched = True
-    if histogram is not None:
-        histogram += row * _BINS
-        searched = (wanted <= forced) | (wanted == exist)
-        if not searched:
-            _choose_by_histogram(blocks, histogram, scores, N, sinks, recent, exist, wanted, CHUNK)
-        tl.store(histogram + tl.arange(0, _BINS), tl.zeros([_BINS], tl.int32))  # for the next launch
     if (STRATEGY == "top_k") & (wanted == exist):  # whatever the scores are
         tl.store(blocks + k, k, mask=k < exist)
-    elif searched:
-        wanted = _choose(blocks, scores, N, sinks, recent, exist, wanted, amount, STRATEGY, CHUNK, HELD)
+    else:
+        row = (scores, N, sinks, recent, exist)
+        wanted = _choose(blocks, row, forced, wanted, amount, STRATEGY, LANES, EACH, HELD)
     tl.store(counts + r * stride_counts_r + b * stride_counts_b, wanted)
     tl.store(blocks + k, k * 0 - 1, mask=(k >= wanted) & (k < K))
 
@@ -361,37 +276,24 @@ class Rule(NamedTuple):
         return ceil((slots + self.refresh_every - 1) / self.block_size)
 
 
-def take_histogram(rule: Rule, rows: int, num_blocks: int, device: torch.device) -> Tensor | None:
-    """int32 `[rows, BINS]` zeros, which `select_blocks` leaves zero; None where a row is better searched without."""
-    known = rule.strategy in ("top_k", "ratio")  # how many blocks are wanted
-    if not known or rows > _MOST_HISTOGRAMS or num_blocks <= _LONG:
-        return None
-    return common.take_arrivals(rows * BINS, device).view(rows, BINS)
-
-
-def select_blocks(
-    scores: Tensor,
-    kv: KV,
-    rule: Rule,
-    out: Selections,
-    tuning: Tuning | None = None,
-    histogram: Tensor | None = None,
-) -> None:
-    """See `ops.select_blocks`; `histogram`: of the rows of scores, see `count_in_bins`."""
+def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: Tuning | None = None) -> None:
+    """See `ops.select_blocks`."""
     check_selections(out, scores.shape[:2])
     if scores.dtype != torch.float32:
         raise ValueError(f"scores must be float32, not {scores.dtype}.")
     scores = scores.contiguous()
     num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
-    tuning = tuning or default_tuning(num_blocks, scores.device, histogram is not None)
+    tuning = tuning or default_tuning(num_blocks, scores.device)
+    each = max(triton.cdiv(num_blocks, tuning.tile), 1)
     blocks, counts = out
     with common.on_device(scores):
         _select_kernel[blocks.shape[:2]](
-            *(blocks, counts, *blocks.stride()[:2], *counts.stride(), scores, histogram),
+            *(blocks, counts, *blocks.stride()[:2], *counts.stride(), scores),
             *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], rule.amount),
             **rule.constants,
-            CHUNK=tuning.tile,
-            HELD=num_blocks <= tuning.tile,
+            LANES=tuning.tile,
+            EACH=each if each <= IN_REGISTERS else _READ_AGAIN,
+            HELD=each <= IN_REGISTERS,
             WIDTH=common.power_of_two(max(blocks.shape[2], 1)),
             **tuning.launch(kv),
         )
@@ -408,10 +310,7 @@ def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
         raise ValueError(f"out.blocks must have a contiguous last dimension, not strides {blocks.stride()}.")
 
 
-def default_tuning(num_blocks: int, device: torch.device, histogram: bool = False) -> Tuning:
-    """What was fastest on an H200; `bench ops --tune` measures it."""
-    early = common.starts_early(device)
-    if histogram:
-        return Tuning(1, 4096, 16, 1, early)
-    tile = min(max(common.power_of_two(num_blocks), 64), IN_REGISTERS)
-    return Tuning(1, tile, min(max(tile // 512, 4), 16 if tile < 32768 else 32), 1, early)
+def default_tuning(num_blocks: int, device: torch.device) -> Tuning:
+    """What was fastest on an H100: few threads meet sooner than many. A tile is one key of each thread."""
+    warps = min(max(common.power_of_two(triton.cdiv(num_blocks, 32 * IN_REGISTERS)), 4), 16)
+    return Tuning(1, 32 * warps, warps, 1, common.starts_early(device))
