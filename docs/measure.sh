@@ -48,11 +48,18 @@ stage_fidelity() { # the shipped plan and its controls, and what cuts the scan's
     --policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,random:1,random:2,own-topk
 }
 
-stage_peers() { # after `plan`: every peer at hybrid's bytes, then over budgets, and the paper's form with its own roles
-  local equal=(--match-bytes --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming)
+equal=(--match-bytes --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming)
+
+stage_peers() { # every peer at hybrid's bytes
   lychee "${fidelity[@]}" "${budget[@]}" "${equal[@]}" --prompts 100 --batch-size 50 --json "$out/peers.json"
+}
+
+stage_budgets() { # the same, from smaller budgets to larger ones
   lychee "${fidelity[@]}" --budgets 128,256,1024 "${equal[@]}" --prompts 100 --batch-size 50 \
     --cells noise:4096:passkey:1 --cells prose:4096:passkey:1 --json "$out/peers-by-budget.json"
+}
+
+stage_paper() { # after `plan`: the paper's form with roles and donors of its own identification
   lychee "${fidelity[@]}" "${budget[@]}" --plan "$out/plans/paper.json" --policies hybrid,paper --prompts 100 \
     --batch-size 50 --json "$out/peers-paper-roles.json"
 }

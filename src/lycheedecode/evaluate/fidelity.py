@@ -159,6 +159,8 @@ def _check_room(full: Engine, cell: Cell | Long, tokens: int) -> None:
 class Choice:
     """The next token: the most probable, or one that random numbers decide, the same at every call for a step.
 
+    They are drawn where the logits are: on the host they would take longer than the step.
+
     Args:
         temperature: 0 is greedy.
         name: seeds the random numbers.
@@ -172,10 +174,9 @@ class Choice:
         """int64 `[B]` from `[B, V]`."""
         if not self._temperature:
             return logits.argmax(-1)
-        generator = torch.Generator().manual_seed(self._seed + step)
-        uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
-        gumbel = -(-uniform.log()).log()
-        return (logits / self._temperature + gumbel.to(logits.device)).argmax(-1)
+        generator = torch.Generator(logits.device).manual_seed(self._seed + step)
+        uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp_(1e-20, 1 - 1e-7)
+        return (logits / self._temperature - (-uniform.log()).log()).argmax(-1)
 
 
 class _Reference(NamedTuple):
