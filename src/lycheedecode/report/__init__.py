@@ -43,7 +43,7 @@ def render(folder: Path) -> str:
     sections = [_section(name, report, folder.name) for name, report in reports.items()]
     if not sections:
         return INTRODUCTION + "\nThere are no result files yet.\n"
-    return "\n".join([INTRODUCTION, " ".join(lost.sentences(reports)) + "\n", *sections])
+    return "\n".join([INTRODUCTION, "\n".join(lost.lines(reports)) + "\n", *sections])
 
 
 def draw(folder: Path) -> list[Path]:

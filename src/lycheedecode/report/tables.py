@@ -28,8 +28,6 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield from _along(scores)
     elif "rows" in result:
         yield from _table(result["rows"])
-    if result.get("prefills"):
-        yield from ("", "**Prefill**", "", *_table(result["prefills"]))
     if profiles := result.get("profiles"):
         yield from ("", "<details><summary>Kernels of a step</summary>")
         for profile in profiles:
