@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Makes the result files of docs/results anew: docs/measure.sh FOLDER STAGE...
-# Stages up to `serving` want one H200 to themselves, `ranks` two; `cpu` wants a quiet machine. Each says how long it took.
+# Stages up to `serving` want one GPU to themselves, `ranks` and `spread` two; `cpu` wants a quiet machine. Each says how
+# long it took.
 set -euo pipefail
 out=$1
 shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 mkdir -p "$out"
+gpu=${GPU:-h200} # in the names of result files
 
 python() { command "${PYTHON:-python3}" "$@"; }
 lychee() { python -m lycheedecode "$@"; }
@@ -22,18 +24,18 @@ stage_tests() { # kernels and compiled steps against the reference, and no stray
   compute-sanitizer --tool memcheck --error-exitcode 1 "${PYTHON:-python3}" -m lycheedecode.bench.ops --smoke
 }
 
-stage_ops() { bench ops --batches 1 8 --contexts 131072 --blocks 16 32 64 --json "$out/h200-ops.json"; }
+stage_ops() { bench ops --batches 1 8 --contexts 131072 --blocks 16 32 64 --json "$out/$gpu-ops.json"; }
 
-stage_linear() { bench linear --step --json "$out/h200-linear.json"; }
+stage_linear() { bench linear --step --json "$out/$gpu-linear.json"; }
 
 stage_step() { # 4 x 524288 does not fit, and is left out
-  bench step --batches 1 4 --contexts 32768 131072 524288 --profile --json "$out/h200-step-llama-3-8b.json" \
+  bench step --batches 1 4 --contexts 32768 131072 524288 --profile --json "$out/$gpu-step-llama-3-8b.json" \
     --forms full hybrid paper hybrid+float8 hybrid+refresh2
-  bench step --model qwen3-8b --batches 1 4 --profile --json "$out/h200-step-qwen3-8b.json"
-  bench step --layers 8 --contexts 1048576 --json "$out/h200-step-1m.json"
+  bench step --model qwen3-8b --batches 1 4 --profile --json "$out/$gpu-step-qwen3-8b.json"
+  bench step --layers 8 --contexts 1048576 --json "$out/$gpu-step-1m.json"
 }
 
-stage_generate() { bench generate --json "$out/h200-generate.json"; }
+stage_generate() { bench generate --json "$out/$gpu-generate.json"; }
 
 stage_plan() { # the plan that ships, and one by the paper's own identification, for a model of 8K positions
   lychee identify "$out/plans/smollm2-135m.json" --num-retrieval-heads 14 --dtype float32 \
@@ -89,18 +91,23 @@ stage_tasks() { # a model of 8K positions: longer items are skipped, and say so
 stage_serving() {
   local cases=(1x1024 1x32768 1x131072 4x131072)
   for model in llama-3-8b qwen3-8b; do
-    bench serving --model $model --cases "${cases[@]}" --fill --json "$out/h200-serving-$model.json"
+    bench serving --model $model --cases "${cases[@]}" --fill --json "$out/$gpu-serving-$model.json"
   done
 }
 
-stage_ranks() { # two of one host; 8 x 131072 fits two only
-  local cases=(1x32768 4x32768 8x32768 1x131072 4x131072)
-  bench serving --cases "${cases[@]}" --json "$out/h200x2-serving-1-rank.json"
-  bench serving --cases "${cases[@]}" 8x131072 --tensor-parallel-size 2 --json "$out/h200x2-serving-2-ranks.json"
-  bench serving --model llama-3-70b --cases "${cases[@]}" --tensor-parallel-size 2 --json "$out/h200x2-serving-70b.json"
+stage_ranks() { # two GPUs of one host; cases up to what one of 80 GB holds, and beyond
+  local cases=(1x32768 4x32768 8x32768 1x131072 3x131072) two=(--tensor-parallel-size 2)
+  bench ranks "${two[@]}" --json "$out/${gpu}x2-ranks.json"
+  bench serving --fill --cases "${cases[@]}" --json "$out/${gpu}x2-serving-1-rank.json"
+  bench serving --fill --cases "${cases[@]}" 4x131072 "${two[@]}" --json "$out/${gpu}x2-serving-2-ranks.json"
+  bench serving --fill --cases "${cases[@]}" 4x131072 "${two[@]}" --model llama-3-70b --layers 24 \
+    --json "$out/${gpu}x2-serving-70b.json"
+}
+
+stage_spread() { # identification with the model on one GPU and on two
   for map in "" "--device-map balanced"; do
     lychee identify "$out/plans/gpus${map:+-2}.json" --num-retrieval-heads 14 --dtype float32 $map \
-      --json "$out/h200x2-identify${map:+-2}.json"
+      --json "$out/${gpu}x2-identify${map:+-2}.json"
   done
 }
 

@@ -1,23 +1,24 @@
-"""`bench serving` on a CPU: both ways of a tiny shape, and its plan for several ranks."""
+"""`bench serving` and `bench ranks` on a CPU: a tiny shape both ways, and on two ranks."""
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import nullcontext
 from math import isfinite
 from types import SimpleNamespace
 
 import pytest
 
-from lycheedecode.bench import serving
+from lycheedecode.bench import ranks, serving
+from lycheedecode.bench.verify import MismatchError
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_the_plan_divides_over_ranks(ranks):
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_the_plan_divides_over_ranks(world):
     config = SimpleNamespace(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-    plan = serving.plan_of(config, ranks)
+    plan = serving.plan_of(config, world)
     assert len(plan.retrieval) == 32
-    for rank in range(ranks):
-        plan.shard(rank, ranks)
+    for rank in range(world):
+        plan.shard(rank, world)
 
 
 def test_what_cannot_be_timed_is_refused(capsys):
@@ -41,17 +42,14 @@ def test_both_ways_get_the_same_prompts_and_generations(monkeypatch):
     """Also where the engine, which sets the seed, is in a process of its own; the short ones are a third."""
     sent = {way: [] for way in serving.WAYS}
 
-    @contextmanager
-    def engine(folder, way, *_):
-        yield way
-
     def generate(way, prompts, count):
         sent[way].append((prompts, count))
         return float(count), list(range(count))
 
     monkeypatch.setattr(serving, "find_spec", lambda name: True)
     monkeypatch.setattr(serving, "entry_points", lambda **which: (which,))
-    monkeypatch.setattr(serving, "_engine", engine)
+    monkeypatch.setattr(serving, "_engine", lambda folder, way, *_: way)
+    monkeypatch.setattr(serving, "closing", nullcontext)
     monkeypatch.setattr(serving, "_generate", generate)
     assert serving.main(["--smoke"]) == 0
     assert sent["stock"] == sent["hybrid"]
@@ -72,3 +70,33 @@ def test_a_tiny_shape_is_timed_both_ways(tmp_path, monkeypatch, capfd, fill):
     assert all(row["prefill_seconds"] > 0 and isfinite(row["ms"]) for row in rows)  # ms: a difference of short times
     assert [row["same_tokens"] for row in rows[:2]] == [12, 12]
     assert "vs stock" in capfd.readouterr().out
+
+
+def answer(*tokens, **changed):
+    """Token ids, every one of them chosen with a log-probability of -1, before the next with -1.5."""
+    return ranks.Answer(list(tokens), [{token: -1.0, token + 1: -1.5, **changed} for token in tokens])
+
+
+def test_answers_are_compared_up_to_a_near_tie():
+    same = ranks.compare(answer(1, 2, 3), answer(1, 2, 3), 0.1)
+    assert same == {"tokens": 3, "same_tokens": 3, "logprob_difference": 0.0, "gap_of_the_tie": 0.0}
+    parted = ranks.compare(answer(1, 2, 3), answer(1, 3, 9), 0.6)
+    assert (parted["same_tokens"], parted["gap_of_the_tie"]) == (1, 0.5)
+    for other in (answer(1, 3, 9), answer(1, 7, 9), ranks.Answer([1, 2, 3], [{1: -1.0}, {2: -1.4}, {3: -1.0}])):
+        with pytest.raises(MismatchError, match=r"token \d of a sequence is another one, or its log-probability"):
+            ranks.compare(answer(1, 2, 3), other, 0.3)
+
+
+def test_two_ranks_decode_what_one_does_and_refuse_what_they_cannot(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
+    cores = "0|1" if (os.cpu_count() or 1) > 1 else "0|0"
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_CI_ENV": "1"}
+    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **settings}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    options = ["--budget", "64", "--block", "16", "--tokens", "12", "--json", str(tmp_path / "result.json")]
+    assert ranks.main(options) == 0
+    result = json.loads((tmp_path / "result.json").read_text())["result"]
+    assert [row["same_tokens"] for row in result["rows"]] == [12] * 4
+    assert "lies on tensor-parallel rank 0, not 1" in result["refused"]["a plan whose donors cross ranks"]
+    assert "cannot be divided evenly over 2 ranks" in result["refused"]["more ranks than KV heads"]
+    assert "12 of 12 tokens are the same" in capfd.readouterr().out

@@ -47,8 +47,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str, layers: int | None = None, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A model in eval mode: a random one of `MODELS`, which `layers` cuts short, or a real one with a bundled plan."""
-    import transformers
-
     if name not in MODELS:
         if name not in bundled_plans():
             known = ", ".join([*MODELS, *bundled_plans()])
@@ -56,7 +54,13 @@ def build(name: str, layers: int | None = None, device: str = "cuda", dtype: tor
         if layers:
             raise ValueError("--layers cuts random models only.")
         return load_model(name, device=device)[0]
-    config = random_config(name, layers)
+    return build_from(random_config(name, layers), device, dtype)
+
+
+def build_from(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
+    """A model of a config of transformers, with random weights, in eval mode."""
+    import transformers
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

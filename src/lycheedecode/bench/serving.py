@@ -46,12 +46,7 @@ _PAGE = 16
 
 def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Time every case with every way, one engine after the other."""
-    if find_spec("vllm") is None:
-        raise ValueError("bench serving needs vLLM: pip install 'lycheedecode[vllm]'.")
-    if "hybrid" in options.ways and not entry_points(group="vllm.general_plugins", name=_PLUGIN):
-        raise ValueError("vLLM does not find the plugin: install lycheedecode, its files alone on a path will not do.")
-    # This process has asked for GPUs, after which a fork could not use them.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    require_vllm("hybrid" in options.ways)
     cases = sorted(options.cases, key=lambda case: (case[0], case[1]))
     config = random_config(
         options.model,
@@ -69,10 +64,35 @@ def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
         plan.save(Path(folder) / "plan.json")
         for way in options.ways:
             began = time.perf_counter()
-            with _engine(folder, way, cases, options, device) as llm:
+            with closing(_engine(folder, way, cases, options, device)) as llm:
                 started = time.perf_counter() - began
                 rows += [{**row, "start_seconds": started} for row in _time_cases(llm, way, cases, texts, options)]
     return {"plan_retrieval_heads": len(plan.retrieval), "rows": _compared(rows)}
+
+
+def require_vllm(plugin: bool = True) -> None:
+    """Refuse, before an engine starts, where vLLM or the plugin is missing; make workers fit for GPUs."""
+    if find_spec("vllm") is None:
+        raise ValueError("This benchmark needs vLLM: pip install 'lycheedecode[vllm]'.")
+    if plugin and not entry_points(group="vllm.general_plugins", name=_PLUGIN):
+        raise ValueError("vLLM does not find the plugin: install lycheedecode, its files alone on a path will not do.")
+    # This process has asked for GPUs, after which a fork could not use them.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+@contextmanager
+def closing(llm: Any) -> Iterator[Any]:
+    """vLLM's engine; its memory is free again afterwards."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if torch.distributed.is_initialized():  # the engine was in this process
+            cleanup_dist_env_and_memory()
 
 
 def plan_of(config: Any, ranks: int) -> HeadPlan:
@@ -88,13 +108,9 @@ def plan_of(config: Any, ranks: int) -> HeadPlan:
     return HeadPlan.from_donors(donors)
 
 
-@contextmanager
-def _engine(
-    folder: str, way: str, cases: Sequence[tuple[int, int]], options: argparse.Namespace, device: str
-) -> Iterator[Any]:
-    """vLLM with room for the largest case; its memory is free again afterwards."""
+def _engine(folder: str, way: str, cases: Sequence[tuple[int, int]], options: argparse.Namespace, device: str) -> Any:
+    """vLLM with room for the largest case."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     settings: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
     if way == "hybrid":
@@ -107,7 +123,7 @@ def _engine(
         }  # fmt: skip
     if device == "cuda":  # no graphs but those that are timed
         settings["compilation_config"] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in cases})}
-    llm = LLM(
+    return LLM(
         folder,
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -120,14 +136,6 @@ def _engine(
         seed=options.seed,
         **settings,
     )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        if torch.distributed.is_initialized():  # the engine was in this process
-            cleanup_dist_env_and_memory()
 
 
 def _time_cases(
