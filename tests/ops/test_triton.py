@@ -346,7 +346,7 @@ def make_scores(rows, lengths, slots, block_size, levels):
 
 @configs
 @pytest.mark.parametrize("levels", [1, 4, 10**6])
-@pytest.mark.parametrize("each", [66, 1], ids=["held", "chunks"])
+@pytest.mark.parametrize("each", [64, 1], ids=["held", "chunks"])
 def test_select(settings, levels, each, monkeypatch):
     """By a row that is held, and one that is read again."""
     monkeypatch.setattr(select, "IN_REGISTERS", each)
@@ -418,7 +418,7 @@ def test_select_from_rows_of_any_length(levels, held, monkeypatch):
     monkeypatch.setattr(select, "_READ_AGAIN", 2)
     config = HybridConfig(block_size=8, budget_tokens=96, sink_tokens=10, recent_tokens=9)
     for num_blocks in (1025, 1024, 1023):
-        monkeypatch.setattr(select, "IN_REGISTERS", 66 if held else 7)
+        monkeypatch.setattr(select, "IN_REGISTERS", 64 if held else 4)
         scores = make_scores(2, [8 * num_blocks, 4100, 0], 8 * num_blocks, 8, levels)
         lengths = torch.tensor([8 * num_blocks, 4100, 0], dtype=torch.int32, device=DEVICE)
         kv = KV(*[torch.empty(3, 1, 8 * num_blocks, 16, device=DEVICE)] * 2, lengths)

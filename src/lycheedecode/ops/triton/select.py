@@ -7,7 +7,8 @@
                then of the blocks with this key the earlier ones win
     write      the selected blocks, in an order that means nothing, then -1
 
-    row        | lanes | lanes | lanes | lan    `EACH` vectors of keys, in registers: as many as the row is long
+    row        | lanes | lanes | .. | lanes | lan     `EACH` vectors of keys, a power of two, and one more: contexts
+                                                      are often a power of two, and a few tokens longer
 
 Every step of the search counts over the whole row; a row too long for the registers is read again each time. A step
 takes as long as the threads take to meet, not as they take to count: hence three cuts at a time, and one sum. Nothing
@@ -29,8 +30,8 @@ from ..types import KV, Selections
 from . import common
 from .common import Tuning
 
-IN_REGISTERS = 66
-"""Most keys of a row that a thread holds: 32 * 1024 blocks and a few."""
+IN_REGISTERS = 64
+"""Most keys of a row that a thread holds, and one more."""
 
 _READ_AGAIN = 16  # keys of a longer row that it reads at once
 
@@ -42,28 +43,37 @@ _LOW_BITS = tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
-def _block(c, e, LANES: tl.constexpr, EACH: tl.constexpr):
-    """Indices of the blocks in vector `e` of chunk `c`."""
-    return (c * EACH + e) * LANES + tl.arange(0, LANES)
+def _block(c, rest, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Indices of the blocks in chunk `c`: `[EACH, LANES]`, or the `[1, LANES]` after them."""
+    v = tl.arange(EACH, EACH + 1) if rest else tl.arange(0, EACH)
+    return (c * (EACH + 1) + v)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
 def _chunks(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
-    """Into how many chunks of `EACH` vectors a row falls."""
-    return 1 if HELD else tl.cdiv(row[4], LANES * EACH)
+    """Into how many chunks a row falls."""
+    return 1 if HELD else tl.cdiv(row[4], LANES * (EACH + 1))
+
+
+@triton.jit
+def _rank(n, row):
+    """Keys of blocks `n`: integers that rank blocks as the contract does."""
+    scores, N, sinks, recent, exist = row
+    key = tl.maximum(tl.load(scores + n, mask=n < N, other=0.0), 0.0).to(tl.int32, bitcast=True)
+    key = tl.where((n < sinks) | (n >= recent), _FORCED, key)
+    return tl.where(n < exist, key, _ABSENT)
 
 
 @triton.jit
 def _read(row, c, LANES: tl.constexpr, EACH: tl.constexpr):
-    """Keys of a chunk of the row, `EACH` vectors: integers that rank blocks as the contract does."""
-    scores, N, sinks, recent, exist = row
-    keys = ()
-    for e in tl.static_range(EACH):
-        n = _block(c, e, LANES, EACH)
-        key = tl.maximum(tl.load(scores + n, mask=n < N, other=0.0), 0.0).to(tl.int32, bitcast=True)
-        key = tl.where((n < sinks) | (n >= recent), _FORCED, key)
-        keys += (tl.where(n < exist, key, _ABSENT),)
-    return keys
+    """Keys of a chunk of the row, in two parts."""
+    return _rank(_block(c, False, LANES, EACH), row), _rank(_block(c, True, LANES, EACH), row)
+
+
+@triton.jit
+def _add(many, rest):
+    """Of each lane: the sum of what it has in both parts."""
+    return tl.sum(many.to(tl.int32), 0) + tl.sum(rest.to(tl.int32), 0)
 
 
 @triton.jit
@@ -71,11 +81,10 @@ def _count(one, two, three, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, 
     """How many keys are at least `one`, at least `two`, at least `three`."""
     ones, twos, threes = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
     for c in range(_chunks(row, LANES, EACH, HELD)):
-        here = keys if HELD else _read(row, c, LANES, EACH)
-        for e in tl.static_range(EACH):
-            ones += (here[e] >= one).to(tl.int32)
-            twos += (here[e] >= two).to(tl.int32)
-            threes += (here[e] >= three).to(tl.int32)
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        ones += _add(many >= one, rest >= one)
+        twos += _add(many >= two, rest >= two)
+        threes += _add(many >= three, rest >= three)
     packed = (threes.to(tl.int64) << 2 * _BITS) | (twos.to(tl.int64) << _BITS) | ones.to(tl.int64)
     found = tl.sum(packed, 0)
     of_one, of_two, of_three = found & _LOW_BITS, (found >> _BITS) & _LOW_BITS, found >> 2 * _BITS
@@ -87,10 +96,16 @@ def _count_equal(key, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, H
     """How many blocks before `end` have this key."""
     found = tl.zeros([LANES], tl.int32)
     for c in range(_chunks(row, LANES, EACH, HELD)):
-        here = keys if HELD else _read(row, c, LANES, EACH)
-        for e in tl.static_range(EACH):
-            found += ((here[e] == key) & (_block(c, e, LANES, EACH) < end)).to(tl.int32)
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        early = _block(c, False, LANES, EACH) < end, _block(c, True, LANES, EACH) < end
+        found += _add((many == key) & early[0], (rest == key) & early[1])
     return tl.sum(found, 0)
+
+
+@triton.jit
+def _score(key, least):
+    """Scores of the keys that are at least `least`; 0 of the others, and of blocks that are always selected."""
+    return tl.where((key >= least) & (key < _FORCED), key, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -98,10 +113,8 @@ def _mass(least, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.co
     """Scores of the blocks whose keys are at least `least`, but for those always selected, added up."""
     found = tl.zeros([LANES], tl.float32)
     for c in range(_chunks(row, LANES, EACH, HELD)):
-        here = keys if HELD else _read(row, c, LANES, EACH)
-        for e in tl.static_range(EACH):
-            counted = (here[e] >= least) & (here[e] < _FORCED)
-            found += tl.where(counted, here[e], 0).to(tl.float32, bitcast=True)
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        found += tl.sum(_score(many, least), 0) + tl.sum(_score(rest, least), 0)
     return tl.sum(found, 0)
 
 
@@ -111,10 +124,10 @@ def _forced_mass(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexp
     scores, N, sinks, recent, exist = row
     found = tl.zeros([LANES], tl.float32)
     for c in range(_chunks(row, LANES, EACH, HELD)):
-        for e in tl.static_range(EACH):
-            n = _block(c, e, LANES, EACH)
+        for rest in tl.static_range(2):
+            n = _block(c, rest == 1, LANES, EACH)
             forced = ((n < sinks) | (n >= recent)) & (n < exist)
-            found += tl.maximum(tl.load(scores + n, mask=forced & (n < N), other=0.0), 0.0)
+            found += tl.sum(tl.maximum(tl.load(scores + n, mask=forced & (n < N), other=0.0), 0.0), 0)
     return tl.sum(found, 0)
 
 
@@ -174,19 +187,18 @@ def _search(wanted, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, 
 
 @triton.jit
 def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
-    """Store the selected blocks of a row; each thread those it holds, one after another."""
+    """Store the selected blocks of a row; each lane those it has, one after another."""
     before = 0
     for c in range(_chunks(row, LANES, EACH, HELD)):
-        here = keys if HELD else _read(row, c, LANES, EACH)
-        mine = tl.zeros([LANES], tl.int32)
-        for e in tl.static_range(EACH):
-            mine += ((here[e] > low) | ((here[e] == low) & (_block(c, e, LANES, EACH) < end))).to(tl.int32)
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        n, n_rest = _block(c, False, LANES, EACH), _block(c, True, LANES, EACH)
+        chosen = (many > low) | ((many == low) & (n < end))
+        chosen_rest = (rest > low) | ((rest == low) & (n_rest < end))
+        mine = _add(chosen, chosen_rest)
         at = before + tl.cumsum(mine, 0) - mine
-        for e in tl.static_range(EACH):
-            n = _block(c, e, LANES, EACH)
-            selected = (here[e] > low) | ((here[e] == low) & (n < end))
-            tl.store(blocks + at, n, mask=selected)
-            at += selected.to(tl.int32)
+        among = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(blocks + at[None, :] + among, n, mask=chosen)
+        tl.store(blocks + (at + tl.sum(chosen.to(tl.int32), 0))[None, :], n_rest, mask=chosen_rest)
         if not HELD:
             before += tl.sum(mine, 0)
 
@@ -284,7 +296,7 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
     scores = scores.contiguous()
     num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
     tuning = tuning or default_tuning(num_blocks, scores.device)
-    each = max(triton.cdiv(num_blocks, tuning.tile), 1)
+    each = common.power_of_two(triton.cdiv(num_blocks, tuning.tile) - 1)
     blocks, counts = out
     with common.on_device(scores):
         _select_kernel[blocks.shape[:2]](
@@ -312,5 +324,5 @@ def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
 
 def default_tuning(num_blocks: int, device: torch.device) -> Tuning:
     """What was fastest on an H100: few threads meet sooner than many. A tile is one key of each thread."""
-    warps = min(max(common.power_of_two(triton.cdiv(num_blocks, 32 * IN_REGISTERS)), 4), 16)
+    warps = min(max(common.power_of_two(triton.cdiv(num_blocks, 32 * (IN_REGISTERS + 1))), 4), 16)
     return Tuning(1, 32 * warps, warps, 1, common.starts_early(device))
