@@ -24,7 +24,7 @@ import torch
 from ..plan import HeadPlan
 from . import harness
 from .harness import say
-from .models import MODELS, build_from, random_config
+from .models import build_from, random_config
 from .serving import closing, plan_of, require_vllm
 from .verify import MismatchError
 
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--start", nargs=2, metavar=("MODEL", "PLAN"), help="only start vLLM, and stop it again")
     made.add_argument("--json", type=Path, help="write the result to this file")
-    made.set_defaults(smoke=True, model=next(iter(MODELS)))  # a small model: it runs without a GPU, too
+    made.set_defaults(smoke=True)  # a small model: it runs without a GPU, too
     return harness.main(made, _run, arguments)
 
 
