@@ -196,8 +196,10 @@ def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr,
         chosen_rest = (rest > low) | ((rest == low) & (n_rest < end))
         mine = _add(chosen, chosen_rest)
         at = before + tl.cumsum(mine, 0) - mine
-        among = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(blocks + at[None, :] + among, n, mask=chosen)
+        at_each = at[None, :] + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        # Flat: there is but one order then for threads to store in; in two dimensions Triton may turn the keys round.
+        flat: tl.constexpr = LANES * EACH
+        tl.store(blocks + at_each.reshape(flat), n.reshape(flat), mask=chosen.reshape(flat))
         tl.store(blocks + (at + tl.sum(chosen.to(tl.int32), 0))[None, :], n_rest, mask=chosen_rest)
         if not HELD:
             before += tl.sum(mine, 0)
