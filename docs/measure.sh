@@ -106,7 +106,7 @@ stage_ranks() { # two GPUs of one host; cases up to what one of 80 GB holds, and
 
 stage_spread() { # identification with the model on one GPU and on two
   for map in "" "--device-map balanced"; do
-    lychee identify "$out/plans/gpus${map:+-2}.json" --num-retrieval-heads 14 --dtype float32 $map \
+    lychee identify "$out/plans/gpus${map:+-2}.json" --num-retrieval-heads 14 --dtype float32 --calibrate-prompts 32 $map \
       --json "$out/${gpu}x2-identify${map:+-2}.json"
   done
 }

@@ -23,6 +23,13 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def peak_gpu_memory() -> list[float]:
+    """Most memory in GiB that tensors of this process have taken on each GPU."""
+    import torch
+
+    return [round(torch.cuda.max_memory_allocated(i) / 2**30, 2) for i in range(torch.cuda.device_count())]
+
+
 def _machine() -> dict[str, Any]:
     import torch
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..config import HybridConfig
+from ..environment import peak_gpu_memory
 from ..identify import Cell, IdentifySettings, Progress, paper_settings
 from ..identify import identify as find_plan
 from ..identify.text import load_text
@@ -94,7 +95,7 @@ def identify(
         if gates_png is not None:
             picture.save_gates([state.step for state in history], [state.gate_means for state in history], gates_png)
     kept = [{"step": state.step, **state.figures, "gate_means": state.gate_means.tolist()} for state in history]
-    result = {**facts(plan), "seconds": round(seconds, 1), "history": kept}
+    result = {**facts(plan), "seconds": round(seconds, 1), "peak_gpu_memory_gib": peak_gpu_memory(), "history": kept}
     write_json(json_file, "identify", {"model": model, "preset": preset, **settings.to_dict()}, result)
 
 

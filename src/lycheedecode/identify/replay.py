@@ -84,12 +84,13 @@ def replay(model: nn.Module, lesson: Lesson, attend: Attend) -> Tensor:
     start = lesson.prompt_length
     positions = torch.arange(start, start + lesson.answer_ids.shape[1], device=lesson.answer_ids.device)
     with route_attention(model, routed):
-        return model.base_model(
+        output = model.base_model(
             input_ids=lesson.answer_ids,
             position_ids=positions[None],
             past_key_values=Cache(layers=[_Prefix(*pair) for pair in lesson.prefix]),
             use_cache=True,
-        ).last_hidden_state
+        )
+    return output.last_hidden_state.to(lesson.answer_ids.device)  # a model may be spread over several devices
 
 
 def _full_weights(query: Tensor, key: Tensor, prompt_length: int, scale: float | None) -> Tensor:

@@ -70,7 +70,7 @@ def _gradients(model: nn.Module, lesson: Lesson, draws: int, generator: torch.Ge
         log_probabilities = model.get_output_embeddings()(states).float().log_softmax(-1)
     found = []
     for draw in range(draws):
-        uniform = torch.rand(log_probabilities.shape, generator=generator).to(states.device)
+        uniform = torch.rand(log_probabilities.shape, generator=generator).to(log_probabilities.device)
         drawn = (log_probabilities.detach() - (-uniform.log()).log()).argmax(-1)  # the Gumbel trick
         total = log_probabilities.gather(-1, drawn[:, None]).sum()
         found.append(torch.autograd.grad(total, probes, retain_graph=draw + 1 < draws))
