@@ -157,3 +157,26 @@ def test_on_the_command_line(tmp_path):
     done = subprocess.run([*command[:-1], str(tmp_path / "none")], capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no folder" in done.stderr
+
+
+def test_long_files_begin_with_an_overview(tmp_path):
+    cells = {
+        "short": {"full": score("full", 0, 9), "hybrid": score("hybrid", 0.01, 3), "quest": score("quest", 0.02, 3)},
+        "long": {"hybrid": score("hybrid", 0.01, 3), "quest": score("quest", 0.08, 3), "duo": {"left_out": "Why."}},
+    }
+    rows = [
+        {"task": task, "length": 4096, "policy": policy, "metric": "recall", "score": value}
+        for task, scores in {"easy": (0.9, 0.8), "hard": (0.1, 0.3)}.items()
+        for policy, value in zip(("full", "hybrid"), scores, strict=True)
+    ]
+    averages = {"ruler, 4096 tokens": {"full": 0.5, "hybrid": 0.55}}
+    files = {"f": {"cells": cells}, "t": {"rows": rows, "averages": averages}}
+    for name, result in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"result": result}), encoding="utf-8")
+    text = render(tmp_path)
+    assert "| quest | 0.02 | 0.08 | 4 |" in text  # the geometric mean of 2 and 8
+    assert "| duo |  |  |  |" in text
+    assert "| hard, 4096 tokens, recall | 0.1 | 0.3 |" in text
+    assert "| average: ruler, 4096 tokens | 0.5 | 0.55 |" in text
+    assert "| average: 1 tasks that full attention solves (50% or more) | 0.9 | 0.8 |" in text
+    assert text.count("<summary>All numbers</summary>") == 2

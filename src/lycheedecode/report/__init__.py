@@ -1,6 +1,7 @@
 """Result files of the commands, `*.json` in a folder -> one Markdown document and its pictures.
 
     lost        where something else is better: the first paragraph
+    overview    of long files: what they say, in one table
     tables      of every file: what it was measured on, and its numbers
     fidelity    pictures: KL over bytes
     speed       pictures: bytes a second, speed-up over the context
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import fidelity, lost, speed, tables
+from . import fidelity, lost, overview, speed, tables
 
 INTRODUCTION = "<!-- Made from docs/results/*.json by `make results`; do not edit. -->\n\n# Results\n"
 
@@ -74,5 +75,11 @@ def _section(name: str, report: Mapping[str, Any], folder: str) -> str:
     if "variants" in report:
         lines += tables.variant_lines(report["variants"])
     else:
-        lines += tables.result_lines(report.get("result") or {})
+        result = report.get("result") or {}
+        numbers, summary = list(tables.result_lines(result)), list(overview.lines(result))
+        lines += _folded(summary, numbers) if summary else numbers
     return "\n".join(lines) + "\n"
+
+
+def _folded(summary: list[str], numbers: list[str]) -> list[str]:
+    return [*summary, "", "<details><summary>All numbers</summary>", "", *numbers, "", "</details>"]

@@ -23,11 +23,11 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if "cells" in result:
         for cell, scores in result["cells"].items():
             yield from (f"**{cell}**", "")
-            yield from _table([{"": name, **_flat(score)} for name, score in scores.items()])
+            yield from table([{"": name, **_flat(score)} for name, score in scores.items()])
             yield ""
             yield from _along(scores)
     elif "rows" in result:
-        yield from _table(result["rows"])
+        yield from table(result["rows"])
     if profiles := result.get("profiles"):
         yield from ("", "<details><summary>Kernels of a step</summary>")
         for profile in profiles:
@@ -46,7 +46,7 @@ def _kernels(profile: Mapping[str, Any], most: int = 8) -> Iterator[str]:
     rows = [{**kernel, "name": f"`{kernel['name'][:60]}`"} for kernel in first]
     if rest:
         rows.append({"name": "others", **{key: sum(kernel[key] for kernel in rest) for key in ("launches", "us")}})
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def _flat(score: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,14 +63,14 @@ def _along(scores: Mapping[str, Mapping[str, Any]], long: int = 64) -> Iterator[
             spans = {f"{bucket['first']} to {bucket['last']}": bucket["kl_mean"] for bucket in buckets}
             rows.append({"mean KL after tokens": label, **spans})
     if rows:
-        yield from _table(rows)
+        yield from table(rows)
         yield ""
 
 
 def variant_lines(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Lines of a comparison of ways to identify."""
     ranked = sorted(variants.items(), key=lambda item: item[1]["kl_mean"])
-    yield from _table(
+    yield from table(
         [
             {"": name, "retrieval heads": found["retrieval_heads"], "kl_mean": found["kl_mean"], **found["kl"]}
             for name, found in ranked
@@ -78,7 +78,8 @@ def variant_lines(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A row for each mapping; columns in the order in which their names come first."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     yield _row(_words(name) for name in names)
     yield _row("---" if any(isinstance(row.get(name), str) for row in rows) else "---:" for name in names)
