@@ -182,7 +182,7 @@ def scan(
     if score not in ("mass", "max"):
         raise ValueError(f"score must be 'mass' or 'max', not {score!r}.")
     batch, num_query_heads, dim = query.shape
-    tuning = tuning or default_tuning(batch * len(heads), block_size, kv)
+    tuning = tuning or default_tuning(batch * len(heads), block_size, kv, copy is not None)
     group, num_blocks = num_query_heads // kv.keys.shape[1], triton.cdiv(kv.slots, 16 * block_size) * 16
     shape = (len(heads), batch, group)
     worth = Worth(
@@ -238,9 +238,9 @@ def scan_blocks(
     return normalise(scan(query, kv, heads, block_size, scale, score, None, copy), kv, block_size)
 
 
-def default_tuning(pairs: int, block_size: int, kv: KV) -> Tuning:
-    """What was fastest on an H200; `bench ops --tune` measures it."""
-    tile = max(common.tile_of(kv, 16384), block_size)
+def default_tuning(pairs: int, block_size: int, kv: KV, copied: bool = False) -> Tuning:
+    """What was fastest on an H200; `bench ops --tune` measures it. A copy's keys are half as long."""
+    tile = max(common.tile_of(kv, 32768 if copied else 16384), block_size)
     warps = 8 if kv.keys.dtype == torch.float32 else max(tile // 32, 2)  # float32 takes more registers
     splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 256)
     return Tuning(splits, tile, warps, 4, common.starts_early(kv.keys.device))
