@@ -16,7 +16,7 @@ test: lint
 
 # The plugin in vLLM, which wants other versions of much, on a CPU.
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm*.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/integrations/test_vllm*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

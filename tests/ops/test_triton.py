@@ -345,8 +345,11 @@ def make_scores(rows, lengths, slots, block_size, levels):
 
 
 @configs
-@pytest.mark.parametrize("levels", [1, 4, 10**6])
-@pytest.mark.parametrize("each", [64, 1], ids=["held", "chunks"])
+@pytest.mark.parametrize(
+    ("each", "levels"),
+    [(64, 1), (64, 4), (64, 10**6), (1, 4)],
+    ids=["held, all ties", "held, many ties", "held, no ties", "chunks, many ties"],
+)
 def test_select(settings, levels, each, monkeypatch):
     """By a row that is held, and one that is read again."""
     monkeypatch.setattr(select, "IN_REGISTERS", each)
@@ -380,16 +383,15 @@ def test_select_fewer_than_configured(settings):
         assert as_sets(out) == as_sets(expected)
 
 
-@configs
-@pytest.mark.parametrize("score", ["mass", "max"])
-def test_scan_select_is_scan_then_select(settings, score):
-    settings = {"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, "block_score": score, **settings}
-    config = HybridConfig(**settings)
+@pytest.mark.parametrize("name", ["top_k", "ratio", "top_p", "threshold", "ahead", "max"])
+def test_scan_select_is_scan_then_select(name):
+    settings = {"block_score": "max", "budget_tokens": 80} if name == "max" else CONFIGS[name]
+    config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings})
     kv = make_cache([400, 77, 0], starts=[0, 90, 0])
     query = make_query(kv, 3)
     capacity = config.capacity_blocks(ceil((kv.slots + config.refresh_every - 1) / 8))
     expected, out = (Selections.allocate(2, 3, capacity, DEVICE) for _ in range(2))
-    scores = kernels.scan_blocks(query, kv, (0, 1), 8, SCALE, score)
+    scores = kernels.scan_blocks(query, kv, (0, 1), 8, SCALE, config.block_score)
     kernels.select_blocks(scores, kv, config, expected)
     kernels.scan_select(query, kv, (0, 1), config, SCALE, out)
     assert as_sets(out) == as_sets(expected)
