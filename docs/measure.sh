@@ -83,9 +83,11 @@ stage_roles() { # ways to identify; how stable roles are; budgets by numbers of 
 stage_tasks() { # a model of 8K positions: longer items are skipped, and say so
   local ruler=(evaluate tasks --tasks ruler_synthetic --limit 100 --batch-size 100 --execution graph --block-size 16)
   lychee "${ruler[@]}" --lengths 4096 --policies hybrid --budgets 256,512,1024 --json "$out/ruler.json"
-  lychee "${ruler[@]}" --lengths 4096 "${budget[@]}" --match-bytes 4000 \
+  ruler+=(--tasks niah_single_1,niah_single_2,niah_multikey_1) # full attention solves about half of each, or more
+  lychee "${ruler[@]}" --lengths 4096 --budgets 128,256,512,1024 --match-bytes 4000 \
     --policies hybrid,paper,quest,tidaldecode,duo,kascade,streaming --json "$out/ruler-equal-bytes.json"
-  lychee "${ruler[@]}" --lengths 2048,8000 --policies hybrid --budgets 512,1024 --json "$out/ruler-lengths.json"
+  lychee "${ruler[@]}" --lengths 2048,8000 --batch-size 50 --policies hybrid --budgets 256,512,1024 \
+    --json "$out/ruler-lengths.json"
 }
 
 stage_serving() {
