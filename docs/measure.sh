@@ -118,6 +118,8 @@ stage_cpu() {
   lychee "${fidelity[@]}" "${budget[@]}" --prompts 100 --batch-size 10 --json "$out/fidelity-2k-cpu.json" \
     --cells noise:2048:passkey:1 --cells prose:2048:passkey:1 \
     --policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,own-topk
+  lychee "${fidelity[@]}" --policies hybrid,quest --budgets 512,1232 --prompts 12 --batch-size 6 \
+    --cells prose:4096:passkey:1 --cells noise:4096:passkey:1 --json "$out/quest-twice-the-bytes-cpu.json"
 }
 
 for stage in "$@"; do
