@@ -34,7 +34,7 @@ IN_REGISTERS = 64
 """Most keys of a row that a thread holds, and one more."""
 
 _READ_AGAIN = 16  # keys of a longer row that it reads at once
-_REGISTERS = 96  # of a thread, without a spill: what starts early beside it needs its share of a processor
+_REGISTERS = 96  # of a thread: what starts early beside it needs its share of a processor
 
 _FORCED = tl.constexpr(0x7FFFFFFF)
 _LARGEST = tl.constexpr(0x7F800000)  # of a score
@@ -310,7 +310,7 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
             EACH=each if each <= IN_REGISTERS else _READ_AGAIN,
             HELD=each <= IN_REGISTERS,
             WIDTH=common.power_of_two(max(blocks.shape[2], 1)),
-            maxnreg=_REGISTERS,
+            maxnreg=_REGISTERS if rule.strategy in ("top_k", "ratio") else None,  # others would spill
             **tuning.launch(kv),
         )
 
