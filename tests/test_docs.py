@@ -11,9 +11,9 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
+from experiments.report import render
 from lycheedecode import HeadPlan
 from lycheedecode.cli import app
-from lycheedecode.report import render
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,15 +12,13 @@ import lycheedecode
 
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
-    {"config", "environment", "report", "rotation"},
+    {"config", "results"},
     {"plan"},
-    {"ops"},
-    {"attention", "linear", "sampling", "views"},
+    {"ops", "plan_views", "prompts"},
+    {"attention", "fusion"},
     {"models"},
-    {"cache", "generation", "memory", "routing"},
-    {"dense", "step"},
-    {"decoder"},
-    {"engine", "policies"},
+    {"engine"},
+    {"policies"},
     {"identify", "integrations"},
     {"evaluate", "bench"},
     {"cli"},
@@ -30,7 +28,11 @@ LEVELS = [
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 OPTIONAL = {"datasets", "gguf", "lm_eval", "matplotlib", "triton", "vllm"}
-HOMES = {"triton": ("ops/triton", "linear/triton"), "vllm": "integrations/vllm", "lm_eval": "integrations/lm_eval"}
+HOMES = {
+    "triton": ("ops/", "fusion/triton", "bench/read"),
+    "vllm": "integrations/vllm",
+    "lm_eval": "integrations/lm_eval",
+}
 
 
 def unit_of(path: Path) -> str:

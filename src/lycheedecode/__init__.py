@@ -14,7 +14,7 @@ except metadata.PackageNotFoundError:  # a source tree that is not installed
 # These need transformers, whose import takes seconds, so they are looked up when they are first asked for.
 _LATER = {
     "Engine": ".engine",
-    "Sampling": ".sampling",
+    "Sampling": ".engine.sampling",
     "hybrid": ".integrations.transformers",
 }
 

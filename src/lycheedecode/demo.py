@@ -14,13 +14,13 @@ from typing import Any
 
 from .cli.report import errors, progress, quiet
 from .config import HybridConfig
-from .engine import Engine
-from .environment import describe_environment
+from .engine.engine import Engine
 from .evaluate.side_by_side import Comparison, compare
-from .identify.text import NOISE
-from .models import DEFAULT_MODEL, load_model
+from .models.load import DEFAULT_MODEL, load_model
 from .plan import HeadPlan
-from .views.png import require_matplotlib
+from .plan_views.png import require_matplotlib
+from .prompts.text import NOISE
+from .results import describe_environment
 
 CONFIG = HybridConfig(budget_tokens=512, block_size=16)
 FACT = "The secret number of the city of Basel is"

@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 from lycheedecode.bench import generate, step
 from lycheedecode.bench.models import build, plan_for, random_context, weight_bytes
 from lycheedecode.bench.profile import Kernel, add_up, format_kernels
-from lycheedecode.engine import Engine
+from lycheedecode.engine.engine import Engine
 
 
 def test_smoke_writes_its_report(tmp_path, capsys):

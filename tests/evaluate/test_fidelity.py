@@ -14,7 +14,7 @@ from lycheedecode.evaluate.fidelity import Choice, Long, measure_fidelity
 from lycheedecode.evaluate.scores import Sums, overall
 from lycheedecode.evaluate.variants import variants
 from lycheedecode.identify import Cell
-from lycheedecode.identify.prompts import makers_for
+from lycheedecode.prompts.makers import makers_for
 
 CONFIG = HybridConfig(budget_tokens=48, block_size=8, sink_tokens=4, recent_tokens=8)
 PLANS = {"tiny": tiny.plan()}

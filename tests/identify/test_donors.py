@@ -6,9 +6,9 @@ import torch
 
 from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.identify.donors import Reach, assign_donors, measure_coverage
-from lycheedecode.identify.prompts import PromptMaker
 from lycheedecode.identify.replay import prepare
 from lycheedecode.identify.search import Judge, exchange
+from lycheedecode.prompts.makers import PromptMaker
 
 CONFIG = HybridConfig(budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=8)
 REACH = Reach(4, 2)

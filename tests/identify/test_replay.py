@@ -8,10 +8,10 @@ from transformers import DynamicCache
 
 from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.attention import HybridAttention
-from lycheedecode.identify.prompts import PromptMaker
 from lycheedecode.identify.replay import Planned, full, prepare, replay
-from lycheedecode.models import route_attention
+from lycheedecode.models.routing import route_attention
 from lycheedecode.ops import KV
+from lycheedecode.prompts.makers import PromptMaker
 
 PLAN = HeadPlan.from_donors([[(0, 0), (0, 1)], [(0, 1), (1, 1)], [(1, 1), (0, 0)], [(3, 0), (3, 0)]])
 

@@ -9,10 +9,10 @@ from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, identify
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.objective import token_kl
-from lycheedecode.identify.prompts import PromptMaker
 from lycheedecode.identify.replay import full, prepare, replay
 from lycheedecode.identify.search import Judge
 from lycheedecode.identify.sensitivity import Surrogate, _gradients, in_units, measure_sensitivity
+from lycheedecode.prompts.makers import PromptMaker
 
 CONFIG = HybridConfig(budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=8)
 REACH = Reach(4, 2)

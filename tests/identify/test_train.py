@@ -8,8 +8,8 @@ from lycheedecode.identify import Cell, IdentifySettings, identify, paper_settin
 from lycheedecode.identify.checkpoint import Checkpoint
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.objective import Lagrangian
-from lycheedecode.identify.prompts import makers_for
 from lycheedecode.identify.train import Trainer, top_heads
+from lycheedecode.prompts.makers import makers_for
 
 CELL = Cell("noise", 240, "passkey", 1)
 SETTINGS = IdentifySettings(

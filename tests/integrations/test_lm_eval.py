@@ -8,8 +8,8 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lycheedecode import Engine, HybridConfig
+from lycheedecode.engine.sampling import Sampling
 from lycheedecode.integrations.lm_eval import Answer, LycheeLM, TaskRequestError, request_key
-from lycheedecode.sampling import Sampling
 
 TIGHT = HybridConfig(budget_tokens=16, block_size=4, sink_tokens=4, recent_tokens=4)
 PROMPTS = ["some words to go on from", "others, a few more of them than before", "a third"]

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError, hybrid
 from lycheedecode.integrations.transformers import token_spans
-from lycheedecode.models import ModelError
+from lycheedecode.models.shape import ModelError
 
 ROOMY = HybridConfig(block_size=4, sink_tokens=4, recent_tokens=4)
 TIGHT = HybridConfig(budget_tokens=16, block_size=4, sink_tokens=4, recent_tokens=4)

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
-from lycheedecode.models import load_model
+from lycheedecode.models.load import load_model
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")

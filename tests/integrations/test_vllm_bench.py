@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lycheedecode.bench import ranks, serving
+from experiments import ranks
+from lycheedecode.bench import serving
 from lycheedecode.bench.verify import MismatchError
 
 

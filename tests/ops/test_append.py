@@ -7,8 +7,8 @@ import interpreter
 import pytest
 import torch
 
-from lycheedecode.cache import write_newest
-from lycheedecode.rotation import Rotation
+from lycheedecode import ops
+from lycheedecode.ops.append.rope import Rotation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,13 +23,13 @@ def test_in_the_interpreter():
 @runs_kernels
 @pytest.mark.parametrize("dim", [16, 60])
 def test_the_kernel_writes_where_the_definition_does(dim):
-    from lycheedecode.ops.triton.append import append
+    from lycheedecode.ops.append.triton import append
 
     keys, values = torch.randn(2, 3, 2, 20, dim, device=DEVICE)
     key, value = torch.randn(3, 2, 2, dim, device=DEVICE).unbind(1)  # views with gaps between the sequences
     filled = torch.tensor([20, 1, 7], dtype=torch.int32, device=DEVICE)
     expected = keys.cpu().clone(), values.cpu().clone()
-    write_newest(*expected, key.cpu(), value.cpu(), filled.cpu())
+    ops.append(*expected, key.cpu(), value.cpu(), filled.cpu())
     append(keys, values, key, value, filled)
     assert torch.equal(keys.cpu(), expected[0])
     assert torch.equal(values.cpu(), expected[1])
@@ -39,7 +39,7 @@ def test_the_kernel_writes_where_the_definition_does(dim):
 @pytest.mark.parametrize("dim", [16, 60])
 @pytest.mark.parametrize("normed", [False, True])
 def test_queries_and_keys_rotate_on_the_way(dim, normed):
-    from lycheedecode.ops.triton.append import append
+    from lycheedecode.ops.append.triton import append
 
     keys, values = torch.randn(2, 3, 2, 20, dim, device=DEVICE)
     key, value = torch.randn(3, 2, 2, dim, device=DEVICE).unbind(1)
@@ -53,7 +53,7 @@ def test_queries_and_keys_rotate_on_the_way(dim, normed):
     rotation = Rotation(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in rotation))
     on_cpu = Rotation(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in rotation))
     expected = keys.cpu().clone(), values.cpu().clone()
-    right = write_newest(*expected, key.cpu(), value.cpu(), filled.cpu(), query.cpu(), on_cpu)
+    right = ops.append(*expected, key.cpu(), value.cpu(), filled.cpu(), query.cpu(), on_cpu)
     found = append(keys, values, key, value, filled, query, rotation)
     torch.testing.assert_close(found.cpu(), right)
     torch.testing.assert_close(keys.cpu(), expected[0])
@@ -62,7 +62,7 @@ def test_queries_and_keys_rotate_on_the_way(dim, normed):
 
 @runs_kernels
 def test_a_channel_dimension_with_gaps_is_refused():
-    from lycheedecode.ops.triton.append import append
+    from lycheedecode.ops.append.triton import append
 
     cache, token = torch.zeros(1, 1, 4, 8, device=DEVICE), torch.zeros(1, 1, 16, device=DEVICE)[..., ::2]
     with pytest.raises(ValueError, match="key must have a contiguous last dimension"):
@@ -71,6 +71,6 @@ def test_a_channel_dimension_with_gaps_is_refused():
 
 def test_the_definition():
     keys, values = torch.zeros(2, 2, 1, 4, 3)
-    write_newest(keys, values, torch.ones(2, 1, 3), torch.ones(2, 1, 3) * 2, torch.tensor([2, 4], dtype=torch.int32))
+    ops.append(keys, values, torch.ones(2, 1, 3), torch.ones(2, 1, 3) * 2, torch.tensor([2, 4], dtype=torch.int32))
     assert keys.sum((1, 3)).tolist() == [[0, 3, 0, 0], [0, 0, 0, 3]]
     assert torch.equal(values, keys * 2)

@@ -8,11 +8,12 @@ import torch
 from hopper import SHARED_MEMORY, spilled_bytes
 
 from lycheedecode import HybridConfig
+from lycheedecode.bench import read
 from lycheedecode.ops import KV, Selections
-from lycheedecode.ops import triton as kernels
-from lycheedecode.ops.triton import common, read
-from lycheedecode.ops.triton.append import append
-from lycheedecode.rotation import Rotation
+from lycheedecode.ops import kernel_common as common
+from lycheedecode.ops import operators as kernels
+from lycheedecode.ops.append.rope import Rotation
+from lycheedecode.ops.append.triton import append
 
 
 def check(compiled, tmp_path, count, spills=8):

@@ -37,7 +37,7 @@ def make_selections(rows, lengths, capacity, lookahead=0):
 @pytest.mark.parametrize("lookahead", [0, 9])
 @pytest.mark.parametrize(("capacity", "lengths"), [(5, [50, 0, 19, 1]), (40, [163, 40]), (4200, [20001])], ids=str)
 def test_the_kernel_counts_what_the_definition_does(capacity, lengths, lookahead):
-    from lycheedecode.ops.triton.count import count_bytes
+    from lycheedecode.ops.count.triton import count_bytes
 
     selections = make_selections(3, lengths, capacity, lookahead)
     enough = capacity * BLOCK - lookahead
@@ -54,7 +54,7 @@ def test_the_kernel_counts_what_the_definition_does(capacity, lengths, lookahead
 @runs_kernels
 def test_some_sequences_of_larger_buffers():
     """As in vLLM, whose selections and totals have room for more rows than a step has."""
-    from lycheedecode.ops.triton.count import count_bytes
+    from lycheedecode.ops.count.triton import count_bytes
 
     whole = make_selections(2, [30, 21, 17], 5)
     some = Selections(whole.blocks[:, :2], whole.counts[:, :2])
@@ -104,8 +104,8 @@ def test_costs_that_do_not_fit_are_refused():
 def test_it_compiles_for_hopper(compiled, capacity, early, tmp_path, monkeypatch):
     from hopper import spilled_bytes
 
-    from lycheedecode.ops import triton as kernels
-    from lycheedecode.ops.triton import common
+    from lycheedecode.ops import kernel_common as common
+    from lycheedecode.ops.count import triton as kernels
 
     monkeypatch.setattr(common, "starts_early", lambda device: early)
     selections, lengths = Selections.allocate(16, 2, capacity, "cpu"), torch.zeros(2, dtype=torch.int32)

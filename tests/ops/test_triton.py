@@ -17,11 +17,13 @@ pytest.importorskip("triton", reason="The kernels need Triton.")
 from lycheedecode import HybridConfig  # noqa: E402
 from lycheedecode.bench.verify import check_same_blocks  # noqa: E402
 from lycheedecode.ops import KV, Selections, reference  # noqa: E402
-from lycheedecode.ops import triton as kernels  # noqa: E402
-from lycheedecode.ops.triton import scan, select  # noqa: E402
-from lycheedecode.ops.triton.attend import attend  # noqa: E402
-from lycheedecode.ops.triton.attend_blocks import attend_blocks  # noqa: E402
-from lycheedecode.ops.triton.common import Tuning  # noqa: E402
+from lycheedecode.ops import operators as kernels  # noqa: E402
+from lycheedecode.ops.attend.triton_blocks import attend_blocks  # noqa: E402
+from lycheedecode.ops.attend.triton_dense import attend  # noqa: E402
+from lycheedecode.ops.dispatch import kernel_obstacle  # noqa: E402
+from lycheedecode.ops.kernel_common import Tuning  # noqa: E402
+from lycheedecode.ops.scan import triton as scan  # noqa: E402
+from lycheedecode.ops.select import triton as select  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 SCALE = 0.2
@@ -471,8 +473,8 @@ def test_bad_input_names_the_argument():
         kernels.scan_blocks(query, kv, (0,), 16, SCALE, "sum")
     with pytest.raises(ValueError, match="out is"):
         kernels.scan_select(query, kv, (0, 1), HybridConfig(), SCALE, good)
-    assert "no kernels for" in kernels.why_not(query.double())
-    assert "head dims" in kernels.why_not(torch.empty(1, 1, 512))
+    assert "no kernels for" in kernel_obstacle(query.double())
+    assert "head dims" in kernel_obstacle(torch.empty(1, 1, 512))
 
 
 # ---------------------------------------------------------------------- large shapes

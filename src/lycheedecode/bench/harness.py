@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..environment import describe_environment
-from ..models import ModelError
+from ..models.shape import ModelError
+from ..results import describe_environment
 from .models import MODELS
 from .verify import MismatchError
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..environment import describe_environment
-from ..linear import backend, reference
+from ..fusion import backend, reference
+from ..results import describe_environment
 from .step_tuning import evenly, words
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import MismatchError, check_close
@@ -161,7 +161,7 @@ class Meter:
 
 def bench_linear(names: Sequence[str], batches: Sequence[int], inductor: bool, seconds: float) -> dict[str, Any]:
     """Verify and time; raises `MismatchError`, and then there are no times."""
-    from ..linear.triton import linear
+    from ..fusion.triton import linear
 
     problems = make_problems(names)
     everything = {(name, batch): problems[name].with_batch(batch) for batch in batches for name in names}
@@ -233,7 +233,7 @@ def measured_bandwidth() -> float:
 
 def candidates(projection: Projection, batch: int) -> list[Any]:
     """Launches with 40-176 KiB of loads in flight on each of 132 multiprocessors, and about the same work for each."""
-    from ..linear.triton import Tuning
+    from ..fusion.triton import Tuning
 
     out = projection.sizes[0] if projection.gated else sum(projection.sizes)
     plain = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 128), (16, 512)] if batch == 1 else []
@@ -279,7 +279,7 @@ def tune(names: Sequence[str], batches: Sequence[int], most: int, limit: float) 
 
 def _time_launches(problem: Problem, launches: Sequence[Any], bandwidth: float, until: float) -> list[dict[str, Any]]:
     """Those that are right, fastest first; stops at the time `until`."""
-    from ..linear.triton import linear
+    from ..fusion.triton import linear
 
     rows = []
     for tuning in launches:
@@ -309,7 +309,7 @@ def compile_ahead(launches: list[tuple[Projection, int, Any]]) -> None:
 
 
 def _compile_some(launches: list[tuple[Projection, int, Any]]) -> None:
-    from ..linear.triton import linear
+    from ..fusion.triton import linear
 
     for projection, batch, tuning in launches:
         try:

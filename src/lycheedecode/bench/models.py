@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cache import KVCache
-from ..engine import Context
-from ..identify.text import load_text
-from ..models import ModelShape, load_model, load_tokenizer
+from ..engine.cache import KVCache
+from ..engine.engine import Context
+from ..models.load import load_model, load_tokenizer
+from ..models.shape import ModelShape
 from ..plan import HeadPlan, bundled_plans
+from ..prompts.text import load_text
 from .workload import Shape, spread_plan
 
 _LONG = 1 << 21

@@ -20,7 +20,7 @@ import torch
 
 from .. import ops
 from ..config import HybridConfig
-from ..environment import describe_environment
+from ..results import describe_environment
 from .baselines import all_baselines
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import MismatchError, check_close, verify
@@ -112,7 +112,7 @@ def bench_ops(
 
 def _time_reading(meter: Meter, work: Workload) -> None:
     """As many bytes as a scan and full attention read, and nothing done with them: what launches cost in any case."""
-    from ..ops.triton import read
+    from . import read
 
     words, out = work.pool.view(-1).view(torch.int32), read.scratch(work.pool.device)
     for what, size in (("keys", work.scan_bytes(work.shape.kv_heads)), ("keys and values", work.dense_bytes)):

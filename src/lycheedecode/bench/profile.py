@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..engine import Context, Engine
+from ..engine.engine import Context, Engine
 
 _WARM_UP, _STEPS, _SHOWN = 3, 3, 14
 

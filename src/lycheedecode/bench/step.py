@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HybridConfig
-from ..engine import Context, Engine, Execution
-from ..memory import free_bytes, slot_bytes
-from ..models import ModelShape
+from ..engine.engine import Context, Engine, Execution
+from ..engine.memory import free_bytes, slot_bytes
+from ..models.shape import ModelShape
 from . import harness
 from .harness import say
 from .models import build, plan_for, random_context, release, weight_bytes
@@ -143,7 +143,7 @@ def _bench_case(
 
 def tune(options: argparse.Namespace) -> dict[str, Any]:
     """Launches of the linear layers for the first context and batch, with the last form of attention."""
-    from ..linear.triton import launches
+    from ..fusion.triton import launches
     from . import linear
     from .step_tuning import tune_step
 

@@ -85,7 +85,7 @@ def rotations(bytes_per_call: int, least: int = 1, most: int = 256) -> int:
 
 def read_bandwidth(pool: Tensor, seconds: float = 0.2) -> float:
     """Bytes a second at which this GPU reads `pool`, a contiguous tensor of at least a gigabyte."""
-    from ..ops.triton import read
+    from . import read
 
     words = pool.view(-1).view(torch.int32)[: 1 << 29]
     out = read.scratch(words.device)

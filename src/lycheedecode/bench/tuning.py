@@ -144,7 +144,7 @@ def difference(result: Tensor, right: Tensor) -> float:
 
 def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tuple[int, list[Call]]:
     """Bytes that a call must read, and calls in this way of launching; each returns what it computed."""
-    from ..ops.triton.common import Tuning
+    from ..ops.kernel_common import Tuning
 
     make: dict[str, Callable[..., tuple[int, Callable[[int], Tensor]]]] = {
         "scan": _scan, "select": _select, "attend_blocks": _attend_blocks, "attend": _attend,
@@ -158,7 +158,7 @@ def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tupl
 
 
 def _attend_blocks(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.triton.attend_blocks import attend_blocks
+    from ..ops.attend.triton_blocks import attend_blocks
 
     selections, rows = work.random_selections(config)
 
@@ -171,13 +171,13 @@ def _attend_blocks(candidate: Candidate, work: Workload, config: HybridConfig, t
 
 
 def _attend(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.triton.attend import attend
+    from ..ops.attend.triton_dense import attend
 
     return work.dense_bytes, lambda i: attend(*work.full_inputs(i), work.shape.scale, None, tuning)
 
 
 def _scan(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.triton.scan import scan
+    from ..ops.scan.triton import scan
 
     def call(i: int) -> Tensor:
         query, kv = work.inputs(i)
@@ -188,7 +188,7 @@ def _scan(candidate: Candidate, work: Workload, config: HybridConfig, tuning: An
 
 
 def _select(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.triton.select import Rule, select_blocks
+    from ..ops.select.triton import Rule, select_blocks
 
     kv, rule, out = work.caches[0], Rule.of(config), work.selections(config, candidate.heads)
     shape = (candidate.heads, work.batch, ceil(kv.slots / config.block_size))

@@ -15,9 +15,9 @@ from ..evaluate.fidelity import CELLS, Long, measure_fidelity
 from ..evaluate.scores import overall
 from ..evaluate.variants import POLICIES, variants
 from ..identify import Cell
-from ..identify.text import load_text
-from ..models import DEFAULT_MODEL, load_model
+from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan, bundled_plans
+from ..prompts.text import load_text
 from .options import (
     Device,
     DeviceMap,

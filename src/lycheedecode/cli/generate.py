@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..config import HybridConfig
-from ..engine import Engine
+from ..engine.engine import Engine
+from ..engine.generation import encode
+from ..engine.sampling import Sampling
 from ..evaluate.side_by_side import Comparison, compare
-from ..generation import encode
-from ..models import DEFAULT_MODEL, load_model
-from ..sampling import Sampling
+from ..models.load import DEFAULT_MODEL, load_model
 from .options import (
     Device,
     DeviceMap,

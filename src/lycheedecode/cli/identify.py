@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..config import HybridConfig
-from ..environment import peak_gpu_memory
 from ..identify import Cell, IdentifySettings, Progress, paper_settings
 from ..identify import identify as find_plan
-from ..identify.text import load_text
-from ..models import DEFAULT_MODEL, load_model
+from ..models.load import DEFAULT_MODEL, load_model
+from ..prompts.text import load_text
+from ..results import peak_gpu_memory
 from .options import Cells, Device, DeviceMap, Dtype, Json, Model, Revision, Verbose, parse_cell, takes, takes_form
 from .report import Steps, check_writable, progress, quiet, write_json
 
@@ -62,7 +62,7 @@ def identify(
     if gates_png is not None and settings.roles != "gates":
         raise ValueError("--gates-png draws trained gates: add --roles gates.")
     if png is not None or gates_png is not None:
-        from ..views.png import require_matplotlib
+        from ..plan_views.png import require_matplotlib
 
         require_matplotlib()
 
@@ -84,11 +84,11 @@ def identify(
     plan.save(output)
     shutil.rmtree(state, ignore_errors=True)
 
-    from ..views import caption, facts
+    from ..plan_views import caption, facts
 
     print(f"{output}: {caption(plan)}")
     if png is not None or gates_png is not None:
-        from ..views import png as picture
+        from ..plan_views import png as picture
 
         if png is not None:
             picture.save(plan, png, output.stem)

@@ -25,8 +25,8 @@ def inspect(
     """Show a head plan: who retrieves, and whose selection the others reuse."""
     from rich.console import Console
 
-    from ..views import facts, page, table
-    from ..views import png as picture
+    from ..plan_views import facts, page, table
+    from ..plan_views import png as picture
 
     loaded = HeadPlan.load(plan)
     if gates and loaded.gate_means is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..environment import describe_environment
+from ..results import describe_environment
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -12,15 +12,16 @@ import typer
 
 from .. import policies as all_policies
 from ..config import HybridConfig
-from ..decoder import Execution
+from ..engine.decoder import Execution
 from ..evaluate.engines import coverage_for, make_engines
 from ..evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
 from ..evaluate.tasks.summary import averages, rows
 from ..evaluate.variants import Variant, variants
-from ..identify.prompts import Cell
-from ..identify.text import load_text
-from ..models import DEFAULT_MODEL, ModelShape, load_model
+from ..models.load import DEFAULT_MODEL, load_model
+from ..models.shape import ModelShape
 from ..plan import bundled_plans
+from ..prompts.makers import Cell
+from ..prompts.text import load_text
 from .options import (
     Device,
     DeviceMap,

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import policies
-from ..decoder import Execution
-from ..engine import Engine
+from ..engine.decoder import Execution
+from ..engine.engine import Engine
 from ..identify import IdentifySettings, Stages
 from ..identify.donors import Reach
-from ..identify.prompts import Cell
-from ..models import ModelShape
+from ..models.shape import ModelShape
+from ..prompts.makers import Cell
 from .variants import Variant
 
 _CALIBRATION_PROMPTS = 4

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine import Context, Engine
-from ..identify.prompts import Cell, Prompt, PromptMaker, makers_for
+from ..engine.engine import Context, Engine
+from ..prompts.makers import Cell, Prompt, PromptMaker, makers_for
 from .engines import coverage_for, make_engines
 from .scores import Sums
 from .variants import Variant

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Context, Engine
-from ..generation import stop_token_ids
+from ..engine.engine import Context, Engine
+from ..engine.generation import stop_token_ids
 
 
 @dataclass(frozen=True)

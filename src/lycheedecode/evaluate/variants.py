@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import policies
 from ..config import HybridConfig
-from ..models import ModelShape
+from ..models.shape import ModelShape
 from ..plan import HeadPlan
 
 POLICIES = ("hybrid", "paper", "same-index", "random", "own-topk")

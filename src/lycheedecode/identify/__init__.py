@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import ModelShape
+from ..models.shape import ModelShape
 from ..plan import Head, HeadPlan
+from ..prompts.makers import Cell, makers_for
 from .checkpoint import Checkpoint
 from .donors import Reach, assign_donors, choose_by_coverage, measure_coverage
 from .progress import Progress, Report, silent
-from .prompts import Cell, makers_for
 from .replay import Lesson, prepare
 from .search import DonorTable, Judge, exchange
 from .sensitivity import Surrogate, join, measure_sensitivity

@@ -22,9 +22,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .. import ops
 from ..config import HybridConfig
-from ..models import route_attention
+from ..models.routing import route_attention
 from ..plan import HeadPlan
-from .prompts import Prompt
+from ..prompts.makers import Prompt
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """`(layer, weights [B, Hkv, G, T, S + T], values [B, Hkv, S + T, D]) -> output [B, Hkv, G, T, D]`; weights are the

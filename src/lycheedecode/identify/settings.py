@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ..config import HybridConfig
-from .prompts import Cell
+from ..prompts.makers import Cell
 
 Roles = Literal["sensitivity", "gates", "coverage"]
 Gates = Literal["hardkuma", "hardconcrete", "direct"]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HybridConfig
+from ..prompts.makers import Cell, PromptMaker
 from .checkpoint import Checkpoint
 from .donors import Reach
 from .gates import GATES
 from .objective import Lagrangian, hidden_loss, logit_loss
 from .progress import Progress, Report, silent
-from .prompts import Cell, PromptMaker
 from .replay import choose_blocks, full, over_blocks, prepare, replay
 from .settings import IdentifySettings
 

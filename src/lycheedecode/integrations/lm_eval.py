@@ -25,10 +25,10 @@ from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 
 from ..config import HybridConfig
-from ..engine import Context, Engine
-from ..models import DEFAULT_MODEL, load_model
+from ..engine.engine import Context, Engine
+from ..engine.sampling import Sampling
+from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan, bundled_plans
-from ..sampling import Sampling
 
 
 class TaskRequestError(ValueError):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..attention import HybridAttention
 from ..config import HybridConfig
-from ..models import ModelError, route_attention
+from ..models.routing import RoutedAttention, route_attention, supported_shape
+from ..models.shape import ModelError
 from ..ops import KV, Selections
 from ..plan import HeadPlan
-from ..routing import RoutedAttention, supported_shape
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
-from ..models import ModelShape
+from ..models.routing import check_plan
+from ..models.shape import ModelShape
 from ..plan import Head, HeadPlan
-from ..routing import check_plan
 from . import plans
 from .quest import QuestAttention
 from .window import WindowAttention

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from ..models import ModelShape
+from ..models.shape import ModelShape
 from ..plan import Head, HeadPlan, PlanError
 
 _TIDAL_DENSE = 2

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .. import ops
 from ..config import HybridConfig
-from ..models import ModelShape
+from ..models.shape import ModelShape
 from ..ops import KV, Selections
-from ..ops.reference import by_kv_head
+from ..ops.common import by_kv_head
 
 _DENSE = 2
 """Layers at the bottom that select nothing."""

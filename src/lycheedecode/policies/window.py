@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..attention import attend_in_two_forms
 from ..config import HybridConfig
-from ..models import ModelShape
+from ..models.shape import ModelShape
 from ..ops import KV, Selections
 from ..plan import Head
 

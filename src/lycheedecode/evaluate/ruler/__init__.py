@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...identify.text import load_text
+from ...prompts.text import load_text
 from .fit import Fitter, Item, TaskLengthError
 from .haystack import Sources
 from .kinds import KINDS

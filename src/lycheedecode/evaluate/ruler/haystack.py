@@ -8,7 +8,7 @@ from bisect import bisect_left
 from functools import cached_property
 from pathlib import Path
 
-from ...identify.text import NOISE
+from ...prompts.text import NOISE
 from .questions import QuestionSet, read_hotpotqa, read_squad
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ...engine import Engine
+from ...engine.engine import Engine
 from . import catalogue
 from .intervals import difference, score
 

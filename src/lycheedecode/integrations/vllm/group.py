@@ -22,10 +22,10 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ... import ops
 from ...attention import FullAttention, HybridAttention
 from ...config import HybridConfig
 from ...ops import KV, Selections
+from ...ops.dispatch import kernel_obstacle
 from ...plan import HeadPlan, PlanError
 from . import settings
 
@@ -182,9 +182,7 @@ def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | N
         return "keys and values differ in size"
     if device.type != "cuda":
         return None
-    if ops.kernels is None:
-        return "Triton is not installed"
-    return ops.kernels.why_not(torch.empty((0, 1, spec.head_size), dtype=spec.dtype))
+    return kernel_obstacle(torch.empty((0, 1, spec.head_size), dtype=spec.dtype))
 
 
 def _why_dense(impl: Any) -> str | None:

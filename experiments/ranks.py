@@ -1,0 +1,179 @@
+"""`bench ranks`: on several tensor-parallel ranks the plugin decodes what it does on one, and refuses what it cannot.
+
+    a small random model -> vLLM with the plugin, on one rank and on several -> the same tokens, but for near ties
+    a plan whose donors cross ranks, and more ranks than KV heads             -> the engine does not start, and says why
+
+Ranks add up their parts in another order than one rank does, so a sequence may take another token where two are about
+as probable, and goes its own way from there: it is compared up to that token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lycheedecode.bench import harness
+from lycheedecode.bench.harness import say
+from lycheedecode.bench.models import build_from, random_config
+from lycheedecode.bench.serving import closing, plan_of, require_vllm
+from lycheedecode.bench.verify import MismatchError
+from lycheedecode.plan import HeadPlan
+
+_LENGTHS = (2000, 700, 60, 1500)
+"""Tokens of the prompts, on a GPU; a tenth of that elsewhere."""
+_TIES = {"cuda": 0.2, "cpu": 1e-3}
+"""Log-probabilities, in bfloat16 and float32, that rounding may exchange."""
+_NEXT = 20
+"""Most probable tokens whose log-probabilities are kept."""
+
+
+class Answer(NamedTuple):
+    """Token ids of a sequence, and at every step the log-probabilities of the most probable tokens."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+def bench_ranks(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Compare and refuse; raises `MismatchError`."""
+    require_vllm()
+    ranks, scale = options.tensor_parallel_size, 1 if device == "cuda" else 10
+    with tempfile.TemporaryDirectory() as name:
+        folder, prompts = Path(name), [torch.randint(4, 2048, (n // scale,)).tolist() for n in _LENGTHS]
+        config = _save_model(folder / "model", device, ranks)
+        plan_of(config, ranks).save(folder / "plan.json")
+        answers = []
+        for size in (1, ranks):
+            say(f"{size} of {ranks} ranks ...")
+            with closing(_start(folder / "model", folder / "plan.json", size, options, device)) as llm:
+                answers.append(_generate(llm, prompts, options.tokens))
+        rows = [compare(*pair, _TIES[device]) for pair in zip(*answers, strict=True)]
+        crossing = HeadPlan.from_donors([[(0, 0)] * config.num_key_value_heads] * config.num_hidden_layers)
+        crossing.save(folder / "crossing.json")
+        narrow = _save_model(folder / "narrow", device, ranks, num_key_value_heads=1)
+        plan_of(narrow, 1).save(folder / "narrow.json")
+        refused = {
+            "a plan whose donors cross ranks": _why_not(folder / "model", folder / "crossing.json", ranks, options),
+            "more ranks than KV heads": _why_not(folder / "narrow", folder / "narrow.json", ranks, options),
+        }
+    return {"rows": rows, "refused": refused}
+
+
+def compare(one: Answer, many: Answer, tie: float) -> dict[str, Any]:
+    """How far two answers are the same; raises `MismatchError` where they part and it is no near tie."""
+    same = next((i for i, pair in enumerate(zip(one.tokens, many.tokens, strict=True)) if pair[0] != pair[1]), None)
+    length = len(one.tokens) if same is None else same
+    pairs = zip(one.tokens[:length], one.logprobs, many.logprobs, strict=False)
+    largest = max((abs(mine[token] - theirs[token]) for token, mine, theirs in pairs), default=0.0)
+    gap = 0.0
+    if same is not None:
+        there = one.logprobs[same]
+        gap = there[one.tokens[same]] - there.get(many.tokens[same], float("-inf"))
+    if max(gap, largest) > tie:
+        raise MismatchError(
+            f"on several ranks token {length} of a sequence is another one, or its log-probability differs by "
+            f"{max(gap, largest):.2g} (rounding explains {tie})."
+        )
+    return {"tokens": len(one.tokens), "same_tokens": length, "logprob_difference": largest, "gap_of_the_tie": gap}
+
+
+def _save_model(folder: Path, device: str, ranks: int, **changes: Any) -> Any:
+    """A small model with random weights; returns its config."""
+    heads = {"num_attention_heads": 4 * ranks, "num_key_value_heads": 2 * ranks, **changes}
+    head_dim, hidden = (128, 1024) if device == "cuda" else (32, 64)
+    size = {"head_dim": head_dim, "hidden_size": hidden, "vocab_size": 2048, "max_position_embeddings": 4096}
+    # So wide that attention prefers some tokens, and the model some answers: an error is then no near tie.
+    config = random_config("tiny", 4, initializer_range=1.5 * hidden**-0.5, **heads, **size)
+    build_from(config, "cpu", torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+    return config
+
+
+def _start(folder: Path, plan: Path, ranks: int, options: argparse.Namespace, device: str) -> Any:
+    from vllm import LLM
+
+    own = {"plan": str(plan), "budget_tokens": options.budget, "block_size": options.block}
+    return LLM(
+        str(folder),
+        attention_backend="CUSTOM",
+        additional_config={"lycheedecode": own},
+        tensor_parallel_size=ranks,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        max_num_seqs=len(_LENGTHS),
+        gpu_memory_utilization=options.memory,
+        enforce_eager=device == "cpu",
+        max_logprobs=_NEXT,
+        seed=options.seed,
+    )
+
+
+def _generate(llm: Any, prompts: Sequence[list[int]], tokens: int) -> list[Answer]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=_NEXT)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    found = [output.outputs[0] for output in outputs]
+    return [
+        Answer(
+            list(each.token_ids), [{token: entry.logprob for token, entry in step.items()} for step in each.logprobs]
+        )
+        for each in found
+    ]
+
+
+def _why_not(folder: Path, plan: Path, ranks: int, options: argparse.Namespace) -> str:
+    """Start the engine in a process of its own, and return the sentence with which it refuses."""
+    command = [sys.executable, "-m", "experiments.ranks", "--start", str(folder), str(plan)]
+    command += ["--tensor-parallel-size", str(ranks), "--memory", str(options.memory)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    said = re.search(r"(?:PlanError|ServingError|ValueError): (.+)", done.stdout + done.stderr)
+    if done.returncode == 0 or said is None:
+        raise MismatchError(
+            f"vLLM should have refused {plan.stem} on {ranks} ranks: {(done.stdout + done.stderr)[-300:]}"
+        )
+    return said[1].strip()
+
+
+def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    if options.start:
+        folder, plan = map(Path, options.start)
+        with closing(_start(folder, plan, options.tensor_parallel_size, options, device)):
+            return {}
+    if options.tensor_parallel_size < 2:
+        raise ValueError(f"--tensor-parallel-size must be at least 2, not {options.tensor_parallel_size}.")
+    result = bench_ranks(options, device)
+    for row in result["rows"]:
+        print(f"{row['same_tokens']} of {row['tokens']} tokens are the same; log-probabilities differ by at most "
+              f"{row['logprob_difference']:.2g}")  # fmt: skip
+    for what, why in result["refused"].items():
+        print(f"refused, {what}: {why}")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print; 0 done, 1 a mismatch, 2 bad input."""
+    made = argparse.ArgumentParser(prog="bench ranks", description="Compare several ranks of vLLM with one.")
+    made.add_argument("--tensor-parallel-size", type=int, default=2, help="ranks that share the heads")
+    made.add_argument("--budget", type=int, default=512, help="tokens of a selection")
+    made.add_argument("--block", type=int, default=32, help="block size of the selections")
+    made.add_argument("--tokens", type=int, default=64, help="of every answer")
+    made.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory that vLLM may take")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--start", nargs=2, metavar=("MODEL", "PLAN"), help="only start vLLM, and stop it again")
+    made.add_argument("--json", type=Path, help="write the result to this file")
+    made.set_defaults(smoke=True)  # a small model: it runs without a GPU, too
+    return harness.main(made, _run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""KV cache with room to grow in place, and the selections that belong to it.
+
+transformers' `DynamicCache` copies all of itself for every token; this one copies the new token. The operations get
+views of the filled part. Dimensions as in `ops`.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..attention import DecodeAttention
+from ..ops import KV, Selections
+
+ROOM = 256
+"""Slots are allocated in multiples of this, which every block size divides."""
+_GROWTH = 1.5
+
+
+class GrowingLayer(CacheLayerMixin):
+    """Keys and values of one layer, `[B, Hkv, capacity, D]`, of which the first `length` slots are filled.
+
+    Sliding-window layers use it too: they keep everything and their mask hides what lies outside the window.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self) -> None:  # not the mixin's, which assigns `keys` and `values`: here they are views
+        self.length = 0
+        self.reserved = 0
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, Hkv, length, D]`, a view; None before the first token."""
+        return self._keys[:, :, : self.length] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B, Hkv, length, D]`, a view; None before the first token."""
+        return self._values[:, :, : self.length] if self.is_initialized else None
+
+    @property
+    def store(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, `[B, Hkv, capacity, D]` each, filled or not."""
+        return self._keys, self._values
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is room for."""
+        return self._keys.shape[2] if self.is_initialized else self.reserved
+
+    @property
+    def batch_size(self) -> int:
+        return self._keys.shape[0] if self.is_initialized else -1
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` tokens in all; moves the cache only when there is none."""
+        self.reserved = max(self.reserved, ceil(slots / ROOM) * ROOM)
+        if self.is_initialized and slots > self._keys.shape[2]:
+            grown = max(self.reserved, ceil(self._keys.shape[2] * _GROWTH / ROOM) * ROOM)
+            self._keys, self._values = self._moved(self._keys, grown), self._moved(self._values, grown)
+
+    def _moved(self, store: Tensor, slots: int) -> Tensor:
+        batch, heads, _, dim = store.shape
+        moved = store.new_empty(batch, heads, slots, dim)
+        moved[:, :, : self.length] = store[:, :, : self.length]
+        return moved
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        slots = max(self.reserved, ROOM)
+        self._keys = _room_for(key_states, slots)
+        self._values = _room_for(value_states, slots)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append `[B, Hkv, T, D]` tokens; returns views of all tokens so far."""
+        end = self.length + key_states.shape[2]
+        if not self.is_initialized:
+            self.reserve(end)
+            self.lazy_initialization(key_states, value_states)
+        elif end > self._keys.shape[2]:
+            self.reserve(end)
+        self._keys[:, :, self.length : end] = key_states
+        self._values[:, :, self.length : end] = value_states
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from slot `length` on; what is appended next overwrites them."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"A cache of {self.length} tokens cannot be cut to {length}.")
+        self.length = length
+
+    def crop(self, tokens: int) -> None:
+        """transformers' `truncate`: drop `-tokens` tokens, or (releases before 5.23) keep `tokens` of them."""
+        if tokens:
+            self.truncate(min(tokens, self.length) if tokens > 0 else max(self.length + tokens, 0))
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in earlier releases of transformers 5
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, in that order; they may repeat."""
+        if self.is_initialized:
+            indices = indices.to(self.device)
+            self._keys, self._values = self._keys[indices], self._values[indices]
+
+    reorder_cache = batch_select_indices
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+
+class KVCache(Cache):
+    """The cache of a batch: a `GrowingLayer` for every layer, where each sequence starts, and its selections.
+
+    Args:
+        num_layers: layers of the model.
+        starts: int32 `[B]`, slot of each sequence's first token (left padding); None when all start at slot 0.
+
+    Attributes:
+        selections: buffers of the attention that decodes, None before the first step or where nothing is selected.
+        selected_at: length of the cache when the first selection was made; None makes the next step select.
+        fixed_steps: what engines keep of their steps over these very buffers.
+    """
+
+    def __init__(self, num_layers: int, starts: Tensor | None = None) -> None:
+        super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
+        self.starts = starts
+        self.fixed_steps: dict[Any, Any] = {}
+        self.forget_selections()
+
+    @property
+    def length(self) -> int:
+        """Filled slots, padding included."""
+        return self.layers[0].length
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is room for, padding included."""
+        return self.layers[0].capacity
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one key of one KV head."""
+        keys, _ = self.layers[0].store
+        return keys.shape[-1] * keys.element_size()
+
+    def token_counts(self) -> Tensor:
+        """int32 `[B]`: cached tokens of each sequence."""
+        return self.kv(0).token_counts()
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` slots in every layer."""
+        if slots > self.capacity:
+            self.fixed_steps.clear()  # they hold on to the stores, which move now
+        for layer in self.layers:
+            layer.reserve(slots)
+
+    def advance(self) -> None:
+        """Count a token that was written into the stores."""
+        for layer in self.layers:
+            layer.length += 1
+
+    def truncate(self, length: int) -> None:
+        """Forget every slot from `length` on, and the selections made there."""
+        for layer in self.layers:
+            layer.truncate(length)
+        if self.selections is not None:
+            self.selections.truncate(length)
+        self.selected_at = None
+
+    def selections_for(self, attention: DecodeAttention) -> tuple[Selections | None, bool]:
+        """The selections of the step to come, and whether it selects anew; makes room for its token.
+
+        The buffers stay the same from step to step, and when the cache is truncated; they change when the cache moves
+        to a larger place, its sequences change, or another attention takes over.
+        """
+        position = self.length
+        self.reserve(position + 1)
+        owner = attention, self.capacity
+        if self._owner != owner:
+            self.fixed_steps.clear()
+            self.selections = attention.allocate(self.layers[0].batch_size, self.capacity, self.layers[0].device)
+            self._owner, self.selected_at = owner, None
+        if self.selected_at is None:
+            self.selected_at = position
+        refresh = (position - self.selected_at) % attention.refresh_every == 0
+        if self.selections is not None:
+            self.selections.follow(lambda layer: self.layers[layer].store, position, refresh)
+        return self.selections, refresh
+
+    def forget_selections(self) -> None:
+        """Make the next step select anew, into buffers of its own."""
+        self.selections: Selections | None = None
+        self.selected_at: int | None = None
+        self.fixed_steps.clear()
+        self._owner: tuple[DecodeAttention | None, int] = None, 0
+
+    def kv(self, layer: int) -> KV:
+        """What the operations read of a layer."""
+        return KV(self.layers[layer].keys, self.layers[layer].values, None, self.starts)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.starts is not None:
+            self.starts = self.starts[indices.to(self.starts.device)]
+        self.forget_selections()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.starts is not None:
+            self.starts = self.starts.repeat_interleave(repeats)
+        self.forget_selections()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+
+def _room_for(states: Tensor, slots: int) -> Tensor:
+    batch, heads, _, dim = states.shape
+    return states.new_empty(batch, heads, slots, dim)

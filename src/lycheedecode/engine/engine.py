@@ -1,0 +1,327 @@
+"""Engine: dense prefill, hybrid decode, Cache Correction, and the one generation loop.
+
+    prefill            prompts -> Context: their KV cache and the logits of the first new token
+    decode_one_token   Context + one token a sequence -> logits of the next
+    score              Context + answers -> the logits of every answer token, decoded one by one
+    generate, stream   prompts -> text
+
+Dimensions as in `ops`; `T` tokens of an answer, `V` the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import DecodeAttention, FullAttention, HybridAttention
+from ..config import HybridConfig
+from ..models.routing import AttentionRoute, Reach, supported_shape
+from ..plan import HeadPlan
+from .cache import KVCache
+from .decoder import Decoder, Execution
+from .generation import Coming, Generation, Piece, Progress, PromptLike, encode, stop_token_ids
+from .memory import prefill_chunk
+from .prefill import ChunkAttention
+from .sampling import Sampler, Sampling
+
+TokenIds = Tensor | Sequence[Sequence[int]]
+"""int64 `[B, S]`, or one sequence of token ids for each prompt; lengths may differ."""
+
+
+@dataclass
+class Context:
+    """Prompts that were prefilled, and what was decoded after them. Engines of the same model may share one.
+
+    Attributes:
+        cache: keys and values of prompts and decoded tokens.
+        logits: float32 `[B, V]`, of the first token after each prompt.
+        prompt_lengths: tokens of each prompt.
+        prefill_seconds: time that the prefill took.
+        kv_bytes: float64 `[B]`, bytes of the KV cache that decode steps have read for each sequence.
+        steps: decode steps since the prompt.
+    """
+
+    cache: KVCache
+    logits: Tensor
+    prompt_lengths: list[int]
+    prefill_seconds: float
+    kv_bytes: Tensor
+    steps: int = 0
+    _uncorrected: list[Tensor] = field(default_factory=list)
+
+    @property
+    def padding(self) -> list[int] | None:
+        """Unused slots before each prompt; None where there are none."""
+        longest = max(self.prompt_lengths)
+        return [longest - length for length in self.prompt_lengths] if min(self.prompt_lengths) < longest else None
+
+    def rewind(self) -> None:
+        """Forget all that was decoded; the prompts stay."""
+        self.cache.truncate(max(self.prompt_lengths))
+        self.kv_bytes.zero_()
+        self.steps = 0
+        self._uncorrected.clear()
+
+
+class Engine:
+    """Decodes with a Hugging Face model whose attention is ours. The model itself is left as it was between calls.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: needed for text prompts, text results, stop strings and chat templates.
+        plan: the donor of every KV head; None decodes with full attention.
+        config: how to decode; `correction_every` also holds for full attention.
+        attention: decode attention to use instead of a plan's.
+        prefill_chunk: prompt tokens that pass through the model at once; None: as many as memory allows.
+        execution: `auto`: on a GPU a decode step is compiled and replayed as a CUDA graph, as far as that is possible;
+            `compiled`, `graph` or `eager` insist on one way (see `decoder`).
+        backend: of `torch.compile`; None: ours, which is faster than "inductor" (`lycheedecode.fusion`).
+
+    Raises:
+        ModelError: the model's attention cannot be replaced.
+        PlanError: the plan does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        plan: HeadPlan | None = None,
+        config: HybridConfig | None = None,
+        attention: DecodeAttention | None = None,
+        prefill_chunk: int | None = None,
+        execution: Execution = "auto",
+        backend: Any = None,
+    ) -> None:
+        if plan is not None and attention is not None:
+            raise ValueError("Give a plan or an attention, not both.")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, not {prefill_chunk}.")
+        self.model, self.tokenizer = model, tokenizer
+        self.shape = supported_shape(model, plan)
+        self.config = config or HybridConfig()
+        full = FullAttention(len(self.shape.global_layers), self.shape.num_kv_heads)
+        if plan is not None:
+            attention = HybridAttention(plan, self.config, self.shape.global_layers)
+        self.attention: DecodeAttention = attention or full
+        self._full = full
+        self._prefill_chunk = prefill_chunk
+        reaches = Reach.of_layers(model, self.shape)
+        self._decoder = Decoder(model, self.attention, reaches, execution, backend)
+        self._chunks = ChunkAttention(reaches)
+        self._route = AttentionRoute(model, self._chunks, masks=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def way(self) -> str:
+        """How decode steps run: `compiled`, `graph` or `eager`."""
+        return self._decoder.way
+
+    # ------------------------------------------------------------------ phases
+
+    def prefill(self, input_ids: TokenIds, room: int = 0) -> Context:
+        """Read prompts with full attention.
+
+        Args:
+            input_ids: the prompts; shorter ones are padded on the left, out of sight.
+            room: tokens to decode later, reserved at once.
+
+        Raises:
+            ValueError: no prompt, an empty one, one with more tokens than the model has positions, or one whose cache
+                does not fit into memory.
+        """
+        padded, lengths = self._pad(input_ids)
+        longest = padded.shape[1]
+        padding = [longest - length for length in lengths] if min(lengths) < longest else None
+        if 0 < self.shape.max_positions < longest:
+            raise ValueError(f"The prompt has {longest} tokens; the model has {self.shape.max_positions} positions.")
+        starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
+        cache = KVCache(self.shape.num_layers, starts)
+        cache.reserve(longest + room)
+        chunk_tokens = self._prefill_chunk or prefill_chunk(self.model, self.shape, len(lengths), cache.capacity)
+        began = self._now()
+        for chunk in padded.split(chunk_tokens, dim=1):
+            logits = self._dense(cache, chunk, padding)
+        seconds = self._now() - began
+        return Context(
+            cache, logits, lengths, seconds, torch.zeros(len(lengths), dtype=torch.float64, device=self.device)
+        )
+
+    def decode_one_token(self, context: Context, token_ids: Tensor) -> Tensor:
+        """Feed one token a sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the next.
+
+        With Cache Correction, every n-th token passes through the model together with the n - 1 before it, densely:
+        their cache entries are rewritten, and the logits come from that pass.
+        """
+        context.steps += 1
+        if self.config.correction_every:
+            context._uncorrected.append(token_ids.clone())
+            if len(context._uncorrected) >= self.config.correction_every:
+                return self._correct(context)
+        return self._decoder.logits(context.cache, token_ids, context.kv_bytes).clone()
+
+    def score(self, prompt: Context | TokenIds, answer_ids: TokenIds) -> Tensor:
+        """Feed answers through decode steps, one token a sequence at a time.
+
+        Args:
+            prompt: prompts, or a Context of this model; a Context is rewound before and after, so one prefill serves
+                many engines.
+            answer_ids: one answer for each prompt; shorter ones are padded on the right with token 0.
+
+        Returns:
+            float32 `[B, T, V]`: the logits after answer token t. Those before the first one are `Context.logits`.
+        """
+        context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
+        answers = self._pad(answer_ids, left=False)[0]
+        if answers.shape[0] != len(context.prompt_lengths):
+            raise ValueError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
+        context.rewind()
+        context.cache.reserve(context.cache.length + answers.shape[1])
+        logits = [self.decode_one_token(context, token_ids) for token_ids in answers.unbind(1)]
+        context.rewind()
+        return torch.stack(logits, 1)
+
+    # ------------------------------------------------------------------ generation
+
+    def generate(
+        self, prompts: PromptLike | Sequence[PromptLike] | Context, max_new_tokens: int = 256, **options: Any
+    ) -> list[Generation]:
+        """Generate for one or several prompts; arguments as in `stream`, one `Generation` for each prompt."""
+        finished = [piece for piece in self.stream(prompts, max_new_tokens, **options) if piece.generation is not None]
+        return [piece.generation for piece in sorted(finished, key=lambda piece: piece.sequence)]
+
+    def stream(
+        self,
+        prompts: PromptLike | Sequence[PromptLike] | Context,
+        max_new_tokens: int = 256,
+        *,
+        sampling: Sampling | None = None,
+        stop: Sequence[str | int] = (),
+        chat: bool = False,
+        ignore_eos: bool = False,
+    ) -> Iterator[Piece]:
+        """Generate, a piece of text at a time.
+
+        Args:
+            prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids; or a
+                Context, which is rewound before, so one prefill serves many engines.
+            max_new_tokens: most tokens for each prompt; the model's positions are a limit too.
+            sampling: greedy by default.
+            stop: strings that end a sequence (not part of its text), and ids of tokens that do.
+            chat: wrap string prompts as one user message in the tokenizer's chat template.
+            ignore_eos: go on after the model's own end tokens.
+
+        Yields:
+            pieces of every sequence's text in the order of decoding; the last piece of each carries its `Generation`.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+        if not isinstance(prompts, Context):
+            prompts = encode(prompts, self.tokenizer, chat)
+        lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
+        ends = {token for token in stop if isinstance(token, int)}
+        if not ignore_eos:
+            ends |= stop_token_ids(self.model, self.tokenizer)
+        texts = [text for text in stop if isinstance(text, str)]
+        if self.shape.max_positions:
+            max_new_tokens = max(min(max_new_tokens, self.shape.max_positions - max(lengths, default=0) + 1), 1)
+        return self._stream(prompts, max_new_tokens, sampling or Sampling(), ends, texts)
+
+    def _stream(
+        self,
+        prompts: list[list[int]] | Context,
+        max_new_tokens: int,
+        sampling: Sampling,
+        ends: set[int],
+        texts: list[str],
+    ) -> Iterator[Piece]:
+        context = prompts if isinstance(prompts, Context) else self.prefill(prompts, room=max_new_tokens)
+        context.rewind()
+        context.cache.reserve(context.cache.length + max_new_tokens)
+        rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
+        sampler = Sampler(sampling, self.device)
+        next_ids, seconds, drawn = sampler(context.logits), 0.0, 1
+        self._decoder.prepare(context.cache, next_ids, context.kv_bytes)
+        while True:
+            began = time.perf_counter()
+            coming, following = Coming(next_ids), None
+            if next_ids.is_cuda and drawn < max_new_tokens:  # the GPU need not wait for what the host makes of a token
+                following, drawn = sampler(self.decode_one_token(context, next_ids)), drawn + 1
+            token_ids = coming.tolist()
+            seconds += time.perf_counter() - began
+            for sequence, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
+                if row.finish_reason is not None:
+                    continue
+                piece = row.push(token_id)
+                if row.finish_reason is not None:
+                    yield Piece(sequence, piece, self._result(context, sequence, row, seconds))
+                elif piece:
+                    yield Piece(sequence, piece)
+            if all(row.finish_reason is not None for row in rows):
+                return
+            began = time.perf_counter()
+            next_ids = sampler(self.decode_one_token(context, next_ids)) if following is None else following
+            seconds += time.perf_counter() - began
+
+    def _result(self, context: Context, sequence: int, row: Progress, seconds: float) -> Generation:
+        return Generation(
+            token_ids=tuple(row.token_ids),
+            text=row.text,
+            finish_reason=row.finish_reason,
+            prompt_tokens=context.prompt_lengths[sequence],
+            prefill_seconds=context.prefill_seconds,
+            decode_seconds=seconds,
+            kv_bytes_per_token=float(context.kv_bytes[sequence]) / max(context.steps, 1),
+        )
+
+    # ------------------------------------------------------------------ several tokens at once
+
+    def _dense(self, cache: KVCache, token_ids: Tensor, padding: list[int] | None) -> Tensor:
+        """Tokens `[B, T]` -> logits float32 `[B, V]` after the last; every layer is dense."""
+        positions = torch.arange(cache.length, cache.length + token_ids.shape[1], device=token_ids.device)[None]
+        if cache.starts is not None:
+            positions = (positions - cache.starts[:, None]).clamp_(min=0)
+        self._chunks.padding = padding
+        with self._route, torch.inference_mode():
+            output = self.model(
+                input_ids=token_ids,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].float().clone()  # an ordinary tensor, which callers may change
+
+    def _correct(self, context: Context) -> Tensor:
+        cache, tokens = context.cache, torch.stack(context._uncorrected, 1)
+        context._uncorrected.clear()
+        cache.truncate(cache.length - tokens.shape[1] + 1)  # the newest token has no entry yet
+        logits = self._dense(cache, tokens, context.padding)
+        self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
+        return logits
+
+    def _pad(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
+        """Sequences as int64 `[B, longest]` on the model's device, and their lengths."""
+        rows = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
+        lengths = [len(row) for row in rows]
+        if not rows or not min(lengths):
+            raise ValueError("There is no prompt." if not rows else "An empty prompt or answer cannot be decoded.")
+        longest = max(lengths)
+        padding = [[0] * (longest - length) for length in lengths]
+        padded = [pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)]
+        return torch.tensor(padded, dtype=torch.int64, device=self.device), lengths
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -1,0 +1,147 @@
+"""Dense causal attention of a chunk of tokens over everything before it: prompts, and Cache Correction.
+
+    keys     | all earlier tokens          | the chunk's own |
+    queries    see them all                  causal            -> two attentions without a mask, merged by their mass
+
+So the chunk costs what a FlashAttention kernel costs, and memory that grows with the chunk alone. Layers that look back
+a limited way go in tiles, whose masks are small. Dimensions as in `ops`; `T` tokens of the chunk, the last of `S`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..models.routing import Reach, refuse_unless_plain
+
+_TILE = 1024
+"""Queries of a layer with limited reach that share a mask."""
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,  # ahead of FlashAttention 2 on Hopper, by half again
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_aten = torch.ops.aten
+
+
+class ChunkAttention:
+    """Attention of every layer of a model while a chunk passes through it, in transformers' attention interface.
+
+    Args:
+        reaches: of every layer.
+        padding: unused slots before each sequence; None where there are none.
+    """
+
+    def __init__(self, reaches: Sequence[Reach], padding: Sequence[int] | None = None) -> None:
+        self._reaches, self.padding = reaches, padding
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        refuse_unless_plain(options)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        reach = self._reaches[module.layer_idx]
+        if not reach.is_all:
+            output = attend_within(query, key, value, reach, self.padding, scale)
+        elif self.padding is None:
+            output = attend_causal(query, key, value, scale)
+        else:
+            output = _each_without_padding(query, key, value, self.padding, scale)
+        return output.transpose(1, 2), None
+
+
+def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """The last `T` of `S` tokens attend to themselves and all before them.
+
+    Args:
+        query: `[B, Hq, T, D]`.
+        keys, values: `[B, Hkv, S, D]`.
+        scale: factor on the logits.
+
+    Returns:
+        `[B, Hq, T, D]`.
+    """
+    earlier = keys.shape[2] - query.shape[2]
+    if earlier == 0:
+        keys, values = _as_many_heads(query, keys, values)
+        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    past, past_mass = _with_mass(query, keys[:, :, :earlier], values[:, :, :earlier], scale, causal=False)
+    own, own_mass = _with_mass(query, keys[:, :, earlier:], values[:, :, earlier:], scale, causal=True)
+    share = (past_mass - own_mass).sigmoid()[..., None]
+    return torch.lerp(own.float(), past.float(), share).to(query.dtype)
+
+
+def _with_mass(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, and the logarithm of each query's mass, float32 `[B, Hq, T]`."""
+    if query.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, 0.0, causal, scale=scale)
+    if can_use_flash_attention(SDPAParams(query, keys, values, None, 0.0, causal, True)):
+        dim = query.shape[-1]
+        query, keys, values = (F.pad(x, (0, -dim % 8)) if dim % 8 else x for x in (query, keys, values))
+        output, mass = _aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, scale=scale)[:2]
+        return output[..., :dim], mass
+    keys, values = (_repeated(x, query) for x in (keys, values))
+    output, mass = _aten._scaled_dot_product_efficient_attention(
+        query, keys, values, None, True, 0.0, causal, scale=scale
+    )[:2]
+    return output, mass[:, :, : query.shape[2]]
+
+
+def attend_within(
+    query: Tensor, keys: Tensor, values: Tensor, reach: Reach, padding: Sequence[int] | None, scale: float
+) -> Tensor:
+    """`attend_causal` of a layer with limited reach, after `padding` unused slots."""
+    tokens, slots = query.shape[2], keys.shape[2]
+    starts = 0 if padding is None else torch.tensor(padding, device=query.device)[:, None]
+    outputs = []
+    for begin in range(slots - tokens, slots, _TILE):
+        end = min(begin + _TILE, slots)
+        low = max(begin + 1 - reach.span, 0)
+        asking = torch.arange(begin, end, device=query.device)
+        first = reach.first_slot(asking + 1, starts).clamp(max=asking)  # padding sees itself: anything but nothing
+        seen = torch.arange(low, end, device=query.device)
+        mask = (seen >= first[..., None]) & (seen <= asking[:, None])
+        mask = mask if mask.dim() == 2 else mask[:, None]
+        tile = query[:, :, begin - (slots - tokens) : end - (slots - tokens)]
+        near = [_repeated(x[:, :, low:end], query) for x in (keys, values)]
+        outputs.append(F.scaled_dot_product_attention(tile, *near, attn_mask=mask, scale=scale))
+    return torch.cat(outputs, 2)
+
+
+def _each_without_padding(query: Tensor, keys: Tensor, values: Tensor, padding: Sequence[int], scale: float) -> Tensor:
+    """`attend_causal`, a sequence at a time; padding attends to nothing and gives zeros."""
+    output, first = torch.zeros_like(query), keys.shape[2] - query.shape[2]
+    for b, unused in enumerate(padding):
+        skip = max(unused - first, 0)
+        if skip < query.shape[2]:
+            one = slice(b, b + 1)
+            output[one, :, skip:] = attend_causal(
+                query[one, :, skip:], keys[one, :, unused:], values[one, :, unused:], scale
+            )
+    return output
+
+
+def _as_many_heads(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Only the kernels for 16-bit numbers know groups of query heads."""
+    if query.is_cuda and query.dtype == torch.float32:
+        return _repeated(keys, query), _repeated(values, query)
+    return keys, values
+
+
+def _repeated(states: Tensor, query: Tensor) -> Tensor:
+    return states.repeat_interleave(query.shape[1] // states.shape[1], dim=1)

@@ -1,0 +1,260 @@
+"""A decode step: the model on one token a sequence, in whose attention layers a `DecodeAttention` reads our cache.
+
+    token ids -> model { in every attention layer: append the token to the cache -> attend } -> logits
+
+To the compiler, cache and attention are one opaque operator. What it compiles therefore knows neither the size of the
+cache nor a plan nor a config: one compilation serves full and hybrid attention, every context, every engine of a model.
+The operator finds what it belongs to in `_running`, as long as a step is open:
+
+    FlexibleStep  appends after the last token, and attends over views of what is filled; anything may run in it
+    FixedStep     appends at a slot that only the device knows, and attends over the whole store up to lengths in device
+                  memory: the same launches at every length, fit for a CUDA graph
+
+Dimensions as in `ops`; `V` the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers.cache_utils import Cache
+
+from .. import ops
+from ..attention import DecodeAttention
+from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
+from ..ops import KV, Selections
+from ..ops.append.rope import Rotation
+from .cache import KVCache
+
+Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""`(model, token ids int64 [B], lengths int32 [B]) -> logits float32 [B, V]`; lengths include the token."""
+
+
+class Step(Protocol):
+    """What the attention layers of an open step do."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Take the token's key and value, `[B, Hkv, D]`; returns the output for its query, both `[B, Hq, D]`.
+
+        With a `rotation`, query and key have not passed it yet.
+        """
+
+
+class FlexibleStep:
+    """A step over views of the cache; attention that runs in it may read from the device what it likes.
+
+    Args:
+        cache: grows by a token.
+        attention: what the global layers do; the others attend densely to what they reach.
+        reaches: of every layer.
+        selections: buffers of `attention`.
+        refresh: whether it selects anew.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        attention: DecodeAttention,
+        reaches: Sequence[Reach],
+        selections: Selections | None,
+        refresh: bool,
+    ) -> None:
+        self._cache, self._attention, self._reaches = cache, attention, reaches
+        self._selections, self._refresh = selections, refresh
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
+        """See `Step`."""
+        if rotation is not None:
+            query, key = rotation.of_query(query), rotation.of_key(key)
+        keys, values = self._cache.update(key[:, :, None], value[:, :, None], layer)
+        reach, starts = self._reaches[layer], self._cache.starts
+        if reach.is_all:
+            return self._attention(layer, query, KV(keys, values, None, starts), self._selections, scale, self._refresh)
+        filled = keys.shape[2]
+        if starts is None:
+            begin = reach.first_slot(filled, 0)
+        else:
+            begin, starts = max(filled - reach.span, 0), reach.first_slot(filled, starts)
+            starts = (starts - begin).int()
+        return ops.attend(query, KV(keys[:, :, begin:], values[:, :, begin:], None, starts), scale)
+
+
+class FixedStep:
+    """A step whose launches are the same at every length, over one cache as large as it is now.
+
+    `filled` and `token_ids` are set before each run. Running a step twice leaves the cache as running it once does.
+
+    Args:
+        cache: its stores are written in place; its length is left to the caller.
+        attention, reaches, selections, refresh: as in `FlexibleStep`.
+        kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        attention: DecodeAttention,
+        reaches: Sequence[Reach],
+        selections: Selections | None,
+        refresh: bool,
+        kv_bytes: Tensor,
+    ) -> None:
+        self.stores = [layer.store for layer in cache.layers]
+        self.selections, self.kv_bytes = selections, kv_bytes
+        self._attention, self._reaches, self._refresh, self._key_bytes = attention, reaches, refresh, cache.key_bytes
+        batch, device = kv_bytes.shape[0], kv_bytes.device
+        self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.filled = torch.ones(batch, dtype=torch.int32, device=device)
+        self._starts = cache.starts
+        self._ends: dict[Reach, tuple[Tensor, Tensor | None]] = {}
+
+    def run(self, forward: Forward, model: nn.Module) -> Tensor:
+        """Logits float32 `[B, V]` of the next token."""
+        lengths = self.filled if self._starts is None else self.filled - self._starts
+        starts = torch.zeros_like(lengths) if self._starts is None else self._starts
+        for reach in set(self._reaches):
+            if reach.is_all:
+                self._ends[reach] = lengths, self._starts
+            else:
+                first = reach.first_slot(self.filled, starts)
+                self._ends[reach] = self.filled - first, first
+        with running(self):
+            logits = forward(model, self.token_ids, lengths)
+        self._attention.count_bytes(self.kv_bytes, lengths, self.selections, self._refresh, self._key_bytes)
+        return logits
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
+        """See `Step`."""
+        keys, values = self.stores[layer]
+        query = ops.append(keys, values, key, value, self.filled, query, rotation)
+        reach = self._reaches[layer]
+        kv = KV(keys, values, *self._ends[reach])
+        if reach.is_all:
+            return self._attention(layer, query, kv, self.selections, scale, self._refresh)
+        return ops.attend(query, kv, scale)
+
+
+# ---------------------------------------------------------------------- how attention layers find their step
+
+_running: list[Step] = []
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """Attention layers of `route` belong to `step` while this is open."""
+    _running.append(step)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    rotation = None if cos is None else Rotation(cos, sin, query_norm, key_norm, eps)
+    return _running[-1].attend(layer, query, key, value, scale, rotation)
+
+
+# It writes the cache behind the compiler's back. That is safe: layers depend on each other through their outputs, so
+# they run in order and none is left out; and no cache is ever copied to keep a graph functional.
+_attend_operator = torch.library.custom_op("lycheedecode::decode_layer", _attend, mutates_args=())
+
+
+@_attend_operator.register_fake
+def _(query, key, value, layer, scale, cos=None, sin=None, query_norm=None, key_norm=None, eps=0.0):
+    return query.new_empty(query.shape)
+
+
+def _attention_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface for one token a sequence; the keys and values are the token's only."""
+    refuse_unless_plain(options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = _attend_operator if is_compiling() else _attend
+    return attend(query[:, :, 0], key[:, :, 0], value[:, :, 0], module.layer_idx, scale)[:, None], None
+
+
+class _Newest(Cache):
+    """What a model may ask of a cache when attention layers append to it: hands the new token through."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+def route(model: nn.Module) -> AttentionRoute:
+    """Attention layers of `model` take part in the running step while the route is open."""
+    return AttentionRoute(model, _attention_layer, masks=False, name="step")
+
+
+def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:
+    """A `Forward`, eager."""
+    output = model(
+        input_ids=token_ids[:, None],
+        position_ids=lengths[:, None].long() - 1,
+        past_key_values=_Newest(),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float()
+
+
+INDUCTOR = {"coordinate_descent_tuning": True}
+"""Options of the compiler: matrix-vector products are its own kernels, worth a search for their launch constants."""
+
+
+@lru_cache(maxsize=8)
+def compiled_forward(backend: Any = None) -> Forward:
+    """A `Forward` that compiles the whole model, once for every batch size.
+
+    The whole model rather than layer by layer: the end of a layer and the norm that begins the next are one kernel
+    then. Its kernels repeat from layer to layer, so most of the compiler's work is found in its cache.
+
+    Args:
+        backend: of `torch.compile`; None: `lycheedecode.fusion.backend`.
+    """
+    if backend is None:
+        from ..fusion import backend
+    options = INDUCTOR if backend == "inductor" else None
+    run = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+    def compiled(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        # Models and batch sizes share one count of compilations; there is nothing wrong with many.
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+            return run(model, token_ids, lengths)
+
+    return compiled

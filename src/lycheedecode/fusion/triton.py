@@ -1,0 +1,331 @@
+"""Linear layers of a few rows, at the speed at which the GPU reads their weights.
+
+A program multiplies all rows of the input with `TN` rows of a weight, or with one of `SPLITS` shares of their columns;
+then the program that arrives last adds the shares up. One launch goes over up to three weights, wherever they lie, so
+the projections of one input need no fused copy of their weights. Early starts (programmatic dependent launch): weights
+depend on no kernel before, so while the one before drains, a program already calls its first ones into the L2.
+
+Names in kernels: `n` a row of a weight, `k` a column of it, `b` a row of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import kernel_common as common
+from ..ops.kernel_common import power_of_two
+from .operator import MAX_ROWS, MAX_WEIGHTS
+
+PROGRAMS = 396
+"""Programs that an H200's 132 multiprocessors hold at once, three each: one wave, whose loads keep the memory busy."""
+
+
+class Tuning(NamedTuple):
+    """How the kernel cuts its work; never changes what it computes.
+
+    Attributes:
+        rows: of a weight, that a program multiplies.
+        depth: columns that it handles at once.
+        splits: programs that share the columns of a row.
+        warps: of a program.
+        stages: depth of its load pipeline.
+        dot: rows of input that a matrix instruction takes, 8 or 16; 0: ordinary multiplications, for one row only.
+        prefetch: columns of its rows that a program calls into the L2 while the kernel before it drains; 0 starts
+            when that kernel has ended.
+        overlap: MiB that are left to read when the kernel after it may start.
+    """
+
+    rows: int
+    depth: int
+    splits: int
+    warps: int
+    stages: int
+    dot: int = 8
+    prefetch: int = 0
+    overlap: int = 16
+
+
+class Kind(NamedTuple):
+    """What a launch is chosen by."""
+
+    rows: int
+    sizes: tuple[int, ...]
+    columns: int
+    dtype: torch.dtype
+    gated: bool
+    norm: bool = False
+    residual: bool = False
+
+
+launches: dict[Kind, Tuning] = {}
+"""The launch of every kind of layer that was computed; whoever changes one changes those to come."""
+
+
+@triton.jit
+def _call_into_l2(weight, tile, N, K, k, columns, TN: tl.constexpr, THREADS: tl.constexpr):
+    """Columns from `k` on of the program's rows, in as many pieces, of a multiple of 16 bytes, as it has threads."""
+    PIECES: tl.constexpr = (THREADS + TN - 1) // TN
+    piece = tl.arange(0, TN * PIECES)
+    n = tl.minimum(tile * TN + piece // PIECES, N - 1).to(tl.int64)
+    at = weight + n * K + k + piece % PIECES * (columns // PIECES)
+    size = piece * 0 + columns // PIECES * (weight.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [at.to(tl.int64), size],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _let_next_start(now):
+    """`gdc_launch_dependents` on a condition; a branch would cost the loop registers."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p griddepcontrol.launch_dependents; mov.b32 $0, 0; }", "=r,r",
+        [now.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _read(at, exists, EVEN: tl.constexpr):
+    """Load; `exists` matters only where the columns do not fill whole tiles."""
+    return tl.load(at) if EVEN else tl.load(at, mask=exists, other=0.0)
+
+
+@triton.jit
+def _multiply(acc, w, v, DOT: tl.constexpr):
+    """Add the product of `w [TN, TK]` and `v [TK, BP]`; without `DOT`, `v` is `[1, TK]` and columns stay apart."""
+    if DOT:
+        acc = tl.dot(w, v, acc, input_precision="ieee")
+    else:
+        acc += w.to(tl.float32) * v.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _store(
+    out, y, gate, b_y, b_gate, residual, n, b, N, first, stride_out, stride_r, B: tl.constexpr, GATED: tl.constexpr
+):
+    """Write sums `y [TN, BP]`, after everything that follows them."""
+    exists = (n < N)[:, None] & (b < B)[None, :]
+    if b_y is not None:
+        y += tl.load(b_y + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if b_gate is not None:
+            gate += tl.load(b_gate + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        y = gate * tl.sigmoid(gate) * y
+    at = first + n[:, None]
+    if residual is not None:
+        y += tl.load(residual + b[None, :] * stride_r + at, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + b[None, :] * stride_out + at, y.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["N0", "N1", "N2", "steps", "trigger", "prefetch", "eps"])
+def _linear_kernel(
+    out, x, w0, w1, w2, b0, b1, b2, residual, norm, partial, sums, arrivals,
+    N0, N1, N2, K, steps, trigger, prefetch, stride_out, stride_x, stride_r, eps,
+    B: tl.constexpr, BP: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    program, split = tl.program_id(0), tl.program_id(1)
+    weight, bias, N, first, tile = w0, b0, N0, N0 * 0, program
+    if GATED:
+        bias = b1  # what the gate multiplies comes from w1 and b1
+    elif w1 is not None:
+        tiles = tl.cdiv(N0, TN)
+        if program >= tiles:
+            weight, bias, N, first, tile = w1, b1, N1, N0, program - tiles
+        if w2 is not None:
+            tiles += tl.cdiv(N1, TN)
+            if program >= tiles:
+                weight, bias, N, first, tile = w2, b2, N2, N0 + N1, program - tiles
+
+    n = tile * TN + tl.arange(0, TN)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # rows past the end are the last one again, never stored
+    b = tl.arange(0, BP)
+    begin = split * steps * TK
+    if EARLY:
+        _call_into_l2(weight, tile, N, K, begin, prefetch, TN, THREADS)
+        if GATED:
+            _call_into_l2(w1, tile, N, K, begin, prefetch, TN, THREADS)
+        tl.extra.cuda.gdc_wait()
+
+    y = tl.zeros([TN, BP if DOT else TK], tl.float32)
+    gate = y
+    squares = tl.zeros([TK, BP] if DOT else [1, TK], tl.float32)
+    for step in tl.range(steps, num_stages=STAGES):
+        if EARLY:
+            _let_next_start(step == trigger)
+        k = begin + step * TK + tl.arange(0, TK)
+        if DOT:
+            v = tl.load(x + b[None, :] * stride_x + k[:, None], mask=(b < B)[None, :] & (k < K)[:, None], other=0.0)
+        else:
+            v = _read(x + k[None, :], (k < K)[None, :], EVEN)
+        if norm is not None:
+            scale = _read(norm + k, k < K, EVEN).to(tl.float32)
+            v = v.to(tl.float32)
+            squares += v * v
+            v = (v * (scale[:, None] if DOT else scale[None, :])).to(x.dtype.element_ty)
+        at = row + k[None, :]
+        if GATED:
+            gate = _multiply(gate, _read(w0 + at, (k < K)[None, :], EVEN), v, DOT)
+            y = _multiply(y, _read(w1 + at, (k < K)[None, :], EVEN), v, DOT)
+        else:
+            y = _multiply(y, _read(weight + at, (k < K)[None, :], EVEN), v, DOT)
+
+    square = tl.sum(squares, 0 if DOT else 1)
+    if not DOT:
+        y = tl.sum(y, 1)[:, None]
+        gate = tl.sum(gate, 1)[:, None]
+    last = True
+    if SPLITS > 1:
+        cell = tl.arange(0, TN)[:, None] * BP + b[None, :]
+        part = (program * SPLITS + split).to(tl.int64)
+        tl.store(partial + part * (TN * BP) + cell, y)
+        if norm is not None:
+            tl.store(sums + part * BP + b, square)
+        last = common.is_last(arrivals, program, SPLITS)
+    if last:
+        if SPLITS > 1:
+            y = tl.zeros([TN, BP], tl.float32)
+            square = tl.zeros([BP], tl.float32)
+            for other in tl.static_range(SPLITS):  # always in this order, whoever is last
+                part = (program * SPLITS + other).to(tl.int64)
+                y += tl.load(partial + part * (TN * BP) + cell, cache_modifier=".cg")
+                if norm is not None:
+                    square += tl.load(sums + part * BP + b, cache_modifier=".cg")
+        if norm is not None:
+            scale = tl.rsqrt(square / K + eps)[None, :]
+            y *= scale
+            gate *= scale
+        _store(out, y, gate, bias, b0, residual, n, b, N, first, stride_out, stride_r, B, GATED)
+
+
+def linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    tuning: Tuning | None = None,
+) -> Tensor:
+    """See `linear.linear`."""
+    check(x, weights, biases, residual, norm, gated)
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    sizes = [weight.shape[0] for weight in weights]
+    width = sizes[0] if gated else sum(sizes)
+    out = x.new_empty((*x.shape[:-1], width))
+    if tuning is None:
+        kind = Kind(rows, tuple(sizes), columns, x.dtype, gated, norm is not None, residual is not None)
+        tuning = launches.get(kind) or launches.setdefault(kind, default_tuning(*kind[:5]))
+    if gated and tuning.splits > 1:
+        raise ValueError("A gated linear layer takes no splits.")
+    flat = x.reshape(rows, columns)
+    flat_residual = None if residual is None else residual.reshape(rows, width)
+    tiles = -(-sizes[0] // tuning.rows) if gated else sum(-(-size // tuning.rows) for size in sizes)
+    steps = -(-columns // (tuning.depth * tuning.splits))
+    even = steps * tuning.depth * tuning.splits == columns
+    padded = max(tuning.dot, power_of_two(rows)) if tuning.dot else 1
+    if rows > padded:
+        raise ValueError(f"{rows} rows need matrix instructions.")
+    partial = sums = arrivals = None
+    if tuning.splits > 1:
+        partial = x.new_empty((tiles, tuning.splits, tuning.rows, padded), dtype=torch.float32)
+        sums = x.new_empty((tiles, tuning.splits, padded), dtype=torch.float32) if norm is not None else None
+        arrivals = common.take_arrivals(tiles, x.device)
+    left = tuning.overlap * 2**20 / (sum(sizes) * columns * x.element_size())
+    piece = -(-32 * tuning.warps // tuning.rows) * (16 // x.element_size())  # columns, at 16 bytes for every thread
+    prefetch = min(tuning.prefetch, steps * tuning.depth) // piece * piece
+    early = prefetch > 0 and even and _aligned(weights) and common.starts_early(x.device)
+    missing = [None] * (MAX_WEIGHTS - len(weights))
+    with common.on_device(x):
+        _linear_kernel[(tiles, tuning.splits)](
+            *(out, flat, *weights, *missing, *biases, *[None] * (MAX_WEIGHTS - len(biases))),
+            *(flat_residual, norm, partial, sums, arrivals, *sizes, *[0] * len(missing), columns, steps),
+            *(max(steps - ceil(steps * left), 0), prefetch),
+            *(width, flat.stride(0), 0 if residual is None else flat_residual.stride(0), eps),
+            B=rows,
+            BP=padded,
+            TN=tuning.rows,
+            TK=tuning.depth,
+            SPLITS=tuning.splits,
+            STAGES=tuning.stages,
+            DOT=tuning.dot > 0,
+            GATED=gated,
+            EVEN=even,
+            EARLY=early,
+            THREADS=32 * tuning.warps,
+            num_warps=tuning.warps,
+            **({"launch_pdl": True} if early else {}),
+        )
+    return out
+
+
+def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> Tuning:
+    """What was fastest on an H200 within a step; `bench step --tune` measures it."""
+    far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
+    out = sizes[0] if gated else sum(sizes)
+    if rows == 1:
+        if gated:
+            return Tuning(rows=16, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+        if out >= 32 * PROGRAMS and dtype.itemsize == 2:
+            return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=near)
+        if columns > 8192:
+            return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=far)
+        if out <= 4096:
+            return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
+        return Tuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+    if gated:
+        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
+    tiles = sum(-(-size // 64) for size in sizes)
+    if tiles >= PROGRAMS:
+        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=far)
+    splits = min(power_of_two(PROGRAMS // tiles), max(columns // 128, 1))
+    if columns > 8192:
+        return Tuning(rows=32, depth=256, splits=2, warps=4, stages=5, prefetch=far)
+    if out <= 4096:
+        return Tuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
+    return Tuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
+
+
+def check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    norm: Tensor | None,
+    gated: bool,
+) -> None:
+    """Refuse what the kernel cannot compute, naming the argument."""
+    rows, columns = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"x must have 1 to {MAX_ROWS} rows, not {rows}.")
+    if not 1 <= len(weights) <= MAX_WEIGHTS or (gated and len(weights) != 2):
+        raise ValueError(f"There are {len(weights)} weights; it takes {'2' if gated else f'1 to {MAX_WEIGHTS}'}.")
+    for weight in weights:
+        if weight.ndim != 2 or weight.shape[1] != columns or not weight.is_contiguous():
+            raise ValueError(f"A weight must be contiguous [out, {columns}], not {tuple(weight.shape)}.")
+        if weight.dtype != x.dtype or weight.device != x.device:
+            raise ValueError(f"A weight is {weight.dtype} on {weight.device}, but x {x.dtype} on {x.device}.")
+    if gated and weights[0].shape != weights[1].shape:
+        raise ValueError("The gate and what it multiplies must have the same shape.")
+    if biases and [bias.shape[0] for bias in biases] != [weight.shape[0] for weight in weights]:
+        raise ValueError("biases must fit weights, one for each.")
+    if norm is not None and tuple(norm.shape) != (columns,):
+        raise ValueError(f"norm must be [{columns}], not {tuple(norm.shape)}.")
+    width = weights[0].shape[0] if gated else sum(weight.shape[0] for weight in weights)
+    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], width):
+        raise ValueError(f"residual must be {(*x.shape[:-1], width)}, not {tuple(residual.shape)}.")
+
+
+def _aligned(weights: Sequence[Tensor]) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    size = weights[0].element_size()
+    return all(weight.data_ptr() % 16 == 0 and weight.shape[1] * size % 16 == 0 for weight in weights)

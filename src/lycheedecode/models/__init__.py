@@ -1,0 +1,19 @@
+"""Models of Hugging Face transformers: loading them, their shape, and how our attention gets into them."""
+
+from .load import DEFAULT_MODEL, load_model, load_tokenizer
+from .routing import AttentionRoute, Reach, RoutedAttention, check_plan, route_attention, supported_shape
+from .shape import ModelError, ModelShape
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "AttentionRoute",
+    "ModelError",
+    "ModelShape",
+    "Reach",
+    "RoutedAttention",
+    "check_plan",
+    "load_model",
+    "load_tokenizer",
+    "route_attention",
+    "supported_shape",
+]

@@ -1,0 +1,218 @@
+"""The attention function that takes the place of a Hugging Face model's own: dense for many tokens, ours for one.
+
+`RoutedAttention` is what `models.route_attention` installs; `Engine` and `hybrid` differ only in how they tell it
+where the tokens of a sequence lie.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..plan import HeadPlan, PlanError
+from .shape import ModelError, ModelShape
+
+Decode = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
+"""`(layer, query [B, Hq, D], keys, values [B, Hkv, S, D], mask, scale) -> [B, Hq, D]`."""
+
+_NOT_PLAIN = {
+    "softcap": "softcapped logits",
+    "s_aux": "attention sinks in the softmax",
+    "position_bias": "a position bias",
+    "output_attentions": "attention weights as an output",
+}
+
+
+class RoutedAttention:
+    """Attention of a routed model.
+
+    Several tokens at once, and layers that are not global, are dense: transformers' own SDPA. One token of a global
+    layer goes to `decode`, unless that is None.
+    """
+
+    def __init__(self, shape: ModelShape, decode: Decode | None = None) -> None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        self._dense = sdpa_attention_forward
+        self._global_layers = frozenset(shape.global_layers)
+        self.decode = decode
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        refuse_unless_plain(options)
+        if self.decode is None or query.shape[2] != 1 or module.layer_idx not in self._global_layers:
+            return self._dense(module, query, key, value, attention_mask, scaling=scaling, **options)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = self.decode(module.layer_idx, query[:, :, 0], key, value, attention_mask, scale)
+        return output[:, None], None
+
+
+def refuse_unless_plain(options: Mapping[str, Any]) -> None:
+    """Raise `ModelError` when a model asks its attention for more than a softmax; `options` are what it passes."""
+    for name, what in _NOT_PLAIN.items():
+        given = options.get(name)
+        if given is not None and given is not False:
+            raise ModelError(f"LycheeDecode decodes plain softmax attention only, not {what} ({name}).")
+
+
+class Reach(NamedTuple):
+    """How far back a layer looks.
+
+    Attributes:
+        kind: `full_attention`; `sliding_attention`: over the last `span` tokens; `chunked_attention`: over the tokens
+            of its own chunk of `span` tokens.
+        span: tokens; 0 for all.
+    """
+
+    kind: str = "full_attention"
+    span: int = 0
+
+    @property
+    def is_all(self) -> bool:
+        return self.kind == "full_attention"
+
+    def first_slot(self, filled: Any, start: Any) -> Any:
+        """The first slot that the newest token sees.
+
+        Args:
+            filled: slots in use, the newest token's included; a number, or int32 `[B]`.
+            start: slot of the first token of the sequence; a number where `filled` is one, else int32 `[B]`.
+        """
+        if self.kind == "sliding_attention":
+            first = filled - self.span
+            return first.clamp(min=start) if isinstance(first, Tensor) else _at_least(start, first)
+        if self.kind == "chunked_attention":
+            return start + (filled - 1 - start) // self.span * self.span
+        return start
+
+    @classmethod
+    def of_layers(cls, model: nn.Module, shape: ModelShape) -> tuple[Reach, ...]:
+        """Of every layer of a model; raises `ModelError` for a kind of layer that has no reach."""
+        config = model.config.get_text_config(decoder=True)
+        spans = {
+            "full_attention": 0,
+            "sliding_attention": getattr(config, "sliding_window", None),
+            "chunked_attention": getattr(config, "attention_chunk_size", None),
+        }
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * shape.num_layers
+        for kind in kinds:
+            if spans.get(kind) is None:
+                raise ModelError(f"{shape.architecture} has layers of the kind {kind}, which Engine cannot decode.")
+        return tuple(cls(kind, spans[kind]) for kind in kinds)
+
+
+def _at_least(start: Any, least: int) -> Any:
+    return start.clamp(min=least) if isinstance(start, Tensor) else max(start, least)
+
+
+def supported_shape(model: nn.Module, plan: HeadPlan | None) -> ModelShape:
+    """The shape of a model that can be decoded with a plan.
+
+    Raises:
+        ModelError: its attention does not pass through transformers' attention interface, is not plain, or spread over
+            several devices.
+        PlanError: the plan does not fit the model.
+    """
+    shape = ModelShape.of(model)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(f"The attention of {shape.architecture} cannot be replaced (no attention interface).")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        raise ModelError(f"{shape.architecture} has multi-head latent attention, which has no KV heads to choose from.")
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    if len(devices) > 1:
+        raise ModelError(
+            f"{shape.architecture} is spread over devices {', '.join(devices)}; decoding needs one device."
+        )
+    if not shape.global_layers:
+        raise ModelError(f"{shape.architecture} has no layer with full attention, so there is nothing to make sparse.")
+    if plan is not None:
+        check_plan(plan, shape)
+    return shape
+
+
+def check_plan(plan: HeadPlan, shape: ModelShape) -> None:
+    """Raise `PlanError` when a plan does not fit a model."""
+    plan.check_fits(
+        num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, architecture=shape.architecture
+    )  # fmt: skip
+    for layer in shape.global_layers:
+        for head, donor in enumerate(plan.donors[layer]):
+            if donor[0] not in shape.global_layers:
+                raise PlanError(
+                    f"The donor {donor} of layer {layer}, KV head {head} lies in a layer without full attention."
+                )
+
+
+_route_numbers = itertools.count()
+_ROUTE_PREFIX = "lycheedecode_"
+
+
+class AttentionRoute:
+    """Sends every attention layer of a Hugging Face model through `function` while it is open (a context manager).
+
+    `function` has the signature of transformers' attention interface: `(module, query, key, value, attention_mask,
+    scaling=..., **kwargs) -> (output [B, T, Hq, D], None)`. Nothing is left behind on exit: the registered name is
+    removed with the route. Opening costs microseconds, so a generation loop can open the route for each step and leave
+    the model alone in between.
+
+    Args:
+        model: a Hugging Face decoder.
+        function: what attends.
+        masks: give `function` the masks that SDPA would get; otherwise no mask is made, and it gets None.
+        name: what `function` is registered as; None makes up a name that no other route has. Compiled code is valid
+            for one name.
+
+    Raises:
+        ModelError: on opening, when the model's attention is routed already.
+    """
+
+    def __init__(
+        self, model: nn.Module, function: Callable[..., Any], *, masks: bool = True, name: str | None = None
+    ) -> None:
+        self._function = function
+        self._masks = masks
+        self._name = f"{_ROUTE_PREFIX}{next(_route_numbers) if name is None else name}"
+        modules = (module for module in model.modules() if hasattr(module, "config"))
+        self._configs = list({id(module.config): module.config for module in modules}.values())
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        before = [config._attn_implementation for config in self._configs]
+        if any(str(name).startswith(_ROUTE_PREFIX) for name in before):
+            raise ModelError("The attention of this model is already routed by LycheeDecode: leave that context first.")
+        # Masks are made only for names in the class-wide mapping, so assignment to the registry would not do.
+        ALL_ATTENTION_FUNCTIONS.register(self._name, self._function)
+        if self._masks:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, sdpa_mask)
+        self._before = before
+        for config in self._configs:
+            config._attn_implementation = self._name
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        for config, implementation in zip(self._configs, self._before, strict=True):
+            config._attn_implementation = implementation
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            registry._global_mapping.pop(self._name, None)  # transformers has no public opposite of `register`
+
+
+def route_attention(model: nn.Module, function: Callable[..., Any]) -> AttentionRoute:
+    """`with route_attention(model, function): ...`; see `AttentionRoute`."""
+    return AttentionRoute(model, function)

@@ -1,0 +1,38 @@
+"""append: the newest token of every sequence, normed and rotated, into the cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dispatch import kernel_obstacle
+from . import reference
+from .rope import Rotation
+
+__all__ = ["Rotation", "append"]
+
+
+def append(
+    keys: Tensor,
+    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    filled: Tensor,
+    query: Tensor | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor | None:
+    """Write the newest token to slot `filled[b] - 1` of each sequence of a store; no slot number reaches the host.
+
+    Args:
+        keys, values: `[B, Hkv, capacity, D]`; written in place.
+        key, value: of the token, `[B, Hkv, D]`.
+        filled: int32 `[B]`, slots in use, the token's own included.
+        query: of the token, `[B, Hq, D]`.
+        rotation: what key and query still have to pass; None when they have.
+
+    Returns:
+        The query, rotated; `query` itself without a rotation.
+    """
+    implementation = reference
+    if keys.is_cuda and kernel_obstacle(key) is None:
+        from . import triton as implementation
+    return implementation.append(keys, values, key, value, filled, query, rotation)

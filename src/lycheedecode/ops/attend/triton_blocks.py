@@ -1,0 +1,129 @@
+"""Attention of KV heads, each over the blocks that its donor selected.
+
+    selection of head h's donor   [ 7 | 0 | 93 | 12 | 55 | 31 | 2 | -1 | -1 ]     block indices, any order
+    tiles of gathered tokens      \\_ tile 0 _/\\_ tile 1 _/\\_ tile 2 _/           several blocks, or part of one
+    programs (b, h, split)          split 0       split 1       split 0
+
+A program gathers its tiles' keys and values straight from the cache and reads nothing else; every program of a fixed
+grid takes an even share of the tiles that there are. Where a tile lies is looked up one tile ahead, so that loads of
+keys and values do not wait for loads of indices. The last of a head's programs to arrive merges their results.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import kernel_common as common
+from ..kernel_common import LOG2_E, Tuning
+from ..types import KV, Selections
+
+
+@triton.jit(do_not_specialize=["slots", "K"])
+def _attend_blocks_kernel(
+    output, partial, sums, arrivals, query, heads, scale, stride_qb, stride_qh,
+    rows, blocks, counts, K, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
+    keys, values, lengths, starts, page_table,
+    stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(rows + h)  # no kernel writes it
+    common.wait_for_inputs(EARLY)
+    head = h
+    if heads is not None:
+        head = tl.load(heads + h)
+    first, count = common.extent(b, lengths, starts, slots)
+    chosen = tl.load(counts + row * stride_counts_r + b * stride_counts_b)
+    blocks += row * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
+    q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
+
+    acc = tl.zeros([GP, DP], tl.float32)
+    peak = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    tiles = tl.cdiv(chosen * BLOCK, TILE)
+    gathered = split * TILE + tl.arange(0, TILE)
+    block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
+    for _tile in range(split, tiles, SPLITS):
+        token = block * BLOCK + gathered % BLOCK
+        exists = (block >= 0) & (token < count)
+        page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
+        k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+        v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
+        gathered += SPLITS * TILE
+        block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
+        acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
+
+    pair = b * tl.num_programs(1) + h
+    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
+
+
+def attend_blocks(
+    query: Tensor,
+    kv: KV,
+    selections: Selections,
+    rows: Tensor,
+    block_size: int,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+    tuning: Tuning | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `ops.attend_blocks`."""
+    common.check_strides(query, kv)
+    _check_selections(query, selections, rows, kv.keys.shape[1] if heads is None else len(heads))
+    batch, num_query_heads, dim = query.shape
+    group, blocks, counts = num_query_heads // kv.keys.shape[1], selections.blocks, selections.counts
+    shape = (batch, len(rows) * group, dim)
+    output = torch.empty(shape, dtype=query.dtype, device=query.device) if out is None else out
+    if output.shape != shape or output.dtype != query.dtype or not output.is_contiguous():
+        raise ValueError(f"out must be contiguous {query.dtype} {shape}, not {output.dtype} {tuple(output.shape)}.")
+    tuning = tuning or default_tuning(batch * len(rows), kv, blocks.shape[2] * block_size)
+    space = common.merge_space(batch, len(rows), tuning.splits, group, dim, query.device)
+    with common.on_device(query):
+        _attend_blocks_kernel[tuning.splits, len(rows), batch](
+            *(output, *space, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
+            *(rows, blocks, counts, blocks.shape[2]),
+            *(blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)),
+            *common.cache_arguments(kv),
+            **common.padded(group, dim),
+            BLOCK=block_size,
+            TILE=tuning.tile,
+            SPLITS=tuning.splits,
+            CHUNK=common.merge_chunk(tuning.splits, group, dim, tuning.warps),
+            **tuning.launch(kv),
+        )
+    return output
+
+
+def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_heads: int) -> None:
+    blocks, counts = selections
+    if rows.shape != (num_heads,) or rows.dtype != torch.int64:
+        raise ValueError(
+            f"rows must be int64 [{num_heads}], a row for each head, not {rows.dtype} {tuple(rows.shape)}."
+        )
+    if blocks.dim() != 3 or blocks.dtype != torch.int32 or counts.dtype != torch.int32:
+        raise ValueError(f"selections must be int32 [R, B, K], not {blocks.dtype} {tuple(blocks.shape)}.")
+    if blocks.shape[1] != query.shape[0] or counts.shape != blocks.shape[:2]:
+        raise ValueError(
+            f"selections are {tuple(blocks.shape)} with counts {tuple(counts.shape)}, for {query.shape[0]} queries."
+        )
+    if blocks.stride(2) != 1:
+        raise ValueError(f"selections must have a contiguous last dimension, not strides {blocks.stride()}.")
+
+
+def default_tuning(pairs: int, kv: KV, capacity: int) -> Tuning:
+    """What was fastest on an H200, within a step for up to 32 pairs; `bench ops --tune` measures it by itself."""
+    early = common.starts_early(kv.keys.device)
+    if pairs <= 16:
+        programs, tuning = 128, Tuning(1, min(common.tile_of(kv, 32768), 128), 4, 3, 2 * early)
+    elif pairs <= 32:
+        programs, tuning = 256, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 3, early)
+    else:
+        programs, tuning = 512, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 2, 2 * early)
+    tuning = common.fitting(tuning, kv)
+    tiles = triton.cdiv(min(capacity, max(kv.slots, 1)), tuning.tile)
+    return tuning._replace(splits=common.even_splits(pairs, tiles, programs, 32))

@@ -1,0 +1,35 @@
+"""count: what a step read of the cache, in bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import HAS_COMPILER, HAS_TRITON
+from ..types import Selections, constant
+from . import reference
+
+__all__ = ["count_bytes"]
+
+
+def count_bytes(
+    total: Tensor, lengths: Tensor, selections: Selections, costs: tuple[float, ...], block_size: int, enough: int = 0
+) -> None:
+    """Add what a step read of the cache to `total`, float64 `[B]`, in place; nothing reaches the host.
+
+    Args:
+        total: bytes so far.
+        lengths: int32 `[B]`, cached tokens of each sequence.
+        selections: all selections of the model, `[R, B, K]`.
+        costs: bytes read for each token in the blocks of each row, and last those for each token of the whole cache
+            (scanned, or attended to densely); `R + 1` of them.
+        block_size: tokens per block.
+        enough: tokens up to which the whole of a sequence was not looked at.
+    """
+    if len(costs) != len(selections.blocks) + 1:
+        raise ValueError(f"costs must be one for each of {len(selections.blocks)} rows, and one; not {len(costs)}.")
+    implementation = reference
+    if total.is_cuda and HAS_TRITON and HAS_COMPILER:
+        from . import triton as implementation
+    each = constant(costs, torch.float64, total.device)
+    implementation.count_bytes(total, lengths, selections, each, block_size, enough)

@@ -1,0 +1,357 @@
+"""What the kernels share: where a token lies in the cache, one step of a running softmax, and how partial results meet.
+
+Kernels take a layer's cache as `cache_arguments` lists it. Names in kernels: `b` a sequence, `h` one of the heads asked
+for, `head` its index in the cache, `g` a query head of the group, `d` a channel. Shapes that a compiled kernel is
+specialised for are capitals; `GP`, `DP`: `G`, `D` padded to what a matrix instruction takes. Logits are in base 2.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import lru_cache
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .types import KV, constant
+
+LOG2_E = 1.4426950408889634
+
+
+class Tuning(NamedTuple):
+    """How a kernel cuts its work; never changes what it computes.
+
+    Attributes:
+        splits: programs that share the tokens of one head of one sequence.
+        tile: tokens that a program handles at once.
+        warps: of a program.
+        stages: depth of its load pipeline.
+        early: programmatic dependent launch. 0: none. 1: start while the kernel before it drains, and once that has
+            ended let the next one start. 2: let the next one start at once: for kernels that leave memory idle, if the
+            next one may call its weights into the L2 meanwhile.
+    """
+
+    splits: int
+    tile: int
+    warps: int
+    stages: int
+    early: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the launch itself."""
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, "EARLY": self.early}
+        return {**options, "launch_pdl": True} if self.early else options
+
+    def launch(self, kv: KV) -> dict[str, Any]:
+        """Options of a launch that goes over a cache.
+
+        Pages are looked up in one step of the pipeline and read in a later one: the same loads in flight take twice
+        the steps.
+        """
+        return (self if kv.page_table is None else self._replace(stages=max(2 * self.stages - 1, 1))).options
+
+
+# ---------------------------------------------------------------------- before a launch
+
+
+def cache_arguments(kv: KV) -> tuple[Any, ...]:
+    """The cache as kernels take it: `keys, values, lengths, starts, page_table`, strides, slots, page."""
+    table = kv.page_table
+    return (
+        *(kv.keys, kv.values, kv.lengths, kv.starts, table),
+        *kv.keys.stride()[:3],
+        *kv.values.stride()[:3],
+        0 if table is None else table.stride(0),
+        kv.slots,
+        0 if table is None else kv.keys.shape[2],
+    )
+
+
+def check_strides(query: Tensor | None, kv: KV) -> None:
+    """Refuse what the kernels cannot address, naming the argument."""
+    named = {"query": query, "keys": kv.keys, "values": kv.values, "page_table": kv.page_table}
+    for name, tensor in {**named, "lengths": kv.lengths, "starts": kv.starts}.items():
+        if tensor is None:
+            continue
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} must have a contiguous last dimension, not strides {tensor.stride()}.")
+        if query is not None and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}.")
+
+
+def padded(group: int, dim: int) -> dict[str, int]:
+    """Group size and head dim, and what a matrix instruction takes in their place."""
+    return {"G": group, "D": dim, "GP": max(16, power_of_two(group)), "DP": max(16, power_of_two(dim))}
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def tile_of(kv: KV, size: int) -> int:
+    """Tokens, at least 16, whose keys fill `size` bytes.
+
+    float32 is multiplied without matrix instructions: larger tiles would not fit into registers.
+    """
+    if kv.keys.dtype == torch.float32:
+        return 16
+    return max(min(size // (power_of_two(kv.keys.shape[3]) * kv.keys.element_size()), 128), 16)
+
+
+def even_splits(pairs: int, tiles: int, programs: int, most: int) -> int:
+    """Splits of each of `pairs` heads that make about `programs` programs in all, of at least one tile each."""
+    wanted = power_of_two(ceil(programs / pairs))
+    return max(min(wanted, most, power_of_two(tiles)), 1)
+
+
+@lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program can have; an H200's where there is no GPU to ask."""
+    if device.type != "cuda":
+        return 227 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def fitting(tuning: Tuning, kv: KV) -> Tuning:
+    """With smaller tiles where keys and values in flight do not fit into this GPU's shared memory."""
+    token = 2 * power_of_two(kv.keys.shape[3]) * kv.keys.element_size()
+    most = (shared_memory(kv.keys.device) - 8192) // (max(tuning.stages - 1, 1) * token)
+    return tuning._replace(tile=max(min(tuning.tile, power_of_two(most + 1) // 2), 16))
+
+
+def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:
+    """int32 `[H]` on the cache's device; None for all heads in order."""
+    num_heads = kv.keys.shape[1]
+    if heads is None or heads == tuple(range(num_heads)):
+        return None
+    if not all(0 <= head < num_heads for head in heads):
+        raise ValueError(f"heads {heads} do not all exist: the cache has {num_heads} KV heads.")
+    return constant(heads, torch.int32, kv.keys.device)
+
+
+@lru_cache(maxsize=64)
+def starts_early(device: torch.device) -> int:
+    """1 if this GPU can start a kernel while the one before it drains: from Hopper on."""
+    return int(device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Kernels start on the current device: make it the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+class _Arrivals:
+    """Counters that are zero between launches: the last program to arrive sets its own back to zero.
+
+    Calls take turns in one buffer, so that launches that are in flight together do not share a counter. Each gets whole
+    16 bytes: kernels are compiled for how their arguments are aligned.
+    """
+
+    _SIZE = 1 << 18
+    _buffers: dict[torch.device, tuple[Tensor, int]]
+
+    def __init__(self) -> None:
+        self._buffers = {}
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        """int32 `[count]` zeros."""
+        buffer, first = self._buffers.get(device, (None, 0))
+        taken = -(-count // 4) * 4
+        if buffer is None or taken > len(buffer):
+            buffer, first = torch.zeros(max(self._SIZE, taken), dtype=torch.int32, device=device), 0
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return buffer[:count]  # it lives in the graph, which zeroes it at every replay
+        if first + taken > len(buffer):
+            first = 0
+        self._buffers[device] = buffer, first + taken
+        return buffer[first : first + count]
+
+
+take_arrivals = _Arrivals().take
+
+
+def merge_space(batch: int, heads: int, splits: int, group: int, dim: int, device: torch.device) -> tuple[Any, ...]:
+    """What `finish` needs to merge splits: partial results, their log-sums, counters."""
+    if splits == 1:
+        return None, None, None
+    partial = torch.empty((batch * heads, splits, group, dim), dtype=torch.float32, device=device)
+    sums = torch.empty((batch * heads, splits, group), dtype=torch.float32, device=device)
+    return partial, sums, take_arrivals(batch * heads, device)
+
+
+# ---------------------------------------------------------------------- inside a kernel
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """With an early start: wait until the kernel before has written all, and let the next one start early, too.
+
+    Before this point kernels write nothing, and read only what no kernel writes.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    if EARLY == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def extent(b, lengths, starts, slots):
+    """First slot of a sequence, and its tokens."""
+    first = 0
+    if starts is not None:
+        first = tl.load(starts + b)
+    count = slots - first
+    if lengths is not None:
+        count = tl.minimum(count, tl.load(lengths + b))
+    return first, count
+
+
+@triton.jit
+def locate(b, slot, exists, page_table, stride_table, PAGE: tl.constexpr):
+    """Page and entry of slots, 64-bit; reads the page table only where the token exists."""
+    if PAGE == 0:
+        page = slot.to(tl.int64) * 0 + b
+        entry = slot.to(tl.int64)
+    else:
+        page = tl.load(page_table + b.to(tl.int64) * stride_table + slot // PAGE, mask=exists, other=0).to(tl.int64)
+        entry = (slot % PAGE).to(tl.int64)
+    return page, entry
+
+
+@triton.jit
+def load_query(
+    query, b, head, stride_b, stride_h, G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr
+):
+    """`[GP, DP]`: the queries of a group, zeros around them."""
+    g = tl.arange(0, GP)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    at = query + b.to(tl.int64) * stride_b + (head * G + g) * stride_h + d
+    return tl.load(at, mask=(g < G) & (d < D), other=0.0)
+
+
+@triton.jit
+def load_tokens(
+    cache, page, entry, head, exists, stride_page, stride_head, stride_slot, D: tl.constexpr, DP: tl.constexpr
+):
+    """`[tokens, DP]`: rows of the cache, zeros where nothing exists."""
+    d = tl.arange(0, DP)[None, :]
+    row = page * stride_page + head.to(tl.int64) * stride_head + entry * stride_slot
+    mask = exists[:, None] if DP == D else exists[:, None] & (d < D)
+    return tl.load(cache + row[:, None] + d, mask=mask, other=0.0)
+
+
+@triton.jit
+def logits_of(q, k, exists, scale):
+    """`[GP, tokens]` logits in base 2; -inf where nothing exists."""
+    x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where(exists[None, :], x, float("-inf"))
+
+
+@triton.jit
+def finite(peak):
+    """A maximum that may be subtracted: -inf, the maximum of nothing, becomes 0."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def attend_tile(acc, peak, total, q, k, v, exists, scale):
+    """Add a tile to a running softmax: values `acc [GP, DP]`, largest logits `peak [GP]`, mass `total [GP]`."""
+    x = logits_of(q, k, exists, scale)
+    new_peak = tl.maximum(peak, tl.max(x, 1))
+    shift = finite(new_peak)
+    p = tl.exp2(x - shift[:, None])
+    fade = tl.exp2(peak - shift)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, new_peak, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def finish(
+    output, partial, sums, arrivals, acc, peak, total, pair, split,
+    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Write row `pair` of `output [B * H, G, D]`: at once, or by the program that arrives last of its splits."""
+    if EARLY == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    within = g[:, None] * D + d[None, :]
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLITS == 1:
+        tl.store(output + pair.to(tl.int64) * (G * D) + within, result.to(output.dtype.element_ty), mask=mask)
+    else:
+        part = pair.to(tl.int64) * SPLITS + split
+        tl.store(partial + part * (G * D) + within, result, mask=mask)
+        tl.store(sums + part * G + g, peak + tl.log2(total), mask=g < G)
+        if is_last(arrivals, pair, SPLITS):
+            _merge(output, partial, sums, pair, G, D, DP, SPLITS, CHUNK)
+
+
+@triton.jit
+def is_last(arrivals, pair, SPLITS: tl.constexpr):
+    """Whether this program is the last of its pair's to come here; then it sees what the others wrote before."""
+    tl.debug_barrier()  # every thread has written before the arrival is counted
+    last = tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        tl.store(arrivals + pair, 0)  # for the next launch
+        tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _merge(
+    output, partial, sums, pair,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Average of the partial results of all splits, weighted by their mass; `CHUNK` splits at a time.
+
+    Others wrote what is read here during this launch: it comes from the L2, past this processor's own cache. No load
+    waits for another: at this point of a launch a step to the L2 and back is most of what there is left to do.
+    """
+    g = tl.arange(0, triton.next_power_of_2(G))
+    d = tl.arange(0, DP)
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    within = g[:, None] * D + d[None, :]
+    first = pair.to(tl.int64) * SPLITS
+
+    acc = tl.zeros(within.shape, tl.float32)
+    peak = tl.full(g.shape, float("-inf"), tl.float32)
+    total = tl.zeros(g.shape, tl.float32)
+    for chunk in range(0, SPLITS, CHUNK):
+        parts, masses = (), ()
+        for c in tl.static_range(CHUNK):
+            part = first + chunk + c
+            here = chunk + c < SPLITS
+            parts += (tl.load(partial + part * (G * D) + within, mask=mask & here, other=0.0, cache_modifier=".cg"),)
+            at = sums + part * G + g
+            masses += (tl.load(at, mask=(g < G) & here, other=float("-inf"), cache_modifier=".cg"),)
+        new_peak = peak
+        for c in tl.static_range(CHUNK):
+            new_peak = tl.maximum(new_peak, masses[c])
+        shift = finite(new_peak)
+        fade = tl.exp2(peak - shift)
+        acc, total, peak = acc * fade[:, None], total * fade, new_peak
+        for c in tl.static_range(CHUNK):
+            weight = tl.exp2(masses[c] - shift)
+            acc += weight[:, None] * parts[c]
+            total += weight
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    at = output + pair.to(tl.int64) * (G * D) + g[:, None] * D + d[None, :]
+    tl.store(at, result.to(output.dtype.element_ty), mask=mask)
+
+
+def merge_chunk(splits: int, group: int, dim: int, warps: int) -> int:
+    """Splits merged at once: as many as fit into 64 registers a thread."""
+    fits = 64 * 32 * warps // (power_of_two(group) * max(16, power_of_two(dim)))
+    return min(max(1 << max(fits, 1).bit_length() - 1, 1), power_of_two(splits))

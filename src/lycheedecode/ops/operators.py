@@ -1,0 +1,209 @@
+"""The kernels behind the contracts of `ops`; inside `torch.compile` they are custom operators, which it never opens.
+
+Eager calls go to the kernels directly: an operator's dispatch takes longer than a small kernel runs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..config import HybridConfig
+from .attend.triton_blocks import attend_blocks as attend_sparsely
+from .attend.triton_dense import attend as attend_densely
+from .scan import triton as scan
+from .select import triton as select
+from .select.triton import Rule
+from .types import KV, Selections
+
+
+def scan_blocks(
+    query: Tensor,
+    kv: KV,
+    heads: tuple[int, ...],
+    block_size: int,
+    scale: float,
+    score: str = "mass",
+    copy: Tensor | None = None,
+) -> Tensor:
+    """See `ops.scan_blocks`."""
+    run = _scan_blocks_operator if is_compiling() else _scan_blocks
+    return run(query, *kv, heads, block_size, scale, score, copy)
+
+
+def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
+    """See `ops.select_blocks`."""
+    run = _select_blocks_operator if is_compiling() else _select_blocks
+    run(scores, *kv, *Rule.of(config), *out)
+
+
+def scan_select(
+    query: Tensor,
+    kv: KV,
+    heads: tuple[int, ...],
+    config: HybridConfig,
+    scale: float,
+    out: Selections,
+    copy: Tensor | None = None,
+) -> None:
+    """See `ops.scan_select`."""
+    run = _scan_select_operator if is_compiling() else _scan_select
+    run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out, copy)
+
+
+def attend_blocks(
+    query: Tensor,
+    kv: KV,
+    selections: Selections,
+    rows: Tensor,
+    block_size: int,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `ops.attend_blocks`."""
+    if not is_compiling():
+        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out)
+    result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads)
+    return result if out is None else out.copy_(result)
+
+
+def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
+    """See `ops.attend`."""
+    run = _attend_operator if is_compiling() else _attend
+    return run(query, *kv, scale, heads)
+
+
+# ---------------------------------------------------------------------- tensors and numbers instead of our types
+
+
+def _scan_blocks(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    page_table: Tensor | None,
+    heads: Sequence[int],
+    block_size: int,
+    scale: float,
+    score: str,
+    copy: Tensor | None,
+) -> Tensor:
+    kv = KV(keys, values, lengths, starts, page_table)
+    return scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy)
+
+
+def _select_blocks(
+    scores: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    page_table: Tensor | None,
+    strategy: str,
+    amount: float,
+    sink_tokens: int,
+    recent_tokens: int,
+    refresh_every: int,
+    block_size: int,
+    blocks: Tensor,
+    counts: Tensor,
+) -> None:
+    kv = KV(keys, values, lengths, starts, page_table)
+    rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
+    select.select_blocks(scores, kv, rule, Selections(blocks, counts))
+
+
+def _scan_select(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    page_table: Tensor | None,
+    heads: Sequence[int],
+    strategy: str,
+    amount: float,
+    sink_tokens: int,
+    recent_tokens: int,
+    refresh_every: int,
+    block_size: int,
+    scale: float,
+    score: str,
+    blocks: Tensor,
+    counts: Tensor,
+    copy: Tensor | None,
+) -> None:
+    kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts)
+    select.check_selections(out, (len(heads), query.shape[0]))
+    rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
+    enough = out.enough_tokens(strategy, block_size, refresh_every)
+    worth = scan.scan(query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, enough)
+    scores = scan.normalise(worth, kv, block_size, enough)
+    select.select_blocks(scores, kv, rule, out)
+
+
+def _attend_blocks(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    page_table: Tensor | None,
+    blocks: Tensor,
+    counts: Tensor,
+    rows: Tensor,
+    block_size: int,
+    scale: float,
+    heads: Sequence[int] | None,
+) -> Tensor:
+    kv, selections = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts)
+    return attend_sparsely(query, kv, selections, rows, block_size, scale, _as_tuple(heads))
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    page_table: Tensor | None,
+    scale: float,
+    heads: Sequence[int] | None,
+) -> Tensor:
+    return attend_densely(query, KV(keys, values, lengths, starts, page_table), scale, _as_tuple(heads))
+
+
+def _as_tuple(heads: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if heads is None else tuple(heads)
+
+
+# ---------------------------------------------------------------------- the operators, and the shapes they return
+
+_operator = torch.library.custom_op
+_scan_blocks_operator = _operator("lycheedecode::scan_blocks", _scan_blocks, mutates_args=())
+_select_blocks_operator = _operator("lycheedecode::select_blocks", _select_blocks, mutates_args=("blocks", "counts"))
+_scan_select_operator = _operator("lycheedecode::scan_select", _scan_select, mutates_args=("blocks", "counts", "copy"))
+_attend_blocks_operator = _operator("lycheedecode::attend_blocks", _attend_blocks, mutates_args=())
+_attend_operator = _operator("lycheedecode::attend", _attend, mutates_args=())
+
+
+@_scan_blocks_operator.register_fake
+def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale, score, copy):
+    slots = KV(keys, values, lengths, starts, page_table).slots
+    num_blocks = (slots + block_size - 1) // block_size
+    return query.new_empty((len(heads), query.shape[0], num_blocks), dtype=torch.float32)
+
+
+@_attend_blocks_operator.register_fake
+def _(query, keys, values, lengths, starts, page_table, blocks, counts, rows, block_size, scale, heads):
+    group = query.shape[1] // keys.shape[1]
+    return query.new_empty((query.shape[0], rows.shape[0] * group, query.shape[2]))
+
+
+@_attend_operator.register_fake
+def _(query, keys, values, lengths, starts, page_table, scale, heads):
+    group, count = query.shape[1] // keys.shape[1], keys.shape[1] if heads is None else len(heads)
+    return query.new_empty((query.shape[0], count * group, query.shape[2]))

@@ -1,0 +1,72 @@
+"""The definition of a scan, in plain PyTorch."""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common import all_tokens, by_kv_head, existing_tokens, floats
+from ..types import KV
+
+
+def scan_blocks(
+    query: Tensor,
+    kv: KV,
+    heads: tuple[int, ...],
+    block_size: int,
+    scale: float,
+    score: str = "mass",
+    copy: Tensor | None = None,
+) -> Tensor:
+    grouped = by_kv_head(query, kv)
+    exists = existing_tokens(kv)
+    scores = []
+    for row, head in enumerate(heads):
+        keys = all_tokens(kv.keys, kv, head) if copy is None else copy[:, row, : kv.slots]
+        logits = (grouped[:, head].float() * scale) @ floats(keys).mT  # [B, G, S]
+        if exists is not None:
+            logits = logits.masked_fill_(~exists[:, None], -inf)
+        weights = logits.softmax(-1)
+        if kv.starts is not None:
+            weights = _from_first_token(weights, kv.starts)
+        weights = F.pad(weights, (0, -kv.slots % block_size)).unflatten(-1, (-1, block_size))
+        per_query_head = weights.sum(-1) if score == "mass" else weights.amax(-1)
+        scores.append(per_query_head.mean(1))
+    return torch.stack(scores).nan_to_num_(0.0) if exists is not None else torch.stack(scores)
+
+
+def write_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], begin: int, end: int) -> None:
+    """Write the keys of `heads`, slots `begin` to `end - 1`, from a store `[B, Hkv, S, D]` into a copy `[B, R, S, D]`.
+
+    Keys beyond what 8 bits can say, 448, become that; there are none in models that we know of.
+    """
+    for row, head in enumerate(heads):
+        copy[:, row, begin:end] = _as_float8(keys[:, head, begin:end])
+
+
+def write_newest_to_copy(copy: Tensor, kv: KV, heads: tuple[int, ...], newest: int) -> None:
+    """Write the last `newest` tokens of every sequence, or as many as it has, into a copy `[B, R, S, D]`."""
+    first = torch.zeros_like(kv.token_counts()) if kv.starts is None else kv.starts
+    last = first + kv.token_counts() - 1
+    back = torch.arange(newest, device=last.device)
+    slot = (last[:, None] - back).maximum(first[:, None]).long()  # [B, newest]
+    sequence = torch.arange(kv.batch, device=last.device)[:, None]
+    for row, head in enumerate(heads):
+        key = _as_float8(kv.keys[sequence, head, slot])
+        copy.view(torch.uint8)[sequence, row, slot] = key.view(torch.uint8)  # floats of 8 bits cannot be indexed
+
+
+def _as_float8(keys: Tensor) -> Tensor:
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return keys.float().clamp(-most, most).to(torch.float8_e4m3fn)
+
+
+def _from_first_token(weights: Tensor, starts: Tensor) -> Tensor:
+    """Weights of slots, `[B, G, S]`, -> weights of tokens: each sequence moved to the left by its padding."""
+    slots = weights.shape[-1]
+    slot = torch.arange(slots, device=weights.device) + starts[:, None]  # [B, S]
+    moved = weights.gather(-1, slot.clamp(max=slots - 1)[:, None].expand_as(weights))
+    return moved.masked_fill(slot[:, None] >= slots, 0.0)

@@ -1,0 +1,332 @@
+"""Block scores -> selections, written straight into the persistent buffers; one program a row and sequence.
+
+    keys       the bits of a score that is not negative, read as an integer, rank like the score;
+               blocks that are always selected get the largest key, absent ones the least
+    wanted     how many blocks: from the strategy and the capacity of the buffers
+    search     cut an interval of keys in four until exactly `wanted` keys reach a cut, or it is one key:
+               then of the blocks with this key the earlier ones win
+    write      the selected blocks, in an order that means nothing, then -1
+
+    row        | lanes | lanes | .. | lanes | lan     `EACH` vectors of keys, a power of two, and one more: contexts
+                                                      are often a power of two, and a few tokens longer
+
+Every step of the search counts over the whole row; a row too long for the registers is read again each time. A step
+takes as long as the threads take to meet, not as they take to count: hence three cuts at a time, and one sum. Nothing
+depends on the order in which threads run, and nothing travels to the host.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...config import HybridConfig
+from .. import kernel_common as common
+from ..kernel_common import Tuning
+from ..types import KV, Selections
+
+IN_REGISTERS = 64
+"""Most keys of a row that a thread holds, and one more."""
+
+_READ_AGAIN = 16  # keys of a longer row that it reads at once
+_REGISTERS = 96  # of a thread: what starts early beside it needs its share of a processor
+
+_FORCED = tl.constexpr(0x7FFFFFFF)
+_LARGEST = tl.constexpr(0x7F800000)  # of a score
+_ABSENT = tl.constexpr(-1)
+_BITS = tl.constexpr(21)  # of each of three counts in one integer
+_LOW_BITS = tl.constexpr((1 << 21) - 1)
+
+
+@triton.jit
+def _block(c, rest, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Indices of the blocks in chunk `c`: `[EACH, LANES]`, or the `[1, LANES]` after them."""
+    v = tl.arange(EACH, EACH + 1) if rest else tl.arange(0, EACH)
+    return (c * (EACH + 1) + v)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def _chunks(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Into how many chunks a row falls."""
+    return 1 if HELD else tl.cdiv(row[4], LANES * (EACH + 1))
+
+
+@triton.jit
+def _rank(n, row):
+    """Keys of blocks `n`: integers that rank blocks as the contract does."""
+    scores, N, sinks, recent, exist = row
+    key = tl.maximum(tl.load(scores + n, mask=n < N, other=0.0), 0.0).to(tl.int32, bitcast=True)
+    key = tl.where((n < sinks) | (n >= recent), _FORCED, key)
+    return tl.where(n < exist, key, _ABSENT)
+
+
+@triton.jit
+def _read(row, c, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Keys of a chunk of the row, in two parts."""
+    return _rank(_block(c, False, LANES, EACH), row), _rank(_block(c, True, LANES, EACH), row)
+
+
+@triton.jit
+def _add(many, rest):
+    """Of each lane: the sum of what it has in both parts."""
+    return tl.sum(many.to(tl.int32), 0) + tl.sum(rest.to(tl.int32), 0)
+
+
+@triton.jit
+def _count(one, two, three, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """How many keys are at least `one`, at least `two`, at least `three`."""
+    ones, twos, threes = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        ones += _add(many >= one, rest >= one)
+        twos += _add(many >= two, rest >= two)
+        threes += _add(many >= three, rest >= three)
+    packed = (threes.to(tl.int64) << 2 * _BITS) | (twos.to(tl.int64) << _BITS) | ones.to(tl.int64)
+    found = tl.sum(packed, 0)
+    of_one, of_two, of_three = found & _LOW_BITS, (found >> _BITS) & _LOW_BITS, found >> 2 * _BITS
+    return of_one.to(tl.int32), of_two.to(tl.int32), of_three.to(tl.int32)
+
+
+@triton.jit
+def _count_equal(key, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """How many blocks before `end` have this key."""
+    found = tl.zeros([LANES], tl.int32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        early = _block(c, False, LANES, EACH) < end, _block(c, True, LANES, EACH) < end
+        found += _add((many == key) & early[0], (rest == key) & early[1])
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def _score(key, least):
+    """Scores of the keys that are at least `least`; 0 of the others, and of blocks that are always selected."""
+    return tl.where((key >= least) & (key < _FORCED), key, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mass(least, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Scores of the blocks whose keys are at least `least`, but for those always selected, added up."""
+    found = tl.zeros([LANES], tl.float32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        found += tl.sum(_score(many, least), 0) + tl.sum(_score(rest, least), 0)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def _forced_mass(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Scores of the blocks that are always selected, added up."""
+    scores, N, sinks, recent, exist = row
+    found = tl.zeros([LANES], tl.float32)
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        for rest in tl.static_range(2):
+            n = _block(c, rest == 1, LANES, EACH)
+            forced = ((n < sinks) | (n >= recent)) & (n < exist)
+            found += tl.sum(tl.maximum(tl.load(scores + n, mask=forced & (n < N), other=0.0), 0.0), 0)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def _blocks_of_mass(amount, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Fewest blocks, best first after the forced ones, that hold the mass `amount`."""
+    amount -= _forced_mass(row, LANES, EACH, HELD)
+    wanted = row[4]
+    if amount <= 0:
+        wanted = forced
+    elif _mass(0, keys, row, LANES, EACH, HELD) >= amount:
+        low, high = 0, _LARGEST
+        while low < high:  # the largest key such that the keys from it on hold enough
+            middle = low + (high - low + 1) // 2
+            enough = _mass(middle, keys, row, LANES, EACH, HELD) >= amount
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        reach, above, _ = _count(low, low + 1, _FORCED, keys, row, LANES, EACH, HELD)
+        missing = amount - _mass(low + 1, keys, row, LANES, EACH, HELD)
+        ties = tl.ceil(missing / tl.maximum(low.to(tl.float32, bitcast=True), 1e-38))
+        wanted = above + tl.minimum(tl.maximum(ties, 1.0), (reach - above).to(tl.float32)).to(tl.int32)
+    return wanted
+
+
+@triton.jit
+def _search(wanted, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Where the selection ends: larger keys are selected, and blocks before `end` that have the key `low`."""
+    exist = row[4]
+    low, high, above, reach = 0, _LARGEST, forced, exist
+    if wanted <= forced:
+        low, high, above, reach = _FORCED, _FORCED, 0, forced
+    elif wanted == exist:
+        high = low
+    while low < high:  # `above` keys are larger than `high`; `reach` are at least `low`, no fewer than wanted
+        quarter = (high - low) // 4 + 1
+        one, two, three = low + quarter, tl.minimum(low + 2 * quarter, high), tl.minimum(low + 3 * quarter, high)
+        of_one, of_two, of_three = _count(one, two, three, keys, row, LANES, EACH, HELD)
+        if of_three >= wanted:
+            low, reach = three, of_three
+        elif of_two >= wanted:
+            low, high, reach, above = two, three - 1, of_two, of_three
+        elif of_one >= wanted:
+            low, high, reach, above = one, two - 1, of_one, of_two
+        else:
+            high, above = one - 1, of_one
+        high = tl.where(reach == wanted, low, high)
+    end = exist
+    if reach > wanted:  # the earliest ones of those that are equal
+        first = 0
+        while first < end:
+            middle = (first + end) // 2
+            enough = _count_equal(low, middle, keys, row, LANES, EACH, HELD) >= wanted - above
+            end = tl.where(enough, middle, end)
+            first = tl.where(enough, first, middle + 1)
+    return low, end
+
+
+@triton.jit
+def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+    """Store the selected blocks of a row; each lane those it has, one after another."""
+    before = 0
+    for c in range(_chunks(row, LANES, EACH, HELD)):
+        many, rest = keys if HELD else _read(row, c, LANES, EACH)
+        n, n_rest = _block(c, False, LANES, EACH), _block(c, True, LANES, EACH)
+        chosen = (many > low) | ((many == low) & (n < end))
+        chosen_rest = (rest > low) | ((rest == low) & (n_rest < end))
+        mine = _add(chosen, chosen_rest)
+        at = before + tl.cumsum(mine, 0) - mine
+        at_each = at[None, :] + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        # Flat: there is but one order then for threads to store in; in two dimensions Triton may turn the keys round.
+        flat: tl.constexpr = LANES * EACH
+        tl.store(blocks + at_each.reshape(flat), n.reshape(flat), mask=chosen.reshape(flat))
+        tl.store(blocks + (at + tl.sum(chosen.to(tl.int32), 0))[None, :], n_rest, mask=chosen_rest)
+        if not HELD:
+            before += tl.sum(mine, 0)
+
+
+@triton.jit
+def _choose(
+    blocks, row, forced, wanted, amount,
+    STRATEGY: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """Write the best blocks of a row, at most `wanted`, and return how many."""
+    keys = _read(row, 0, LANES, EACH)
+    if STRATEGY == "threshold":
+        least = tl.full((), amount, tl.float32).to(tl.int32, bitcast=True)
+        wanted = tl.minimum(wanted, _count(least, least, least, keys, row, LANES, EACH, HELD)[0])
+    elif STRATEGY == "top_p":
+        wanted = tl.minimum(wanted, _blocks_of_mass(amount, forced, keys, row, LANES, EACH, HELD))
+    low, end = _search(wanted, forced, keys, row, LANES, EACH, HELD)
+    _write(blocks, low, end, keys, row, LANES, EACH, HELD)
+    return wanted
+
+
+@triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K"])
+def _select_kernel(
+    blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
+    scores, lengths, starts, slots, N, num_blocks, K, amount,
+    STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    r, b = tl.program_id(0), tl.program_id(1)
+    common.wait_for_inputs(EARLY)
+    _first, count = common.extent(b, lengths, starts, slots)
+    exist = tl.where(count > 0, tl.minimum(tl.cdiv(count + LOOKAHEAD, BLOCK), num_blocks), 0)
+    sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)  # the blocks before it are always selected ..
+    recent = tl.maximum(tl.minimum(tl.maximum(count - RECENT, 0) // BLOCK, exist), sinks)  # .. and those from it on
+    blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
+    scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
+    forced = sinks + exist - recent
+    wanted = tl.minimum(exist, K)
+    if STRATEGY == "ratio":
+        share = tl.ceil(amount * exist.to(tl.float32)).to(tl.int32)
+        wanted = tl.minimum(wanted, tl.maximum(share, forced))
+    k = tl.arange(0, WIDTH)
+    if (STRATEGY == "top_k") & (wanted == exist):  # whatever the scores are
+        tl.store(blocks + k, k, mask=k < exist)
+    else:
+        row = (scores, N, sinks, recent, exist)
+        wanted = _choose(blocks, row, forced, wanted, amount, STRATEGY, LANES, EACH, HELD)
+    tl.store(counts + r * stride_counts_r + b * stride_counts_b, wanted)
+    tl.store(blocks + k, k * 0 - 1, mask=(k >= wanted) & (k < K))
+
+
+class Rule(NamedTuple):
+    """What a `HybridConfig` says about selections, as plain values that an operator can take."""
+
+    strategy: str
+    amount: float
+    sink_tokens: int
+    recent_tokens: int
+    refresh_every: int
+    block_size: int
+
+    @classmethod
+    def of(cls, config: HybridConfig) -> Rule:
+        amount = {"ratio": config.budget_ratio, "threshold": config.threshold, "top_p": config.top_p}
+        return cls(
+            config.selection,
+            float(amount.get(config.selection) or 0.0),
+            config.sink_tokens,
+            config.recent_tokens,
+            config.refresh_every,
+            config.block_size,
+        )
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What kernels are specialised for."""
+        return {
+            "STRATEGY": self.strategy,
+            "SINK": self.sink_tokens,
+            "RECENT": self.recent_tokens,
+            "LOOKAHEAD": self.refresh_every - 1,
+            "BLOCK": self.block_size,
+        }
+
+    def num_blocks(self, slots: int) -> int:
+        """Blocks that may exist, those of the tokens before the next selection included."""
+        return ceil((slots + self.refresh_every - 1) / self.block_size)
+
+
+def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: Tuning | None = None) -> None:
+    """See `ops.select_blocks`."""
+    check_selections(out, scores.shape[:2])
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores must be float32, not {scores.dtype}.")
+    scores = scores.contiguous()
+    num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
+    tuning = tuning or default_tuning(num_blocks, scores.device)
+    each = common.power_of_two(triton.cdiv(num_blocks, tuning.tile) - 1)
+    blocks, counts = out
+    with common.on_device(scores):
+        _select_kernel[blocks.shape[:2]](
+            *(blocks, counts, *blocks.stride()[:2], *counts.stride(), scores),
+            *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], rule.amount),
+            **rule.constants,
+            LANES=tuning.tile,
+            EACH=each if each <= IN_REGISTERS else _READ_AGAIN,
+            HELD=each <= IN_REGISTERS,
+            WIDTH=common.power_of_two(max(blocks.shape[2], 1)),
+            maxnreg=_REGISTERS if rule.strategy in ("top_k", "ratio") else None,  # others would spill
+            **tuning.launch(kv),
+        )
+
+
+def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
+    """Refuse buffers that do not fit `shape`, `[R, B]`."""
+    blocks, counts = out
+    if blocks.dtype != torch.int32 or counts.dtype != torch.int32:
+        raise ValueError(f"out must be int32, not {blocks.dtype} and {counts.dtype}.")
+    if tuple(blocks.shape[:2]) != tuple(shape) or counts.shape != blocks.shape[:2]:
+        raise ValueError(f"out is {tuple(blocks.shape)} with counts {tuple(counts.shape)} for rows {tuple(shape)}.")
+    if blocks.stride(2) != 1:
+        raise ValueError(f"out.blocks must have a contiguous last dimension, not strides {blocks.stride()}.")
+
+
+def default_tuning(num_blocks: int, device: torch.device) -> Tuning:
+    """What was fastest on an H100: few threads meet sooner than many. A tile is one key of each thread."""
+    warps = min(max(common.power_of_two(triton.cdiv(num_blocks, 32 * (IN_REGISTERS + 1))), 4), 16)
+    return Tuning(1, 32 * warps, warps, 1, common.starts_early(device))

@@ -1,0 +1,73 @@
+"""`bench linear` with tiny projections, without a GPU: what it verifies, times and prints."""
+
+import json
+import time
+
+import pytest
+import tiny
+import torch
+
+pytest.importorskip("triton", reason="Launches are described with Triton's kernel.")
+from lycheedecode.bench import linear as bench
+from lycheedecode.bench.timing import Timing
+from lycheedecode.fusion import reference, triton
+
+
+def timed(calls, seconds):
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    return Timing((time.perf_counter() - began) * 1e3, 1.0, 1.0, 1)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    shapes = {"qkv": ((48, 16, 16), 32), "o": ((32,), 48), "gate_up": ((64, 64), 32), "down": ((32,), 64),
+              "head": ((100,), 32)}  # fmt: skip
+    for name, (sizes, columns) in shapes.items():
+        monkeypatch.setitem(bench.LLAMA_3_8B, name, bench.LLAMA_3_8B[name]._replace(sizes=sizes, columns=columns))
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "time_calls", timed)
+    monkeypatch.setattr(bench, "rotations", lambda size, least=1, most=256: 2)
+    monkeypatch.setattr(bench, "measured_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(bench, "compile_ahead", lambda launches: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "linear", lambda *arguments, tuning=None: reference(*arguments))
+
+
+def test_bench(tmp_path, capsys):
+    assert bench.main(["--batches", "1", "3", "--json", str(tmp_path / "result.json")]) == 0
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert len(rows) == 2 * (2 * len(bench.LLAMA_3_8B) + 2)
+    assert "layer" in capsys.readouterr().out
+
+
+def test_step(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "_random_llama", lambda layers: tiny.model(num_hidden_layers=layers))
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)
+    assert bench.main(["--step", "1", "--batches", "2"]) == 0
+    assert "norms apart" in capsys.readouterr().out
+
+
+def test_wrong_results_are_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(triton, "linear", lambda *arguments, tuning=None: reference(*arguments) * 1.1)
+    assert bench.main(["--batches", "2"]) == 1
+    assert "differs from the reference" in capsys.readouterr().err
+
+
+def test_tune(monkeypatch, capsys):
+    launches = [triton.Tuning(16, 32, 1, 4, stages) for stages in (1, 2, 3)]
+    monkeypatch.setattr(bench, "candidates", lambda projection, batch: launches)
+    assert bench.main(["--tune", "--batches", "1", "4", "--names", "qkv", "down"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("default") == 4
+    assert "prefetch 2048" in out
+
+
+def test_candidates_fit_the_gpu():
+    for projection in (bench.Projection((4096, 1024, 1024), 4096), bench.Projection((14336, 14336), 4096, gated=True)):
+        for batch in (1, 8):
+            found = bench.candidates(projection, batch)
+            assert 8 <= len(found) <= 64
+            assert all(t.dot or batch == 1 for t in found)
+            assert all(t.splits == 1 or not projection.gated for t in found)

@@ -1,0 +1,29 @@
+"""The linear kernel compiles for a Hopper GPU, without one: loads in flight, no spilled sums, early starts."""
+
+import pytest
+import torch
+from hopper import spilled_bytes
+
+from lycheedecode.fusion.triton import linear
+from lycheedecode.ops import kernel_common as common
+
+LLAMA_3_8B = [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336), ((128256,), 4096)]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("sizes", "columns"), LLAMA_3_8B, ids=str)
+def test_default_launches(compiled, rows, sizes, columns, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "starts_early", lambda device: True)
+    x = torch.empty(rows, columns, dtype=torch.bfloat16)
+    weights = [torch.empty(size, columns, dtype=torch.bfloat16) for size in sizes]  # memory that nobody touches
+    gated = len(sizes) == 2
+    norm = None if len(sizes) == 1 else x[0]
+    residual = torch.empty(rows, 4096, dtype=torch.bfloat16) if sizes == (4096,) else None
+    linear(x, weights, [], residual, norm, 1e-5, gated)
+    (kernel,) = compiled
+    assert spilled_bytes(kernel, tmp_path) <= 8  # one address at most, no sums
+    assert kernel.metadata.shared <= 113 * 1024  # two programs at least
+    ptx = kernel.asm["ptx"]
+    assert "cp.async.cg" in ptx
+    assert ptx.index("bulk.prefetch") < ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
+    assert "ld.global" not in ptx[: ptx.index("griddepcontrol.wait")]

@@ -1,0 +1,81 @@
+import csv
+import json
+import random
+
+import pytest
+
+from lycheedecode.prompts.makers import Cell, PromptMaker, makers_for
+from lycheedecode.prompts.text import TextError, load_text
+
+
+@pytest.mark.parametrize("cell", [
+    Cell("noise", 400, "passkey", 1), Cell("prose", 900, "passkey", 7), Cell("prose", 700, "multi_hop", 3),
+])  # fmt: skip
+def test_prompts_have_the_length_and_hold_the_answer(tokenizer, cell):
+    makers = makers_for(tokenizer, [cell], "identify")
+    for prompt in cell.make(makers, 5, random.Random(0)):
+        assert len(prompt.prompt_ids) == cell.length
+        text = tokenizer.decode(prompt.prompt_ids)
+        assert len(prompt.expected) == cell.count
+        assert prompt.is_solved_by(tokenizer.decode(prompt.answer_ids))
+        assert prompt.is_solved_by(text)
+        assert not prompt.is_solved_by(text.replace(prompt.expected[-1], ""))
+
+
+def test_the_same_seed_gives_the_same_prompts(tokenizer):
+    maker = PromptMaker(tokenizer, "prose")
+    first, again, other = (maker.passkeys(500, 2, random.Random(seed)) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_evaluation_never_sees_the_filler_of_identification(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"word{i}" for i in range(4000)), encoding="utf-8")
+
+    def words(split):
+        maker, rng = PromptMaker(tokenizer, str(path), split), random.Random(0)
+        texts = [tokenizer.decode(maker.passkeys(2000, 1, rng).prompt_ids) for _ in range(20)]
+        return {word for text in texts for word in text.split() if word.startswith("word")}
+
+    shared = words("identify") & words("evaluate")
+    assert len(shared) <= 40  # pieces of words, cut where a window begins or a fact was put in
+
+
+def test_too_short(tokenizer, tmp_path):
+    maker = PromptMaker(tokenizer, "noise")
+    with pytest.raises(ValueError, match="too short"):
+        maker.passkeys(20, 1, random.Random(0))
+    with pytest.raises(ValueError, match="tokens of filler"):
+        maker.passkeys(10_000_000, 1, random.Random(0))
+
+
+def test_text_sources(tmp_path):
+    words = "many words of text " * 40
+    plain, lines, table = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.csv"
+    plain.write_text(words, encoding="utf-8")
+    lines.write_text("\n".join(json.dumps({"text": words, "id": i}) for i in range(3)), encoding="utf-8")
+    with table.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "text"], [1, words], [2, words]])
+    assert load_text(str(plain)) == words
+    assert load_text(f"{lines}:text").count("many") == 120
+    assert load_text(f"{table}:text").count("many") == 80
+    assert len(load_text("prose")) > 100_000
+    assert "grass" in load_text("noise")
+
+
+def test_text_that_cannot_be_read(tmp_path):
+    binary, lines = tmp_path / "x.txt", tmp_path / "x.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    lines.write_text('{"text": 1}\nnot json\n{"text": 2}\n', encoding="utf-8")
+    short = tmp_path / "short.txt"
+    short.write_text("few words", encoding="utf-8")
+    for source, message in [
+        (str(tmp_path / "missing.txt"), "no text file"),
+        (str(binary), "not UTF-8"),
+        (f"{lines}:text", "line 2 is not valid JSON"),
+        (f"{lines}:body", "no column 'body'"),
+        (str(short), "fewer than 100 words"),
+    ]:
+        with pytest.raises(TextError, match=message):
+            load_text(source)
