@@ -40,12 +40,12 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
 
 def kernel_obstacle(tensor: Tensor) -> str | None:
     """What keeps the kernels from this query, `[..., D]`, as the end of a sentence; None when nothing does."""
-    if not HAS_TRITON:
-        return "Triton is not installed"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"there are no kernels for {tensor.dtype}"
     if tensor.shape[-1] > MAX_HEAD_DIM:
         return f"there are no kernels for head dims above {MAX_HEAD_DIM}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
     if not HAS_COMPILER:
         return "Triton needs a C compiler: install gcc, or name one in the variable CC"
     return None
