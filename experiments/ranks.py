@@ -25,7 +25,7 @@ from lycheedecode.bench import harness
 from lycheedecode.bench.harness import say
 from lycheedecode.bench.models import build_from, random_config
 from lycheedecode.bench.serving import closing, plan_of, require_vllm
-from lycheedecode.bench.verify import MismatchError
+from lycheedecode.errors import ConfigError, MismatchError
 from lycheedecode.plan import HeadPlan
 
 _LENGTHS = (2000, 700, 60, 1500)
@@ -136,7 +136,7 @@ def _why_not(folder: Path, plan: Path, ranks: int, options: argparse.Namespace) 
     command = [sys.executable, "-m", "experiments.ranks", "--start", str(folder), str(plan)]
     command += ["--tensor-parallel-size", str(ranks), "--memory", str(options.memory)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    said = re.search(r"(?:PlanError|ServingError|ValueError): (.+)", done.stdout + done.stderr)
+    said = re.search(r"(?:PlanError|ServingError|ModelError|ConfigError|ValueError): (.+)", done.stdout + done.stderr)
     if done.returncode == 0 or said is None:
         raise MismatchError(
             f"vLLM should have refused {plan.stem} on {ranks} ranks: {(done.stdout + done.stderr)[-300:]}"
@@ -150,7 +150,7 @@ def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
         with closing(_start(folder, plan, options.tensor_parallel_size, options, device)):
             return {}
     if options.tensor_parallel_size < 2:
-        raise ValueError(f"--tensor-parallel-size must be at least 2, not {options.tensor_parallel_size}.")
+        raise ConfigError(f"--tensor-parallel-size must be at least 2, not {options.tensor_parallel_size}.")
     result = bench_ranks(options, device)
     for row in result["rows"]:
         print(f"{row['same_tokens']} of {row['tokens']} tokens are the same; log-probabilities differ by at most "

@@ -12,6 +12,7 @@ import lycheedecode
 
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
+    {"errors"},
     {"config", "results"},
     {"plan"},
     {"ops", "plan_views", "prompts"},

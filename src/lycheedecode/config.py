@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil
 from typing import Any, Literal, get_args
 
+from .errors import ConfigError
+
 Selection = Literal["top_k", "ratio", "top_p", "threshold"]
 RetrievalAttention = Literal["selected", "full"]
 BlockScore = Literal["mass", "max"]
@@ -77,7 +79,7 @@ class HybridConfig:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(repr(choice) for choice in get_args(kind))
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
 
     def _check_numbers(self) -> None:
         least = {"block_size": 1, "sink_tokens": 0, "recent_tokens": 1, "correction_every": 0, "refresh_every": 1}
@@ -86,26 +88,26 @@ class HybridConfig:
         for name, smallest in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name} must be a whole number of at least {smallest}, not {value!r}.")
+                raise ConfigError(f"{name} must be a whole number of at least {smallest}, not {value!r}.")
         if self.block_size > 256 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size must be a power of two up to 256, not {self.block_size}.")
+            raise ConfigError(f"block_size must be a power of two up to 256, not {self.block_size}.")
         for name in ("budget_ratio", "top_p", "threshold"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
-                raise ValueError(f"{name} must lie in (0, 1], not {value!r}.")
+                raise ConfigError(f"{name} must lie in (0, 1], not {value!r}.")
 
     def _check_strategy(self) -> None:
         needed = {"ratio": "budget_ratio", "top_p": "top_p", "threshold": "threshold"}
         for strategy, name in needed.items():
             given = getattr(self, name) is not None
             if self.selection == strategy and not given:
-                raise ValueError(f"selection={strategy!r} needs {name}.")
+                raise ConfigError(f"selection={strategy!r} needs {name}.")
             if self.selection != strategy and given:
-                raise ValueError(f"{name} belongs to selection={strategy!r}, not {self.selection!r}.")
+                raise ConfigError(f"{name} belongs to selection={strategy!r}, not {self.selection!r}.")
         if self.scan_keys != "cache" and self.retrieval_attention == "full":
-            raise ValueError("scan_keys='float8' needs retrieval_attention='selected': dense heads read all keys.")
+            raise ConfigError("scan_keys='float8' needs retrieval_attention='selected': dense heads read all keys.")
         if self.budget_tokens is not None and self.forced_blocks > self.budget_blocks:
-            raise ValueError(
+            raise ConfigError(
                 f"budget_tokens={self.budget_tokens} has no room for {self.sink_tokens} sink and {self.recent_tokens} "
                 f"recent tokens in blocks of {self.block_size}: raise it to at least "
                 f"{self.forced_blocks * self.block_size} or lower sink_tokens, recent_tokens or block_size."
@@ -143,5 +145,5 @@ class HybridConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(settings) - known)
         if unknown:
-            raise ValueError(f"HybridConfig has no setting {unknown[0]!r}; it knows {', '.join(sorted(known))}.")
+            raise ConfigError(f"HybridConfig has no setting {unknown[0]!r}; it knows {', '.join(sorted(known))}.")
         return cls(**settings)

@@ -15,6 +15,7 @@ from typing import Any
 from .cli.report import errors, progress, quiet
 from .config import HybridConfig
 from .engine.engine import Engine
+from .errors import InputError, LycheeError
 from .evaluate.side_by_side import Comparison, compare
 from .models.load import DEFAULT_MODEL, load_model
 from .plan import HeadPlan
@@ -40,7 +41,7 @@ def main() -> None:
         plan = HeadPlan.load(arguments.plan)
         with quiet(verbose=False):
             key, comparison = run(arguments.model, plan, arguments.tokens)
-    except ValueError as error:
+    except LycheeError as error:
         sys.exit(f"{parser.prog}: {error}")
     tell(key, comparison)
     record = {
@@ -82,7 +83,7 @@ def hide(tokenizer: Any, tokens: int, rng: random.Random) -> tuple[str, list[int
     )
     room = tokens - len(fact) - len(question)
     if room < 1:
-        raise ValueError(f"{tokens} tokens have no room for the hidden pass key: take more.")
+        raise InputError(f"{tokens} tokens have no room for the hidden pass key: take more.")
     at = rng.randrange(room)
     return key, filler[:at] + fact + filler[at:room] + question
 

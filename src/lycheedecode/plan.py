@@ -12,12 +12,14 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+from .errors import LycheeError
+
 FORMAT = "lycheedecode-head-plan/1"
 Head = tuple[int, int]
 """`(layer, KV head)`."""
 
 
-class PlanError(ValueError):
+class PlanError(LycheeError):
     """A head plan that cannot be read, is not valid, or does not fit the model; the message is one sentence."""
 
 

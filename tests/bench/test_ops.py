@@ -9,8 +9,9 @@ from lycheedecode import HybridConfig, ops
 from lycheedecode.bench import ops as bench
 from lycheedecode.bench import read, timing
 from lycheedecode.bench.tuning import KERNELS, candidates
-from lycheedecode.bench.verify import MismatchError, relative_error, verify
+from lycheedecode.bench.verify import relative_error, verify
 from lycheedecode.bench.workload import ROOM, Shape, Workload, make_pool, spread_plan
+from lycheedecode.errors import MismatchError
 
 SMALL = Shape(query_heads=4, kv_heads=2, dim=16, layers=4, retrieval_heads=4, dtype=torch.float32)
 CONFIG = HybridConfig(budget_tokens=64, block_size=8, recent_tokens=8)

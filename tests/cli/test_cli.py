@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import COMMANDS, app
+from lycheedecode.errors import MismatchError
 from lycheedecode.identify import IdentifySettings
 
 runner = CliRunner()
@@ -95,11 +98,38 @@ def test_wrong_usage_takes_one_line():
     assert "'--selection'" in refusal("generate", "--selection", "best", "x")
 
 
-def test_a_foreign_value_error_is_a_bug_and_shows_as_one(base, monkeypatch):
-    monkeypatch.setattr("lycheedecode.cli.generate.load_model", lambda *_, **__: json.loads("{"))
+def test_a_fault_of_ours_shows_its_traceback(base, monkeypatch):
+    """Even where it is a ValueError of our own code, or a file's that nobody named."""
+
+    def fault(*_, **__):
+        return list(zip([1], [], strict=True))
+
+    monkeypatch.setattr("lycheedecode.cli.generate.load_model", fault)
     done = runner.invoke(app, [*base, "--full", "x"])
-    assert done.exit_code == 1
-    assert isinstance(done.exception, json.JSONDecodeError)
+    assert done.exit_code == 70
+    assert "Traceback" in done.stderr
+    assert "ValueError: zip()" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lycheedecode: This is a fault of LycheeDecode")
+    monkeypatch.setattr("lycheedecode.cli.generate.load_model", lambda *_, **__: Path("/nothing/here").read_text())
+    assert runner.invoke(app, [*base, "--full", "x"]).exit_code == 70
+
+
+def test_what_users_can_mend_takes_one_line(base, tmp_path, monkeypatch):
+    def raising(error):
+        def raises(*_, **__):
+            raise error
+
+        return raises
+
+    load = "lycheedecode.cli.generate.load_model"
+    monkeypatch.setattr(load, raising(torch.OutOfMemoryError("CUDA out of memory. Tried ...")))
+    assert "The GPU's memory is full" in refusal(*base, "--full", "x")
+    monkeypatch.setattr(load, raising(PermissionError(13, "Permission denied", str(tmp_path / "a" / "b"))))
+    said = refusal(*base, "--full", "x", "--json", str(tmp_path / "a" / "b" / "c.json"))
+    assert f"{str(tmp_path / 'a' / 'b')!r} cannot be used: Permission denied." in said
+    monkeypatch.setattr(load, raising(MismatchError("They differ.")))
+    done = runner.invoke(app, [*base, "--full", "x"])
+    assert (done.exit_code, done.stderr) == (1, "lycheedecode: They differ.\n")
 
 
 # ---------------------------------------------------------------------- generate

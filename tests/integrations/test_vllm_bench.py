@@ -10,7 +10,7 @@ import pytest
 
 from experiments import ranks
 from lycheedecode.bench import serving
-from lycheedecode.bench.verify import MismatchError
+from lycheedecode.errors import MismatchError
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

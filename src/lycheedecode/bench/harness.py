@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from ..models.shape import ModelError
+from ..errors import DeviceError, LycheeError
 from ..results import describe_environment
 from .models import MODELS
-from .verify import MismatchError
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -47,12 +46,12 @@ def main(
     torch.manual_seed(options.seed)
     try:
         if device == "cpu" and not options.smoke and not (cpu and options.model not in MODELS):
-            raise ValueError("There is no CUDA GPU here: steps are timed on one only. --smoke verifies without.")
+            raise DeviceError("There is no CUDA GPU here: steps are timed on one only. --smoke verifies without.")
         result = run(options, device)
-    except MismatchError as error:
+    except LycheeError as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, ModelError, torch.OutOfMemoryError) as error:
+        return error.exit_status
+    except torch.OutOfMemoryError as error:
         print(f"{made.prog}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     if options.json is not None:

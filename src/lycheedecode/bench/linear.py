@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import MismatchError
 from ..fusion import backend, reference
 from ..results import describe_environment
 from .step_tuning import evenly, words
 from .timing import Call, read_bandwidth, rotations, time_calls
-from .verify import MismatchError, check_close
+from .verify import check_close
 
 TOLERANCE = 1e-2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU, tests only

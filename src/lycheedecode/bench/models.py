@@ -11,6 +11,7 @@ from torch import nn
 
 from ..engine.cache import KVCache
 from ..engine.engine import Context
+from ..errors import ConfigError
 from ..models.load import load_model, load_tokenizer
 from ..models.shape import ModelShape
 from ..plan import HeadPlan, bundled_plans
@@ -51,9 +52,11 @@ def build(name: str, layers: int | None = None, device: str = "cuda", dtype: tor
     if name not in MODELS:
         if name not in bundled_plans():
             known = ", ".join([*MODELS, *bundled_plans()])
-            raise ValueError(f"There is no model {name!r} to time, random or with a bundled plan: take one of {known}.")
+            raise ConfigError(
+                f"There is no model {name!r} to time, random or with a bundled plan: take one of {known}."
+            )
         if layers:
-            raise ValueError("--layers cuts random models only.")
+            raise ConfigError("--layers cuts random models only.")
         return load_model(name, device=device)[0]
     return build_from(random_config(name, layers), device, dtype)
 
@@ -79,7 +82,7 @@ def prompts_for(model: nn.Module, batch: int, length: int) -> torch.Tensor:
         return torch.randint(4, model.config.vocab_size, (batch, length))
     text = torch.tensor(load_tokenizer(name)(load_text("prose"), verbose=False).input_ids)
     if length > len(text):
-        raise ValueError(f"The prose that comes with Python has {len(text)} tokens, not {length}.")
+        raise ConfigError(f"The prose that comes with Python has {len(text)} tokens, not {length}.")
     starts = torch.randint(len(text) - length + 1, (batch,)).tolist()
     return torch.stack([text[start : start + length] for start in starts])
 

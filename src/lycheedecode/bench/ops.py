@@ -20,10 +20,11 @@ import torch
 
 from .. import ops
 from ..config import HybridConfig
+from ..errors import DeviceError, LycheeError, MismatchError
 from ..results import describe_environment
 from .baselines import all_baselines
 from .timing import Call, read_bandwidth, rotations, time_calls
-from .verify import MismatchError, check_close, verify
+from .verify import check_close, verify
 from .workload import ROOM, Shape, Workload, make_pool
 
 
@@ -86,7 +87,7 @@ def bench_ops(
     """Verify and time all operations; raises `MismatchError`, and then there are no times."""
     shape = shape or Shape()
     if not torch.cuda.is_available():
-        raise ValueError("There is no CUDA GPU here: operations can be timed on one only. --smoke verifies without.")
+        raise DeviceError("There is no CUDA GPU here: operations can be timed on one only. --smoke verifies without.")
     tokens = int(pool_gib * 2**30) // (2 * shape.kv_heads * shape.key_bytes)
     pool = make_pool(shape, max(tokens, max(batches) * (max(contexts) + ROOM)), "cuda")
     meter = Meter(read_bandwidth(pool), seconds, [])
@@ -133,7 +134,9 @@ def _time_full(meter: Meter, work: Workload, notes: list[str]) -> float:
             calls = [make(*work.full_inputs(i), scale) for i in range(count)]
             check_close(name, calls[0](), right, 2e-2)
             best = min(best, meter.add(f"full, {name}", work, 0, calls, work.dense_bytes).ms)
-        except (ImportError, RuntimeError, NotImplementedError) as error:
+        except (ImportError, RuntimeError, MismatchError) as error:
+            if name == "ours":
+                raise
             notes.append(f"full, {name}, batch {work.batch}, context {work.context}: {_first_line(error)}")
     return best
 
@@ -217,12 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with torch.inference_mode():
             result = _run(options, device)
-    except MismatchError as error:
+    except LycheeError as error:
         print(f"bench ops: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"bench ops: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         report = {"command": "bench ops", "settings": settings, "environment": describe_environment(), "result": result}

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError, PackageError
 from ..plan import HeadPlan
 from . import harness
 from .harness import say
@@ -73,9 +74,11 @@ def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
 def require_vllm(plugin: bool = True) -> None:
     """Refuse, before an engine starts, where vLLM or the plugin is missing; make workers fit for GPUs."""
     if find_spec("vllm") is None:
-        raise ValueError("This benchmark needs vLLM: pip install 'lycheedecode[vllm]'.")
+        raise PackageError("This benchmark needs vLLM: pip install 'lycheedecode[vllm]'.")
     if plugin and not entry_points(group="vllm.general_plugins", name=_PLUGIN):
-        raise ValueError("vLLM does not find the plugin: install lycheedecode, its files alone on a path will not do.")
+        raise PackageError(
+            "vLLM does not find the plugin: install lycheedecode, its files alone on a path will not do."
+        )
     # This process has asked for GPUs, after which a fork could not use them.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
@@ -99,7 +102,7 @@ def plan_of(config: Any, ranks: int) -> HeadPlan:
     """As `workload.spread_plan`, with an eighth of the heads, whose donors stay on their tensor-parallel rank."""
     layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
     if kv_heads % ranks:
-        raise ValueError(f"{kv_heads} KV heads cannot be divided evenly over {ranks} ranks.")
+        raise ConfigError(f"{kv_heads} KV heads cannot be divided evenly over {ranks} ranks.")
     own = kv_heads // ranks
     shard = spread_plan(Shape(heads // ranks, own, config.head_dim, layers, max(layers * own // 8, own)))
     donors = [
@@ -212,7 +215,7 @@ def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
         options.model, options.cases, options.budget, options.tokens = "tiny", [(1, 100), (2, 100)], 64, 12
         options.block, options.repeats = 16, 1
     if options.tokens < _SHORT:
-        raise ValueError(f"--tokens must be at least {_SHORT}, not {options.tokens}.")
+        raise ConfigError(f"--tokens must be at least {_SHORT}, not {options.tokens}.")
     result = bench_serving(options, device)
     print("\n".join([HEADER, *(format_row(row) for row in result["rows"])]))
     return result

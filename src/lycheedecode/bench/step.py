@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine, Execution
 from ..engine.memory import free_bytes, slot_bytes
+from ..errors import DeviceError, MismatchError
 from ..models.shape import ModelShape
 from . import harness
 from .harness import say
 from .models import build, plan_for, random_context, release, weight_bytes
 from .profile import format_kernels, profile_step
 from .timing import read_bandwidth
-from .verify import MismatchError, relative_error
+from .verify import relative_error
 
 FORMS: dict[str, dict[str, Any] | None] = {
     "full": None,
@@ -256,10 +257,10 @@ def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
         options.model, options.contexts, options.budget, options.block, options.steps = "tiny", [300], 64, 16, 4
         options.execution = "graph" if device == "cpu" else options.execution
     if options.profile and device == "cpu":
-        raise ValueError("--profile needs a CUDA GPU: it shows kernels.")
+        raise DeviceError("--profile needs a CUDA GPU: it shows kernels.")
     if options.tune:
         if device == "cpu":
-            raise ValueError("--tune needs a CUDA GPU.")
+            raise DeviceError("--tune needs a CUDA GPU.")
         return tune(options)
     result = bench_step(options, device)
     print("\n".join([HEADER, *(format_row(Row(**row)) for row in result["rows"])]))

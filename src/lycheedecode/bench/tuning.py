@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config import HybridConfig
+from ..errors import ConfigError, DeviceError
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import relative_error
 from .workload import ROOM, Shape, Workload, make_pool
@@ -81,11 +82,11 @@ def tune(
 ) -> dict[str, Any]:
     """Time every candidate of the kernels; prints the best few of each workload."""
     if not torch.cuda.is_available():
-        raise ValueError("There is no CUDA GPU here: launches can be tuned on one only.")
+        raise DeviceError("There is no CUDA GPU here: launches can be tuned on one only.")
     kernels = kernels or KERNELS
     unknown = sorted(set(kernels) - set(KERNELS))
     if unknown:
-        raise ValueError(f"There is no kernel {unknown[0]!r} to tune; there are {', '.join(KERNELS)}.")
+        raise ConfigError(f"There is no kernel {unknown[0]!r} to tune; there are {', '.join(KERNELS)}.")
     shape = Shape()
     workloads = [(kernel, batch, context, block) for kernel in kernels for context in contexts for batch in batches
                  for block in (blocks if kernel != "attend" else blocks[:1])]  # fmt: skip

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from .. import ops
 from ..config import HybridConfig
+from ..errors import MismatchError
 from ..ops import KV, Selections, reference
 from .workload import Workload
-
-
-class MismatchError(RuntimeError):
-    """An operation that does not do what the reference does; the message says which and by how much."""
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

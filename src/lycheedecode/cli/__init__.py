@@ -1,21 +1,24 @@
 """The command line: one subcommand per verb; parses, calls, prints.
 
-Exit status: 0 it ran; 1 it ran and the answer is no; 2 bad input, said in one line on stderr; 130 interrupted.
+Exit status: 0 it ran; 1 it ran and the answer is no; 2 bad input, said in one line on stderr; 70 a fault of ours, with
+its traceback; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
+from ..errors import LycheeError
 
 COMMANDS = {
     "generate": "Continue a prompt.",
@@ -25,8 +28,6 @@ COMMANDS = {
     "bench": "Verify, then time.",
 }
 """Each is a module of this package, loaded when it is called: a help text need not wait for PyTorch."""
-
-_PACKAGE = Path(__file__).parents[1]
 
 
 class _Program(TyperGroup):
@@ -51,45 +52,52 @@ class _Program(TyperGroup):
         finally:
             self._listing = False
 
-    def main(self, *args: Any, **options: Any) -> None:
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> None:
+        args = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
         try:
-            status = super().main(*args, **options)
+            status = super().main(args, *more, **options)
             if status == 130:  # typer's own word for Ctrl-C
                 raise KeyboardInterrupt
         except (Exception, KeyboardInterrupt) as error:
-            message = _message(error)
-            if message is None:
-                raise
-            status, line = message
+            status, line = _explain(error, args)
+            if status == FAULT:
+                traceback.print_exception(error)
             if line:
                 print(f"lycheedecode: {line}", file=sys.stderr)
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def _message(error: BaseException) -> tuple[int, str] | None:
-    """Exit status and one line for an error that a user can mend, None for a bug."""
+_UsageError: type[Any] = typer.BadParameter.__base__  # typer has no public name for it
+FAULT = 70
+"""Exit status of a fault of ours (EX_SOFTWARE of sysexits.h)."""
+
+
+def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
+    """Exit status and the line to print for what ended a command that was called with `args`."""
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return 130, "interrupted."
-    if hasattr(error, "format_message"):  # wrong usage, as typer reports it
+    if isinstance(error, _UsageError):
         if not error.format_message():
             return 2, ""  # nothing was given, and the help has been shown
-        command = getattr(getattr(error, "ctx", None), "command_path", "lycheedecode")
+        command = error.ctx.command_path if error.ctx else "lycheedecode"
         return 2, _one_line(f"{error.format_message().rstrip('.')}. See: {command} --help")
-    if isinstance(error, ValueError) and _is_ours(error.__traceback__):
-        return 2, _one_line(str(error))
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, LycheeError):
+        return error.exit_status, _one_line(str(error))
+    if isinstance(error, OSError) and _is_named(error.filename, args):
         return 2, f"{str(error.filename)!r} cannot be used: {error.strerror}."
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; its import would take seconds
         return 2, "The GPU's memory is full: shorten the prompt, or take --device cpu or a smaller model."
-    return None
+    return FAULT, "This is a fault of LycheeDecode, not of what you asked: please report it with the lines above."
 
 
-def _is_ours(traceback: TracebackType | None) -> bool:
-    """Whether the error was raised in this package; its ValueErrors are sentences for the user."""
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and _PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents
+def _is_named(filename: Any, args: Sequence[str]) -> bool:
+    """Whether a file was named on the command line, or lies on the way to one that was."""
+    if not isinstance(filename, (str, os.PathLike)):
+        return False
+    path = Path(filename)
+    named = [Path(word) for argument in args for word in (argument, argument.partition("=")[2]) if word]
+    return any(path == other or path in other.parents or other in path.parents for other in named)
 
 
 def _one_line(text: str) -> str:

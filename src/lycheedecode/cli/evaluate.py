@@ -11,6 +11,7 @@ import typer
 
 from .. import policies as all_policies
 from ..config import HybridConfig
+from ..errors import ConfigError, ResumeError
 from ..evaluate.fidelity import CELLS, Long, measure_fidelity
 from ..evaluate.scores import overall
 from ..evaluate.variants import POLICIES, variants
@@ -100,24 +101,24 @@ def fidelity(
     check_writable(json_file)
     for name, value in (("--prompts", prompts), ("--batch-size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}.")
+            raise ConfigError(f"{name} must be at least 1, not {value}.")
     if temperature < 0:
-        raise ValueError(f"--temperature must be at least 0, not {temperature}.")
+        raise ConfigError(f"--temperature must be at least 0, not {temperature}.")
     names = [name.strip() for name in policies.split(",")]
     for name in names:
         all_policies.check_name(name)
     if max_kl is not None and "hybrid" not in names:
-        raise ValueError("--max-kl is about hybrid, which is not among --policies.")
+        raise ConfigError("--max-kl is about hybrid, which is not among --policies.")
     sweep = {
         "budget_tokens": parse_numbers("--budgets", budgets),
         "block_size": parse_numbers("--block-sizes", block_sizes),
     }
     for name, values in sweep.items():
         if values and name in form:
-            raise ValueError(f"Give --{name.replace('_', '-')} or several of them, not both.")
+            raise ConfigError(f"Give --{name.replace('_', '-')} or several of them, not both.")
     config = HybridConfig(**{name: values[0] for name, values in sweep.items() if values} | form)
     if match_bytes and config.selection not in ("top_k", "ratio"):
-        raise ValueError(f"--match-bytes needs a budget: what {config.selection} reads is not known beforehand.")
+        raise ConfigError(f"--match-bytes needs a budget: what {config.selection} reads is not known beforehand.")
     kinds = tuple(map(_parse_kind, cells)) if cells else CELLS
     for source in sorted({kind.text for kind in kinds}):
         load_text(source)
@@ -165,7 +166,7 @@ def _parse_kind(text: str) -> Cell | Long:
     if len(numbers) != 3 or numbers[1] != "long":
         return parse_cell(text)
     if not (numbers[0].isdigit() and numbers[2].isdigit() and int(numbers[2]) >= 2):
-        raise ValueError(f"{text!r} is not TEXT:TOKENS:long:COUNT with at least 2 tokens to generate.")
+        raise ConfigError(f"{text!r} is not TEXT:TOKENS:long:COUNT with at least 2 tokens to generate.")
     return Long(source, int(numbers[0]), int(numbers[2]))
 
 
@@ -181,15 +182,15 @@ def _plans(given: Sequence[str] | None, model: str, needed: bool) -> dict[str, H
 def _earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Cells of an interrupted call's file; refuses one with other settings."""
     if path is None or not path.is_file():
-        raise ValueError("--resume needs the --json file of an interrupted call.")
+        raise ResumeError("--resume needs the --json file of an interrupted call.")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         earlier, cells = report["settings"], report["result"]["cells"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{str(path)!r} is not a result file of evaluate fidelity.") from None
+        raise ResumeError(f"{str(path)!r} is not a result file of evaluate fidelity.") from None
     if earlier != settings:
         changed = next(name for name in settings if earlier.get(name) != settings[name])
-        raise ValueError(f"{str(path)!r} was made with another {changed}: give the same settings, or another file.")
+        raise ResumeError(f"{str(path)!r} was made with another {changed}: give the same settings, or another file.")
     return cells
 
 

@@ -12,6 +12,7 @@ from ..config import HybridConfig
 from ..engine.engine import Engine
 from ..engine.generation import encode
 from ..engine.sampling import Sampling
+from ..errors import ConfigError, InputError
 from ..evaluate.side_by_side import Comparison, compare
 from ..models.load import DEFAULT_MODEL, load_model
 from .options import (
@@ -68,11 +69,11 @@ def generate(
     """Continue a prompt."""
     check_writable(json_file)
     if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
+        raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
     if against and (full or drawing or stop):
-        raise ValueError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
+        raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
     if full and (plan is not None or set(form) - {"correction_every"}):
-        raise ValueError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
+        raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
     config, sampling = HybridConfig(**form), Sampling(**drawing)
     head_plan = None if full else load_plan(plan, model)
     text = _prompt(prompt, prompt_file)
@@ -102,12 +103,12 @@ def generate(
 
 def _prompt(given: str | None, file: Path | None) -> str:
     if given is not None and file is not None:
-        raise ValueError("Give the prompt as an argument or with --prompt-file, not both.")
+        raise ConfigError("Give the prompt as an argument or with --prompt-file, not both.")
     if given is None and file is None and sys.stdin.isatty():
-        raise ValueError("There is no prompt: give it as an argument, with --prompt-file, or on standard input.")
+        raise InputError("There is no prompt: give it as an argument, with --prompt-file, or on standard input.")
     text = given if given is not None else read_text(file or Path("-"))
     if not text.strip():
-        raise ValueError("The prompt is empty: give it as an argument, with --prompt-file, or on standard input.")
+        raise InputError("The prompt is empty: give it as an argument, with --prompt-file, or on standard input.")
     return text
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..config import HybridConfig
+from ..errors import ConfigError, ResumeError
 from ..identify import Cell, IdentifySettings, Progress, paper_settings
 from ..identify import identify as find_plan
 from ..models.load import DEFAULT_MODEL, load_model
@@ -54,13 +55,13 @@ def identify(
     settings = _settings(preset, changes, form, text, train, calibrate)
     state = output.with_name(output.name + ".state")
     if state.exists() and not resume:
-        raise ValueError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
+        raise ResumeError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
     if resume and not state.exists():
-        raise ValueError(f"There is no interrupted identification to resume: {str(state)!r} does not exist.")
+        raise ResumeError(f"There is no interrupted identification to resume: {str(state)!r} does not exist.")
     for source in sorted({cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)}):
         load_text(source)  # a mistake shows before the model is loaded
     if gates_png is not None and settings.roles != "gates":
-        raise ValueError("--gates-png draws trained gates: add --roles gates.")
+        raise ConfigError("--gates-png draws trained gates: add --roles gates.")
     if png is not None or gates_png is not None:
         from ..plan_views.png import require_matplotlib
 

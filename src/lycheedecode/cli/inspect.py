@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from ..plan import HeadPlan
 from .options import Json
 from .report import check_writable, progress, write_json, write_text
@@ -30,7 +31,7 @@ def inspect(
 
     loaded = HeadPlan.load(plan)
     if gates and loaded.gate_means is None:
-        raise ValueError(f"The plan {plan!r} has no gate means: leave out --gates.")
+        raise ConfigError(f"The plan {plan!r} has no gate means: leave out --gates.")
     check_writable(png, html, json_file)
     name = Path(plan).name.removesuffix(".json")
     if png is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hi
 import typer
 
 from ..config import HybridConfig
+from ..errors import ConfigError
 from ..plan import HeadPlan, bundled_plans
 
 if TYPE_CHECKING:
@@ -109,7 +110,9 @@ takes_form = takes("form", HybridConfig, top_p="--top-p-mass")
 def load_plan(plan: str | None, model: str) -> HeadPlan:
     """The plan that was asked for, or the bundled one of the model."""
     if plan is None and model not in bundled_plans():
-        raise ValueError(f"There is no bundled head plan for {model!r}: give --plan (lycheedecode identify makes one).")
+        raise ConfigError(
+            f"There is no bundled head plan for {model!r}: give --plan (lycheedecode identify makes one)."
+        )
     return HeadPlan.load(plan or model)
 
 
@@ -119,9 +122,9 @@ def parse_cell(text: str) -> Cell:
 
     source, *numbers = text.rsplit(":", 3)
     if len(numbers) != 3 or not (numbers[0].isdigit() and numbers[2].isdigit()):
-        raise ValueError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
+        raise ConfigError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
     if numbers[1] not in ("passkey", "multi_hop"):
-        raise ValueError(f"{text!r}: the task must be passkey or multi_hop, not {numbers[1]!r}.")
+        raise ConfigError(f"{text!r}: the task must be passkey or multi_hop, not {numbers[1]!r}.")
     return Cell(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
 
 
@@ -129,7 +132,7 @@ def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
     """Whole numbers from `128,256`, each once; none for None."""
     parts = [] if text is None else text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{option} must be whole numbers with commas between them, as 128,256, not {text!r}.")
+        raise ConfigError(f"{option} must be whole numbers with commas between them, as 128,256, not {text!r}.")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

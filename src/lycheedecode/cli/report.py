@@ -16,13 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
+from ..errors import InputError, OutputError
 from ..results import describe_environment
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-class OutputError(ValueError):
-    """A file that cannot be written; the message is one sentence."""
 
 
 def check_writable(*paths: Path | None) -> None:
@@ -99,11 +96,11 @@ def read_text(path: Path) -> str:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         return data.decode("utf-8")
     except FileNotFoundError:
-        raise ValueError(f"There is no file {str(path)!r}.") from None
+        raise InputError(f"There is no file {str(path)!r}.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name[0].upper()}{name[1:]} is not UTF-8 text (byte {error.start}).") from None
+        raise InputError(f"{name[0].upper()}{name[1:]} is not UTF-8 text (byte {error.start}).") from None
     except OSError as error:
-        raise ValueError(f"{name[0].upper()}{name[1:]} cannot be read: {error.strerror}.") from None
+        raise InputError(f"{name[0].upper()}{name[1:]} cannot be read: {error.strerror}.") from None
 
 
 class Steps:

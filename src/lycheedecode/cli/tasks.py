@@ -13,6 +13,7 @@ import typer
 from .. import policies as all_policies
 from ..config import HybridConfig
 from ..engine.decoder import Execution
+from ..errors import ConfigError, PackageError
 from ..evaluate.engines import coverage_for, make_engines
 from ..evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
 from ..evaluate.tasks.summary import averages, rows
@@ -99,7 +100,7 @@ def tasks(
     """Score policies on tasks: RULER, LongBench, mathematics, and what lm-evaluation-harness has."""
     check_writable(json_file)
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("Tasks need the package lm_eval: pip install 'lycheedecode[eval]'.")
+        raise PackageError("Tasks need the package lm_eval: pip install 'lycheedecode[eval]'.")
     if not verbose:
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     options = TaskOptions(
@@ -108,7 +109,7 @@ def tasks(
     )  # fmt: skip
     compared = _variants(policy, budgets, form, plan, model, match_bytes)
     if data is not None and not data.is_dir():
-        raise ValueError(f"There is no folder {str(data)!r}.")
+        raise ConfigError(f"There is no folder {str(data)!r}.")
     load_text(text)
     with quiet(verbose), progress("Reading tasks and data sets"):
         names = catalogue.expand([name.strip() for name in tasks.split(",")])
@@ -156,10 +157,10 @@ def _variants(
         all_policies.check_name(name)
     several = parse_numbers("--budgets", budgets)
     if several and "budget_tokens" in form:
-        raise ValueError("Give --budget-tokens or several --budgets, not both.")
+        raise ConfigError("Give --budget-tokens or several --budgets, not both.")
     config = HybridConfig(**({"budget_tokens": several[0]} if several else {}) | form)
     if match_bytes is not None and (match_bytes < 1 or config.selection not in ("top_k", "ratio")):
-        raise ValueError("--match-bytes needs a number of tokens, and a selection of top_k or ratio.")
+        raise ConfigError("--match-bytes needs a number of tokens, and a selection of top_k or ratio.")
     needed = match_bytes is not None or any(map(all_policies.needs_plan, names))
     plans = {plan or model: load_plan(plan, model)} if needed or plan or model in bundled_plans() else {}
     return variants(names, plans, config, several, match_bytes=match_bytes is not None)

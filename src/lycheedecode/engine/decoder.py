@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import DecodeAttention
+from ..errors import ConfigError
 from ..models.routing import Reach
 from . import step as steps
 from .cache import KVCache
@@ -47,7 +48,7 @@ class Decoder:
         backend: Any = None,
     ) -> None:
         if execution not in get_args(Execution):
-            raise ValueError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}.")
+            raise ConfigError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}.")
         self.attention = attention
         self._model, self._reaches = model, reaches
         self._route = steps.route(model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
+from ..errors import ConfigError, InputError
 from ..models.routing import AttentionRoute, Reach, supported_shape
 from ..plan import HeadPlan
 from .cache import KVCache
@@ -100,9 +101,9 @@ class Engine:
         backend: Any = None,
     ) -> None:
         if plan is not None and attention is not None:
-            raise ValueError("Give a plan or an attention, not both.")
+            raise ConfigError("Give a plan or an attention, not both.")
         if prefill_chunk is not None and prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1, not {prefill_chunk}.")
+            raise ConfigError(f"prefill_chunk must be at least 1, not {prefill_chunk}.")
         self.model, self.tokenizer = model, tokenizer
         self.shape = supported_shape(model, plan)
         self.config = config or HybridConfig()
@@ -144,7 +145,7 @@ class Engine:
         longest = padded.shape[1]
         padding = [longest - length for length in lengths] if min(lengths) < longest else None
         if 0 < self.shape.max_positions < longest:
-            raise ValueError(f"The prompt has {longest} tokens; the model has {self.shape.max_positions} positions.")
+            raise InputError(f"The prompt has {longest} tokens; the model has {self.shape.max_positions} positions.")
         starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
         cache = KVCache(self.shape.num_layers, starts)
         cache.reserve(longest + room)
@@ -184,7 +185,7 @@ class Engine:
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
         answers = self._pad(answer_ids, left=False)[0]
         if answers.shape[0] != len(context.prompt_lengths):
-            raise ValueError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
+            raise InputError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
         context.rewind()
         context.cache.reserve(context.cache.length + answers.shape[1])
         logits = [self.decode_one_token(context, token_ids) for token_ids in answers.unbind(1)]
@@ -225,7 +226,7 @@ class Engine:
             pieces of every sequence's text in the order of decoding; the last piece of each carries its `Generation`.
         """
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+            raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         if not isinstance(prompts, Context):
             prompts = encode(prompts, self.tokenizer, chat)
         lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
@@ -315,7 +316,7 @@ class Engine:
         rows = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
         lengths = [len(row) for row in rows]
         if not rows or not min(lengths):
-            raise ValueError("There is no prompt." if not rows else "An empty prompt or answer cannot be decoded.")
+            raise InputError("There is no prompt." if not rows else "An empty prompt or answer cannot be decoded.")
         longest = max(lengths)
         padding = [[0] * (longest - length) for length in lengths]
         padded = [pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError, InputError
 from .sampling import TokenText
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -62,7 +63,7 @@ class Progress:
 
     def __init__(self, tokenizer: Any, ends: set[int], stop: Sequence[str], max_new_tokens: int) -> None:
         if stop and (tokenizer is None or not all(stop)):
-            raise ValueError("Stop strings must not be empty, and need a tokenizer.")
+            raise ConfigError("Stop strings must not be empty, and need a tokenizer.")
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._ends = ends
@@ -125,11 +126,11 @@ def _encode_one(prompt: PromptLike, tokenizer: Any, chat: bool) -> list[int]:
     if not isinstance(prompt, str) and isinstance(prompt[0], int):
         return list(prompt)
     if tokenizer is None:
-        raise ValueError("Text prompts need a tokenizer.")
+        raise InputError("Text prompts need a tokenizer.")
     if isinstance(prompt, str) and not chat:
         return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
-        raise ValueError("This tokenizer has no chat template.")
+        raise InputError("This tokenizer has no chat template.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..errors import LycheeError
 from ..models.shape import ModelShape
 
 _CPU_CHUNK = 2048
@@ -13,7 +14,7 @@ _SHARE = 0.5
 """Of the memory that the cache leaves, for activations of a chunk; the rest is for what this estimate does not know."""
 
 
-class CacheMemoryError(ValueError):
+class CacheMemoryError(LycheeError):
     """A KV cache that does not fit; the message says how much is needed and what would fit."""
 
 

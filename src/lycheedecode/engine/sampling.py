@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -27,11 +29,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, not {self.temperature}.")
+            raise ConfigError(f"temperature must be at least 0, not {self.temperature}.")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {self.top_k}.")
+            raise ConfigError(f"top_k must be at least 0, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}.")
+            raise ConfigError(f"top_p must lie in (0, 1], not {self.top_p}.")
 
 
 class Sampler:

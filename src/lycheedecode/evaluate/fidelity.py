@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..engine.engine import Context, Engine
+from ..errors import ConfigError
 from ..prompts.makers import Cell, Prompt, PromptMaker, makers_for
 from .engines import coverage_for, make_engines
 from .scores import Sums
@@ -150,7 +151,7 @@ def _engines(
 def _check_room(full: Engine, cell: Cell | Long, tokens: int) -> None:
     most = full.shape.max_positions
     if most and cell.length + tokens > most + 1:
-        raise ValueError(f"{cell.length} tokens and an answer of {tokens} do not fit the model's {most} positions.")
+        raise ConfigError(f"{cell.length} tokens and an answer of {tokens} do not fit the model's {most} positions.")
 
 
 # ---------------------------------------------------------------------- decoding

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.engine import Context, Engine
 from ..engine.generation import stop_token_ids
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def compare(
         repeats: measurements of each, taken in turn so that a passing load hits both.
     """
     if max_new_tokens < 2:
-        raise ValueError(f"A comparison needs at least 2 new tokens, not {max_new_tokens}.")
+        raise ConfigError(f"A comparison needs at least 2 new tokens, not {max_new_tokens}.")
     context = full.prefill([list(prompt_ids)], room=max(max_new_tokens, timed_tokens))
     ends = set() if ignore_eos else stop_token_ids(full.model, full.tokenizer)
     runs: dict[str, list[tuple[Run, Tensor]]] = {"full": [], "hybrid": []}

@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..errors import LycheeError
 
-class DataError(ValueError):
+
+class DataError(LycheeError):
     """A data set that cannot be found or read; the message says where to put it."""
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.shape import ModelShape
+from ..errors import ConfigError
+from ..models.shape import ModelError, ModelShape
 from ..plan import Head, HeadPlan
 from ..prompts.makers import Cell, makers_for
 from .checkpoint import Checkpoint
@@ -184,7 +185,7 @@ def _number_of_heads(settings: IdentifySettings, reach: Reach) -> int:
     if number is None:
         return max(total // 8, always + 1)
     if not always < number <= total:
-        raise ValueError(
+        raise ConfigError(
             f"num_retrieval_heads must lie between {always + 1} (the first layer of each stage and one more) "
             f"and {total}, not {number}."
         )
@@ -193,11 +194,13 @@ def _number_of_heads(settings: IdentifySettings, reach: Reach) -> int:
 
 def _check(settings: IdentifySettings, shape: ModelShape) -> None:
     if len(shape.global_layers) != shape.num_layers:
-        raise ValueError(f"{shape.architecture} has layers without full attention; identification needs it in all.")
+        raise ModelError(f"{shape.architecture} has layers without full attention; identification needs it in all.")
     trained = settings.train_cells if settings.roles == "gates" else ()
     for cell in (*trained, *settings.calibrate_cells):
         if shape.max_positions and cell.length >= shape.max_positions:
-            raise ValueError(f"Prompts of {cell.length} tokens do not fit the model's {shape.max_positions} positions.")
+            raise ConfigError(
+                f"Prompts of {cell.length} tokens do not fit the model's {shape.max_positions} positions."
+            )
 
 
 @contextmanager

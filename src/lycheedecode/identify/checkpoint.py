@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import ResumeError
 from .settings import IdentifySettings
 
 
@@ -26,7 +27,7 @@ class Checkpoint:
         self._folder, self._settings = folder, settings.to_dict()
         path = None if folder is None else folder / "settings.json"
         if path and path.is_file() and json.loads(path.read_text(encoding="utf-8")) != self._settings:
-            raise ValueError(
+            raise ResumeError(
                 f"The interrupted identification in {str(folder)!r} had other settings: "
                 "give the same ones, or remove that folder."
             )

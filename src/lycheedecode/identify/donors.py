@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HybridConfig
+from ..errors import ConfigError
 from ..plan import Head, HeadPlan
 from .replay import Lesson, choose_blocks, full, replay
 
@@ -33,9 +34,9 @@ class Reach:
 
     def __post_init__(self) -> None:
         if self.shards < 1 or self.num_kv_heads % self.shards:
-            raise ValueError(f"{self.num_kv_heads} KV heads cannot be divided evenly over {self.shards} shards.")
+            raise ConfigError(f"{self.num_kv_heads} KV heads cannot be divided evenly over {self.shards} shards.")
         if not 1 <= self.stages <= self.num_layers:
-            raise ValueError(f"{self.num_layers} layers cannot be divided into {self.stages} pipeline stages.")
+            raise ConfigError(f"{self.num_layers} layers cannot be divided into {self.stages} pipeline stages.")
 
     @property
     def always_retrieval(self) -> tuple[Head, ...]:

@@ -7,6 +7,8 @@ from math import exp, isnan, nan
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error of last hidden states `[B, T, E]` over the tokens in `mask` `[B, T]`."""
@@ -35,7 +37,7 @@ class Lagrangian:
 
     def __init__(self, target: float, kind: str, *, start: float = 2.0, learning_rate: float = 1e-3) -> None:
         if kind not in ("one_sided", "two_sided"):
-            raise ValueError(f"penalty must be 'one_sided' or 'two_sided', not {kind!r}.")
+            raise ConfigError(f"penalty must be 'one_sided' or 'two_sided', not {kind!r}.")
         self.target = target
         self.kind = kind
         self.multiplier = start if kind == "one_sided" else 0.0

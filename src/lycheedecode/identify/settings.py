@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ..config import HybridConfig
+from ..errors import ConfigError
 from ..prompts.makers import Cell
 
 Roles = Literal["sensitivity", "gates", "coverage"]
@@ -92,19 +93,19 @@ class IdentifySettings:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(repr(choice) for choice in get_args(kind))
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
         least = {"steps": 1, "batch_size": 1, "exchange_rounds": 0, "calibrate_prompts": 1, "draws": 1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, not {getattr(self, name)}.")
+                raise ConfigError(f"{name} must be at least {smallest}, not {getattr(self, name)}.")
         if not 0 <= self.coupling <= 1:
-            raise ValueError(f"coupling must lie in [0, 1], not {self.coupling}.")
+            raise ConfigError(f"coupling must lie in [0, 1], not {self.coupling}.")
         if not self.calibrate_cells or not self.train_cells:
-            raise ValueError("Identification needs at least one kind of prompt to train on and one to calibrate on.")
+            raise ConfigError("Identification needs at least one kind of prompt to train on and one to calibrate on.")
         if self.exchange_rounds and self.donors == "same_index":
-            raise ValueError("The exchange of retrieval heads needs remapped donors.")
+            raise ConfigError("The exchange of retrieval heads needs remapped donors.")
         if self.config.refresh_every != 1:
-            raise ValueError("Identification selects at every token: refresh_every must be 1.")
+            raise ConfigError("Identification selects at every token: refresh_every must be 1.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -27,11 +27,12 @@ from torch import Tensor
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine
 from ..engine.sampling import Sampling
+from ..errors import LycheeError
 from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan, bundled_plans
 
 
-class TaskRequestError(ValueError):
+class TaskRequestError(LycheeError):
     """A request that cannot be met; the message is one sentence."""
 
 

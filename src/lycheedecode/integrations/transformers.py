@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attention import HybridAttention
 from ..config import HybridConfig
+from ..errors import ConfigError
 from ..models.routing import RoutedAttention, route_attention, supported_shape
 from ..models.shape import ModelError
 from ..ops import KV, Selections
@@ -33,11 +34,11 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
     """
     config = config or HybridConfig()
     if config.correction_every:
-        raise ValueError("Cache Correction (correction_every) rewrites the cache, which only Engine can do.")
+        raise ConfigError("Cache Correction (correction_every) rewrites the cache, which only Engine can do.")
     if config.refresh_every > 1:
-        raise ValueError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
+        raise ConfigError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
     if config.scan_keys != "cache":
-        raise ValueError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
+        raise ConfigError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
     shape = supported_shape(model, plan)
     if getattr(model.config, "output_attentions", False):
         raise ModelError("Attention weights (output_attentions) do not exist in hybrid decoding.")

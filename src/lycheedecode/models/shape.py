@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..errors import LycheeError
 
-class ModelError(ValueError):
+
+class ModelError(LycheeError):
     """A model that cannot be found, loaded or served; the message is one sentence."""
 
 

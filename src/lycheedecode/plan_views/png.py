@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import LycheeError
 from ..plan import HeadPlan
 from . import caption, families, title
 from .page import curve, shade
 
 
-class PlotError(ValueError):
+class PlotError(LycheeError):
     """A picture that cannot be made; the message is one sentence."""
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
+from ..errors import LycheeError
 from ..models.routing import check_plan
 from ..models.shape import ModelShape
 from ..plan import Head, HeadPlan
@@ -38,7 +39,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
 """Settings that a name may carry."""
 
 
-class PolicyError(ValueError):
+class PolicyError(LycheeError):
     """A policy that does not exist, or cannot be made of what was given; the message is one sentence."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config import HybridConfig
+from ..errors import ConfigError
 from ..models.shape import ModelShape
 from ..ops import KV, Selections
 from ..ops.common import by_kv_head
@@ -92,7 +93,7 @@ class QuestAttention:
     def _extend(self, selections: BoundedSelections, layer: int, kv: KV) -> tuple[Tensor, Tensor]:
         """The layer's bounds `[B, Hkv, N, D]`, after a look at the blocks whose tokens are new."""
         if kv.page_table is not None:
-            raise ValueError("quest keeps bounds of a contiguous cache only.")
+            raise ConfigError("quest keeps bounds of a contiguous cache only.")
         size, slots = self.config.block_size, kv.slots
         if layer not in selections.bounds:
             batch, width, _, dim = kv.keys.shape

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..errors import InputError
 from .text import NOISE, load_text
 
 Split = Literal["identify", "evaluate"]
@@ -118,9 +119,9 @@ class PromptMaker:
 
     def _take(self, size: int, rng: random.Random) -> list[int]:
         if size < 0:
-            raise ValueError(f"The prompt is {-size} tokens too short for its question and hidden facts.")
+            raise InputError(f"The prompt is {-size} tokens too short for its question and hidden facts.")
         if size > len(self._filler):
-            raise ValueError(f"The prompt needs {size} tokens of filler, but the text has {len(self._filler)}.")
+            raise InputError(f"The prompt needs {size} tokens of filler, but the text has {len(self._filler)}.")
         start = rng.randrange(len(self._filler) - size + 1)
         return self._filler[start : start + size]
 

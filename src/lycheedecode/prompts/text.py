@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from ..errors import LycheeError
+
 MAX_CHARACTERS = 8_000_000
 """More text than any prompt needs; reading stops there."""
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
-class TextError(ValueError):
+class TextError(LycheeError):
     """Text that cannot be read; the message is one sentence."""
 
 

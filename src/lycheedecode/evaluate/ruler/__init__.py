@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ...errors import ConfigError
 from ...prompts.text import load_text
 from .fit import Fitter, Item, TaskLengthError
 from .haystack import Sources
@@ -96,6 +97,6 @@ def _plain_count(name: str | None) -> Count:
     from transformers import AutoTokenizer
 
     if not name:
-        raise ValueError("RULER tasks measure their prompts: give the task manager a tokenizer in its metadata.")
+        raise ConfigError("RULER tasks measure their prompts: give the task manager a tokenizer in its metadata.")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return lambda text, prefix: len(tokenizer(f"{text} {prefix}", verbose=False).input_ids)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...errors import LycheeError
+
 _SLACK = 2
 """Tokens that may stay unused before another size is tried, and a thousandth of long items."""
 _TRIES = 12
 
 
-class TaskLengthError(ValueError):
+class TaskLengthError(LycheeError):
     """A context that is too short for a task; the message is one sentence."""
 
 

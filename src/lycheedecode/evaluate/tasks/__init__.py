@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...engine.engine import Engine
+from ...errors import ConfigError
 from . import catalogue
 from .intervals import difference, score
 
@@ -56,9 +57,9 @@ class TaskOptions:
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and not value >= smallest:
-                raise ValueError(f"{name} must be at least {smallest}, not {value}.")
+                raise ConfigError(f"{name} must be at least {smallest}, not {value}.")
         if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"lengths must be numbers of tokens, not {list(self.lengths)}.")
+            raise ConfigError(f"lengths must be numbers of tokens, not {list(self.lengths)}.")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from ...errors import LycheeError
 from ..ruler.questions import read_hotpotqa, read_squad
 from ..tasks_data import DataError, find_records
 from .metrics import FIRST_LINE, LONGBENCH, PLAIN, longbench
@@ -26,7 +27,7 @@ OWN = (*RULER, *MATHEMATICS, *GROUPS["longbench"])
 """Tasks whose data is made here, or may come from a folder."""
 
 
-class TaskNameError(ValueError):
+class TaskNameError(LycheeError):
     """A task that does not exist; the message names the near ones."""
 
 

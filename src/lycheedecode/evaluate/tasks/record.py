@@ -8,10 +8,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ...errors import LycheeError
 from ...integrations.lm_eval import Answer, Key
 
 
-class RecordError(ValueError):
+class RecordError(LycheeError):
     """A record that cannot be continued; the message is one sentence."""
 
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...config import HybridConfig
+from ...errors import LycheeError
 from ...plan import HeadPlan
 
 NAME = "lycheedecode"
 OLDEST, NEWEST = (0, 26), (0, 32)
 
 
-class ServingError(ValueError):
+class ServingError(LycheeError):
     """A server that cannot decode as it was told to; the message is one sentence."""
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...config import HybridConfig
+from ...errors import DeviceError
 from ..dispatch import check, kernels_for
 from ..select import select_blocks
 from ..types import KV, Selections
@@ -89,7 +90,7 @@ def _check_copy(copy: Tensor | None, kv: KV, heads: tuple[int, ...]) -> None:
     if kv.page_table is not None:
         raise ValueError("a copy of keys goes with a contiguous cache, not with pages.")
     if not has_float8(copy.device):
-        raise ValueError("8-bit floats (scan_keys='float8') need a GPU of compute capability 8.9 or above.")
+        raise DeviceError("8-bit floats (scan_keys='float8') need a GPU of compute capability 8.9 or above.")
     batch, _, slots, dim = kv.keys.shape
     if copy.dtype != torch.float8_e4m3fn or copy.dim() != 4 or copy.shape[2] < slots:
         raise ValueError(f"copy must be float8_e4m3fn [B, R, >= {slots}, D], not {copy.dtype} {tuple(copy.shape)}.")

@@ -1,0 +1,51 @@
+"""Errors that a user can mend: each message is one sentence, which says what is wrong and how to mend it.
+
+The command line prints the message of a `LycheeError` and exits with its status. Everything else is a fault of ours and
+shows its traceback. All of them are `ValueError`s, so that callers need not know these names. Other modules derive
+theirs: `PlanError`, `ModelError`, `TextError`, ...
+
+Contracts between our own parts (shapes and strides of tensors that an operation takes, say) raise plain `ValueError`:
+who meets one through the command line has found a bug.
+"""
+
+from __future__ import annotations
+
+
+class LycheeError(ValueError):
+    """The root of them.
+
+    Attributes:
+        exit_status: of the command that ends with it: 2 for bad input, 1 where the command ran and the answer is no.
+    """
+
+    exit_status = 2
+
+
+class ConfigError(LycheeError):
+    """A setting, option or argument that makes no sense, alone or beside the others."""
+
+
+class InputError(LycheeError):
+    """A prompt, a text or a file of the user's that cannot be used."""
+
+
+class OutputError(LycheeError):
+    """A file that cannot be written."""
+
+
+class DeviceError(LycheeError):
+    """Something that needs another device than there is."""
+
+
+class PackageError(LycheeError):
+    """An optional package that is not installed."""
+
+
+class ResumeError(LycheeError):
+    """Unfinished work that cannot be continued: there is none, or it belongs to something else."""
+
+
+class MismatchError(LycheeError):
+    """Two ways of computing the same disagree; nothing is timed then."""
+
+    exit_status = 1

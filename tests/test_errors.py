@@ -1,0 +1,32 @@
+"""Errors that a user can mend have one root."""
+
+import ast
+from pathlib import Path
+
+import lycheedecode
+from lycheedecode.errors import LycheeError
+
+ROOT = Path(lycheedecode.__file__).parent
+FOREIGN = {"ValueError", "RuntimeError", "Exception", "TypeError", "KeyError", "OSError"}
+
+
+def test_every_error_of_ours_descends_from_the_root():
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and node.name != "LycheeError":
+                assert not FOREIGN & {ast.unparse(base) for base in node.bases}, f"{path}: {node.name}"
+
+
+def test_plain_value_errors_are_contracts_between_our_own_parts():
+    """What a user can bring about is a `LycheeError`; operations and kernels check what they are handed."""
+    inner = ("ops/", "fusion/", "identify/replay.py", "identify/train.py", "engine/cache.py", "evaluate/tasks/mathem")
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(inner):
+            assert "raise ValueError" not in path.read_text(encoding="utf-8"), name
+
+
+def test_errors_are_value_errors_with_a_status():
+    assert issubclass(LycheeError, ValueError)
+    assert LycheeError.exit_status == 2
+    assert issubclass(lycheedecode.PlanError, LycheeError)
