@@ -20,13 +20,13 @@ def layers(slots=50, batch=2, starts=None):
     return caches, [torch.randn(batch, 6, 16) for _ in caches]
 
 
-def step(attention, caches, queries, selections=None, refresh=True):
-    selections = selections or attention.allocate(queries[0].shape[0], caches[0].slots, "cpu")
+def step(attention, caches, queries, state=None, refresh=True):
+    state = state or attention.allocate(queries[0].shape[0], caches[0].slots, "cpu")
     outputs = [
-        attention(layer, query, kv, selections, 0.25, refresh)
+        attention(layer, query, kv, state, 0.25, refresh)
         for layer, (kv, query) in enumerate(zip(caches, queries, strict=True))
     ]
-    return outputs, selections
+    return outputs, state
 
 
 @pytest.mark.parametrize("form", ["selected", "full"])
@@ -50,12 +50,12 @@ def test_a_sparse_head_attends_over_its_donors_selection():
     caches, queries = layers()
     config = HybridConfig(budget_tokens=16, **SETTINGS)
     plan = tiny.plan()
-    outputs, selections = step(HybridAttention(plan, config), caches, queries)
+    outputs, state = step(HybridAttention(plan, config), caches, queries)
     for layer in range(tiny.LAYERS):
         for head in range(tiny.KV_HEADS):
             row = plan.retrieval.index(plan.donors[layer][head])
             expected = ops.attend_blocks(
-                queries[layer], caches[layer], selections, torch.tensor([row]), 4, 0.25, (head,)
+                queries[layer], caches[layer], state.selections, torch.tensor([row]), 4, 0.25, (head,)
             )
             torch.testing.assert_close(outputs[layer][:, head * 3 : head * 3 + 3], expected)
 
@@ -73,20 +73,20 @@ def test_the_papers_form_is_dense_where_it_retrieves():
 def test_the_output_goes_where_it_is_told_to(form):
     caches, queries = layers()
     attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, retrieval_attention=form, **SETTINGS))
-    selections = attention.allocate(2, 50, "cpu")
+    state = attention.allocate(2, 50, "cpu")
     for layer, (kv, query) in enumerate(zip(caches, queries, strict=True)):
         out = torch.full_like(query, torch.nan)
-        assert attention(layer, query, kv, selections, 0.25, out=out) is out
-        torch.testing.assert_close(out, attention(layer, query, kv, selections, 0.25))
+        assert attention(layer, query, kv, state, 0.25, out=out) is out
+        torch.testing.assert_close(out, attention(layer, query, kv, state, 0.25))
 
 
 def test_without_refresh_the_selections_stay():
     caches, queries = layers()
     attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, refresh_every=2, **SETTINGS))
-    _, selections = step(attention, caches, queries)
-    before = selections.blocks.clone()
-    step(attention, caches, [torch.randn_like(query) for query in queries], selections, refresh=False)
-    assert torch.equal(selections.blocks, before)
+    _, state = step(attention, caches, queries)
+    before = state.selections.blocks.clone()
+    step(attention, caches, [torch.randn_like(query) for query in queries], state, refresh=False)
+    assert torch.equal(state.selections.blocks, before)
 
 
 def test_bytes_are_counted_from_what_was_selected():
@@ -94,20 +94,20 @@ def test_bytes_are_counted_from_what_was_selected():
     lengths = caches[0].token_counts()  # 50 and 29
     config = HybridConfig(budget_tokens=16, **SETTINGS)
     attention = HybridAttention(tiny.plan(), config)
-    _, selections = step(attention, caches, queries)
+    _, state = step(attention, caches, queries)
     # Blocks of 4: the last one holds 2 tokens of 50, and 1 of 29. Eight heads attend, four scan.
     expected = [8 * 2 * 14 + 4 * 50, 8 * 2 * 13 + 4 * 29]
-    assert tiny.bytes_read(attention, lengths, selections, True, 10) == [10 * tokens for tokens in expected]
-    unrefreshed = tiny.bytes_read(attention, lengths, selections, False, 1)
+    assert tiny.bytes_read(attention, lengths, state, True, 10) == [10 * tokens for tokens in expected]
+    unrefreshed = tiny.bytes_read(attention, lengths, state, False, 1)
     assert unrefreshed == [8 * 2 * 14, 8 * 2 * 13]
 
 
 def test_dense_retrieval_heads_read_each_key_once():
     caches, queries = layers(slots=50)
     attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, retrieval_attention="full", **SETTINGS))
-    _, selections = step(attention, caches, queries)
+    _, state = step(attention, caches, queries)
     expected = 4 * 2 * 14 + 4 * 2 * 50  # four sparse heads, four dense ones
-    assert tiny.bytes_read(attention, caches[0].token_counts(), selections, True, 1) == [expected] * 2
+    assert tiny.bytes_read(attention, caches[0].token_counts(), state, True, 1) == [expected] * 2
     full = FullAttention(tiny.LAYERS, tiny.KV_HEADS)
     assert tiny.bytes_read(full, caches[0].token_counts(), None, True, 1) == [8 * 2 * 50] * 2
 
@@ -115,5 +115,5 @@ def test_dense_retrieval_heads_read_each_key_once():
 def test_layers_outside_the_count_read_nothing():
     caches, queries = layers(slots=50)
     attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, **SETTINGS), layers=[0, 1])
-    _, selections = step(attention, caches, queries)
-    assert tiny.bytes_read(attention, caches[0].token_counts(), selections, True, 1)[0] == 4 * 2 * 14 + 3 * 50
+    _, state = step(attention, caches, queries)
+    assert tiny.bytes_read(attention, caches[0].token_counts(), state, True, 1)[0] == 4 * 2 * 14 + 3 * 50

@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from lycheedecode import HeadPlan
-from lycheedecode.attention import DecodeAttention
-from lycheedecode.ops import Selections
+from lycheedecode.attention import DecodeAttention, State
 
 LAYERS, KV_HEADS = 4, 2
 _SHAPE = {
@@ -92,11 +91,11 @@ def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def bytes_read(
-    attention: DecodeAttention, lengths: torch.Tensor, selections: Selections | None, refreshed: bool, key_bytes: int
+    attention: DecodeAttention, lengths: torch.Tensor, state: State | None, refreshed: bool, key_bytes: int
 ) -> list[float]:
     """What `count_bytes` counts for each sequence."""
     total = torch.zeros(len(lengths), dtype=torch.float64)
-    attention.count_bytes(total, lengths, selections, refreshed, key_bytes)
+    attention.count_bytes(total, lengths, state, refreshed, key_bytes)
     return total.tolist()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple, Protocol
 
@@ -11,9 +12,75 @@ from torch import Tensor
 
 from . import ops
 from .config import HybridConfig
-from .ops import KV, CopyingSelections, Selections
+from .ops import KV, KeyCopy, Selections
 from .ops.types import constant
 from .plan import HeadPlan
+
+
+@dataclass(eq=False)
+class State:
+    """What an attention keeps beside the cache of a batch, from layer to layer and from step to step.
+
+    A policy that remembers what the cache holds (copies of keys, bounds, means) has a subclass, which keeps that up to
+    date; whoever owns the cache calls `before_step` before every step, and `truncate` when tokens are forgotten.
+    """
+
+    selections: Selections
+
+    def before_step(
+        self,
+        store_of: Callable[[int], tuple[Tensor, Tensor]],
+        filled: int,
+        refresh: bool,
+        starts: Tensor | None = None,
+    ) -> None:
+        """A step is to come; calling this twice before it is calling it once.
+
+        Args:
+            store_of: a layer's keys and values, `[B, Hkv, capacity, D]`.
+            filled: slots in use so far.
+            refresh: whether the step selects anew.
+            starts: int32 `[B]`, slot of each sequence's first token; None: 0.
+        """
+
+    def truncate(self, slots: int) -> None:
+        """The cache forgets every slot from `slots` on."""
+
+
+@dataclass(eq=False)
+class HybridState(State):
+    """What `HybridAttention` keeps.
+
+    Attributes:
+        copy: of the keys that retrieval heads scan; None where they scan the cache.
+    """
+
+    copy: KeyCopy | None = None
+
+    def before_step(
+        self,
+        store_of: Callable[[int], tuple[Tensor, Tensor]],
+        filled: int,
+        refresh: bool,
+        starts: Tensor | None = None,
+    ) -> None:
+        """See `State`."""
+        if self.copy is not None:
+            self.copy.before_step(store_of, filled, refresh)
+
+    def truncate(self, slots: int) -> None:
+        """See `State`."""
+        if self.copy is not None:
+            self.copy.truncate(slots)
+
+    def scan_bytes(self, key_bytes: int) -> float:
+        """Bytes of a key that is scanned, where the cache's have `key_bytes`."""
+        return key_bytes if self.copy is None else self.copy.key_bytes(key_bytes)
+
+    def first_rows(self, rows: int) -> HybridState:
+        """Of the first `rows` sequences; views."""
+        blocks, counts = self.selections
+        return HybridState(Selections(blocks[:, :rows], counts[:, :rows]))
 
 
 class DecodeAttention(Protocol):
@@ -27,23 +94,21 @@ class DecodeAttention(Protocol):
     refresh_every: int
     """Steps from one selection to the next."""
 
-    def allocate(self, batch: int, slots: int, device: torch.device | str) -> Selections | None:
-        """Buffers for `batch` sequences whose cache has up to `slots` slots; None where nothing is selected."""
+    def allocate(self, batch: int, slots: int, device: torch.device | str) -> State | None:
+        """What it keeps of `batch` sequences whose cache has up to `slots` slots; None: nothing."""
 
     def __call__(
-        self, layer: int, query: Tensor, kv: KV, selections: Selections | None, scale: float, refresh: bool = True
+        self, layer: int, query: Tensor, kv: KV, state: State | None, scale: float, refresh: bool = True
     ) -> Tensor:
         """Attention output `[B, Hq, D]` of one layer for one new token a sequence."""
 
-    def count_bytes(
-        self, total: Tensor, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int
-    ) -> None:
+    def count_bytes(self, total: Tensor, lengths: Tensor, state: State | None, refreshed: bool, key_bytes: int) -> None:
         """Add the bytes of the KV cache that the step just made read for each sequence.
 
         Args:
             total: float64 `[B]`, added to in place.
             lengths: int32 `[B]`, cached tokens of each sequence at that step.
-            selections: the buffers as the step left them.
+            state: as the step left it.
             refreshed: whether it selected.
             key_bytes: bytes of one key of one KV head, `D * itemsize`; a value has as many.
         """
@@ -62,13 +127,11 @@ class FullAttention:
         """Nothing is selected."""
 
     def __call__(
-        self, layer: int, query: Tensor, kv: KV, selections: Selections | None, scale: float, refresh: bool = True
+        self, layer: int, query: Tensor, kv: KV, state: State | None, scale: float, refresh: bool = True
     ) -> Tensor:
         return ops.attend(query, kv, scale)
 
-    def count_bytes(
-        self, total: Tensor, lengths: Tensor, selections: Selections | None, refreshed: bool, key_bytes: int
-    ) -> None:
+    def count_bytes(self, total: Tensor, lengths: Tensor, state: State | None, refreshed: bool, key_bytes: int) -> None:
         total.add_(lengths, alpha=2 * self._num_heads * key_bytes)
 
 
@@ -92,20 +155,19 @@ class HybridAttention:
         self._scans, self._readers = self._count_readers(layers)
         self._scanned = {layer: plan.retrieval_heads(layer) for layer in layers}
 
-    def allocate(self, batch: int, slots: int, device: torch.device | str) -> Selections:
+    def allocate(self, batch: int, slots: int, device: torch.device | str) -> HybridState:
         config = self.config
         num_blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
         size = len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks)
-        if config.scan_keys == "cache":
-            return Selections.allocate(*size, device)
-        return CopyingSelections.allocate(*size, device).of(self._scanned, config.refresh_every)
+        copy = KeyCopy(self._scanned, config.refresh_every) if config.scan_keys == "float8" else None
+        return HybridState(Selections.allocate(*size, device), copy)
 
     def __call__(
         self,
         layer: int,
         query: Tensor,
         kv: KV,
-        selections: Selections,
+        state: HybridState,
         scale: float,
         refresh: bool = True,
         out: Tensor | None = None,
@@ -116,7 +178,7 @@ class HybridAttention:
             layer: index of the layer in the plan.
             query: `[B, Hq, D]`.
             kv: the layer's cache, the new token included.
-            selections: the buffers of this batch; the rows of this layer's retrieval heads are rewritten.
+            state: of this batch; the selections of this layer's retrieval heads are rewritten.
             scale: factor on the logits.
             refresh: False keeps the selections of the step before.
             out: where to write the output, and return it; None: a new tensor.
@@ -124,10 +186,11 @@ class HybridAttention:
         Returns:
             `[B, Hq, D]`.
         """
-        config, roles = self.config, self._layers[layer]
+        config, roles, selections = self.config, self._layers[layer], state.selections
         if roles.retrieval and refresh:
             chosen = selections.rows(roles.first_row, len(roles.retrieval))
-            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=selections.copy_of(layer))
+            copy = None if state.copy is None else state.copy.of_layer(layer)
+            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=copy)
         if config.retrieval_attention == "selected" or not roles.retrieval:
             rows = constant(roles.donor_rows, torch.int64, query.device)
             return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out)
@@ -137,16 +200,14 @@ class HybridAttention:
         )  # the paper's form
         return output if out is None else out.copy_(output)
 
-    def count_bytes(
-        self, total: Tensor, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int
-    ) -> None:
+    def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
         """Keys scanned by retrieval heads, and keys and values attended by every head (see `DecodeAttention`).
 
         Dense retrieval heads read keys and values once: their scan is a by-product of their attention. What fits into
         the budget as a whole is not scanned.
         """
-        config, dense = self.config, self.config.retrieval_attention == "full"
-        scan_bytes = 2 * key_bytes if dense else selections.scan_bytes(key_bytes) * refreshed
+        config, dense, selections = self.config, self.config.retrieval_attention == "full", state.selections
+        scan_bytes = 2 * key_bytes if dense else refreshed * state.scan_bytes(key_bytes)
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
         enough = selections.enough_tokens(config.selection, config.block_size, config.refresh_every)
         ops.count_bytes(total, lengths, selections, costs, config.block_size, 0 if dense else enough)

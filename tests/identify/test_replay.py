@@ -60,10 +60,10 @@ def _decode(model, lesson, attention):
     for layer, (keys, values) in enumerate(lesson.prefix):
         cache.update(keys, values, layer)
     batch, steps = lesson.answer_ids.shape
-    selections = attention.allocate(batch, lesson.prompt_length + steps, "cpu")
+    state = attention.allocate(batch, lesson.prompt_length + steps, "cpu")
 
     def routed(module, query, key, value, mask, scaling, **_):
-        output = attention(module.layer_idx, query[:, :, 0], KV(key, value), selections, scaling)
+        output = attention(module.layer_idx, query[:, :, 0], KV(key, value), state, scaling)
         return output[:, None], None
 
     with route_attention(model, routed):

@@ -302,7 +302,7 @@ def test_steps_are_split(gpu_builder, common, rows, tokens):
         return
     step = metadata.hybrid
     assert (step.rows, len(step.lengths), step.page_table.shape[0]) == (rows, rows, rows)
-    assert step.selections.blocks.shape[1] == rows
+    assert step.state.selections.blocks.shape[1] == rows
     if rows == common.num_reqs:
         assert step.others is None
         return

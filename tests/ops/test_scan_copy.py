@@ -13,11 +13,11 @@ TIGHT = {"budget_tokens": 24, "block_size": 4, "sink_tokens": 4, "recent_tokens"
 
 def held(context):
     """The copy of every retrieval head, and what it should be: the same slots of the cache, in 8 bits."""
-    selections, length = context.cache.selections, context.cache.length
-    for layer, heads in selections.heads.items():
+    copies, length = context.cache.state.copy, context.cache.length
+    for layer, heads in copies.heads.items():
         if not heads:
             continue
-        copy = selections.copy_of(layer)
+        copy = copies.of_layer(layer)
         right = torch.empty_like(copy)
         reference.write_copy(right, context.cache.layers[layer].store[0], heads, 0, length)
         yield copy[:, :, :length].float(), right[:, :, :length].float()
@@ -85,10 +85,10 @@ def test_half_the_bytes_of_a_16_bit_cache():
     sizes = {}
     for keys in ("cache", "float8"):
         attention = HybridAttention(tiny.plan(), HybridConfig(**{**TIGHT, "scan_keys": keys}))
-        selections = attention.allocate(1, 1000, "cpu")
+        state = attention.allocate(1, 1000, "cpu")
         if keys == "float8":
-            selections.follow(lambda layer: (keys_and_values, keys_and_values), 1000, True)
-        sizes[keys] = tiny.bytes_read(attention, lengths, selections, True, 32)[0]
+            state.before_step(lambda layer: (keys_and_values, keys_and_values), 1000, True)
+        sizes[keys] = tiny.bytes_read(attention, lengths, state, True, 32)[0]
     assert sizes["cache"] - sizes["float8"] == 1000 * len(tiny.plan().retrieval) * 16
 
 

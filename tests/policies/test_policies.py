@@ -196,9 +196,9 @@ def test_windows_hold_sinks_and_the_latest_blocks(shape):
     for length, expected in ((50, {0, 10, 11, 12}), (13, {0, 1, 2, 3}), (6, {0, 1, -1})):
         window = policies.make("streaming", shape=shape, config=TIGHT).attention
         kv = KV(torch.randn(1, 2, length, 16), torch.randn(1, 2, length, 16))
-        selections = window.allocate(1, 64, "cpu")
-        window(0, torch.randn(1, 6, 16), kv, selections, 0.25)
-        assert set(selections.blocks[0, 0].tolist()) == expected
+        state = window.allocate(1, 64, "cpu")
+        window(0, torch.randn(1, 6, 16), kv, state, 0.25)
+        assert set(state.selections.blocks[0, 0].tolist()) == expected
 
 
 # ---------------------------------------------------------------------- Quest
@@ -223,30 +223,30 @@ def test_quest_selects_by_bounds_whatever_happened_before(shape, starts):
     batch = 1 if starts is None else 2
     starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
     quest = QuestAttention(TIGHT, shape)
-    selections = quest.allocate(batch, 96, "cpu")
+    state = quest.allocate(batch, 96, "cpu")
     store = torch.randn(batch, 2, 96, 16)
 
     def check(slots):
         kv = KV(store[:, :, :slots], store[:, :, :slots], None, starts)
         for layer in range(tiny.LAYERS):
             query = torch.randn(batch, 6, 16)
-            quest(layer, query, kv, selections, 0.25)
+            quest(layer, query, kv, state, 0.25)
             for sequence in range(batch if layer >= 2 else 0):
                 begin = 0 if starts is None else int(starts[sequence])
                 for head in range(2):
                     expected = naive_blocks(
                         query[sequence, 3 * head : 3 * head + 3], store[sequence, head, begin:slots], TIGHT
                     )
-                    found = selections.blocks[(layer - 2) * 2 + head, sequence].tolist()
+                    found = state.selections.blocks[(layer - 2) * 2 + head, sequence].tolist()
                     assert set(found) - {-1} == expected, (slots, layer, sequence, head)
 
     for slots in (50, 51, 52, 53, 54, 70):
         check(slots)
-    selections.truncate(51)
+    state.truncate(51)
     store[:, :, 51:] = torch.randn_like(store[:, :, 51:])
     for slots in (52, 53, 60, 96):
         check(slots)
-    selections.truncate(24)  # before the second sequence's fourth token
+    state.truncate(24)  # before the second sequence's fourth token
     store[:, :, 24:] = torch.randn_like(store[:, :, 24:])
     check(47)
 

@@ -182,13 +182,13 @@ class Workload:
     def step(self, config: HybridConfig) -> Call:
         """All attention of a decode step."""
         attention = HybridAttention(spread_plan(self.shape), config)
-        selections = attention.allocate(self.batch, self.slots, self.pool.device)
+        state = attention.allocate(self.batch, self.slots, self.pool.device)
         inputs = [self.inputs(layer) for layer in range(self.shape.layers)]
-        selections.follow(lambda layer: inputs[layer][1][:2], self.context, True)
+        state.before_step(lambda layer: inputs[layer][1][:2], self.context, True)
 
         def step() -> None:
             for layer, (query, kv) in enumerate(inputs):
-                attention(layer, query, kv, selections, self.shape.scale)
+                attention(layer, query, kv, state, self.shape.scale)
 
         return step
 

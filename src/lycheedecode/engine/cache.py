@@ -1,4 +1,4 @@
-"""KV cache with room to grow in place, and the selections that belong to it.
+"""KV cache with room to grow in place, and what an attention keeps beside it.
 
 transformers' `DynamicCache` copies all of itself for every token; this one copies the new token. The operations get
 views of the filled part. Dimensions as in `ops`.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..attention import DecodeAttention
-from ..ops import KV, Selections
+from ..attention import DecodeAttention, State
+from ..ops import KV
 
 ROOM = 256
 """Slots are allocated in multiples of this, which every block size divides."""
@@ -132,14 +132,14 @@ class GrowingLayer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """The cache of a batch: a `GrowingLayer` for every layer, where each sequence starts, and its selections.
+    """The cache of a batch: a `GrowingLayer` for every layer, where each sequence starts, and an attention's state.
 
     Args:
         num_layers: layers of the model.
         starts: int32 `[B]`, slot of each sequence's first token (left padding); None when all start at slot 0.
 
     Attributes:
-        selections: buffers of the attention that decodes, None before the first step or where nothing is selected.
+        state: of the attention that decodes, None before the first step or where it keeps nothing.
         selected_at: length of the cache when the first selection was made; None makes the next step select.
         fixed_steps: what engines keep of their steps over these very buffers.
     """
@@ -148,7 +148,7 @@ class KVCache(Cache):
         super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
         self.starts = starts
         self.fixed_steps: dict[Any, Any] = {}
-        self.forget_selections()
+        self.forget_state()
 
     @property
     def length(self) -> int:
@@ -186,14 +186,14 @@ class KVCache(Cache):
         """Forget every slot from `length` on, and the selections made there."""
         for layer in self.layers:
             layer.truncate(length)
-        if self.selections is not None:
-            self.selections.truncate(length)
+        if self.state is not None:
+            self.state.truncate(length)
         self.selected_at = None
 
-    def selections_for(self, attention: DecodeAttention) -> tuple[Selections | None, bool]:
-        """The selections of the step to come, and whether it selects anew; makes room for its token.
+    def state_for(self, attention: DecodeAttention) -> tuple[State | None, bool]:
+        """The attention's state, ready for the step to come, and whether that selects anew; makes room for its token.
 
-        The buffers stay the same from step to step, and when the cache is truncated; they change when the cache moves
+        Its buffers stay the same from step to step, and when the cache is truncated; they change when the cache moves
         to a larger place, its sequences change, or another attention takes over.
         """
         position = self.length
@@ -201,18 +201,18 @@ class KVCache(Cache):
         owner = attention, self.capacity
         if self._owner != owner:
             self.fixed_steps.clear()
-            self.selections = attention.allocate(self.layers[0].batch_size, self.capacity, self.layers[0].device)
+            self.state = attention.allocate(self.layers[0].batch_size, self.capacity, self.layers[0].device)
             self._owner, self.selected_at = owner, None
         if self.selected_at is None:
             self.selected_at = position
         refresh = (position - self.selected_at) % attention.refresh_every == 0
-        if self.selections is not None:
-            self.selections.follow(lambda layer: self.layers[layer].store, position, refresh)
-        return self.selections, refresh
+        if self.state is not None:
+            self.state.before_step(lambda layer: self.layers[layer].store, position, refresh, self.starts)
+        return self.state, refresh
 
-    def forget_selections(self) -> None:
+    def forget_state(self) -> None:
         """Make the next step select anew, into buffers of its own."""
-        self.selections: Selections | None = None
+        self.state: State | None = None
         self.selected_at: int | None = None
         self.fixed_steps.clear()
         self._owner: tuple[DecodeAttention | None, int] = None, 0
@@ -225,13 +225,13 @@ class KVCache(Cache):
         super().batch_select_indices(indices)
         if self.starts is not None:
             self.starts = self.starts[indices.to(self.starts.device)]
-        self.forget_selections()
+        self.forget_state()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.starts is not None:
             self.starts = self.starts.repeat_interleave(repeats)
-        self.forget_selections()
+        self.forget_state()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -99,10 +99,10 @@ class Decoder:
         return None
 
     def _replay(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Replay:
-        selections, refresh = cache.selections_for(self.attention)
+        state, refresh = cache.state_for(self.attention)
         if (self, refresh) not in cache.fixed_steps:
             with self._route, torch.inference_mode():
-                step = FixedStep(cache, self.attention, self._reaches, selections, refresh, kv_bytes)
+                step = FixedStep(cache, self.attention, self._reaches, state, refresh, kv_bytes)
                 step.token_ids.copy_(token_ids)
                 step.filled.fill_(cache.length + 1)
                 forward = steps.forward if self.way == "graph" else steps.compiled_forward(self._backend)
@@ -110,14 +110,14 @@ class Decoder:
         return cache.fixed_steps[self, refresh]
 
     def _flexible(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Tensor:
-        selections, refresh = cache.selections_for(self.attention)
+        state, refresh = cache.state_for(self.attention)
         lengths = torch.full_like(token_ids, cache.length + 1, dtype=torch.int32)
         if cache.starts is not None:
             lengths -= cache.starts
-        step = FlexibleStep(cache, self.attention, self._reaches, selections, refresh)
+        step = FlexibleStep(cache, self.attention, self._reaches, state, refresh)
         with self._route, steps.running(step):
             logits = steps.forward(self._model, token_ids, lengths)
-        self.attention.count_bytes(kv_bytes, lengths, selections, refresh, cache.key_bytes)
+        self.attention.count_bytes(kv_bytes, lengths, state, refresh, cache.key_bytes)
         return logits
 
     def _step_down(self, cache: KVCache, error: Exception) -> None:

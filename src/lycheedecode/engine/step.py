@@ -26,9 +26,9 @@ from torch.compiler import is_compiling
 from transformers.cache_utils import Cache
 
 from .. import ops
-from ..attention import DecodeAttention
+from ..attention import DecodeAttention, State
 from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
-from ..ops import KV, Selections
+from ..ops import KV
 from ..ops.append.rope import Rotation
 from .cache import KVCache
 
@@ -55,7 +55,7 @@ class FlexibleStep:
         cache: grows by a token.
         attention: what the global layers do; the others attend densely to what they reach.
         reaches: of every layer.
-        selections: buffers of `attention`.
+        state: of `attention`.
         refresh: whether it selects anew.
     """
 
@@ -64,11 +64,11 @@ class FlexibleStep:
         cache: KVCache,
         attention: DecodeAttention,
         reaches: Sequence[Reach],
-        selections: Selections | None,
+        state: State | None,
         refresh: bool,
     ) -> None:
         self._cache, self._attention, self._reaches = cache, attention, reaches
-        self._selections, self._refresh = selections, refresh
+        self._state, self._refresh = state, refresh
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
@@ -79,7 +79,7 @@ class FlexibleStep:
         keys, values = self._cache.update(key[:, :, None], value[:, :, None], layer)
         reach, starts = self._reaches[layer], self._cache.starts
         if reach.is_all:
-            return self._attention(layer, query, KV(keys, values, None, starts), self._selections, scale, self._refresh)
+            return self._attention(layer, query, KV(keys, values, None, starts), self._state, scale, self._refresh)
         filled = keys.shape[2]
         if starts is None:
             begin = reach.first_slot(filled, 0)
@@ -96,7 +96,7 @@ class FixedStep:
 
     Args:
         cache: its stores are written in place; its length is left to the caller.
-        attention, reaches, selections, refresh: as in `FlexibleStep`.
+        attention, reaches, state, refresh: as in `FlexibleStep`.
         kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
     """
 
@@ -105,12 +105,12 @@ class FixedStep:
         cache: KVCache,
         attention: DecodeAttention,
         reaches: Sequence[Reach],
-        selections: Selections | None,
+        state: State | None,
         refresh: bool,
         kv_bytes: Tensor,
     ) -> None:
         self.stores = [layer.store for layer in cache.layers]
-        self.selections, self.kv_bytes = selections, kv_bytes
+        self.state, self.kv_bytes = state, kv_bytes
         self._attention, self._reaches, self._refresh, self._key_bytes = attention, reaches, refresh, cache.key_bytes
         batch, device = kv_bytes.shape[0], kv_bytes.device
         self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -130,7 +130,7 @@ class FixedStep:
                 self._ends[reach] = self.filled - first, first
         with running(self):
             logits = forward(model, self.token_ids, lengths)
-        self._attention.count_bytes(self.kv_bytes, lengths, self.selections, self._refresh, self._key_bytes)
+        self._attention.count_bytes(self.kv_bytes, lengths, self.state, self._refresh, self._key_bytes)
         return logits
 
     def attend(
@@ -142,7 +142,7 @@ class FixedStep:
         reach = self._reaches[layer]
         kv = KV(keys, values, *self._ends[reach])
         if reach.is_all:
-            return self._attention(layer, query, kv, self.selections, scale, self._refresh)
+            return self._attention(layer, query, kv, self.state, scale, self._refresh)
         return ops.attend(query, kv, scale)
 
 

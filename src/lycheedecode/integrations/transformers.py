@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..attention import HybridAttention
+from ..attention import HybridAttention, HybridState
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.routing import RoutedAttention, route_attention, supported_shape
 from ..models.shape import ModelError
-from ..ops import KV, Selections
+from ..ops import KV
 from ..plan import HeadPlan
 
 
@@ -56,7 +56,7 @@ class _Steps:
         self._mask: Tensor | None = None
         self._lengths: Tensor | None = None
         self._starts: Tensor | None = None
-        self._selections: Selections | None = None
+        self._state: HybridState | None = None
         self._room = (0, 0)
 
     def __call__(
@@ -67,13 +67,13 @@ class _Steps:
         self._layer, self._mask = layer, mask
         self._make_room(keys)
         kv = KV(keys, values, self._lengths, self._starts)
-        return self._attention(layer, query, kv, self._selections, scale)
+        return self._attention(layer, query, kv, self._state, scale)
 
     def _make_room(self, keys: Tensor) -> None:
         batch, slots = keys.shape[0], keys.shape[2]
         if batch != self._room[0] or slots > self._room[1]:
             self._room = batch, slots + 256  # a cache that grows by a token a step then seldom asks again
-            self._selections = self._attention.allocate(*self._room, keys.device)
+            self._state = self._attention.allocate(*self._room, keys.device)
 
 
 def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]:

@@ -17,13 +17,13 @@ from .append import append
 from .attend import attend, attend_blocks
 from .count import count_bytes
 from .scan import has_float8, scan_blocks, scan_select
-from .scan.copy import CopyingSelections
+from .scan.copy import KeyCopy
 from .select import select_blocks
 from .types import KV, Selections
 
 __all__ = [
     "KV",
-    "CopyingSelections",
+    "KeyCopy",
     "Selections",
     "append",
     "attend",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -79,26 +78,6 @@ class Selections(NamedTuple):
     def enough_tokens(self, strategy: str, block_size: int, refresh_every: int) -> int:
         """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""
         return max(self.blocks.shape[-1] * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
-
-    def copy_of(self, layer: int) -> Tensor | None:
-        """What scans of a layer read in place of the cache's keys (`ops.scan_select`); None: those."""
-        return None
-
-    def scan_bytes(self, key_bytes: int) -> float:
-        """Bytes of a key that is scanned, where the cache's have `key_bytes`."""
-        return key_bytes
-
-    def truncate(self, slots: int) -> None:
-        """The cache forgets every slot from `slots` on. Selections that remember what it held there forget as well."""
-
-    def follow(self, store_of: Callable[[int], tuple[Tensor, Tensor]], filled: int, refresh: bool) -> None:
-        """A step is to come. Selections that remember what the cache holds bring that up to date.
-
-        Args:
-            store_of: a layer's keys and values, `[B, Hkv, capacity, D]`.
-            filled: slots in use so far.
-            refresh: whether the step selects anew.
-        """
 
 
 @lru_cache(maxsize=16384)

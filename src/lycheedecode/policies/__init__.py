@@ -248,8 +248,9 @@ def bytes_at(policy: Policy, shape: ModelShape, context: int, steps: int = STEPS
     if config.selection not in ("top_k", "ratio"):
         raise PolicyError(f"What {config.selection} reads is not known beforehand: take a budget.")
     lengths = torch.linspace(context, context + steps - 1, min(steps, STEPS)).round().int()
-    selections = attention.allocate(len(lengths), context + steps - 1, "cpu")
-    if selections is not None:  # the newest blocks: the last of them, which may be in part empty, is always selected
+    state = attention.allocate(len(lengths), context + steps - 1, "cpu")
+    if state is not None:  # the newest blocks: the last of them, which may be in part empty, is always selected
+        selections = state.selections
         held = [config.capacity_blocks(-(-length // config.block_size)) for length in lengths.tolist()]
         selections.counts[:] = torch.tensor(held)
         place = torch.arange(selections.blocks.shape[-1])
@@ -258,7 +259,7 @@ def bytes_at(policy: Policy, shape: ModelShape, context: int, steps: int = STEPS
     rest = attention.refresh_every - 1
     total = torch.zeros(2, len(lengths), dtype=torch.float64)
     for read, refreshed in zip(total, (True, False), strict=True):
-        attention.count_bytes(read, lengths, selections, refreshed, 1)
+        attention.count_bytes(read, lengths, state, refreshed, 1)
     once, again = total.mean(1).tolist()
     mean = (once + rest * again) / (rest + 1)
     if config.correction_every:

@@ -9,12 +9,14 @@ Two vectors a block are read instead of all its keys. The first two layers stay 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from math import ceil
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..attention import State
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.shape import ModelShape
@@ -25,8 +27,9 @@ _DENSE = 2
 """Layers at the bottom that select nothing."""
 
 
-class BoundedSelections(Selections):
-    """Selections, and beside them the bounds that they are made from.
+@dataclass(eq=False)
+class QuestState(State):
+    """Selections, and the bounds that they are made from.
 
     Attributes:
         num_blocks: blocks that there is room for.
@@ -34,13 +37,12 @@ class BoundedSelections(Selections):
         known: of a layer, the slots whose tokens are within its bounds.
     """
 
-    def __init__(self, *_: Tensor) -> None:
-        self.num_blocks = 0
-        self.bounds: dict[int, tuple[Tensor, Tensor]] = {}
-        self.known: dict[int, int] = {}
+    num_blocks: int
+    bounds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    known: dict[int, int] = field(default_factory=dict)
 
     def truncate(self, slots: int) -> None:
-        """See `Selections`: blocks from `slots` on will be read again."""
+        """See `State`: blocks from `slots` on will be read again."""
         self.known = {layer: min(known, slots) for layer, known in self.known.items()}
 
 
@@ -59,49 +61,45 @@ class QuestAttention:
         self._dense, selecting = shape.global_layers[:_DENSE], shape.global_layers[_DENSE:]
         self._rows = {layer: i * self._width for i, layer in enumerate(selecting)}
 
-    def allocate(self, batch: int, slots: int, device: torch.device | str) -> BoundedSelections:
+    def allocate(self, batch: int, slots: int, device: torch.device | str) -> QuestState:
         """A row for every head that selects; bounds come with the first keys."""
         num_blocks = ceil((slots + self.refresh_every - 1) / self.config.block_size)
         capacity = self.config.capacity_blocks(num_blocks)
-        selections = BoundedSelections.allocate(len(self._rows) * self._width, batch, capacity, device)
-        selections.num_blocks = num_blocks
-        return selections
+        return QuestState(Selections.allocate(len(self._rows) * self._width, batch, capacity, device), num_blocks)
 
     def __call__(
-        self, layer: int, query: Tensor, kv: KV, selections: BoundedSelections, scale: float, refresh: bool = True
+        self, layer: int, query: Tensor, kv: KV, state: QuestState, scale: float, refresh: bool = True
     ) -> Tensor:
         """See `DecodeAttention`."""
         if layer in self._dense:
             return ops.attend(query, kv, scale)
         first = self._rows[layer]
         if refresh:
-            low, high = self._extend(selections, layer, kv)
+            low, high = self._extend(state, layer, kv)
             scores = score_by_bounds(query * scale, low, high)
-            ops.select_blocks(scores, kv, self.config, out=selections.rows(first, self._width))
+            ops.select_blocks(scores, kv, self.config, out=state.selections.rows(first, self._width))
         rows = torch.arange(first, first + self._width, device=query.device)
-        return ops.attend_blocks(query, kv, selections, rows, self.config.block_size, scale)
+        return ops.attend_blocks(query, kv, state.selections, rows, self.config.block_size, scale)
 
-    def count_bytes(
-        self, total: Tensor, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int
-    ) -> None:
+    def count_bytes(self, total: Tensor, lengths: Tensor, state: QuestState, refreshed: bool, key_bytes: int) -> None:
         """Keys and values that are attended to, and two vectors for every block."""
         size = self.config.block_size
-        attended = selections.tokens(lengths, size).sum(0) + len(self._dense) * self._width * lengths.double()
-        bounds = (lengths.double() / size).ceil() * len(selections.counts)
+        attended = state.selections.tokens(lengths, size).sum(0) + len(self._dense) * self._width * lengths.double()
+        bounds = (lengths.double() / size).ceil() * len(state.selections.counts)
         total += 2 * key_bytes * (attended + bounds * refreshed)
 
-    def _extend(self, selections: BoundedSelections, layer: int, kv: KV) -> tuple[Tensor, Tensor]:
+    def _extend(self, state: QuestState, layer: int, kv: KV) -> tuple[Tensor, Tensor]:
         """The layer's bounds `[B, Hkv, N, D]`, after a look at the blocks whose tokens are new."""
         if kv.page_table is not None:
             raise ConfigError("quest keeps bounds of a contiguous cache only.")
         size, slots = self.config.block_size, kv.slots
-        if layer not in selections.bounds:
+        if layer not in state.bounds:
             batch, width, _, dim = kv.keys.shape
-            room = kv.keys.new_zeros(2, batch, width, selections.num_blocks + 2, dim)
-            selections.bounds[layer], selections.known[layer] = (room[0], room[1]), 0
-        low, high = selections.bounds[layer]
+            room = kv.keys.new_zeros(2, batch, width, state.num_blocks + 2, dim)
+            state.bounds[layer], state.known[layer] = (room[0], room[1]), 0
+        low, high = state.bounds[layer]
         # Where lengths lie on the device nothing says which tokens are new.
-        known = selections.known[layer] if kv.lengths is None else 0
+        known = state.known[layer] if kv.lengths is None else 0
         lengths = kv.token_counts()[:, None, None]
         starts = torch.zeros_like(lengths) if kv.starts is None else kv.starts[:, None, None]
         # [B, W] blocks of each sequence, from the one of its first new token on; two more than fit between the ends.
@@ -114,7 +112,7 @@ class QuestAttention:
         exists = ~absent.all(2)  # [B, W, 1, 1]
         low[sequence, :, block] = keys.masked_fill(absent, torch.inf).amin(2).where(exists, 0.0)
         high[sequence, :, block] = keys.masked_fill(absent, -torch.inf).amax(2).where(exists, 0.0)
-        selections.known[layer] = slots
+        state.known[layer] = slots
         num_blocks = ceil(slots / size)
         return low[:, :, :num_blocks], high[:, :, :num_blocks]
 

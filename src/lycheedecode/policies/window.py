@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..attention import attend_in_two_forms
+from ..attention import State, attend_in_two_forms
 from ..config import HybridConfig
 from ..models.shape import ModelShape
 from ..ops import KV, Selections
@@ -37,29 +37,23 @@ class WindowAttention:
         self._dense = {layer: tuple(h for h in heads if (layer, h) in dense) for layer in shape.global_layers}
         self._windowed = {layer: tuple(h for h in heads if (layer, h) not in dense) for layer in shape.global_layers}
 
-    def allocate(self, batch: int, slots: int, device: torch.device | str) -> Selections:
+    def allocate(self, batch: int, slots: int, device: torch.device | str) -> State:
         """One row of blocks."""
         num_blocks = ceil((slots + self.refresh_every - 1) / self.config.block_size)
-        return Selections.allocate(1, batch, self.config.capacity_blocks(num_blocks), device)
+        return State(Selections.allocate(1, batch, self.config.capacity_blocks(num_blocks), device))
 
-    def __call__(
-        self, layer: int, query: Tensor, kv: KV, selections: Selections, scale: float, refresh: bool = True
-    ) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, kv: KV, state: State, scale: float, refresh: bool = True) -> Tensor:
         """See `DecodeAttention`."""
         if layer == self._first_layer and refresh:
             num_blocks = ceil(kv.slots / self.config.block_size)
             position = torch.arange(num_blocks, dtype=torch.float32, device=query.device)
             scores = position.expand(1, kv.batch, num_blocks).contiguous()
-            ops.select_blocks(scores, kv, self.config, out=selections)
-        windowed = self._windowed[layer]
-        return attend_in_two_forms(
-            query, kv, selections, self._dense[layer], windowed, (0,) * len(windowed), self.config.block_size, scale
-        )
+            ops.select_blocks(scores, kv, self.config, out=state.selections)
+        dense, windowed, size = self._dense[layer], self._windowed[layer], self.config.block_size
+        return attend_in_two_forms(query, kv, state.selections, dense, windowed, (0,) * len(windowed), size, scale)
 
-    def count_bytes(
-        self, total: Tensor, lengths: Tensor, selections: Selections, refreshed: bool, key_bytes: int
-    ) -> None:
+    def count_bytes(self, total: Tensor, lengths: Tensor, state: State, refreshed: bool, key_bytes: int) -> None:
         """Keys and values, of everything by dense heads and of the window by the others."""
         dense, windowed = (sum(map(len, heads.values())) for heads in (self._dense, self._windowed))
         costs = 2.0 * key_bytes * windowed, 2.0 * key_bytes * dense
-        ops.count_bytes(total, lengths, selections, costs, self.config.block_size)
+        ops.count_bytes(total, lengths, state.selections, costs, self.config.block_size)

@@ -1,6 +1,6 @@
 """Hooks into vLLM's attention, laid over the classes of one of its own backends (`cuda`, `cpu`).
 
-    builder   once a step and cache group: which rows decode, and their selections   -> metadata.hybrid
+    builder   once a step and cache group: which rows decode, and their state        -> metadata.hybrid
     layer     once a layer: rows that decode follow the plan, all others the backend
 
 vLLM puts sequences that decode before those that are prefilled. The former are hybrid, alone or beside others; the
@@ -18,7 +18,8 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from ...ops import KV, Selections
+from ...attention import HybridState
+from ...ops import KV
 from .group import Group, part_of_this_process
 from .settings import is_chosen
 
@@ -31,7 +32,7 @@ class Step(NamedTuple):
         rows: how many sequences decode, the first of the batch; padding of a CUDA graph counts, with length 0.
         lengths: int32 `[rows]`, tokens of each, the new one included.
         page_table: int32 `[rows, pages]`.
-        selections: of these rows.
+        state: of these rows.
         others: the backend's metadata of the other sequences; None when there are none.
     """
 
@@ -39,7 +40,7 @@ class Step(NamedTuple):
     rows: int
     lengths: Tensor
     page_table: Tensor
-    selections: Selections
+    state: HybridState
     others: Any
 
 
@@ -99,7 +100,7 @@ class HybridBuilder:
         table = common.block_table_tensor[:rows]
         if not table.is_cuda:  # launches need not have the same shape every time
             table = table[:, : -(-common.max_seq_len // self.kv_cache_spec.block_size)]
-        return Step(self.hybrid, rows, common.seq_lens[:rows], table, self.hybrid.selections(rows), others)
+        return Step(self.hybrid, rows, common.seq_lens[:rows], table, self.hybrid.state(rows), others)
 
 
 class HybridLayer:
@@ -132,9 +133,9 @@ class HybridLayer:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
         rows, attention = step.rows, step.group.attention
         kv = KV(*self.cache(kv_cache), step.lengths, None, step.page_table)
-        attention(index, query[:rows], kv, step.selections, self.scale, out=output[:rows])
+        attention(index, query[:rows], kv, step.state, self.scale, out=output[:rows])
         if index == step.group.last_layer:
-            step.group.add_bytes(step.lengths, step.selections)
+            step.group.add_bytes(step.lengths, step.state)
         if step.others is not None:
             rest = (query[rows:], key[rows:], value[rows:], kv_cache, step.others, output[rows:])
             super().forward(layer, *rest, **scales)

@@ -22,9 +22,9 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ...attention import FullAttention, HybridAttention
+from ...attention import FullAttention, HybridAttention, HybridState
 from ...config import HybridConfig
-from ...ops import KV, Selections
+from ...ops import KV
 from ...ops.dispatch import kernel_obstacle
 from ...plan import HeadPlan, PlanError
 from . import settings
@@ -76,7 +76,7 @@ class Group:
         self._full = FullAttention(len(layers), part.plan.num_kv_heads)
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, graphs)  # a graph may hold rows of padding
-        self._selections = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device)
+        self._state = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device)
         self._bytes = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self._speaks = get_tensor_model_parallel_rank() == 0
         self.counters = {"hybrid_steps": 0, "dense_steps": 0, "hybrid_tokens": 0}
@@ -85,14 +85,14 @@ class Group:
         if device.type == "cuda":
             self._make_once(part, vllm_config, spec, device)
 
-    def selections(self, rows: int) -> Selections:
-        """Buffers of the first `rows` sequences of a step."""
-        return Selections(self._selections.blocks[:, :rows], self._selections.counts[:, :rows])
+    def state(self, rows: int) -> HybridState:
+        """Of the first `rows` sequences of a step."""
+        return self._state.first_rows(rows)
 
-    def add_bytes(self, lengths: Tensor, selections: Selections) -> None:
+    def add_bytes(self, lengths: Tensor, state: HybridState) -> None:
         """Count on the device what the step read: after its last layer; a CUDA graph repeats it."""
         for attention, total in zip((self.attention, self._full), self._bytes, strict=True):
-            attention.count_bytes(total[: len(lengths)], lengths, selections, True, self._key_bytes)
+            attention.count_bytes(total[: len(lengths)], lengths, state, True, self._key_bytes)
 
     def add_step(self, tokens: int) -> None:
         """Count on the host a step in which so many tokens decode hybridly, and now and then say so."""
@@ -132,8 +132,8 @@ class Group:
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         query = torch.zeros((1, heads, spec.head_size), dtype=spec.dtype, device=device)
         for layer in sorted(self.layers.values()):
-            self.attention(layer, query, kv, self.selections(1), 1.0, out=torch.empty_like(query))
-        self.add_bytes(one, self.selections(1))
+            self.attention(layer, query, kv, self.state(1), 1.0, out=torch.empty_like(query))
+        self.add_bytes(one, self.state(1))
         self._bytes.zero_()
 
     @classmethod
