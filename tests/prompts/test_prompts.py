@@ -3,9 +3,11 @@ import json
 import random
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from lycheedecode.prompts import builtin
 from lycheedecode.prompts.makers import Cell, PromptMaker, makers_for
-from lycheedecode.prompts.text import TextError, load_text
+from lycheedecode.prompts.text import TextError, load_side, load_text
 
 
 @pytest.mark.parametrize("cell", [
@@ -42,11 +44,72 @@ def test_evaluation_never_sees_the_filler_of_identification(tokenizer, tmp_path)
     assert len(shared) <= 40  # pieces of words, cut where a window begins or a fact was put in
 
 
+@pytest.mark.parametrize("text", ["code", "prose", "own"])
+def test_a_continuation_is_the_text_that_follows(tokenizer, tmp_path, text):
+    if text == "own":
+        path = tmp_path / "own.txt"
+        path.write_text("\n".join(f"line {i} of mine" for i in range(2000)), encoding="utf-8")
+        text = str(path)
+    cell = Cell(text, 1000, "continuation", 16)
+    makers = makers_for(tokenizer, [cell], "identify")
+    prompts = cell.make(makers, 4, random.Random(0))
+    whole = "\n\n".join(load_side(text, "identify"))
+    for prompt in prompts:
+        assert (len(prompt.prompt_ids), len(prompt.answer_ids)) == (1000, 16)
+        assert tokenizer.decode(prompt.prompt_ids + prompt.answer_ids) in whole
+    assert len({prompt.prompt_ids for prompt in prompts}) == 4
+    assert cell.make(makers, 4, random.Random(0)) == prompts
+
+
+def test_continuations_begin_as_the_tokenizer_begins_a_text(byte_tokenizer):
+    cell = Cell("prose", 300, "continuation", 8)
+
+    def first(tokenizer):
+        return cell.make(makers_for(tokenizer, [cell], "identify"), 1, random.Random(0))[0].prompt_ids
+
+    without = first(byte_tokenizer)
+    adding = type(byte_tokenizer)(tokenizer_object=byte_tokenizer.backend_tokenizer, bos_token="<s>")
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", adding.bos_token_id)]
+    )
+    assert adding.bos_token_id not in without
+    assert len(first(adding)) == 300
+    assert [i for i, token in enumerate(first(adding)) if token == adding.bos_token_id] == [0]
+
+
+def test_built_in_text_is_divided_by_documents():
+    for documents in (builtin.prose(), builtin.code()):
+        names = [name for name, _ in documents]
+        assert len(set(names)) == len(names)
+        sides = [
+            [text for name, text in documents if builtin.is_for_evaluation(name) is side] for side in (False, True)
+        ]
+        assert min(sum(map(len, side)) for side in sides) > 500_000
+    assert sum(len(text) for text in load_side("code", "identify")) > 4 * 128 * 1024
+    # A docstring that is prose to one side is in no code of the other.
+    seen = "\n".join(load_side("code", "evaluate"))
+    long = [line for text in load_side("prose", "identify") for line in text.splitlines() if len(line) > 72]
+    assert sum(line in seen for line in long) < len(long) / 50
+
+
+def test_the_users_text_is_divided_in_the_middle(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("\n".join(f"line {i} of mine" for i in range(2000)), encoding="utf-8")
+    [one], [two] = load_side(str(path), "identify"), load_side(str(path), "evaluate")
+    assert one + two == load_text(str(path))
+    assert not set(one.splitlines()) & set(two.splitlines())
+
+
+def test_impossible_continuation():
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        Cell("prose", 100, "continuation", 1)
+
+
 def test_too_short(tokenizer, tmp_path):
     maker = PromptMaker(tokenizer, "noise")
     with pytest.raises(ValueError, match="too short"):
         maker.passkeys(20, 1, random.Random(0))
-    with pytest.raises(ValueError, match="tokens of filler"):
+    with pytest.raises(ValueError, match="tokens shorter would fit"):
         maker.passkeys(10_000_000, 1, random.Random(0))
 
 

@@ -61,8 +61,8 @@ def fidelity(
         list[str] | None,
         typer.Option(
             metavar="TEXT:TOKENS:TASK:COUNT",
-            help="A kind of prompt, as prose:2048:passkey:5, or prose:2048:long:1024 for 1024 tokens that full "
-            "attention generates; may be repeated.",
+            help="A kind of prompt, as code:8192:continuation:64 (64 tokens that full attention continues with), "
+            "prose:2048:passkey:5, or prose:2048:long:1024 for a long answer of full attention; may be repeated.",
         ),
     ] = None,
     policies: Annotated[

@@ -39,7 +39,8 @@ Json = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result with settings, machine, versions and commit."),
 ]
 Cells = typer.Option(
-    metavar="TEXT:TOKENS:TASK:COUNT", help="A kind of prompt, as prose:2048:passkey:5; may be repeated."
+    metavar="TEXT:TOKENS:TASK:COUNT",
+    help="A kind of prompt, as code:12288:continuation:64 or prose:2048:passkey:5; may be repeated.",
 )
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath report.")]
 
@@ -123,8 +124,8 @@ def parse_cell(text: str) -> Cell:
     source, *numbers = text.rsplit(":", 3)
     if len(numbers) != 3 or not (numbers[0].isdigit() and numbers[2].isdigit()):
         raise ConfigError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
-    if numbers[1] not in ("passkey", "multi_hop"):
-        raise ConfigError(f"{text!r}: the task must be passkey or multi_hop, not {numbers[1]!r}.")
+    if numbers[1] not in ("continuation", "passkey", "multi_hop"):
+        raise ConfigError(f"{text!r}: the task must be continuation, passkey or multi_hop, not {numbers[1]!r}.")
     return Cell(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
 
 

@@ -66,6 +66,13 @@ class Long:
         return [makers[self.text].open_ended(self.length, rng) for _ in range(number)]
 
 
+def generated_tokens(cell: Cell | Long) -> int:
+    """Tokens of the answers that full attention generates to a kind of prompt; 0 where answers are given."""
+    if isinstance(cell, Long):
+        return cell.tokens
+    return cell.count if cell.task == "continuation" else 0
+
+
 def measure_fidelity(
     model: Any,
     tokenizer: Any,
@@ -91,8 +98,8 @@ def measure_fidelity(
         prompts: prompts of each kind, drawn from text that identification never uses.
         batch_size: prompts decoded together.
         seed: of the prompts, and of drawn tokens.
-        temperature: at which the long answers are drawn, and continued by every policy with the same random numbers;
-            0 is greedy.
+        temperature: at which the answers to continuations and long questions are drawn, and continued by every policy
+            with the same random numbers; 0 is greedy.
         match_bytes: give every policy the budget at which it reads as many bytes as `hybrid` does with its plan and
             config while the answer is decoded.
         finished: results of an interrupted call.
@@ -110,16 +117,16 @@ def measure_fidelity(
         # Strings seed alike on every machine; the cell is part of it, so cells can be run one by one.
         name = f"fidelity/{seed}/{cell}"
         drawn = cell.make(makers, prompts, random.Random(name))
-        longest = cell.tokens if isinstance(cell, Long) else max(len(prompt.answer_ids) for prompt in drawn)
+        longest = generated_tokens(cell) or max(len(prompt.answer_ids) for prompt in drawn)
         match_at = cell.length + 1 if match_bytes else 0
         engines, scores = _engines(model, tokenizer, variants, coverage, match_at, longest)
         _check_room(engines["full"], cell, longest)
         sums = {label: Sums() for label in engines}
         for start in range(0, prompts, batch_size):
             batch = drawn[start : start + batch_size]
-            if isinstance(cell, Long):
+            if tokens := generated_tokens(cell):
                 choose = Choice(temperature, f"{name}/{start}")
-                _decode_long(engines, batch, cell.tokens, choose, sums)
+                _decode_long(engines, batch, tokens, choose, sums)
             else:
                 _decode_batch(engines, batch, sums)
             report(str(cell), start + len(batch), prompts)

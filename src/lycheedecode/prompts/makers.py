@@ -1,21 +1,20 @@
-"""Prompts whose answers lie hidden in long text: passkeys and chains of assignments.
+"""Prompts over long text: its plain continuation, and answers hidden in it (passkeys and chains of assignments).
 
 A prompt has exactly the length that was asked for, so that prompts of one cell form a batch without padding. Text is
-divided once: identification draws from the first four fifths, evaluation from the last, so no evaluation prompt shares
-filler with identification.
+divided once (`text.load_side`), so no evaluation prompt shares text with identification.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import InputError
-from .text import NOISE, load_text
+from ..errors import ConfigError, InputError
+from .text import NOISE, Split, TextError, load_side
 
-Split = Literal["identify", "evaluate"]
+Task = Literal["passkey", "multi_hop", "continuation"]
 
 _NAMES = """
 Alice Boris Clara David Elena Felix Grace Henry Irene Jonas Karin Louis Maria
@@ -26,7 +25,7 @@ _MARK = "<<haystack>>"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the answer to teach, and what a right answer must contain."""
+    """A prompt, the answer to teach, and what a right answer must contain (nothing, where no answer is right)."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -47,12 +46,12 @@ class PromptMaker:
     """
 
     def __init__(self, tokenizer: Any, text: str, split: Split = "identify") -> None:
-        self._tokenizer = tokenizer
-        self._filler = self._encode(load_text(text))
-        if text != "noise":
-            cut = len(self._filler) * 4 // 5
-            self._filler = self._filler[:cut] if split == "identify" else self._filler[cut:]
+        self._tokenizer, self._text, self._split = tokenizer, text, split
+        pieces = [piece for document in load_side(text, split) for piece in _pieces(document)]
+        encoded = tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids  # in parallel
+        self._filler = [token for piece in encoded for token in piece]
         self._head, self._tail = self._frame()
+        self._bos = self._begin()
 
     def passkeys(self, length: int, count: int, rng: random.Random, digits: int = 5) -> Prompt:
         """`count` numbers hidden in `length` tokens; the question asks for all of them.
@@ -88,6 +87,20 @@ class PromptMaker:
             f"The variables {', '.join(names)} have the value {value}.", tuple(names), length, rng, ordered=True,
         )  # fmt: skip
 
+    def continuation(self, length: int, tokens: int, rng: random.Random, where: tuple[int, int] = (0, 1)) -> Prompt:
+        """Plain text; the answer is the `tokens` tokens that follow it. No chat template: the text is in the middle.
+
+        Args:
+            length: of the prompt, the tokenizer's beginning-of-sequence token included where it has one.
+            tokens: of the answer.
+            rng: says where the text begins.
+            where: `(i, n)`: inside the i-th of n stretches of the text, so that n prompts spread over all of it.
+        """
+        size = length - len(self._bos)
+        share = (where[0] + rng.random()) / where[1]
+        text = self._window(size + tokens, lambda starts: int(share * starts))
+        return Prompt(tuple(self._bos + text[:size]), tuple(text[size:]), ())
+
     def open_ended(self, length: int, rng: random.Random) -> Prompt:
         """Text, and a request with a long answer; nothing is hidden, and no answer is known."""
         return self._assemble(
@@ -104,7 +117,8 @@ class PromptMaker:
         self, task: str, facts: list[str], question: str, answer: str, expected: tuple[str, ...], length: int,
         rng: random.Random, ordered: bool = False,
     ) -> Prompt:  # fmt: skip
-        head = self._encode(f"{self._head}{task}\n\n")
+        bos = [] if self._head else self._bos  # a chat template has its own
+        head = bos + self._encode(f"{self._head}{task}\n\n")
         tail = self._encode(f"\n\n{question}{self._tail}")
         pieces = [self._encode(fact) for fact in facts]
         filler = self._take(length - len(head) - len(tail) - sum(map(len, pieces)), rng)
@@ -120,9 +134,17 @@ class PromptMaker:
     def _take(self, size: int, rng: random.Random) -> list[int]:
         if size < 0:
             raise InputError(f"The prompt is {-size} tokens too short for its question and hidden facts.")
+        return self._window(size, rng.randrange)
+
+    def _window(self, size: int, choose: Callable[[int], int]) -> list[int]:
+        """`size` tokens of the text from a place that `choose` finds, given how many there are."""
         if size > len(self._filler):
-            raise InputError(f"The prompt needs {size} tokens of filler, but the text has {len(self._filler)}.")
-        start = rng.randrange(len(self._filler) - size + 1)
+            purpose = "identification" if self._split == "identify" else "evaluation"
+            raise TextError(
+                f"A prompt needs {size} tokens of text, but what {purpose} may use of {self._text!r} has "
+                f"{len(self._filler)}: prompts that are {size - len(self._filler)} tokens shorter would fit."
+            )
+        start = choose(len(self._filler) - size + 1)
         return self._filler[start : start + size]
 
     def _frame(self) -> tuple[str, str]:
@@ -135,6 +157,11 @@ class PromptMaker:
         head, _, tail = rendered.partition(_MARK)
         return head, tail
 
+    def _begin(self) -> list[int]:
+        """The token that the tokenizer itself puts before a text, if it puts one."""
+        ids, bos = list(self._tokenizer("a", verbose=False).input_ids), getattr(self._tokenizer, "bos_token_id", None)
+        return ids[:1] if bos is not None and ids[0] == bos else []
+
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
@@ -146,22 +173,32 @@ class Cell:
     Attributes:
         text: source of the filler, as in `load_text`.
         length: tokens of the prompt.
-        task: `passkey` or `multi_hop`.
-        count: passkeys hidden, or hops of the chain.
+        task: `passkey`, `multi_hop`, or `continuation`, which hides nothing.
+        count: passkeys hidden, hops of the chain, or tokens that follow.
+
+    Raises `ValueError` for a continuation of less than two tokens.
     """
 
     text: str
     length: int
-    task: Literal["passkey", "multi_hop"] = "passkey"
+    task: Task = "passkey"
     count: int = 1
 
+    def __post_init__(self) -> None:
+        if self.task == "continuation" and self.count < 2:
+            raise ConfigError(f"A continuation has at least 2 tokens, not {self.count}.")
+
     def __str__(self) -> str:
+        if self.task == "continuation":
+            return f"{self.length} tokens of {self.text}, {self.count} tokens continued"
         what = f"{self.count} passkey{'s' * (self.count > 1)}" if self.task == "passkey" else f"{self.count} hops"
         return f"{self.length} tokens of {self.text}, {what}"
 
     def make(self, makers: dict[str, PromptMaker], number: int, rng: random.Random) -> list[Prompt]:
         """`number` prompts of this kind."""
         maker = makers[self.text]
+        if self.task == "continuation":
+            return [maker.continuation(self.length, self.count, rng, (i, number)) for i in range(number)]
         make = maker.passkeys if self.task == "passkey" else maker.multi_hop
         return [make(self.length, self.count, rng) for _ in range(number)]
 
@@ -171,8 +208,17 @@ def makers_for(tokenizer: Any, cells: Sequence[Cell], split: Split) -> dict[str,
     return {text: PromptMaker(tokenizer, text, split) for text in sorted({cell.text for cell in cells})}
 
 
+def _pieces(document: str, size: int = 50_000) -> Iterator[str]:
+    """A document in pieces of about `size` characters that end where lines do: they are encoded side by side."""
+    start = 0
+    while start < len(document):
+        end = document.find("\n", start + size) + 1 or len(document)
+        yield document[start:end] + ("\n\n" if end == len(document) else "")
+        start = end
+
+
 def _number(rng: random.Random, digits: int) -> str:
     return "".join(rng.choice("0123456789") for _ in range(digits))
 
 
-__all__ = ["NOISE", "Cell", "Prompt", "PromptMaker", "makers_for"]
+__all__ = ["NOISE", "Cell", "Prompt", "PromptMaker", "Split", "makers_for"]

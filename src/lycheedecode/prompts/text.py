@@ -8,6 +8,11 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Literal
+
+from . import builtin
+
+Split = Literal["identify", "evaluate"]
 
 from ..errors import LycheeError
 
@@ -25,17 +30,17 @@ def load_text(source: str) -> str:
     """Text to hide passkeys in.
 
     Args:
-        source: `prose` (the reference manual that comes with Python), `noise` (a few sentences, repeated), a text
-            file, `FILE.jsonl:COLUMN` or `FILE.csv:COLUMN`, or `DATASET:COLUMN` for a hub or local data set of the
-            package `datasets` (its `train` split).
+        source: `prose` (the manual and long docstrings that come with Python), `code` (sources of its library), `noise`
+            (a few sentences, repeated), a text file, `FILE.jsonl:COLUMN` or `FILE.csv:COLUMN`, or `DATASET:COLUMN` for
+            a hub or local data set of the package `datasets` (its `train` split).
 
     Raises:
         TextError: missing file or column, wrong encoding, too little text.
     """
     if source == "noise":
         return NOISE * (400_000 // len(NOISE))
-    if source == "prose":
-        return _prose()
+    if source in ("prose", "code"):
+        return "\n\n".join(text for _, text in _builtin(source))
     path, _, column = source.partition(":")
     if Path(source).is_file() or not column:
         text = _read(source)
@@ -48,10 +53,24 @@ def load_text(source: str) -> str:
     return text[:MAX_CHARACTERS]
 
 
-def _prose() -> str:
-    from pydoc_data import topics
+def load_side(source: str, split: Split) -> list[str]:
+    """The documents of a text that identification, or that evaluation, draws from; they have none in common.
 
-    return "\n\n".join(topics.topics.values())
+    Built-in text is divided document by document; any other in the middle, at the end of a line. `noise` says nothing,
+    so both draw from all of it.
+    """
+    if source == "noise":
+        return [load_text(source)]
+    if source in ("prose", "code"):
+        wanted = split == "evaluate"
+        return [text for name, text in _builtin(source) if builtin.is_for_evaluation(name) == wanted]
+    text = load_text(source)
+    middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+    return [text[:middle] if split == "identify" else text[middle:]]
+
+
+def _builtin(source: str) -> tuple[builtin.Document, ...]:
+    return builtin.prose() if source == "prose" else builtin.code()
 
 
 def _read(path: str) -> str:
@@ -59,7 +78,7 @@ def _read(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read(MAX_CHARACTERS)
     except FileNotFoundError:
-        raise TextError(f"There is no text file {path!r} (built in: prose, noise).") from None
+        raise TextError(f"There is no text file {path!r} (built in: prose, code, noise).") from None
     except UnicodeDecodeError:
         raise TextError(f"The text file {path!r} is not UTF-8.") from None
     except OSError as error:
