@@ -266,7 +266,7 @@ def test_identify_refuses_in_one_sentence(model_folder, tmp_path):
     call = ["identify", out, "--model", model_folder, "--device", "cpu", *QUICK]
     assert "does not exist" in refusal(*call, "--resume")
     assert "is not TEXT:TOKENS:TASK:COUNT" in refusal(*call, "--train", "noise:many:passkey:1")
-    assert "must be passkey or multi_hop" in refusal(*call, "--train", "noise:400:sums:1")
+    assert "must be continuation, passkey or multi_hop" in refusal(*call, "--train", "noise:400:sums:1")
     assert "do not fit the model's 512 positions" in refusal(*call, "--train", "noise:4000:passkey:1")
     assert "There is no text file" in refusal(*call, "--train", "missing.txt:400:passkey:1")
     assert "steps must be at least 1" in refusal(*call, "--steps", "0")

@@ -10,11 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from ..errors import LycheeError
 from . import builtin
 
 Split = Literal["identify", "evaluate"]
-
-from ..errors import LycheeError
 
 MAX_CHARACTERS = 8_000_000
 """More text than any prompt needs; reading stops there."""
