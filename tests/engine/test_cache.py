@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from lycheedecode.engine.cache import ROOM, KVCache
+from lycheedecode.models.versions import cache_argument
 
 
 def tokens(count, batch=2):
@@ -98,8 +99,8 @@ def test_generate_can_use_it():
     batch = tiny.padded(tiny.prompts(20, 33))
     expected = model.generate(**batch, max_new_tokens=8, do_sample=False)
     cache = KVCache(tiny.LAYERS)
-    actual = model.generate(**batch, max_new_tokens=8, do_sample=False, past_key_values=cache)
+    actual = model.generate(**batch, max_new_tokens=8, do_sample=False, **cache_argument(cache))
     torch.testing.assert_close(actual, expected)
     beams = model.generate(**batch, max_new_tokens=8, num_beams=3)
-    own = model.generate(**batch, max_new_tokens=8, num_beams=3, past_key_values=KVCache(tiny.LAYERS))
+    own = model.generate(**batch, max_new_tokens=8, num_beams=3, **cache_argument(KVCache(tiny.LAYERS)))
     torch.testing.assert_close(own, beams)

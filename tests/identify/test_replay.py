@@ -10,6 +10,7 @@ from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.attention import HybridAttention
 from lycheedecode.identify.replay import Planned, full, prepare, replay
 from lycheedecode.models.routing import route_attention
+from lycheedecode.models.versions import cache_argument
 from lycheedecode.ops import KV
 from lycheedecode.prompts.makers import PromptMaker
 
@@ -68,7 +69,7 @@ def _decode(model, lesson, attention):
 
     with route_attention(model, routed):
         states = [
-            model.base_model(input_ids=lesson.answer_ids[:, i : i + 1], past_key_values=cache).last_hidden_state
+            model.base_model(input_ids=lesson.answer_ids[:, i : i + 1], **cache_argument(cache)).last_hidden_state
             for i in range(steps)
         ]
     return torch.cat(states, 1)

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError, hybrid
 from lycheedecode.integrations.transformers import token_spans
 from lycheedecode.models.shape import ModelError
+from lycheedecode.models.versions import cache_argument
 
 ROOMY = HybridConfig(block_size=4, sink_tokens=4, recent_tokens=4)
 TIGHT = HybridConfig(budget_tokens=16, block_size=4, sink_tokens=4, recent_tokens=4)
@@ -96,14 +97,14 @@ def test_beams_of_a_tight_budget_match_a_batch_of_their_own(llama):
         assert torch.equal(row, expected)
 
 
-def test_a_prefix_in_past_key_values_is_reused(llama):
+def test_a_prefix_in_the_cache_is_reused(llama):
     prefix, rest = tiny.prompts(40)[0], tiny.prompts(52)[0][40:]
     whole = {"input_ids": torch.tensor([prefix + rest])}
     with hybrid(llama, tiny.plan(), TIGHT):
         expected = generate(llama, whole, do_sample=False)
         cache = DynamicCache(config=llama.config)
-        llama(torch.tensor([prefix]), past_key_values=cache)
-        assert torch.equal(generate(llama, whole, do_sample=False, past_key_values=cache), expected)
+        llama(torch.tensor([prefix]), **cache_argument(cache))
+        assert torch.equal(generate(llama, whole, do_sample=False, **cache_argument(cache)), expected)
 
 
 def test_text_is_streamed(llama, byte_tokenizer, capsys):

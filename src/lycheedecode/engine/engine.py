@@ -22,6 +22,7 @@ from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
 from ..errors import ConfigError, InputError
 from ..models.routing import AttentionRoute, Reach, supported_shape
+from ..models.versions import cache_argument
 from ..plan import HeadPlan
 from .cache import KVCache
 from .decoder import Decoder, Execution
@@ -297,7 +298,7 @@ class Engine:
             output = self.model(
                 input_ids=token_ids,
                 position_ids=positions,
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=True,
                 logits_to_keep=1,
             )

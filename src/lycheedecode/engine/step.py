@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from .. import ops
 from ..attention import DecodeAttention, State
 from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
+from ..models.versions import cache_argument
 from ..ops import KV
 from ..ops.append.rope import Rotation
 from .cache import KVCache
@@ -226,7 +227,7 @@ def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:
     output = model(
         input_ids=token_ids[:, None],
         position_ids=lengths[:, None].long() - 1,
-        past_key_values=_Newest(),
+        **cache_argument(_Newest()),
         use_cache=True,
         logits_to_keep=1,
     )

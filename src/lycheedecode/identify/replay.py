@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from .. import ops
 from ..config import HybridConfig
 from ..models.routing import route_attention
+from ..models.versions import cache_argument
 from ..plan import HeadPlan
 from ..prompts.makers import Prompt
 
@@ -58,7 +59,7 @@ def prepare(model: nn.Module, prompts: Sequence[Prompt], chunk: int = 4096) -> L
     prompt_ids = torch.tensor([prompt.prompt_ids for prompt in prompts], device=device)
     cache = DynamicCache(config=model.config)
     for piece in prompt_ids.split(chunk, dim=1):
-        model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=piece, use_cache=True, **cache_argument(cache))
     prefix = tuple((layer.keys, layer.values) for layer in cache.layers)
 
     # The prefill predicts the first token of the answer; feeding the others but the last predicts the rest.
@@ -87,7 +88,7 @@ def replay(model: nn.Module, lesson: Lesson, attend: Attend) -> Tensor:
         output = model.base_model(
             input_ids=lesson.answer_ids,
             position_ids=positions[None],
-            past_key_values=Cache(layers=[_Prefix(*pair) for pair in lesson.prefix]),
+            **cache_argument(Cache(layers=[_Prefix(*pair) for pair in lesson.prefix])),
             use_cache=True,
         )
     return output.last_hidden_state.to(lesson.answer_ids.device)  # a model may be spread over several devices

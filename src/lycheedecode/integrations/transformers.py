@@ -21,7 +21,7 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
     """Decode steps of `model` follow `plan` while the context is open; nothing is left behind when it closes.
 
     Whatever calls the model may be used: `generate` greedily, with sampling, beams or streaming, in batches padded on
-    the left, with dynamic or static caches, with a prefix in `past_key_values`. Several tokens at once (the prompt,
+    the left, with dynamic or static caches, with a prefix in the cache. Several tokens at once (the prompt,
     the candidates of assisted decoding) are dense. Compilation of static caches is off inside the context.
 
     >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):  # doctest: +SKIP
