@@ -101,6 +101,31 @@ def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
     assert ".f32.f16.f16.f32" in compiled[0].asm["ptx"]  # no way round by bfloat16
 
 
+@pytest.mark.parametrize(
+    ("tokens", "group", "dim", "dtype", "page"),
+    [
+        (9, 4, 128, torch.bfloat16, 0),
+        (9, 6, 128, torch.bfloat16, 0),
+        (5, 3, 64, torch.bfloat16, 16),
+        (17, 4, 128, torch.float16, 0),
+        (32, 8, 128, torch.bfloat16, 16),
+        (9, 4, 256, torch.bfloat16, 0),
+        (9, 4, 80, torch.bfloat16, 0),
+        (9, 4, 128, torch.float32, 0),
+        (9, 4, 128, torch.float8_e4m3fn, 0),
+        (32, 4, 128, torch.float8_e4m3fn, 16),
+    ],
+    ids=str,
+)
+def test_several_tokens(compiled, tokens, group, dim, dtype, page, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    kv, eight_bits = make_cache(dim, dtype, page), dtype == torch.float8_e4m3fn
+    query = torch.empty(1, tokens, 2 * group, dim, dtype=torch.bfloat16 if eight_bits else dtype)
+    scales = (torch.ones(2), torch.ones(2)) if eight_bits else None
+    kernels.attend_tokens(query, kv, 0.1, torch.zeros(1, tokens, dtype=torch.int32) if page else None, scales)
+    check(compiled, tmp_path, 2)
+
+
 STRATEGIES = {
     "ratio": {"budget_ratio": 0.1},
     "top_p": {"selection": "top_p", "top_p": 0.9},

@@ -14,7 +14,8 @@ PARTS = {
     "scan": "test_scan and not scan_select",
     "select": "test_select",
     "scan_select": "scan_select",
-    "the rest": "not (dense or blocks or test_scan or test_select)",
+    "tokens": "test_tokens",
+    "the rest": "not (dense or blocks or test_scan or test_select or test_tokens)",
 }
 
 

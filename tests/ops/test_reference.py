@@ -277,3 +277,47 @@ def test_a_scan_is_left_out_only_where_the_buffers_hold_everything(capacity):
     ops.select_blocks(ops.scan_blocks(query, kv, (1,), 4, 0.25), kv, config, right)
     assert set(found.blocks.flatten().tolist()) == set(right.blocks.flatten().tolist())
     assert torch.equal(found.counts, right.counts)
+
+
+# ---------------------------------------------------------------------- attend_tokens
+
+
+@pytest.mark.parametrize("operations", IMPLEMENTATIONS, ids=["reference", "ops"])
+@pytest.mark.parametrize("page", [0, 5])
+@pytest.mark.parametrize("span", [None, 3, 11])
+def test_tokens_are_each_the_newest_of_a_shorter_cache(operations, page, span):
+    kv, _ = make_cache([20, 9, 3], starts=[2, 13, 0], slots=23)
+    kv = paged(kv, page) if page else kv
+    query, begins = torch.randn(3, 5, 6, 16), None
+    ends = kv.token_counts()[:, None] - torch.arange(4, -1, -1)
+    if span is not None:
+        begins = (ends - span).clamp(min=0).int()
+    result = operations.attend_tokens(query, kv, SCALE, begins)
+    for t in range(5):
+        lengths, starts = ends[:, t].clamp(min=0).int(), kv.starts
+        if begins is not None:
+            starts, lengths = starts + begins[:, t], lengths - begins[:, t].clamp(max=lengths)
+        one = reference.attend(query[:, t], kv._replace(lengths=lengths, starts=starts), SCALE)
+        torch.testing.assert_close(result[:, t], one, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_a_cache_in_8_bits():
+    kv, _ = make_cache([20, 9])
+    small = kv._replace(keys=kv.keys.to(torch.float8_e4m3fn), values=kv.values.to(torch.float8_e4m3fn))
+    scales, query = (torch.tensor([0.5, 2.0]), torch.tensor([3.0, 0.25])), torch.randn(2, 3, 4, 16)
+    wide = [one.float() * scale[:, None, None] for one, scale in zip(small[:2], scales, strict=True)]
+    expected = ops.attend_tokens(query, kv._replace(keys=wide[0], values=wide[1]), SCALE)
+    torch.testing.assert_close(ops.attend_tokens(query, small, SCALE, scales=scales), expected)
+
+
+def test_tokens_refuse_what_does_not_fit():
+    kv, _ = make_cache([20, 9])
+    query = torch.randn(2, 3, 4, 16)
+    with pytest.raises(ValueError, match="1 <= T <= 32"):
+        ops.attend_tokens(torch.randn(2, 33, 4, 16), kv, SCALE)
+    with pytest.raises(ValueError, match="begins must be int32"):
+        ops.attend_tokens(query, kv, SCALE, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="scales belong to"):
+        ops.attend_tokens(query, kv, SCALE, None, (torch.ones(2), torch.ones(2)))
+    with pytest.raises(ValueError, match="two scales"):
+        ops.attend_tokens(query, kv._replace(keys=kv.keys.to(torch.float8_e4m3fn)), SCALE)

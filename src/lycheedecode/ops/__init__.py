@@ -4,17 +4,19 @@
     select_blocks   block scores                               -> selections                    [R, B, K]
     attend_blocks   all heads, each over its donor's selection -> output                        [B, H * G, D]
     attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
+    attend_tokens   dense and causal, the newest T tokens      -> output                        [B, T, Hq, D]
     scan_select     the first two
     append          the newest token, normed and rotated       -> the cache
     count_bytes     what all of them read of the cache         -> added to a total              [B]
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
 `N = ceil(S / block_size)` blocks, `K` selected blocks, `R` retrieval heads, `H` the KV heads asked for.
-Every query is the newest token of its sequence, whose key and value are already in the cache. Accumulation is float32.
+Every query is the newest token of its sequence (of `attend_tokens`: one of the newest `T`), whose key and value are
+already in the cache. Accumulation is float32.
 """
 
 from .append import append
-from .attend import attend, attend_blocks
+from .attend import attend, attend_blocks, attend_tokens
 from .count import count_bytes
 from .scan import has_float8, scan_blocks, scan_select
 from .scan.copy import KeyCopy
@@ -28,6 +30,7 @@ __all__ = [
     "append",
     "attend",
     "attend_blocks",
+    "attend_tokens",
     "count_bytes",
     "has_float8",
     "scan_blocks",

@@ -5,7 +5,7 @@ heads of a group share one matrix product, nothing is expanded to `Hq` heads.
 """
 
 from .append.reference import append
-from .attend.reference import attend, attend_blocks
+from .attend.reference import attend, attend_blocks, attend_tokens
 from .count.reference import count_bytes
 from .scan.reference import scan_blocks, write_copy, write_newest_to_copy
 from .select.reference import select_blocks
@@ -14,6 +14,7 @@ __all__ = [
     "append",
     "attend",
     "attend_blocks",
+    "attend_tokens",
     "count_bytes",
     "scan_blocks",
     "select_blocks",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..dispatch import check, kernels_for
+from ..scan import has_float8
 from ..types import KV, Selections
 from . import cpu, reference
 
-__all__ = ["attend", "attend_blocks"]
+__all__ = ["attend", "attend_blocks", "attend_tokens"]
+
+MAX_TOKENS = 32
+"""Query tokens that the kernel takes at once."""
 
 
 def attend_blocks(
@@ -49,3 +54,51 @@ def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = 
     """Dense attention of KV heads over the whole cache; arguments and result as in `attend_blocks`."""
     check(query, kv)
     return (kernels_for(query) or reference).attend(query, kv, scale, heads)
+
+
+def attend_tokens(
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    begins: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Dense causal attention of the newest `T` tokens of each sequence, for the time of one.
+
+    Args:
+        query: `[B, T, Hq, D]`, 1 <= T <= 32; token t is the one before the T - 1 - t last ones of its sequence.
+        kv: the layer's cache, the T tokens included; a sequence may have fewer than T.
+        scale: factor on the logits.
+        begins: int32 `[B, T]`, not falling: the first token that each query sees; None: they see all before them.
+        scales: float32 `[Hkv]` of keys and of values, which then are float8_e4m3fn: what they stand for is their
+            product.
+
+    Returns:
+        `[B, T, Hq, D]` in the dtype of `query`; zeros for a query before its sequence begins.
+    """
+    _check_tokens(query, kv, begins, scales)
+    kernels = kernels_for(query)
+    return (reference if kernels is None else kernels).attend_tokens(query, kv, scale, begins, scales)
+
+
+def _check_tokens(query: Tensor, kv: KV, begins: Tensor | None, scales: tuple[Tensor, Tensor] | None) -> None:
+    if query.dim() != 4 or not 1 <= query.shape[1] <= MAX_TOKENS:
+        raise ValueError(f"query must be [B, T, Hq, D] with 1 <= T <= {MAX_TOKENS}, not {tuple(query.shape)}.")
+    widened = kv
+    if kv.keys.dtype == torch.float8_e4m3fn:
+        heads = kv.keys.shape[1]
+        if scales is None or any(one.shape != (heads,) or one.dtype != torch.float32 for one in scales):
+            raise ValueError(f"keys and values in 8 bits need two scales, float32 [{heads}] each.")
+        if not has_float8(kv.keys.device):
+            raise ValueError("A cache in 8-bit floats needs a GPU of compute capability 8.9 or above.")
+        widened = kv._replace(keys=_named(kv.keys, query), values=_named(kv.values, query))
+    elif scales is not None:
+        raise ValueError(f"scales belong to keys and values in float8_e4m3fn, not in {kv.keys.dtype}.")
+    check(query[:, 0], widened)
+    if begins is not None and (begins.dtype != torch.int32 or begins.shape != query.shape[:2]):
+        raise ValueError(f"begins must be int32 {tuple(query.shape[:2])}, not {begins.dtype} {tuple(begins.shape)}.")
+
+
+def _named(cache: Tensor, query: Tensor) -> Tensor:
+    """Something of the cache's shape in the query's dtype, without memory."""
+    return torch.empty(1, dtype=query.dtype, device=query.device).expand(cache.shape)

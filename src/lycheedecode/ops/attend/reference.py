@@ -43,3 +43,44 @@ def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = 
     logits = logits.masked_fill_(~exists[:, None, None], -inf)
     values = floats(all_tokens(kv.values, kv, heads), copy=True).masked_fill_(~exists[:, None, :, None], 0.0)
     return finish(logits, values, query, some_empty=True)
+
+
+def attend_tokens(
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    begins: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    kv = _without_unused(kv)
+    tokens, counts = query.shape[1], kv.token_counts()
+    rows = query.unflatten(2, (kv.keys.shape[1], -1)).transpose(1, 2)  # [B, Hkv, T, G, D]
+    slot = torch.arange(kv.slots, device=query.device)
+    token = slot - (torch.zeros_like(counts) if kv.starts is None else kv.starts)[:, None]  # [B, S]
+    end = counts[:, None] - torch.arange(tokens - 1, -1, -1, device=query.device)  # [B, T]
+    low = torch.zeros_like(end) if begins is None else begins.clamp(min=0)
+    seen = (token[:, None] >= low[..., None]) & (token[:, None] < end[..., None])  # [B, T, S]
+    unused = ~seen.any(1)
+    logits = (rows.flatten(2, 3).float() * scale) @ _wide(kv.keys, kv, scales and scales[0]).mT
+    logits = logits.unflatten(2, rows.shape[2:4]).masked_fill_(~seen[:, None, :, None], -inf)
+    if query.device.type == "cpu" and not unused.any():
+        values = _wide(kv.values, kv, scales and scales[1])
+    else:  # a weight of 0 does not silence a NaN
+        values = _wide(kv.values, kv, scales and scales[1], copy=True)
+        values.masked_fill_(unused[:, None, :, None], 0.0)
+    weights = logits.softmax(-1).nan_to_num_(0.0).flatten(2, 3)
+    output = (weights @ values).unflatten(2, rows.shape[2:4])  # [B, Hkv, T, G, D]
+    return output.transpose(1, 2).flatten(2, 3).to(query.dtype)
+
+
+def _without_unused(kv: KV) -> KV:
+    """On a CPU, where looking costs nothing: without the slots after the last token of all sequences."""
+    if kv.keys.device.type != "cpu" or kv.page_table is not None or kv.lengths is None:
+        return kv
+    last = int((kv.lengths if kv.starts is None else kv.lengths + kv.starts).max())
+    return kv._replace(keys=kv.keys[:, :, :last], values=kv.values[:, :, :last])
+
+
+def _wide(cache: Tensor, kv: KV, scale: Tensor | None, copy: bool = False) -> Tensor:
+    wide = floats(all_tokens(cache, kv, None), copy)
+    return wide if scale is None else wide * scale[:, None, None]
