@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from .match import Norm, annotated, changes, erase, is_parameter, name_of, only_user, rms_norm, value_of
 from .operator import MAX_ROWS, MAX_WEIGHTS  # this registers the operator, too
+from .patterns import GATED, SUM, find
 from .rotated import use_rotation
 
 
@@ -132,9 +133,9 @@ def _suits(node: Node, everywhere: bool) -> bool:
 def _gated(group: list[Node]) -> tuple[Node | None, list[Node]]:
     """Of `SiLU(gate) * up`: the product, and gate and SiLU."""
     for gate, up in (group, group[::-1]) if len(group) == 2 else ():
-        silu = only_user(gate)
-        product = only_user(silu) if name_of(silu) == "silu" else None
-        multiplies = name_of(product) == "mul" and product is only_user(up) and set(product.args) == {silu, up}
+        silu, product = only_user(gate), only_user(up)
+        found = find(GATED, product)
+        multiplies = found is not None and (found.named["gate"], found.named["up"]) == (gate, up)
         if multiplies and value_of(gate).shape == value_of(up).shape:
             return product, [gate, silu]
     return None, []
@@ -142,11 +143,10 @@ def _gated(group: list[Node]) -> tuple[Node | None, list[Node]]:
 
 def _residual_sum(group: list[Node]) -> Node | None:
     """The sum of a linear layer that is alone and something of the same shape."""
-    total = only_user(group[0]) if len(group) == 1 else None
-    if name_of(total) != "add" or len(total.args) != 2 or total.kwargs or total.args[0] is total.args[1]:
+    found = find(SUM, only_user(group[0])) if len(group) == 1 else None
+    if found is None or found.named["left"] is found.named["right"]:
         return None
-    values = [value_of(argument) for argument in total.args]
-    same = all(
-        isinstance(v, Tensor) and v.shape == value_of(total).shape and v.dtype == value_of(total).dtype for v in values
-    )
+    [total], shape = found.nodes, value_of(group[0]).shape
+    values = [value_of(argument) for argument in found.named.values()]
+    same = all(isinstance(v, Tensor) and v.shape == shape and v.dtype == value_of(total).dtype for v in values)
     return total if same else None

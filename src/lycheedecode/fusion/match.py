@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from .patterns import RMS_NORM, find
+
 IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv")
 
 
@@ -21,15 +23,12 @@ def name_of(node: Any) -> str | None:
 
 
 def value_of(node: Any) -> Any:
+    """An example of a node's value."""
     return node.meta.get("example_value") if isinstance(node, Node) else node
 
 
-def is_call(node: Any, name: str) -> bool:
-    """Whether a node calls something of this name."""
-    return name_of(node) == name
-
-
 def is_parameter(node: Any, dims: int) -> bool:
+    """Whether a node is a contiguous tensor of so many dimensions that the graph is given."""
     value = value_of(node)
     return (
         isinstance(node, Node)
@@ -46,12 +45,13 @@ def changes(node: Node) -> bool:
     return any(name in IN_PLACE or name.endswith("_") for name in names)
 
 
-def only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def only_user(node: Node | None) -> Node | None:
+    """The one node that reads this one."""
+    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
 
 
 class Norm(NamedTuple):
-    """An RMSNorm in a graph, and the nodes that nobody else needs when it is gone, last first."""
+    """An RMSNorm in a graph, and the nodes that nobody else needs when it is gone, users first."""
 
     x: Node
     weight: Node
@@ -59,39 +59,21 @@ class Norm(NamedTuple):
     nodes: list[Node]
 
 
-def rms_norm(node: Node) -> Norm | None:
-    """`weight * to(h * rsqrt(mean(h ** 2) + eps))`, where `h` is `x` in float32."""
-    if name_of(node) != "mul" or len(node.args) != 2:
+def rms_norm(node: Any) -> Norm | None:
+    """The RMSNorm that ends in a node: over the last dimension, in float32, with a weight that the graph is given."""
+    found = find(RMS_NORM, node)
+    if found is None:
         return None
-    weight, rounded = node.args if is_parameter(node.args[0], 1) else node.args[::-1]
-    scaled = rounded.args[0] if name_of(rounded) in ("to", "type_as") else rounded
-    if not is_parameter(weight, 1) or name_of(scaled) != "mul":
-        return None
-    wide, root = scaled.args if name_of(scaled.args[1]) == "rsqrt" else scaled.args[::-1]
-    total = root.args[0] if name_of(root) == "rsqrt" else None
-    if name_of(total) != "add" or not isinstance(total.args[1], float):
-        return None
-    mean, eps = total.args
-    square = mean.args[0] if name_of(mean) == "mean" else None
-    if name_of(square) != "pow" or square.args != (wide, 2) or _mean_dim(mean) not in (-1, (-1,), [-1]):
-        return None
-    x = wide.args[0] if name_of(wide) in ("to", "float") else wide
+    x, weight, eps = (found.named[name] for name in ("x", "weight", "eps"))
     values = [value_of(x), value_of(weight), value_of(node)]
-    if (
-        not all(isinstance(v, Tensor) and v.dtype == values[0].dtype for v in values)
-        or value_of(wide).dtype != torch.float32
-    ):
+    if not isinstance(eps, float) or not is_parameter(weight, 1) or changes(x):
         return None
-    if values[1].shape != values[0].shape[-1:] or values[2].shape != values[0].shape or changes(x):
+    if not all(isinstance(value, Tensor) and value.dtype == values[0].dtype for value in values):
         return None
-    nodes = [node, rounded, scaled, root, total, mean, square, wide]
-    return Norm(x, weight, eps, [n for i, n in enumerate(nodes) if n is not x and n not in nodes[:i]])
-
-
-def _mean_dim(mean: Node) -> Any:
-    """The dimension of a mean that keeps it."""
-    dim = mean.args[1] if len(mean.args) > 1 else mean.kwargs.get("dim")
-    return dim if mean.kwargs.get("keepdim") or (len(mean.args) > 2 and mean.args[2]) else None
+    in_float32 = any(value_of(n) is not None and value_of(n).dtype == torch.float32 for n in (x, *found.nodes[1:]))
+    if not in_float32 or values[1].shape != values[0].shape[-1:] or values[2].shape != values[0].shape:
+        return None
+    return Norm(x, weight, eps, found.nodes)
 
 
 # ---------------------------------------------------------------------- how to change it

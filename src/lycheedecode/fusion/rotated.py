@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import GraphModule, Node
 
-from .match import Norm, annotated, erase, is_call, rms_norm, value_of
+from .match import Norm, annotated, erase, name_of, rms_norm, value_of
+from .patterns import ROTATED, find
 
 
 class _Rotated(NamedTuple):
-    """`x * cos + rotate_half(x) * sin` in a graph, of which one token is taken; nodes last first."""
+    """A rotation in a graph, of whose result one token is taken; nodes users first."""
 
     x: Node
     cos: Node
@@ -28,7 +29,7 @@ class _Rotated(NamedTuple):
 
 def use_rotation(gm: GraphModule) -> int:
     """Hand rotations to the attention layers that alone read them; returns how many layers took theirs."""
-    layers = [node for node in gm.graph.nodes if is_call(node, "decode_layer.default")]
+    layers = [node for node in gm.graph.nodes if name_of(node) == "decode_layer.default"]
     tables: dict[Node, Node] = {}
     return sum(_take(gm, node, tables) for node in layers)
 
@@ -57,43 +58,31 @@ def _take(gm: GraphModule, node: Node, tables: dict[Node, Node]) -> bool:
 
 
 def _rotated(taken: Any) -> _Rotated | None:
-    """Of `rotated[:, :, 0]`; `cos` and `sin` are `[B, 1, D]`."""
-    if not is_call(taken, "getitem") or taken.args[1] != (slice(None), slice(None), 0):
+    """The rotation of `[B, H, 1, D]` by tables `[B, 1, D]` whose only token `taken` is."""
+    found = find(ROTATED, taken)
+    if found is None:
         return None
-    total = taken.args[0]
-    if not is_call(total, "add") or len(total.args) != 2:
-        return None
-    straight, turned = total.args
-    if not (is_call(straight, "mul") and is_call(turned, "mul") and is_call(turned.args[0], "cat")):
-        return None
-    (x, cos), (halves, sin) = straight.args, turned.args
-    if _dim(halves) != -1 or len(halves.args[0]) != 2 or not is_call(halves.args[0][0], "neg"):
-        return None
-    negated, first = halves.args[0]
-    second = negated.args[0]
+    x, cos, sin = (found.named[name] for name in ("x", "cos", "sin"))
     value = value_of(x)
     if value is None or value.ndim != 4 or value.shape[2] != 1:
         return None
-    half = value.shape[-1] // 2
-    if not _is_slice(first, x, slice(None, half)) or not _is_slice(second, x, slice(half, None)):
+    half, table = value.shape[-1] // 2, (value.shape[0], 1, value.shape[-1])
+    indices = {
+        "low": (Ellipsis, slice(None, half)),
+        "high": (Ellipsis, slice(half, None)),
+        "token": (slice(None), slice(None), 0),
+    }
+    if any(found.named[name] != index for name, index in indices.items()):
         return None
-    tables = [_table(cos, value), _table(sin, value)]
-    if None in tables:
+    if any(tuple(value_of(node).shape) != table for node in (cos, sin)):
         return None
-    return _Rotated(x, *tables, [taken, total, turned, halves, negated, first, second, straight])
-
-
-def _table(node: Any, value: torch.Tensor) -> Node | None:
-    """Of `table.unsqueeze(1)`: the table, if there is a row of it for each sequence."""
-    if not is_call(node, "unsqueeze") or node.args[1:] != (1,):
-        return None
-    shape = value_of(node.args[0]).shape
-    return node.args[0] if tuple(shape) == (value.shape[0], 1, value.shape[-1]) else None
+    return _Rotated(x, cos, sin, found.nodes)
 
 
 def _norms(query: Node, key: Node) -> tuple[Norm | None, Norm | None]:
     """The norms before the rotations, of `norm(x).transpose(1, 2)`; both or neither."""
-    found = [rms_norm(x.args[0]) if is_call(x, "transpose") and x.args[1:] == (1, 2) else None for x in (query, key)]
+    transposed = [name_of(x) == "transpose" and x.args[1:] == (1, 2) for x in (query, key)]
+    found = [rms_norm(x.args[0]) if holds else None for x, holds in zip((query, key), transposed, strict=True)]
     if None in found or found[0].eps != found[1].eps:
         return None, None
     return found[0], found[1]
@@ -105,11 +94,3 @@ def _transposed(gm: GraphModule, x: Node) -> Node:
 
 def _item(gm: GraphModule, x: Node, index: tuple[Any, ...]) -> Node:
     return annotated(gm.graph.call_function(operator.getitem, (x, index)))
-
-
-def _dim(cat: Node) -> Any:
-    return cat.kwargs.get("dim", cat.args[1] if len(cat.args) > 1 else 0)
-
-
-def _is_slice(node: Any, x: Node, channels: slice) -> bool:
-    return is_call(node, "getitem") and node.args == (x, (Ellipsis, channels))
