@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import LycheeError
+from ..prompts.records import RecordsError, read_records
 
 
 class DataError(LycheeError):
     """A data set that cannot be found or read; the message says where to put it."""
 
 
+def _any(record: Mapping[str, Any]) -> str | None:
+    return None
+
+
 @lru_cache(maxsize=4)
 def find_records(
-    task: str, names: tuple[str, ...], data: Path | None, hub: str, config: str | None = None, split: str = "test"
+    task: str,
+    names: tuple[str, ...],
+    data: Path | None,
+    hub: str,
+    config: str | None = None,
+    split: str = "test",
+    misfit: Callable[[Mapping[str, Any]], str | None] = _any,
 ) -> list[dict[str, Any]]:
     """The records of a data set.
 
     Args:
         task: who asks, for errors.
-        names: file names, JSON or JSON lines; the first that lies in `data` is read.
+        names: file names; of those that lie in `data` the first whose records fit is read.
         data: folder; None looks on the hub alone.
         hub: repository on the hub, read when no file is there.
         config: its configuration.
         split: its split.
+        misfit: what is wrong with a record of another form, None for one that fits; it is shown a file's first.
 
     Raises:
-        DataError: neither is there, or a file cannot be read.
+        DataError: neither is there, a file cannot be read, or what is there has another form.
     """
+    reason = None
     for path in [data / name for name in names] if data is not None else []:
         if path.is_file():
-            return _read(path)
+            records = _read(path)
+            wrong = misfit(records[0])
+            if wrong is None:
+                return records
+            reason = reason or f"{path} does not fit {task}: {wrong}."
+    if reason is not None:
+        raise DataError(reason)
     return _from_hub(task, names[0], data, hub, config, split)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.") from None
-    if isinstance(records, dict) and isinstance(records.get("data"), list):  # SQuAD as published
-        records = records["data"]
-    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
-        raise DataError(f"{path}: there is no list of records in it.")
-    return records
+        return list(read_records(path))
+    except RecordsError as error:
+        raise DataError(str(error)) from None
+
+
+def texts(value: Any) -> list[str]:
+    """A field that holds one text or several, as files have it: a list, one text, or a list written out as text."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                found = read(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+                return found
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return [str(one) for one in several if one is not None]
 
 
 def _from_hub(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from ..errors import LycheeError
 from . import builtin
+from .records import SUFFIXES, RecordsError, read_records
 
 Split = Literal["identify", "evaluate"]
 
@@ -30,8 +29,9 @@ def load_text(source: str) -> str:
 
     Args:
         source: `prose` (the manual and long docstrings that come with Python), `code` (sources of its library), `noise`
-            (a few sentences, repeated), a text file, `FILE.jsonl:COLUMN` or `FILE.csv:COLUMN`, or `DATASET:COLUMN` for
-            a hub or local data set of the package `datasets` (its `train` split).
+            (a few sentences, repeated), a text file, `FILE:COLUMN` for records in a file (`.jsonl`, `.json`, `.csv`,
+            `.tsv`), or `DATASET:COLUMN` for a hub or local data set of the package `datasets` (its `train` split).
+            Records that say the same count once.
 
     Raises:
         TextError: missing file or column, wrong encoding, too little text.
@@ -40,10 +40,10 @@ def load_text(source: str) -> str:
         return NOISE * (400_000 // len(NOISE))
     if source in ("prose", "code"):
         return "\n\n".join(text for _, text in _builtin(source))
-    path, _, column = source.partition(":")
-    if Path(source).is_file() or not column:
+    path, _, column = source.rpartition(":")
+    if Path(source).is_file() or not path:
         text = _read(source)
-    elif path.endswith((".jsonl", ".csv")):
+    elif path.lower().endswith(SUFFIXES):
         text = _join(_column(path, column), source)
     else:
         text = _join(_dataset(path, column), source)
@@ -74,7 +74,7 @@ def _builtin(source: str) -> tuple[builtin.Document, ...]:
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read(MAX_CHARACTERS)
     except FileNotFoundError:
         raise TextError(f"There is no text file {path!r} (built in: prose, code, noise).") from None
@@ -85,24 +85,15 @@ def _read(path: str) -> str:
 
 
 def _column(path: str, column: str) -> Iterator[str]:
-    lines = _read(path).splitlines()
-    records: Iterable[dict[str, object]] = csv.DictReader(lines) if path.endswith(".csv") else _json_lines(path, lines)
-    for record in records:
-        if not isinstance(record, dict) or column not in record:
-            raise TextError(f"{path}: a record has no column {column!r}.")
-        yield str(record[column])
-
-
-def _json_lines(path: str, lines: list[str]) -> Iterator[dict[str, object]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                # A file larger than MAX_CHARACTERS is cut inside its last line.
-                if number == len(lines) and number > 1:
-                    return
-                raise TextError(f"{path}: line {number} is not valid JSON ({error.msg}).") from None
+    try:
+        for record in read_records(path):
+            if column not in record:
+                raise TextError(f"{path}: a record has no column {column!r} (it has {', '.join(map(str, record))}).")
+            if not isinstance(record[column], (str, int, float)):
+                raise TextError(f"{path}: the column {column!r} holds {type(record[column]).__name__}, not text.")
+            yield str(record[column])
+    except RecordsError as error:
+        raise TextError(str(error)) from None
 
 
 def _dataset(name: str, column: str) -> Iterator[str]:
@@ -121,10 +112,11 @@ def _dataset(name: str, column: str) -> Iterator[str]:
 
 
 def _join(pieces: Iterator[str], source: str) -> str:
-    taken, size = [], 0
+    taken: dict[str, None] = {}  # a document that comes again with each of its questions would be on both sides
+    size = 0
     for piece in islice(pieces, 1_000_000):
-        taken.append(piece)
-        size += len(piece)
+        size += 0 if piece in taken else len(piece)
+        taken[piece] = None
         if size > MAX_CHARACTERS:
             break
     if not taken:

@@ -67,8 +67,18 @@ def _squad_row(row: Mapping[str, Any]) -> list[Question]:
 def read_hotpotqa(data: Path | None) -> QuestionSet:
     """HotpotQA with distractors: `hotpotqa.json` as published in the folder `data`, or the hub."""
     names = ("hotpotqa.json", "hotpotqa.jsonl", "hotpot_dev_distractor_v1.json")
-    records = find_records("qa_2", names, data, "hotpotqa/hotpot_qa", "distractor", "validation")
+    hub, config = "hotpotqa/hotpot_qa", "distractor"
+    records = find_records("qa_2", names, data, hub, config, "validation", misfit=_not_hotpotqa)
     return QuestionSet.of((question for record in _checked(records, _hotpotqa_row) for question in record), "HotpotQA")
+
+
+def _not_hotpotqa(row: Mapping[str, Any]) -> str | None:
+    if isinstance(row.get("context"), str) and "answers" in row:
+        return (
+            "these are LongBench's rows, which the task longbench_hotpotqa reads; HotpotQA's own have question, answer "
+            "and context, a list of documents"
+        )
+    return None
 
 
 def _hotpotqa_row(row: Mapping[str, Any]) -> list[Question]:

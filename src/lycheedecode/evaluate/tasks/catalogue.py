@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import LycheeError
 from ..ruler.questions import read_hotpotqa, read_squad
-from ..tasks_data import DataError, find_records
+from ..tasks_data import DataError, find_records, texts
 from .metrics import FIRST_LINE, LONGBENCH, PLAIN, longbench
 from .problems import aime24, olympiadbench
 
@@ -170,16 +170,38 @@ def _longbench_file(subset: str) -> dict[str, Any]:
 
 
 def _longbench_records(subset: str, data: Path | None) -> list[dict[str, Any]]:
-    names = tuple(f"{folder}{subset}.jsonl" for folder in ("", "longbench/", "LongBench/", "data/"))
-    return find_records(f"longbench_{subset}", names, data, _longbench_file(subset)["dataset_path"], subset)
+    folders = ("", "longbench/", "LongBench/", "data/")
+    names = tuple(f"{folder}{subset}{suffix}" for folder in folders for suffix in (".jsonl", ".json"))
+    hub = _longbench_file(subset)["dataset_path"]
+    return find_records(f"longbench_{subset}", names, data, hub, subset, misfit=_not_longbench)
+
+
+def _not_longbench(record: Mapping[str, Any]) -> str | None:
+    if isinstance(record.get("context"), (list, Mapping)) and "answer" in record:
+        return (
+            "these are HotpotQA's own rows (question, answer, documents), which the task qa_2 reads; LongBench's have "
+            "input, context (one text) and answers"
+        )
+    missing = [name for name in ("context", "answers") if not record.get(name)]
+    return f"its first record has no {' and no '.join(missing)}" if missing else None
 
 
 def _longbench_data(subset: str, data: str | None = None, **_: Any) -> dict[str, Any]:
     from datasets import Dataset
 
-    kept = ("context", "input", "question", "answers", "all_classes")
     records = _longbench_records(subset, None if data is None else Path(data))
-    documents = [{name: record.get(name) for name in kept} for record in records]
-    for document in documents:  # published as `input`, called `question` in the harness's prompts
-        document["question"] = document["question"] or document["input"] or ""
+    documents = [_longbench_document(subset, number, record) for number, record in enumerate(records, start=1)]
     return {"test": Dataset.from_list(documents)}
+
+
+def _longbench_document(subset: str, number: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    answers = texts(record.get("answers"))
+    if not isinstance(record.get("context"), str) or not answers:
+        raise DataError(f"longbench_{subset}: record {number} lacks a context (a text) or answers.")
+    # Published as `input`, called `question` in the harness's prompts.
+    question = str(record.get("question") or record.get("input") or "")
+    classes = texts(record.get("all_classes"))
+    return {
+        "context": record["context"], "input": question, "question": question, "answers": answers,
+        "all_classes": classes or None,
+    }  # fmt: skip

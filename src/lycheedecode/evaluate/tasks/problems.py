@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks_data import DataError, find_records
+from .mathematics import reference_answer
 
 _PROBLEM = ("problem", "Problem", "question", "Question")
-_ANSWER = ("answer", "Answer", "final_answer", "solution")
+_ANSWER = ("answer", "Answer", "final_answer")
+_SOLUTION = ("solution", "Solution")
 
 
 def aime24(data: str | None = None, **_: Any) -> dict[str, Any]:
@@ -30,31 +32,59 @@ def olympiadbench(data: str | None = None, **_: Any) -> dict[str, Any]:
 
 
 def _split(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
-    return {"test": Dataset.from_list([_document(record) for record in records])}
+    features = Features({"problem": Value("string"), "answer": Value("string"), "tolerance": [Value("float64")]})
+    documents = [_document(number, record) for number, record in enumerate(records, start=1)]
+    return {"test": Dataset.from_list(documents, features=features)}
 
 
-def _document(record: Mapping[str, Any]) -> dict[str, Any]:
-    problem, answer = _first(record, _PROBLEM), _first(record, _ANSWER)
+def _document(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    problem = _first(number, record, _PROBLEM)
+    return {
+        "problem": str(problem),
+        "answer": expected(number, record),
+        "tolerance": _tolerances(record.get("error")),
+    }
+
+
+def expected(number: int, record: Mapping[str, Any]) -> str:
+    """The answer of a problem: its own field, what a worked solution there marks, or what `solution` does.
+
+    Raises:
+        DataError: there is none, or only a solution that marks no answer.
+    """
+    answer = next((record[name] for name in _ANSWER if record.get(name) not in (None, "", [])), None)
+    if answer is None and any(record.get(name) for name in _SOLUTION):
+        marked = reference_answer(str(_first(number, record, _SOLUTION)))
+        if not marked:
+            raise DataError(
+                f"Problem {number} has only a solution, which has neither a \\boxed{{}} answer nor one after ####."
+            )
+        return marked
+    if answer is None:
+        answer = _first(number, record, _ANSWER)
     if isinstance(answer, (list, tuple)):
-        answer = ", ".join(map(str, answer))
-    return {"problem": str(problem), "answer": str(answer), "tolerance": _tolerance(record.get("error"))}
+        return ", ".join(map(str, answer))
+    if not isinstance(answer, (str, int, float)):
+        raise DataError(f"Problem {number}: its answer is a {type(answer).__name__}, not a text or a number.")
+    text = str(answer)
+    return (reference_answer(text) or text) if "####" in text or "\\boxed" in text else text
 
 
-def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+def _first(number: int, record: Mapping[str, Any], names: Sequence[str]) -> Any:
     for name in names:
         if record.get(name) not in (None, "", []):
             return record[name]
-    raise DataError(f"A problem has none of {', '.join(names)}.")
+    raise DataError(f"Problem {number} has none of {', '.join(names)}.")
 
 
-def _tolerance(error: Any) -> float:
-    """OlympiadBench gives one tolerance, none, or one for each part of an answer, of which the smallest holds."""
+def _tolerances(error: Any) -> list[float]:
+    """OlympiadBench gives one tolerance, none, or one for each part of an answer."""
     try:
-        return min(float(part) for part in str(error or 0).split(",") if part)
+        return [float(part) for part in str(error or "").split(",") if part.strip()]
     except ValueError:
-        return 0.0
+        return []
 
 
 def _folder(data: str | None) -> Path | None:
