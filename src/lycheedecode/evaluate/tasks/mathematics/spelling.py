@@ -88,6 +88,8 @@ def _plain_styles(text: str) -> str:
     """Fonts do not matter: `\\mathbf{7}` is 7. What is written as words is all `\\text`, single letters excepted."""
     text = re.sub(r"\{\\(?:bf|rm|it)\s+([^{}]*)\}", r"{\1}", text)
     text = _unwrapped(text, _STYLES, lambda inside: inside)
+    # After a number a letter in roman type is a unit, but for the constants.
+    text = re.sub(rf"(?<=[\d)}}])(\s*)\\(?:{_WORDS})\{{([a-zA-Z])\}}(?<!\{{[eid]\}})", "\\1\0{\\2}", text)
     text = _unwrapped(text, _WORDS, lambda inside: inside if len(inside) == 1 else f"\0{{{inside}}}")
     return text.replace("\0", "\\text")
 
