@@ -6,7 +6,7 @@
     ROTATED     (x * cos + cat(-high(x), low(x)) * sin)[:, :, 0]                   x, cos, sin, low, high, token
 
 The patterns are torch's own (`torch._inductor.pattern_matcher`), a private module: this file is all that we take from
-it, seen to work in torch 2.11 and 2.13. Inner nodes of a pattern have no other users, so what matches can go as a whole.
+it, seen to work in torch 2.11 and 2.13. Inner nodes of a pattern have no other users, so a match can go as a whole.
 """
 
 from __future__ import annotations
