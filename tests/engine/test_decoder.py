@@ -87,9 +87,9 @@ def test_fixed_steps_serve_rewinding_and_generation(llama):
     fixed, flexible = Engine(llama, execution="graph", **options), Engine(llama, **options)
     context = fixed.prefill(rows)
     first = fixed.score(context, answers)
-    steps_kept = list(context.cache.fixed_steps.values())
+    steps_kept = list(context.kept_steps.values())
     assert torch.equal(fixed.score(context, answers), first)
-    assert list(context.cache.fixed_steps.values()) == steps_kept
+    assert list(context.kept_steps.values()) == steps_kept
     torch.testing.assert_close(flexible.score(context, answers), first, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(fixed.score(context, answers), first, atol=2e-3, rtol=1e-3)
     expected = [result.token_ids for result in flexible.generate(rows, 20)]

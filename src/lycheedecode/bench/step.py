@@ -144,23 +144,25 @@ def _bench_case(
 
 def tune(options: argparse.Namespace) -> dict[str, Any]:
     """Launches of the linear layers for the first context and batch, with the last form of attention."""
-    from ..fusion.triton import launches
+    from ..fusion.triton import Kind, Tuning, tuned
     from . import linear
     from .step_tuning import tune_step
 
     model = build(options.model, options.layers, "cuda", torch.bfloat16)
     context = random_context(model, options.batches[0], options.contexts[0], _ROOM)
 
+    launches: dict[Kind, Tuning] = {}
+
     def step_ms() -> float:
         engine = make_engine(model, options.forms[-1], options, "compiled")
-        ms = median(_time(engine, context, options.steps, 1))
-        context.cache.fixed_steps.clear()
+        with tuned(launches):
+            ms = median(_time(engine, context, options.steps, 1))
+        context.kept_steps.clear()
         return ms
 
     def compile_ahead(pairs: list[tuple[Any, Any]]) -> None:
         linear.compile_ahead([(linear.Projection.of(kind), kind.rows, launch) for kind, launch in pairs])
 
-    launches.clear()
     step_ms()  # compiles the model, and finds the kinds of layers
     rows = tune_step(
         launches, lambda kind: linear.candidates(linear.Projection.of(kind), kind.rows), compile_ahead, step_ms

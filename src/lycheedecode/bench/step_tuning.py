@@ -3,7 +3,7 @@
     for every kind of layer     its candidates in turn -> the step captured anew, and timed; the fastest stays
 
 A launch that is fastest after itself need not be so between attention and the next layer: kernels start early, and what
-one of them calls into the L2, another may need there. What wins goes into `linear.triton.default_tuning` by hand.
+one of them calls into the L2, another may need there. What wins goes into `fusion.triton.default_tuning` by hand.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tune_step(
     """Better launches, left in `launches`; returns every one that was tried, with the step's time.
 
     Args:
-        launches: the launch of each kind of layer in the step (`linear.triton.launches`); read when a step is captured.
+        launches: the launch of each kind of layer in the step (`fusion.triton.tuned`); read when a step is captured.
         candidates: other launches of a kind.
         compile_ahead: takes pairs of a kind and a launch.
         step_ms: captures the step with the launches as they are, and times it; raises where one of them cannot run.

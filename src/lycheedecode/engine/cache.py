@@ -141,13 +141,13 @@ class KVCache(Cache):
     Attributes:
         state: of the attention that decodes, None before the first step or where it keeps nothing.
         selected_at: length of the cache when the first selection was made; None makes the next step select.
-        fixed_steps: what engines keep of their steps over these very buffers.
+        place: another number whenever buffers were exchanged or moved; what holds on to them is of no use from then on.
     """
 
     def __init__(self, num_layers: int, starts: Tensor | None = None) -> None:
         super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
         self.starts = starts
-        self.fixed_steps: dict[Any, Any] = {}
+        self.place = 0
         self.forget_state()
 
     @property
@@ -173,7 +173,7 @@ class KVCache(Cache):
     def reserve(self, slots: int) -> None:
         """Make room for `slots` slots in every layer."""
         if slots > self.capacity:
-            self.fixed_steps.clear()  # they hold on to the stores, which move now
+            self.place += 1
         for layer in self.layers:
             layer.reserve(slots)
 
@@ -200,7 +200,7 @@ class KVCache(Cache):
         self.reserve(position + 1)
         owner = attention, self.capacity
         if self._owner != owner:
-            self.fixed_steps.clear()
+            self.place += 1
             self.state = attention.allocate(self.layers[0].batch_size, self.capacity, self.layers[0].device)
             self._owner, self.selected_at = owner, None
         if self.selected_at is None:
@@ -214,7 +214,7 @@ class KVCache(Cache):
         """Make the next step select anew, into buffers of its own."""
         self.state: State | None = None
         self.selected_at: int | None = None
-        self.fixed_steps.clear()
+        self.place += 1
         self._owner: tuple[DecodeAttention | None, int] = None, 0
 
     def kv(self, layer: int) -> KV:

@@ -20,7 +20,7 @@ from ..attention import DecodeAttention
 from ..errors import ConfigError
 from ..models.routing import Reach
 from . import step as steps
-from .cache import KVCache
+from .context import Context
 from .step import FixedStep, FlexibleStep, Forward
 
 Execution = Literal["auto", "compiled", "graph", "eager"]
@@ -65,51 +65,49 @@ class Decoder:
         """How the next step runs."""
         return self._ways[0]
 
-    def logits(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Tensor:
-        """Feed one token a sequence; the cache then holds it.
-
-        Args:
-            cache: of the sequences so far.
-            token_ids: int64 `[B]`.
-            kv_bytes: float64 `[B]`, to which the bytes are added that the step reads of the cache.
+    def logits(self, context: Context, token_ids: Tensor) -> Tensor:
+        """Feed one token a sequence, int64 `[B]`; the context's cache then holds it.
 
         Returns:
             float32 `[B, V]`, overwritten by the next step.
         """
         with torch.inference_mode():
-            replay = self.prepare(cache, token_ids, kv_bytes)
+            replay = self.prepare(context, token_ids)
             if replay is None:
-                return self._flexible(cache, token_ids, kv_bytes)
+                return self._flexible(context, token_ids)
             with self._route:
-                logits = replay(token_ids, cache.length + 1)
-            cache.advance()
+                logits = replay(token_ids, context.cache.length + 1)
+            context.cache.advance()
             return logits
 
-    def prepare(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Replay | None:
+    def prepare(self, context: Context, token_ids: Tensor) -> Replay | None:
         """Compile and capture the step to come, unless that is done; None where steps are eager. Arguments as above."""
         while self.way != "eager":
             try:
-                return self._replay(cache, token_ids, kv_bytes)
+                return self._replay(context, token_ids)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler can fail in any way; what is wrong with the model fails again
                 if not self._may_fall_back:
                     raise
-                self._step_down(cache, error)
+                self._step_down(context, error)
         return None
 
-    def _replay(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Replay:
+    def _replay(self, context: Context, token_ids: Tensor) -> Replay:
+        cache = context.cache
         state, refresh = cache.state_for(self.attention)
-        if (self, refresh) not in cache.fixed_steps:
+        kept = context.kept_steps
+        if (self, refresh) not in kept:
             with self._route, torch.inference_mode():
-                step = FixedStep(cache, self.attention, self._reaches, state, refresh, kv_bytes)
+                step = FixedStep(cache, self.attention, self._reaches, state, refresh, context.kv_bytes)
                 step.token_ids.copy_(token_ids)
                 step.filled.fill_(cache.length + 1)
                 forward = steps.forward if self.way == "graph" else steps.compiled_forward(self._backend)
-                cache.fixed_steps[self, refresh] = Replay(step, forward, self._model)
-        return cache.fixed_steps[self, refresh]
+                kept[self, refresh] = Replay(step, forward, self._model)
+        return kept[self, refresh]
 
-    def _flexible(self, cache: KVCache, token_ids: Tensor, kv_bytes: Tensor) -> Tensor:
+    def _flexible(self, context: Context, token_ids: Tensor) -> Tensor:
+        cache = context.cache
         state, refresh = cache.state_for(self.attention)
         lengths = torch.full_like(token_ids, cache.length + 1, dtype=torch.int32)
         if cache.starts is not None:
@@ -117,11 +115,11 @@ class Decoder:
         step = FlexibleStep(cache, self.attention, self._reaches, state, refresh)
         with self._route, steps.running(step):
             logits = steps.forward(self._model, token_ids, lengths)
-        self.attention.count_bytes(kv_bytes, lengths, state, refresh, cache.key_bytes)
+        self.attention.count_bytes(context.kv_bytes, lengths, state, refresh, cache.key_bytes)
         return logits
 
-    def _step_down(self, cache: KVCache, error: Exception) -> None:
-        cache.fixed_steps.clear()
+    def _step_down(self, context: Context, error: Exception) -> None:
+        context.kept_steps.clear()
         what = {"compiled": "compiled", "graph": "captured as a CUDA graph"}[self._ways.pop(0)]
         reason = next(iter(str(error).strip().splitlines()), "")
         warnings.warn(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,53 +20,19 @@ from torch import Tensor, nn
 from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
 from ..errors import ConfigError, InputError
-from ..models.routing import AttentionRoute, Reach, supported_shape
+from ..models.routing import Reach, supported_shape
 from ..models.versions import cache_argument
 from ..plan import HeadPlan
+from . import prefill
 from .cache import KVCache
+from .context import Context
 from .decoder import Decoder, Execution
 from .generation import Coming, Generation, Piece, Progress, PromptLike, encode, stop_token_ids
 from .memory import prefill_chunk
-from .prefill import ChunkAttention
 from .sampling import Sampler, Sampling
 
 TokenIds = Tensor | Sequence[Sequence[int]]
 """int64 `[B, S]`, or one sequence of token ids for each prompt; lengths may differ."""
-
-
-@dataclass
-class Context:
-    """Prompts that were prefilled, and what was decoded after them. Engines of the same model may share one.
-
-    Attributes:
-        cache: keys and values of prompts and decoded tokens.
-        logits: float32 `[B, V]`, of the first token after each prompt.
-        prompt_lengths: tokens of each prompt.
-        prefill_seconds: time that the prefill took.
-        kv_bytes: float64 `[B]`, bytes of the KV cache that decode steps have read for each sequence.
-        steps: decode steps since the prompt.
-    """
-
-    cache: KVCache
-    logits: Tensor
-    prompt_lengths: list[int]
-    prefill_seconds: float
-    kv_bytes: Tensor
-    steps: int = 0
-    _uncorrected: list[Tensor] = field(default_factory=list)
-
-    @property
-    def padding(self) -> list[int] | None:
-        """Unused slots before each prompt; None where there are none."""
-        longest = max(self.prompt_lengths)
-        return [longest - length for length in self.prompt_lengths] if min(self.prompt_lengths) < longest else None
-
-    def rewind(self) -> None:
-        """Forget all that was decoded; the prompts stay."""
-        self.cache.truncate(max(self.prompt_lengths))
-        self.kv_bytes.zero_()
-        self.steps = 0
-        self._uncorrected.clear()
 
 
 class Engine:
@@ -114,10 +79,9 @@ class Engine:
         self.attention: DecodeAttention = attention or full
         self._full = full
         self._prefill_chunk = prefill_chunk
-        reaches = Reach.of_layers(model, self.shape)
-        self._decoder = Decoder(model, self.attention, reaches, execution, backend)
-        self._chunks = ChunkAttention(reaches)
-        self._route = AttentionRoute(model, self._chunks, masks=False)
+        self._reaches = Reach.of_layers(model, self.shape)
+        self._decoder = Decoder(model, self.attention, self._reaches, execution, backend)
+        self._route = prefill.route(model)
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +134,7 @@ class Engine:
             context._uncorrected.append(token_ids.clone())
             if len(context._uncorrected) >= self.config.correction_every:
                 return self._correct(context)
-        return self._decoder.logits(context.cache, token_ids, context.kv_bytes).clone()
+        return self._decoder.logits(context, token_ids).clone()
 
     def score(self, prompt: Context | TokenIds, answer_ids: TokenIds) -> Tensor:
         """Feed answers through decode steps, one token a sequence at a time.
@@ -253,7 +217,7 @@ class Engine:
         rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
         sampler = Sampler(sampling, self.device)
         next_ids, seconds, drawn = sampler(context.logits), 0.0, 1
-        self._decoder.prepare(context.cache, next_ids, context.kv_bytes)
+        self._decoder.prepare(context, next_ids)
         while True:
             began = time.perf_counter()
             coming, following = Coming(next_ids), None
@@ -293,8 +257,8 @@ class Engine:
         positions = torch.arange(cache.length, cache.length + token_ids.shape[1], device=token_ids.device)[None]
         if cache.starts is not None:
             positions = (positions - cache.starts[:, None]).clamp_(min=0)
-        self._chunks.padding = padding
-        with self._route, torch.inference_mode():
+        chunk = prefill.ChunkAttention(self._reaches, padding)
+        with self._route, prefill.passing(chunk), torch.inference_mode():
             output = self.model(
                 input_ids=token_ids,
                 position_ids=positions,

@@ -9,7 +9,9 @@ a limited way go in tiles, whose masks are small. Dimensions as in `ops`; `T` to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..models.routing import Reach, refuse_unless_plain
+from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
+from ..models.shape import ModelError
 
 _TILE = 1024
 """Queries of a layer with limited reach that share a mask."""
@@ -32,7 +35,7 @@ _aten = torch.ops.aten
 
 
 class ChunkAttention:
-    """Attention of every layer of a model while a chunk passes through it, in transformers' attention interface.
+    """Attention of every layer of a model while a chunk passes through it.
 
     Args:
         reaches: of every layer.
@@ -40,28 +43,52 @@ class ChunkAttention:
     """
 
     def __init__(self, reaches: Sequence[Reach], padding: Sequence[int] | None = None) -> None:
-        self._reaches, self.padding = reaches, padding
+        self._reaches, self._padding = reaches, padding
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        refuse_unless_plain(options)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        reach = self._reaches[module.layer_idx]
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Query `[B, Hq, T, D]` of the last `T` of `S` tokens, keys and values `[B, Hkv, S, D]` -> `[B, Hq, T, D]`."""
+        reach = self._reaches[layer]
         if not reach.is_all:
-            output = attend_within(query, key, value, reach, self.padding, scale)
-        elif self.padding is None:
-            output = attend_causal(query, key, value, scale)
-        else:
-            output = _each_without_padding(query, key, value, self.padding, scale)
-        return output.transpose(1, 2), None
+            return attend_within(query, keys, values, reach, self._padding, scale)
+        if self._padding is None:
+            return attend_causal(query, keys, values, scale)
+        return _each_without_padding(query, keys, values, self._padding, scale)
+
+
+_passing: ContextVar[ChunkAttention] = ContextVar("lycheedecode_chunk")
+
+
+@contextmanager
+def passing(chunk: ChunkAttention) -> Iterator[None]:
+    """Attention layers of `route` that this thread passes belong to `chunk` while this is open."""
+    before = _passing.set(chunk)
+    try:
+        yield
+    finally:
+        _passing.reset(before)
+
+
+def route(model: nn.Module) -> AttentionRoute:
+    """Attention layers of `model` take part in the passing chunk while the route is open."""
+    return AttentionRoute(model, _attention_layer, masks=False, name="chunk", brief=True)
+
+
+def _attention_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface for several tokens a sequence; the keys and values are all so far."""
+    refuse_unless_plain(options)
+    chunk = _passing.get(None)
+    if chunk is None:
+        raise ModelError("An Engine reads a prompt with this model in another thread; it can be called after that.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return chunk.attend(module.layer_idx, query, key, value, scale).transpose(1, 2), None
 
 
 def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -4,7 +4,7 @@
 
 To the compiler, cache and attention are one opaque operator. What it compiles therefore knows neither the size of the
 cache nor a plan nor a config: one compilation serves full and hybrid attention, every context, every engine of a model.
-The operator finds what it belongs to in `_running`, as long as a step is open:
+The operator finds what it belongs to in a context variable, as long as a step is open in its thread:
 
     FlexibleStep  appends after the last token, and attends over views of what is filled; anything may run in it
     FixedStep     appends at a slot that only the device knows, and attends over the whole store up to lengths in device
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from transformers.cache_utils import Cache
 from .. import ops
 from ..attention import DecodeAttention, State
 from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
+from ..models.shape import ModelError
 from ..models.versions import cache_argument
 from ..ops import KV
 from ..ops.append.rope import Rotation
@@ -149,17 +151,17 @@ class FixedStep:
 
 # ---------------------------------------------------------------------- how attention layers find their step
 
-_running: list[Step] = []
+_running: ContextVar[Step] = ContextVar("lycheedecode_step")
 
 
 @contextmanager
 def running(step: Step) -> Iterator[None]:
-    """Attention layers of `route` belong to `step` while this is open."""
-    _running.append(step)
+    """Attention layers of `route` that this thread passes belong to `step` while this is open."""
+    before = _running.set(step)
     try:
         yield
     finally:
-        _running.pop()
+        _running.reset(before)
 
 
 def _attend(
@@ -175,7 +177,10 @@ def _attend(
     eps: float = 0.0,
 ) -> Tensor:
     rotation = None if cos is None else Rotation(cos, sin, query_norm, key_norm, eps)
-    return _running[-1].attend(layer, query, key, value, scale, rotation)
+    step = _running.get(None)
+    if step is None:
+        raise ModelError("An Engine decodes with this model in another thread; it can be called after that.")
+    return step.attend(layer, query, key, value, scale, rotation)
 
 
 # It writes the cache behind the compiler's back. That is safe: layers depend on each other through their outputs, so
@@ -219,7 +224,7 @@ class _Newest(Cache):
 
 def route(model: nn.Module) -> AttentionRoute:
     """Attention layers of `model` take part in the running step while the route is open."""
-    return AttentionRoute(model, _attention_layer, masks=False, name="step")
+    return AttentionRoute(model, _attention_layer, masks=False, name="step", brief=True)
 
 
 def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:

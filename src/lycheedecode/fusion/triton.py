@@ -10,7 +10,10 @@ Names in kernels: `n` a row of a weight, `k` a column of it, `b` a row of the in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
@@ -64,8 +67,27 @@ class Kind(NamedTuple):
     residual: bool = False
 
 
-launches: dict[Kind, Tuning] = {}
-"""The launch of every kind of layer that was computed; whoever changes one changes those to come."""
+_launches: ContextVar[MutableMapping[Kind, Tuning] | None] = ContextVar("lycheedecode_launches", default=None)
+
+
+@contextmanager
+def tuned(launches: MutableMapping[Kind, Tuning]) -> Iterator[None]:
+    """Layers that this thread computes while this is open take their launches from `launches`.
+
+    Kinds of layers that it lacks are added to it, with their default.
+    """
+    before = _launches.set(launches)
+    try:
+        yield
+    finally:
+        _launches.reset(before)
+
+
+def _launch_of(kind: Kind) -> Tuning:
+    launches = _launches.get()
+    if launches is None:
+        return default_tuning(*kind[:5])
+    return launches.get(kind) or launches.setdefault(kind, default_tuning(*kind[:5]))
 
 
 @triton.jit
@@ -224,7 +246,7 @@ def linear(
     out = x.new_empty((*x.shape[:-1], width))
     if tuning is None:
         kind = Kind(rows, tuple(sizes), columns, x.dtype, gated, norm is not None, residual is not None)
-        tuning = launches.get(kind) or launches.setdefault(kind, default_tuning(*kind[:5]))
+        tuning = _launch_of(kind)
     if gated and tuning.splits > 1:
         raise ValueError("A gated linear layer takes no splits.")
     flat = x.reshape(rows, columns)
@@ -268,6 +290,7 @@ def linear(
     return out
 
 
+@lru_cache(maxsize=1024)
 def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> Tuning:
     """What was fastest on an H200 within a step; `bench step --tune` measures it."""
     far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,8 +48,11 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
         yield model
 
 
-class _Steps:
-    """Finds out, from the masks alone, where the tokens of each sequence lie; once a step, not once a layer."""
+class _Steps(threading.local):
+    """Finds out, from the masks alone, where the tokens of each sequence lie; once a step, not once a layer.
+
+    Every thread that calls the model has steps of its own.
+    """
 
     def __init__(self, attention: HybridAttention) -> None:
         self._attention = attention

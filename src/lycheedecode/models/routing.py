@@ -7,7 +7,9 @@ where the tokens of a sequence lie.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -155,8 +157,29 @@ def check_plan(plan: HeadPlan, shape: ModelShape) -> None:
                 )
 
 
-_route_numbers = itertools.count()
 _ROUTE_PREFIX = "lycheedecode_"
+_route_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class _Opening:
+    """A route that is open, or waits to be.
+
+    Attributes:
+        name: what its function is registered as.
+        configs: ids of the config objects that name the model's attention; the route keeps these objects alive.
+        thread: that opened it for one pass; None: it lasts, and serves all threads.
+    """
+
+    name: str
+    configs: frozenset[int]
+    thread: int | None
+    registered: bool = False
+
+
+_turns = threading.Condition()
+_openings: list[_Opening] = []
+"""In the order in which they came; `_turns` guards this list and what we register in transformers."""
 
 
 class AttentionRoute:
@@ -164,53 +187,85 @@ class AttentionRoute:
 
     `function` has the signature of transformers' attention interface: `(module, query, key, value, attention_mask,
     scaling=..., **kwargs) -> (output [B, T, Hq, D], None)`. Nothing is left behind on exit: the registered name is
-    removed with the route. Opening costs microseconds, so a generation loop can open the route for each step and leave
-    the model alone in between.
+    removed with the last route of that name. Opening costs microseconds, so a generation loop can open the route for
+    each step and leave the model alone in between.
+
+    A model has one open route at a time; models that share a config object count as one. Brief routes in several
+    threads take turns, first come, first served. Nothing waits for a lasting one.
 
     Args:
         model: a Hugging Face decoder.
         function: what attends.
         masks: give `function` the masks that SDPA would get; otherwise no mask is made, and it gets None.
         name: what `function` is registered as; None makes up a name that no other route has. Compiled code is valid
-            for one name.
+            for one name. Routes of one name have one function.
+        brief: open for one pass through the model, by one thread.
 
     Raises:
-        ModelError: on opening, when the model's attention is routed already.
+        ModelError: on opening, when this thread or a lasting route has the model's attention already.
     """
 
     def __init__(
-        self, model: nn.Module, function: Callable[..., Any], *, masks: bool = True, name: str | None = None
+        self,
+        model: nn.Module,
+        function: Callable[..., Any],
+        *,
+        masks: bool = True,
+        name: str | None = None,
+        brief: bool = False,
     ) -> None:
-        self._function = function
-        self._masks = masks
+        self._function, self._masks, self._brief = function, masks, brief
         self._name = f"{_ROUTE_PREFIX}{next(_route_numbers) if name is None else name}"
         modules = (module for module in model.modules() if hasattr(module, "config"))
         self._configs = list({id(module.config): module.config for module in modules}.values())
-        self._before: list[Any] = []
+        self._ids = frozenset(map(id, self._configs))
 
     def __enter__(self) -> None:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        before = [config._attn_implementation for config in self._configs]
-        if any(str(name).startswith(_ROUTE_PREFIX) for name in before):
-            raise ModelError("The attention of this model is already routed by LycheeDecode: leave that context first.")
-        # Masks are made only for names in the class-wide mapping, so assignment to the registry would not do.
-        ALL_ATTENTION_FUNCTIONS.register(self._name, self._function)
-        if self._masks:
-            ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, sdpa_mask)
-        self._before = before
+        me = threading.get_ident()
+        opening = _Opening(self._name, self._ids, me if self._brief else None)
+        with _turns:
+            ahead = [other for other in _openings if other.configs & self._ids]
+            if any(other.thread in (None, me) for other in ahead):
+                raise ModelError(
+                    "The attention of this model is already routed by LycheeDecode: leave that context first."
+                )
+            _openings.append(opening)
+            try:
+                _turns.wait_for(lambda: not any(other in _openings for other in ahead))
+                self._register(opening)
+            except BaseException:
+                self._forget(opening)
+                raise
+        self._opening = opening
+        self._before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = self._name
 
     def __exit__(self, *_: object) -> None:
+        for config, implementation in zip(self._configs, self._before, strict=True):
+            config._attn_implementation = implementation
+        with _turns:
+            self._forget(self._opening)
+
+    def _register(self, opening: _Opening) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        # Masks are made only for names in the class-wide mapping, so assignment to the registry would not do.
+        opening.registered = True
+        ALL_ATTENTION_FUNCTIONS.register(self._name, self._function)
+        if self._masks:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, sdpa_mask)
+
+    def _forget(self, opening: _Opening) -> None:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        for config, implementation in zip(self._configs, self._before, strict=True):
-            config._attn_implementation = implementation
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            registry._global_mapping.pop(self._name, None)  # transformers has no public opposite of `register`
+        _openings.remove(opening)
+        if not any(other.registered and other.name == self._name for other in _openings):
+            for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+                registry._global_mapping.pop(self._name, None)  # transformers has no public opposite of `register`
+        _turns.notify_all()
 
 
 def route_attention(model: nn.Module, function: Callable[..., Any]) -> AttentionRoute:
