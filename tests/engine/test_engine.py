@@ -133,7 +133,7 @@ def test_refresh_every_selects_less_often(llama):
     seen = []
     for token in answers[0]:
         engine.decode_one_token(context, torch.tensor([token]))
-        seen.append(selected[-1].blocks.sort(-1).values.clone())
+        seen.append(selected[-1].selections.blocks.sort(-1).values.clone())
     changes = [not torch.equal(one, two) for one, two in itertools.pairwise(seen)]
     assert len(selected) == 1
     assert {i for i, changed in enumerate(changes, 1) if changed} <= {3, 6}
