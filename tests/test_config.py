@@ -24,6 +24,11 @@ def test_a_ratio_alone_implies_its_strategy():
     assert capped.capacity_blocks(10_000) == 32
 
 
+def test_chunks_are_whole_blocks():
+    assert HybridConfig().chunk_tokens == 128
+    assert HybridConfig(block_size=256, budget_tokens=4096).chunk_tokens == 256
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -45,6 +50,10 @@ def test_a_ratio_alone_implies_its_strategy():
         ({"retrieval_attention": "dense"}, "'selected', 'full'"),
         ({"block_score": "min"}, "'mass', 'max'"),
         ({"scan_keys": "int4"}, "'cache', 'float8'"),
+        ({"completion": "mean"}, "'plan', 'centroid', 'none'"),
+        ({"completion_chunk": 0}, "completion_chunk must be a whole number of at least 1, not 0"),
+        ({"completion_chunk": 96}, "power of two up to 4096, not 96"),
+        ({"completion_chunk": 8192}, "power of two up to 4096, not 8192"),
         ({"scan_keys": "float8", "retrieval_attention": "full"}, "needs retrieval_attention='selected'"),
         ({"selection": "ratio"}, "needs budget_ratio"),
         ({"selection": "top_p"}, "needs top_p"),

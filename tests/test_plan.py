@@ -55,6 +55,26 @@ def test_gate_means_must_have_the_shape_of_donors():
         HeadPlan.from_donors(TABLE, gate_means=[[1.0, 1.0]])
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ([[1.0, 1.0]], "completion must have the shape of donors, 3 x 2"),
+        ([[1.0, -0.1]] * 3, "finite factors that are not negative"),
+        ([[1.0, float("nan")]] * 3, "finite factors"),
+        ([[1.0, float("inf")]] * 3, "finite factors"),
+    ],
+)
+def test_factors_that_make_no_sense_are_refused(table, said):
+    with pytest.raises(PlanError, match=said):
+        HeadPlan.from_donors(TABLE, completion=table)
+
+
+def test_factors_of_a_layer():
+    plan = HeadPlan.from_donors(TABLE, completion=[[1, 0], [0.5, 2], [0, 0]])
+    assert [plan.completion_factors(layer) for layer in range(3)] == [(1.0, 0.0), (0.5, 2.0), (0.0, 0.0)]
+    assert HeadPlan.from_donors(TABLE).completion_factors(1) == (0.0, 0.0)
+
+
 def test_same_index_inherits_from_the_nearest_retrieval_head_of_its_index():
     plan = HeadPlan.same_index([(2, 1)], 4, 2)
     assert plan.retrieval == ((0, 0), (0, 1), (2, 1))
@@ -87,6 +107,7 @@ def make_plan(seed: int = 0, layers: int = 7, heads: int = 3, **details) -> Head
 def test_a_saved_plan_loads_as_it_was(tmp_path, seed):
     means = [[round(random.Random(seed).random(), 4)] * 3] * 7
     details = {"model": {"name": "tiny", "architecture": "LlamaForCausalLM"}, "gate_means": means}
+    details["completion"] = [[0.25 * (seed % 2), 1.0, 0.3]] * 7 if seed else None
     plan = make_plan(seed, **details, provenance={"seed": seed, "data": "prose"})
     plan.save(tmp_path / "new" / "plan.json")
     assert HeadPlan.load(tmp_path / "new" / "plan.json") == plan
@@ -98,6 +119,9 @@ def test_a_file_has_a_line_for_each_layer(tmp_path):
     make_plan().save(tmp_path / "plan.json")
     lines = (tmp_path / "plan.json").read_text(encoding="utf-8").splitlines()
     assert sum(line.startswith("    [[") for line in lines) == 7
+    assert not any("completion" in line for line in lines)
+    make_plan(completion=[[1, 0, 0.5]] * 7).save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8").count("    [1.0, 0.0, 0.5]") == 7
 
 
 def changed(**changes) -> str:
@@ -118,6 +142,8 @@ def changed(**changes) -> str:
         (changed(gate_means=[[0.5]]), "gate_means"),
         (changed(gate_means=[["x", 0, 0]] * 7), "could not convert"),
         (changed(gate_means=7), "not iterable"),
+        (changed(completion=[[1.0]]), "completion must have the shape"),
+        (changed(completion=[[1.0, None, 1.0]] * 7), "float"),
         (changed(model=[1]), "model must be an object"),
         (changed(provenance="trained"), "provenance must be an object"),
     ],
@@ -165,13 +191,16 @@ def test_a_plan_for_another_model_is_refused():
 
 
 def test_shards_keep_their_own_donors():
-    plan = HeadPlan.same_index([(1, 3), (2, 0)], 3, 4, gate_means=[[0.1, 0.2, 0.3, 0.4]] * 3)
+    plan = HeadPlan.same_index(
+        [(1, 3), (2, 0)], 3, 4, gate_means=[[0.1, 0.2, 0.3, 0.4]] * 3, completion=[[0, 1, 2, 3]] * 3
+    )
     left, right = plan.shard(0, 2), plan.shard(1, 2)
     assert [shard.num_kv_heads for shard in (left, right)] == [2, 2]
     for layer in range(3):
         joined = [*left.donors[layer], *((at, head + 2) for at, head in right.donors[layer])]
         assert tuple(joined) == plan.donors[layer]
     assert right.gate_means[0] == (0.3, 0.4)
+    assert (left.completion[2], right.completion[2]) == ((0, 1), (2, 3))
     assert right.provenance["shard"] == [1, 2]
 
 
@@ -186,10 +215,11 @@ def test_a_donor_on_another_rank_is_refused():
 
 
 def test_stages_count_layers_from_their_first():
-    plan = HeadPlan.from_donors([[(0, 0)], [(0, 0)], [(2, 0)], [(2, 0)]])
+    plan = HeadPlan.from_donors([[(0, 0)], [(0, 0)], [(2, 0)], [(2, 0)]], completion=[[0], [1], [2], [3]])
     stage = plan.stage(2, 4)
     assert stage.donors == (((0, 0),), ((0, 0),))
     assert stage.provenance["stage"] == [2, 4]
+    assert stage.completion == ((2,), (3,))
     with pytest.raises(PlanError, match="earlier pipeline stage"):
         plan.stage(1, 4)
     for first, last in ((2, 2), (-1, 2), (2, 5)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple, Protocol
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from . import ops
 from .config import HybridConfig
-from .ops import KV, KeyCopy, Selections
+from .ops import KV, ChunkMeans, Completion, KeyCopy, Selections
+from .ops.count import Means
 from .ops.types import constant
 from .plan import HeadPlan
 
@@ -53,9 +55,11 @@ class HybridState(State):
 
     Attributes:
         copy: of the keys that retrieval heads scan; None where they scan the cache.
+        means: of chunks, where some head is completed.
     """
 
     copy: KeyCopy | None = None
+    means: ChunkMeans | None = None
 
     def before_step(
         self,
@@ -67,20 +71,22 @@ class HybridState(State):
         """See `State`."""
         if self.copy is not None:
             self.copy.before_step(store_of, filled, refresh)
+        if self.means is not None:
+            self.means.before_step(store_of, filled, starts)
 
     def truncate(self, slots: int) -> None:
         """See `State`."""
-        if self.copy is not None:
-            self.copy.truncate(slots)
+        for part in (self.copy, self.means):
+            if part is not None:
+                part.truncate(slots)
 
     def scan_bytes(self, key_bytes: int) -> float:
         """Bytes of a key that is scanned, where the cache's have `key_bytes`."""
         return key_bytes if self.copy is None else self.copy.key_bytes(key_bytes)
 
     def first_rows(self, rows: int) -> HybridState:
-        """Of the first `rows` sequences; views."""
-        blocks, counts = self.selections
-        return HybridState(Selections(blocks[:, :rows], counts[:, :rows]))
+        """The selections of the first `rows` sequences; a view."""
+        return HybridState(self.selections.sequences(rows))
 
 
 class DecodeAttention(Protocol):
@@ -140,7 +146,7 @@ class HybridAttention:
 
     Args:
         plan: the donor of every KV head.
-        config: budget, strategy, form.
+        config: budget, strategy, form, completion.
         layers: the layers that follow the plan, None for all; only `count_bytes` needs to know.
     """
 
@@ -152,15 +158,18 @@ class HybridAttention:
         self.refresh_every = config.refresh_every
         self._layers = [_Roles.of(plan, layer) for layer in range(plan.num_layers)]
         layers = range(plan.num_layers) if layers is None else layers
-        self._scans, self._readers = self._count_readers(layers)
+        self._factors = _completion_factors(plan, config, layers)
+        self._scans, self._readers, self._completed = self._count_readers(layers)
         self._scanned = {layer: plan.retrieval_heads(layer) for layer in layers}
 
     def allocate(self, batch: int, slots: int, device: torch.device | str) -> HybridState:
         config = self.config
         num_blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
         size = len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks)
+        chunks = max(slots // config.chunk_tokens, 1) if self._factors else 0
         copy = KeyCopy(self._scanned, config.refresh_every) if config.scan_keys == "float8" else None
-        return HybridState(Selections.allocate(*size, device), copy)
+        means = ChunkMeans(tuple(self._factors), config.chunk_tokens) if self._factors else None
+        return HybridState(Selections.allocate(*size, device, chunks), copy, means)
 
     def __call__(
         self,
@@ -191,17 +200,22 @@ class HybridAttention:
             chosen = selections.rows(roles.first_row, len(roles.retrieval))
             copy = None if state.copy is None else state.copy.of_layer(layer)
             ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=copy)
+        completion = None
+        if layer in self._factors:
+            completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
         if config.retrieval_attention == "selected" or not roles.retrieval:
             rows = constant(roles.donor_rows, torch.int64, query.device)
-            return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out)
+            return ops.attend_blocks(
+                query, kv, selections, rows, config.block_size, scale, out=out, completion=completion
+            )
         rows = tuple(roles.donor_rows[head] for head in roles.sparse)
         output = attend_in_two_forms(
-            query, kv, selections, roles.retrieval, roles.sparse, rows, config.block_size, scale
+            query, kv, selections, roles.retrieval, roles.sparse, rows, config.block_size, scale, completion
         )  # the paper's form
         return output if out is None else out.copy_(output)
 
     def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
-        """Keys scanned by retrieval heads, and keys and values attended by every head (see `DecodeAttention`).
+        """Keys scanned by retrieval heads, keys and values attended by every head, and means (see `DecodeAttention`).
 
         Dense retrieval heads read keys and values once: their scan is a by-product of their attention. What fits into
         the budget as a whole is not scanned.
@@ -210,17 +224,20 @@ class HybridAttention:
         scan_bytes = 2 * key_bytes if dense else refreshed * state.scan_bytes(key_bytes)
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
         enough = selections.enough_tokens(config.selection, config.block_size, config.refresh_every)
-        ops.count_bytes(total, lengths, selections, costs, config.block_size, 0 if dense else enough)
+        means = Means(self._completed, config.chunk_tokens, 2.0 * key_bytes) if self._factors else None
+        ops.count_bytes(total, lengths, selections, costs, config.block_size, 0 if dense else enough, means)
 
-    def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        """How many heads scan, and how many attend over each row of the selections."""
+    def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """How many heads scan, how many attend over each row of the selections, and how many of those are completed."""
         dense = self.config.retrieval_attention == "full"
-        scans, readers = 0, [0] * len(self.plan.retrieval)
-        for roles in (self._layers[layer] for layer in layers):
+        scans, readers, completed = 0, *([0] * len(self.plan.retrieval) for _ in range(2))
+        for layer in layers:
+            roles, factors = self._layers[layer], self._factors.get(layer)
             scans += len(roles.retrieval)
             for head in roles.sparse if dense else range(self.plan.num_kv_heads):
                 readers[roles.donor_rows[head]] += 1
-        return scans, tuple(readers)
+                completed[roles.donor_rows[head]] += factors is not None and factors[head] > 0
+        return scans, tuple(readers), tuple(completed)
 
 
 class _Roles(NamedTuple):
@@ -236,6 +253,28 @@ class _Roles(NamedTuple):
         return cls(plan.retrieval_heads(layer), plan.sparse_heads(layer), plan.first_row(layer), plan.donor_rows(layer))
 
 
+def _completion_factors(plan: HeadPlan, config: HybridConfig, layers: Sequence[int]) -> dict[int, tuple[float, ...]]:
+    """Factors of the KV heads of every layer in which some head is completed."""
+    if config.completion == "none" or (config.completion == "plan" and plan.completion is None):
+        return {}
+    if config.completion == "centroid":
+        return dict.fromkeys(sorted(layers), (1.0,) * plan.num_kv_heads)
+    _warn_of_other_fit(plan, config)
+    return {layer: plan.completion[layer] for layer in sorted(layers) if any(plan.completion[layer])}
+
+
+def _warn_of_other_fit(plan: HeadPlan, config: HybridConfig) -> None:
+    """Say, once, that the plan's factors were fitted for something else."""
+    made = plan.provenance.get("completion")
+    if not isinstance(made, Mapping):
+        return
+    here = {"chunk": config.chunk_tokens, "budget_tokens": config.budget_tokens}
+    other = {name: made[name] for name, value in here.items() if value and made.get(name) not in (None, value)}
+    if other:
+        said = " and ".join(f"{name} = {value}, not {here[name]}" for name, value in other.items())
+        warnings.warn(f"The head plan's completion was fitted for {said}; it is used as it is.", stacklevel=4)
+
+
 def attend_in_two_forms(
     query: Tensor,
     kv: KV,
@@ -245,6 +284,7 @@ def attend_in_two_forms(
     rows: tuple[int, ...],
     block_size: int,
     scale: float,
+    completion: Completion | None = None,
 ) -> Tensor:
     """Attention of one layer whose KV heads `dense` attend to everything, `sparse` each over one of `rows`.
 
@@ -254,10 +294,10 @@ def attend_in_two_forms(
         return ops.attend(query, kv, scale)
     chosen = constant(rows, torch.int64, query.device)
     if not dense:
-        return ops.attend_blocks(query, kv, selections, chosen, block_size, scale)
+        return ops.attend_blocks(query, kv, selections, chosen, block_size, scale, completion=completion)
     output = torch.empty_like(query).unflatten(1, (len(dense) + len(sparse), -1))  # [B, Hkv, G, D]
     whole = ops.attend(query, kv, scale, dense)
     output[:, constant(dense, torch.int64, query.device)] = whole.unflatten(1, (len(dense), -1))
-    part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse)
+    part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse, completion=completion)
     output[:, constant(sparse, torch.int64, query.device)] = part.unflatten(1, (len(sparse), -1))
     return output.flatten(1, 2)

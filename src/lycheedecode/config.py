@@ -12,6 +12,7 @@ Selection = Literal["top_k", "ratio", "top_p", "threshold"]
 RetrievalAttention = Literal["selected", "full"]
 BlockScore = Literal["mass", "max"]
 ScanKeys = Literal["cache", "float8"]
+Completion = Literal["plan", "centroid", "none"]
 
 DEFAULT_BUDGET_TOKENS = 4096
 
@@ -40,6 +41,10 @@ class HybridConfig:
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
         scan_keys: what retrieval heads scan: the keys of the `cache`, or a copy of theirs in 8-bit floats (`float8`),
             which takes half the time and some memory.
+        completion: whether the tokens that a head leaves unread still count, each chunk of them as the chunk's mean key
+            and mean value: weighted by the factor that the `plan` has for the head (a plan without factors completes
+            nothing), by 1 for every head (`centroid`), or not at all (`none`).
+        completion_chunk: tokens per chunk, a power of two up to 4096; with larger blocks, a chunk is a block.
         correction_every: Cache Correction: after this many decoded tokens a dense pass rewrites their cache entries.
             0 switches it off.
         refresh_every: retrieval heads select anew at every n-th decoded token and keep their selection in between.
@@ -56,6 +61,8 @@ class HybridConfig:
     retrieval_attention: RetrievalAttention = "selected"
     block_score: BlockScore = "mass"
     scan_keys: ScanKeys = "cache"
+    completion: Completion = "plan"
+    completion_chunk: int = 128
     correction_every: int = 0
     refresh_every: int = 1
 
@@ -75,6 +82,7 @@ class HybridConfig:
             "retrieval_attention": RetrievalAttention,
             "block_score": BlockScore,
             "scan_keys": ScanKeys,
+            "completion": Completion,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
@@ -82,7 +90,14 @@ class HybridConfig:
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
 
     def _check_numbers(self) -> None:
-        least = {"block_size": 1, "sink_tokens": 0, "recent_tokens": 1, "correction_every": 0, "refresh_every": 1}
+        least = {
+            "block_size": 1,
+            "completion_chunk": 1,
+            "sink_tokens": 0,
+            "recent_tokens": 1,
+            "correction_every": 0,
+            "refresh_every": 1,
+        }
         if self.budget_tokens is not None:
             least["budget_tokens"] = 1
         for name, smallest in least.items():
@@ -125,6 +140,11 @@ class HybridConfig:
     def budget_blocks(self) -> int | None:
         """`budget_tokens` in whole blocks, or None without that limit."""
         return None if self.budget_tokens is None else ceil(self.budget_tokens / self.block_size)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens per chunk of the completion: whole blocks."""
+        return max(self.completion_chunk, self.block_size)
 
     def capacity_blocks(self, num_blocks: int) -> int:
         """Most blocks `K` that a selection over a context of `num_blocks` blocks may hold."""

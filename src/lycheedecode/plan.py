@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
+from math import inf
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -35,23 +36,36 @@ class HeadPlan:
         model: what the plan was made for: `name`, `revision`, `architecture` (any may be missing).
         gate_means: `L x Hkv` expected gate values from identification, or None.
         provenance: how the plan was made: data, seed, steps, settings, versions.
+        completion: `L x Hkv` factors, at least 0, on the weight of the tokens that a head leaves unread, where their
+            chunk's mean key and mean value stand for them; 0: they do not count. None: the plan has no factors, and
+            completes nothing. What they were fitted for is in `provenance["completion"]`, a mapping with `chunk`
+            (tokens) and, where it was a fixed one, `budget_tokens`.
     """
 
     donors: tuple[tuple[Head, ...], ...]
     model: Mapping[str, Any] = field(default_factory=dict)
     gate_means: tuple[tuple[float, ...], ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    completion: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "donors", _as_donors(self.donors))
         for layer, row in enumerate(self.donors):
             for head, donor in enumerate(row):
                 self._check_donor(layer, head, donor)
-        if self.gate_means is not None:
-            means = tuple(tuple(float(mean) for mean in row) for row in self.gate_means)
-            if [len(row) for row in means] != [len(row) for row in self.donors]:
-                raise PlanError(f"gate_means must have the shape of donors, {self.num_layers} x {self.num_kv_heads}.")
-            object.__setattr__(self, "gate_means", means)
+        for name in ("gate_means", "completion"):
+            object.__setattr__(self, name, self._as_table(name, getattr(self, name)))
+        if self.completion is not None and not all(0 <= factor < inf for row in self.completion for factor in row):
+            raise PlanError("completion must be a table of finite factors that are not negative.")
+
+    def _as_table(self, name: str, table: Any) -> tuple[tuple[float, ...], ...] | None:
+        """`L x Hkv` numbers, or None."""
+        if table is None:
+            return None
+        numbers = tuple(tuple(float(number) for number in row) for row in table)
+        if [len(row) for row in numbers] != [len(row) for row in self.donors]:
+            raise PlanError(f"{name} must have the shape of donors, {self.num_layers} x {self.num_kv_heads}.")
+        return numbers
 
     def _check_donor(self, layer: int, head: int, donor: Head) -> None:
         donor_layer, donor_head = donor
@@ -105,6 +119,10 @@ class HeadPlan:
     def donor_rows(self, layer: int) -> tuple[int, ...]:
         """For every KV head of `layer`, the row of the selections that it attends over."""
         return tuple(self._rows[donor] for donor in self.donors[layer])
+
+    def completion_factors(self, layer: int) -> tuple[float, ...]:
+        """For every KV head of `layer`, the factor of its completion; zeros where the plan has none."""
+        return (0.0,) * self.num_kv_heads if self.completion is None else self.completion[layer]
 
     # ------------------------------------------------------------------ making plans
 
@@ -174,7 +192,8 @@ class HeadPlan:
         model = dict(data.get("model") or {})
         shape = {key: model.pop(key, None) for key in ("num_layers", "num_kv_heads")}
         try:
-            plan = cls(data["donors"], model, data.get("gate_means"), dict(data.get("provenance") or {}))
+            provenance = dict(data.get("provenance") or {})
+            plan = cls(data["donors"], model, data.get("gate_means"), provenance, data.get("completion"))
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from None
         except (TypeError, ValueError) as error:
@@ -191,6 +210,7 @@ class HeadPlan:
             "model": {**self.model, "num_layers": self.num_layers, "num_kv_heads": self.num_kv_heads},
             "donors": [[list(donor) for donor in row] for row in self.donors],
             "gate_means": None if self.gate_means is None else [[round(m, 4) for m in row] for row in self.gate_means],
+            **({} if self.completion is None else {"completion": [list(row) for row in self.completion]}),
             "provenance": dict(self.provenance),
         }
 
@@ -236,8 +256,11 @@ class HeadPlan:
                         f"{row[head][1] // size}, not {rank}: identify again with donors kept inside {world} shards."
                     )
             donors.append([(donor[0], donor[1] - first) for donor in row[first : first + size]])
-        means = None if self.gate_means is None else [row[first : first + size] for row in self.gate_means]
-        return HeadPlan(donors, self.model, means, {**self.provenance, "shard": [rank, world]})  # type: ignore[arg-type]
+        means, factors = (
+            None if table is None else [row[first : first + size] for row in table]
+            for table in (self.gate_means, self.completion)
+        )
+        return HeadPlan(donors, self.model, means, {**self.provenance, "shard": [rank, world]}, factors)  # type: ignore[arg-type]
 
     def stage(self, first: int, last: int) -> HeadPlan:
         """The plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor lies before."""
@@ -251,8 +274,8 @@ class HeadPlan:
                         f"layers {first} to {last - 1}: identify again with donors kept inside stages."
                     )
         donors = [[(donor[0] - first, donor[1]) for donor in row] for row in self.donors[first:last]]
-        means = None if self.gate_means is None else self.gate_means[first:last]
-        return HeadPlan(donors, self.model, means, {**self.provenance, "stage": [first, last]})  # type: ignore[arg-type]
+        means, factors = (None if t is None else t[first:last] for t in (self.gate_means, self.completion))
+        return HeadPlan(donors, self.model, means, {**self.provenance, "stage": [first, last]}, factors)  # type: ignore[arg-type]
 
 
 def bundled_plans() -> list[str]:
@@ -277,7 +300,7 @@ def _dump(data: dict[str, Any]) -> str:
     """JSON with a line for each layer, so that a plan can be read and compared by eye."""
     lines = []
     for key, value in data.items():
-        if key in ("donors", "gate_means") and value is not None:
+        if key in ("donors", "gate_means", "completion") and value is not None:
             rows = ",\n".join("    " + json.dumps(row) for row in value)
             lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
         else:

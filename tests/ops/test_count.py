@@ -9,6 +9,7 @@ import torch
 
 from lycheedecode import ops
 from lycheedecode.ops import Selections, reference
+from lycheedecode.ops.count import Means
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,9 +46,9 @@ def test_the_kernel_counts_what_the_definition_does(capacity, lengths, lookahead
     costs = torch.tensor([256.0, 2.0**33 + 1, 0.0, 512 * 7 + 0.5], dtype=torch.float64, device=DEVICE)
     total = torch.arange(len(lengths), dtype=torch.float64, device=DEVICE) + 2.0**50
     expected = total.clone()
-    for _ in range(2):
-        reference.count_bytes(expected, lengths, selections, costs, BLOCK, enough)
-        count_bytes(total, lengths, selections, costs, BLOCK, enough)
+    for means in (None, Means((2, 0, 1), 16, 36.5)):
+        reference.count_bytes(expected, lengths, selections, costs, BLOCK, enough, means)
+        count_bytes(total, lengths, selections, costs, BLOCK, enough, means)
     assert torch.equal(total, expected)
 
 
@@ -110,7 +111,8 @@ def test_it_compiles_for_hopper(compiled, capacity, early, tmp_path, monkeypatch
     monkeypatch.setattr(common, "starts_early", lambda device: early)
     selections, lengths = Selections.allocate(16, 2, capacity, "cpu"), torch.zeros(2, dtype=torch.int32)
     total, costs = torch.zeros(2, dtype=torch.float64), torch.zeros(17, dtype=torch.float64)
-    kernels.count_bytes(total, lengths, selections, costs, 32, 32 * capacity)
+    means = Means((1,) * 16, 128, 516.0) if capacity == 128 else None
+    kernels.count_bytes(total, lengths, selections, costs, 32, 32 * capacity, means)
     [kernel] = compiled
     assert spilled_bytes(kernel, tmp_path) == 0
     ptx = kernel.asm["ptx"]

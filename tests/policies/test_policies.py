@@ -117,11 +117,31 @@ def test_endings_are_settings(llama, make):
     assert (both.refresh_every, both.scan_keys, both.correction_every) == (2, "float8", 0)
     assert make("hybrid+correction").config.correction_every == policies.CORRECTION_EVERY
     assert make("hybrid+correction", replace(TIGHT, correction_every=5)).config.correction_every == 5
-    for name in ("full+refresh2", "full+float8", "quest+float8", "streaming+float8", "hybrid+", "hybrid+refresh3"):
+    for name in (
+        "full+refresh2",
+        "full+float8",
+        "quest+float8",
+        "streaming+float8",
+        "hybrid+",
+        "hybrid+refresh3",
+        "duo+centroid",
+    ):
         with pytest.raises(policies.PolicyError, match="There is no policy"):
             policies.check_name(name)
+    assert make("own-topk+centroid").config.completion == "centroid"
+    assert make("hybrid+uncompleted", replace(TIGHT, completion="centroid")).config.completion == "none"
     with pytest.raises(ValueError, match="scan_keys='float8' needs retrieval_attention='selected'"):
         make("paper+float8")
+
+
+def test_a_name_is_a_class_and_settings(shape):
+    plan, config = tiny.plan(), replace(TIGHT, refresh_every=2, completion="centroid")
+    named = policies.make("paper+refresh2+centroid", shape=shape, config=TIGHT, plan=plan)
+    made = policies.Paper(config=config, plan=plan).on(shape)
+    assert named.config == made.config == replace(config, retrieval_attention="full")
+    assert named.attention.plan == made.attention.plan
+    drawn = policies.RandomRoles(config=TIGHT, plan=plan, seed=5).on(shape)
+    assert drawn.attention.plan == policies.make("random:5", shape=shape, config=TIGHT, plan=plan).attention.plan
 
 
 # ---------------------------------------------------------------------- who reads what
@@ -303,10 +323,10 @@ def test_kascades_search_equals_trying_everything(shape):
 # ---------------------------------------------------------------------- equal bytes
 
 
-@pytest.mark.parametrize("name", ["streaming", "quest", "kascade", "same-index", "paper", "hybrid"])
+@pytest.mark.parametrize("name", ["streaming", "quest", "kascade", "same-index", "paper", "hybrid", "hybrid+centroid"])
 def test_matched_budgets_read_as_much_and_one_block_more_would_be_too_much(llama, shape, make, coverage, name):
     length = 401
-    config = HybridConfig(budget_tokens=200, **SETTINGS)
+    config = HybridConfig(budget_tokens=200, completion_chunk=16, **SETTINGS)
     given = {"shape": shape, "plan": tiny.plan(), "coverage": coverage}
     if name == "paper":  # half of these heads are dense
         given["plan"] = HeadPlan.from_donors([[(0, 0), (0, 1)], *[[(0, 0), (0, 0)]] * 3])
@@ -321,7 +341,7 @@ def test_matched_budgets_read_as_much_and_one_block_more_would_be_too_much(llama
     allowed, found = bytes_of(config, "hybrid"), bytes_of(matched, name)
     policy = policies.make(name, config=matched, **given)
     assert found == 64 * policies.bytes_at(policy, shape, length, 1) <= allowed
-    larger = HybridConfig(budget_tokens=matched.budget_tokens + policy.config.block_size, **SETTINGS)
+    larger = replace(config, budget_tokens=matched.budget_tokens + policy.config.block_size)
     assert bytes_of(larger, name) > allowed
     if name == "hybrid":
         assert found == allowed
@@ -370,6 +390,10 @@ def test_names_are_checked(shape, make):
         make("kascade", coverage=None)
     with pytest.raises(PolicyError, match="selection must be top_k or ratio"):
         make("quest", HybridConfig(selection="top_p", top_p=0.9))
+    for name in ("quest", "duo", "streaming"):
+        with pytest.raises(PolicyError, match="completes nothing"):
+            make(name, replace(TIGHT, completion="centroid"))
+    assert make("full", replace(TIGHT, completion="centroid")).attention
     with pytest.raises(PlanError, match="with 3 layers; the model has 4"):
         make("own-topk", plan=HeadPlan.all_retrieval(3, 2))
 

@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "paper": {"retrieval_attention": "full"},
     "hybrid+float8": {"scan_keys": "float8"},
     "hybrid+refresh2": {"refresh_every": 2},
+    "hybrid+centroid": {"completion": "centroid"},
 }
 """Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
 _ROOM = 512

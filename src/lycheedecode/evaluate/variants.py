@@ -41,7 +41,7 @@ class Variant:
         coverage: Tensor | None = None,
         match_at: int = 0,
         steps: int = policies.STEPS,
-    ) -> policies.Policy:
+    ) -> policies.Decoding:
         """What decodes; with `match_at`, at the budget whose bytes in `steps` steps from so many tokens on are those of
         the plan."""
         config, given = self.config, {"shape": shape, "plan": self.plan, "coverage": coverage}

@@ -71,6 +71,8 @@ class _Steps(threading.local):
         self._layer, self._mask = layer, mask
         self._make_room(keys)
         kv = KV(keys, values, self._lengths, self._starts)
+        if self._state.means is not None and layer in self._state.means.layers:
+            self._state.means.write(layer, kv)
         return self._attention(layer, query, kv, self._state, scale)
 
     def _make_room(self, keys: Tensor) -> None:

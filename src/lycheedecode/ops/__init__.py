@@ -6,25 +6,30 @@
     attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
     attend_tokens   dense and causal, the newest T tokens      -> output                        [B, T, Hq, D]
     scan_select     the first two
+    write_means     tokens of whole chunks                     -> their mean key and value
     append          the newest token, normed and rotated       -> the cache
     count_bytes     what all of them read of the cache         -> added to a total              [B]
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
-`N = ceil(S / block_size)` blocks, `K` selected blocks, `R` retrieval heads, `H` the KV heads asked for.
+`N = ceil(S / block_size)` blocks, `K` selected blocks, `C` chunks, `R` retrieval heads, `H` the KV heads asked for.
 Every query is the newest token of its sequence (of `attend_tokens`: one of the newest `T`), whose key and value are
 already in the cache. Accumulation is float32.
 """
 
 from .append import append
 from .attend import attend, attend_blocks, attend_tokens
+from .complete import write_means
+from .complete.means import ChunkMeans
 from .count import count_bytes
 from .scan import has_float8, scan_blocks, scan_select
 from .scan.copy import KeyCopy
 from .select import select_blocks
-from .types import KV, Selections
+from .types import KV, Completion, Selections
 
 __all__ = [
     "KV",
+    "ChunkMeans",
+    "Completion",
     "KeyCopy",
     "Selections",
     "append",
@@ -36,4 +41,5 @@ __all__ = [
     "scan_blocks",
     "scan_select",
     "select_blocks",
+    "write_means",
 ]

@@ -6,6 +6,7 @@ heads of a group share one matrix product, nothing is expanded to `Hq` heads.
 
 from .append.reference import append
 from .attend.reference import attend, attend_blocks, attend_tokens
+from .complete.reference import write_means
 from .count.reference import count_bytes
 from .scan.reference import scan_blocks, write_copy, write_newest_to_copy
 from .select.reference import select_blocks
@@ -19,5 +20,6 @@ __all__ = [
     "scan_blocks",
     "select_blocks",
     "write_copy",
+    "write_means",
     "write_newest_to_copy",
 ]

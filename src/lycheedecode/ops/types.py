@@ -53,22 +53,39 @@ class Selections(NamedTuple):
     Attributes:
         blocks: int32 `[R, B, K]`, block indices in any order; unused entries are -1 and come last.
         counts: int32 `[R, B]`, entries in use.
+        taken: int32 `[R, B, C]`, how many blocks of each chunk are among them; None where nobody completes.
     """
 
     blocks: Tensor
     counts: Tensor
+    taken: Tensor | None = None
 
     @classmethod
-    def allocate(cls, num_rows: int, batch: int, capacity: int, device: torch.device | str) -> Selections:
-        """Empty selections of up to `capacity` blocks."""
+    def allocate(
+        cls, num_rows: int, batch: int, capacity: int, device: torch.device | str, chunks: int = 0
+    ) -> Selections:
+        """Empty selections of up to `capacity` blocks; counted by chunk if there are `chunks`."""
         return cls(
             torch.full((num_rows, batch, capacity), -1, dtype=torch.int32, device=device),
             torch.zeros((num_rows, batch), dtype=torch.int32, device=device),
+            torch.zeros((num_rows, batch, chunks), dtype=torch.int32, device=device) if chunks else None,
         )
 
     def rows(self, first: int, count: int) -> Selections:
         """View of `count` consecutive rows."""
-        return Selections(self.blocks[first : first + count], self.counts[first : first + count])
+        return Selections(*(None if part is None else part[first : first + count] for part in self))
+
+    def sequences(self, count: int) -> Selections:
+        """View of the first `count` sequences."""
+        return Selections(*(None if part is None else part[:, :count] for part in self))
+
+    def count_taken(self, blocks_per_chunk: int) -> None:
+        """Write `taken` anew from `blocks`."""
+        chunks = self.taken.shape[-1]
+        chunk = (self.blocks // blocks_per_chunk).masked_fill(self.blocks < 0, chunks).clamp(max=chunks).long()
+        found = self.taken.new_zeros((*self.taken.shape[:-1], chunks + 1))
+        found.scatter_add_(-1, chunk, torch.ones_like(self.blocks))
+        self.taken.copy_(found[..., :chunks])
 
     def tokens(self, lengths: Tensor, block_size: int) -> Tensor:
         """int64 `[R, B]`: tokens in the selected blocks of sequences of `lengths` tokens, int32 `[B]`."""
@@ -78,6 +95,33 @@ class Selections(NamedTuple):
     def enough_tokens(self, strategy: str, block_size: int, refresh_every: int) -> int:
         """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""
         return max(self.blocks.shape[-1] * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
+
+
+class Completion(NamedTuple):
+    """What stands for the tokens of a layer that its heads leave unread: the mean key and mean value of every chunk.
+
+    Chunk `c` of a sequence is its tokens from `c * chunk` to `(c + 1) * chunk - 1`. Chunks that end before the newest
+    token are complete, `(length - 1) // chunk` of them; unread tokens of the last, incomplete one do not count.
+
+    The means of chunk `c` of a contiguous cache are entry `c` of page `b`. Of a paged cache they belong to the page of
+    the chunk's last token, slot `s`: entry `s % page // chunk` of page `page_table[b, s // page]`, so sequences that
+    share pages share means.
+
+    Attributes:
+        keys: `[P, Hkv, C, D]`, in the dtype of the cache.
+        values: like `keys`, with the same strides.
+        chunk: tokens per chunk, a power of two, and whole blocks.
+        factors: of each KV head of the layer, on the weight of an unread token; 0: its unread tokens do not count.
+    """
+
+    keys: Tensor
+    values: Tensor
+    chunk: int
+    factors: tuple[float, ...]
+
+    def of(self, heads: tuple[int, ...] | None) -> tuple[float, ...]:
+        """The factors of some heads; None: all."""
+        return self.factors if heads is None else tuple(self.factors[head] for head in heads)
 
 
 @lru_cache(maxsize=16384)

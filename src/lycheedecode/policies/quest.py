@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import ceil
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..errors import ConfigError
 from ..models.shape import ModelShape
 from ..ops import KV, Selections
 from ..ops.common import by_kv_head
+from .base import Decoding, Policy
 
 _DENSE = 2
 """Layers at the bottom that select nothing."""
@@ -44,6 +46,17 @@ class QuestState(State):
     def truncate(self, slots: int) -> None:
         """See `State`: blocks from `slots` on will be read again."""
         self.known = {layer: min(known, slots) for layer, known in self.known.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quest(Policy):
+    """Quest (arXiv 2406.10774)."""
+
+    fills_budget: ClassVar[bool] = True
+
+    def on(self, shape: ModelShape) -> Decoding:
+        """See `Policy`."""
+        return Decoding(QuestAttention(self.config, shape), self.config)
 
 
 class QuestAttention:

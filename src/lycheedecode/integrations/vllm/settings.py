@@ -6,7 +6,9 @@ Nothing here needs vLLM; its configuration is only read.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...config import HybridConfig
@@ -51,13 +53,17 @@ def read(vllm_config: Any) -> tuple[HeadPlan, HybridConfig]:
     for name, only in (("refresh_every", 1), ("correction_every", 0), ("scan_keys", "cache")):
         if getattr(config, name) != only:
             raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
+    if config.completion == "centroid":
+        raise ServingError("completion must be 'plan' or 'none' in vLLM, whose pages have no means yet.")
     plan, model = HeadPlan.load(given["plan"]), vllm_config.model_config
     plan.check_fits(
         num_layers=model.get_total_num_hidden_layers(),
         num_kv_heads=model.get_total_num_kv_heads(),
         architecture=next(iter(model.hf_config.architectures or ()), None),
     )
-    return plan, config
+    if plan.completion is not None and config.completion == "plan":
+        warnings.warn("vLLM's pages have no means yet: the head plan's completion is left out.", stacklevel=2)
+    return plan, replace(config, completion="none")
 
 
 def of_rank(plan: HeadPlan, rank: int, world: int, stages: Sequence[tuple[int, int]], stage: int) -> HeadPlan:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dispatch import check, kernels_for
 from ..scan import has_float8
-from ..types import KV, Selections
+from ..types import KV, Completion, Selections
 from . import cpu, reference
 
 __all__ = ["attend", "attend_blocks", "attend_tokens"]
@@ -25,8 +25,13 @@ def attend_blocks(
     scale: float,
     heads: tuple[int, ...] | None = None,
     out: Tensor | None = None,
+    completion: Completion | None = None,
 ) -> Tensor:
     """Attention of KV heads, each over the blocks of one row of the selections; reads nothing else.
+
+    With a `completion` the tokens of complete chunks that are not in these blocks count, too: the `n` of a chunk as one
+    entry of the softmax with the chunk's mean key and mean value, and `log(factor * n)` added to its logit. Where
+    everything is selected, that changes nothing.
 
     Args:
         query: `[B, Hq, D]`.
@@ -37,16 +42,19 @@ def attend_blocks(
         scale: factor on the logits.
         heads: the `H` KV heads, ascending; None means all of the layer.
         out: where to write the result, and return it; None: a new tensor.
+        completion: the layer's; then the selections have counted what was `taken`. None: what is unread is nothing.
 
     Returns:
         `[B, H * G, D]` in the dtype of `query`; zeros for a sequence of length 0.
     """
     check(query, kv)
+    if completion is not None:
+        _check_completion(completion, selections, kv, block_size)
     arguments = (query, kv, selections, rows, block_size, scale, heads)
     kernels = kernels_for(query)
     if kernels is not None:
-        return kernels.attend_blocks(*arguments, out)
-    result = (cpu if query.device.type == "cpu" else reference).attend_blocks(*arguments)
+        return kernels.attend_blocks(*arguments, out, completion)
+    result = (cpu if query.device.type == "cpu" else reference).attend_blocks(*arguments, completion)
     return result if out is None else out.copy_(result)
 
 
@@ -102,3 +110,20 @@ def _check_tokens(query: Tensor, kv: KV, begins: Tensor | None, scales: tuple[Te
 def _named(cache: Tensor, query: Tensor) -> Tensor:
     """Something of the cache's shape in the query's dtype, without memory."""
     return torch.empty(1, dtype=query.dtype, device=query.device).expand(cache.shape)
+
+
+def _check_completion(completion: Completion, selections: Selections, kv: KV, block_size: int) -> None:
+    keys, values, chunk, factors = completion
+    if keys.shape != values.shape or keys.stride() != values.stride() or {keys.dtype, values.dtype} != {kv.keys.dtype}:
+        raise ValueError("mean keys and mean values must have one shape, the same strides, and the cache's dtype.")
+    heads, dim = kv.keys.shape[1], kv.keys.shape[3]
+    if keys.shape[1] != heads or keys.shape[3] != dim or keys.shape[0] != kv.keys.shape[0] or len(factors) != heads:
+        raise ValueError(
+            f"means {tuple(keys.shape)} and {len(factors)} factors do not fit keys {tuple(kv.keys.shape)}."
+        )
+    if chunk % block_size or chunk & (chunk - 1):
+        raise ValueError(f"chunk must be a power of two and whole blocks of {block_size}, not {chunk}.")
+    if selections.taken is None or selections.taken.shape[:2] != selections.blocks.shape[:2]:
+        raise ValueError("a completion needs selections that count what was taken of each chunk.")
+    if kv.page_table is None and keys.shape[2] < (kv.slots - 1) // chunk:
+        raise ValueError(f"there are means of {keys.shape[2]} chunks for a cache of {kv.slots} slots.")

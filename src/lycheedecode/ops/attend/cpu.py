@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..common import by_kv_head, floats
-from ..types import KV, Selections
+from ..complete.reference import unread
+from ..types import KV, Completion, Selections
 from . import reference
 
 
@@ -24,9 +25,10 @@ def attend_blocks(
     block_size: int,
     scale: float,
     heads: tuple[int, ...] | None = None,
+    completion: Completion | None = None,
 ) -> Tensor:
     if not _has_whole_blocks(kv, block_size):
-        return reference.attend_blocks(query, kv, selections, rows, block_size, scale, heads)
+        return reference.attend_blocks(query, kv, selections, rows, block_size, scale, heads, completion)
     grouped = by_kv_head(query, kv, heads)  # [B, H, G, D]
     first = selections.blocks.index_select(0, rows).transpose(0, 1) * block_size  # [B, H, K]
     # A block is read from at most `limit` on, so that the last one ends where the tokens end, and an unused entry
@@ -40,14 +42,20 @@ def attend_blocks(
         first = first + start
         slot = torch.minimum(torch.maximum(first, start), limit)
     token = slot[..., None] + _steps(block_size)  # [B, H, K, block_size]
-    unread = ((token < first[..., None]) | (token >= (first + block_size)[..., None])).flatten(2)[:, :, None]
+    outside = ((token < first[..., None]) | (token >= (first + block_size)[..., None])).flatten(2)[:, :, None]
     shape = (*grouped.shape[:2], -1, query.shape[2])
     row = (slot + _first_rows(kv.keys.shape[0], kv.keys.shape[1], _row_strides(kv.keys), heads)).flatten()
     # Keys and values [B, H, K * block_size, D] use the same memory, one after the other.
     keys = floats(_blocks(kv.keys, row, block_size).view(shape))
-    logits = ((grouped.float() * scale) @ keys.mT).masked_fill_(unread, -inf)
+    logits = ((grouped.float() * scale) @ keys.mT).masked_fill_(outside, -inf)
     values = floats(_blocks(kv.values, row, block_size).view(shape))
-    return (logits.softmax(-1) @ values).flatten(1, 2).to(query.dtype)
+    rest = None
+    if completion is not None:
+        rest = unread(grouped, kv, selections, rows, block_size, scale, heads, completion)
+    if rest is None:
+        return (logits.softmax(-1) @ values).flatten(1, 2).to(query.dtype)
+    read, more = torch.cat((logits, rest[0]), -1).softmax(-1).split((logits.shape[-1], rest[0].shape[-1]), -1)
+    return torch.add(read @ values, more @ rest[1]).flatten(1, 2).to(query.dtype)
 
 
 def _has_whole_blocks(kv: KV, block_size: int) -> bool:

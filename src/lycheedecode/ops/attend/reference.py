@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..common import all_tokens, by_kv_head, existing_tokens, finish, floats, some_tokens
-from ..types import KV, Selections
+from ..complete.reference import unread
+from ..types import KV, Completion, Selections
 
 
 def attend_blocks(
@@ -19,6 +20,7 @@ def attend_blocks(
     block_size: int,
     scale: float,
     heads: tuple[int, ...] | None = None,
+    completion: Completion | None = None,
 ) -> Tensor:
     grouped = by_kv_head(query, kv, heads)  # [B, H, G, D]
     blocks = selections.blocks.index_select(0, rows).transpose(0, 1)  # [B, H, K]
@@ -31,6 +33,10 @@ def attend_blocks(
     # A weight of 0 does not silence a NaN that was read on behalf of an unused entry.
     values = some_tokens(kv.values, kv, token, heads).float().masked_fill_(~chosen[..., None], 0.0)
     logits = ((grouped.float() * scale) @ keys.mT).masked_fill_(~chosen[:, :, None], -inf)
+    if completion is not None:
+        rest = unread(grouped, kv, selections, rows, block_size, scale, heads, completion)
+        if rest is not None:
+            logits, values = torch.cat((logits, rest[0]), -1), torch.cat((values, rest[1]), -2)
     return finish(logits, values, query, some_empty=True)
 
 

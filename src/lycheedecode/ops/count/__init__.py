@@ -8,12 +8,19 @@ from torch import Tensor
 from ..dispatch import HAS_COMPILER, HAS_TRITON
 from ..types import Selections, constant
 from . import reference
+from .reference import Means
 
-__all__ = ["count_bytes"]
+__all__ = ["Means", "count_bytes"]
 
 
 def count_bytes(
-    total: Tensor, lengths: Tensor, selections: Selections, costs: tuple[float, ...], block_size: int, enough: int = 0
+    total: Tensor,
+    lengths: Tensor,
+    selections: Selections,
+    costs: tuple[float, ...],
+    block_size: int,
+    enough: int = 0,
+    means: Means | None = None,
 ) -> None:
     """Add what a step read of the cache to `total`, float64 `[B]`, in place; nothing reaches the host.
 
@@ -25,6 +32,7 @@ def count_bytes(
             (scanned, or attended to densely); `R + 1` of them.
         block_size: tokens per block.
         enough: tokens up to which the whole of a sequence was not looked at.
+        means: what a completion reads; None: nothing.
     """
     if len(costs) != len(selections.blocks) + 1:
         raise ValueError(f"costs must be one for each of {len(selections.blocks)} rows, and one; not {len(costs)}.")
@@ -32,4 +40,4 @@ def count_bytes(
     if total.is_cuda and HAS_TRITON and HAS_COMPILER:
         from . import triton as implementation
     each = constant(costs, torch.float64, total.device)
-    implementation.count_bytes(total, lengths, selections, each, block_size, enough)
+    implementation.count_bytes(total, lengths, selections, each, block_size, enough, means)

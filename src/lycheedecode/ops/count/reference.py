@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from ..types import Selections
+from ..types import Selections, constant
+
+
+class Means(NamedTuple):
+    """What a completion reads: the means of every complete chunk, unless all tokens are selected.
+
+    Attributes:
+        readers: heads that are completed over each row of the selections, `R` of them.
+        chunk: tokens per chunk.
+        each: bytes of one chunk's mean key and mean value.
+    """
+
+    readers: tuple[int, ...]
+    chunk: int
+    each: float
 
 
 def count_bytes(
-    total: Tensor, lengths: Tensor, selections: Selections, costs: Tensor, block_size: int, enough: int
+    total: Tensor,
+    lengths: Tensor,
+    selections: Selections,
+    costs: Tensor,
+    block_size: int,
+    enough: int,
+    means: Means | None = None,
 ) -> None:
-    attended = costs[:-1, None] * selections.tokens(lengths, block_size)  # [R, B]
-    total += attended.sum(0) + costs[-1] * lengths.masked_fill(lengths <= enough, 0)
+    read = selections.tokens(lengths, block_size)  # [R, B]
+    total += (costs[:-1, None] * read).sum(0) + costs[-1] * lengths.masked_fill(lengths <= enough, 0)
+    if means is not None:
+        complete = ((lengths - 1) // means.chunk).clamp(min=0) * (read < lengths)
+        readers = constant(means.readers, torch.float64, total.device)
+        total += (readers[:, None] * complete).sum(0) * means.each

@@ -23,6 +23,7 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections)
         kv: the layer's cache (only its lengths are used).
         config: strategy and budget.
         out: rows of these heads, `blocks` int32 `[R, B, K]` and `counts` int32 `[R, B]`; unused entries become -1.
+            Where it has `taken`, that counts them by chunks of `config.chunk_tokens`.
     """
     if out.blocks.shape[:2] != scores.shape[:2]:
         raise ValueError(f"out.blocks is {tuple(out.blocks.shape)}, but scores are {tuple(scores.shape)}.")

@@ -37,6 +37,8 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections)
     out.blocks[..., : value.shape[-1]] = chosen.masked_fill_(~keep, -1)
     out.blocks[..., value.shape[-1] :] = -1
     torch.sum(keep, -1, dtype=torch.int32, out=out.counts)
+    if out.taken is not None:
+        out.count_taken(config.chunk_tokens // config.block_size)
 
 
 def _blocks_of(lengths: Tensor, slots: int, config: HybridConfig) -> tuple[Tensor, Tensor]:
