@@ -106,6 +106,8 @@ class HybridConfig:
                 raise ConfigError(f"{name} must be a whole number of at least {smallest}, not {value!r}.")
         if self.block_size > 256 or self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two up to 256, not {self.block_size}.")
+        if self.completion_chunk > 4096 or self.completion_chunk & (self.completion_chunk - 1):
+            raise ConfigError(f"completion_chunk must be a power of two up to 4096, not {self.completion_chunk}.")
         for name in ("budget_ratio", "top_p", "threshold"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
