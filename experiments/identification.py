@@ -11,7 +11,6 @@ the same result file.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -35,7 +34,8 @@ from lycheedecode.models.load import DEFAULT_MODEL, load_model
 from lycheedecode.models.shape import ModelShape
 from lycheedecode.plan import Head, HeadPlan
 from lycheedecode.prompts.makers import makers_for
-from lycheedecode.results import describe_environment
+from lycheedecode.prompts.text import load_text
+from lycheedecode.results import Result, fingerprint, resume
 
 
 class HeldOut(NamedTuple):
@@ -45,6 +45,12 @@ class HeldOut(NamedTuple):
     """Of each kind."""
     cells: tuple[Cell, ...] = (*IdentifySettings().calibrate_cells, Cell("prose", 3072, "multi_hop", 4))
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"held_out_prompts": self.prompts, "held_out_cells": list(map(str, self.cells))}
+
+
+COMMAND = "experiments identification"
 
 GATES: dict[str, dict[str, Any]] = {
     "gates": {},
@@ -68,9 +74,11 @@ class Comparison:
         lessons = held_out_lessons(model, tokenizer, held_out)
         scores = get_args(BlockScore)
         self.judges = {s: Judge(model, lessons, replace(base.config, block_score=s), self.reach) for s in scores}
-        self.results: dict[str, Any] = {}
-        if path.is_file():
-            self.results = json.loads(path.read_text(encoding="utf-8"))["variants"]
+        asked = {**base.to_dict(), **held_out.to_dict()}
+        known = study_fingerprint(model, base, held_out)
+        found = resume(path, COMMAND, asked, known)
+        self.found = found or Result(COMMAND, asked, summary={"variants": {}}, fingerprint=known)
+        self.results: dict[str, Any] = dict(self.found.summary["variants"])
 
     def stages(self, **changes: Any) -> Stages:
         """The stages of an identification with other settings."""
@@ -135,15 +143,7 @@ class Comparison:
         }
         print(f"{name:>34}  KL {self.results[name]['kl_mean']:.4f}  {seconds:6.1f} s  "
               + " ".join(f"{value:.4f}" for value in kl.values()), file=sys.stderr, flush=True)  # fmt: skip
-        record = {
-            "what": "mean KL(full || hybrid) in nats per answer token, by way of identification",
-            "settings": self.base.to_dict(),
-            "held_out_prompts": self.held_out.prompts,
-            "environment": describe_environment(),
-            "variants": self.results,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        self.found.add(variants=self.results).save(self.path)
 
     def plan_of(self, name: str) -> HeadPlan:
         """The plan that a finished variant led to."""
@@ -191,6 +191,12 @@ def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Less
     """The prompts that plans are judged on, prefilled."""
     makers, rng = makers_for(tokenizer, held_out.cells, "evaluate"), random.Random("evaluate/held-out")
     return [prepare(model, cell.make(makers, held_out.prompts, rng)) for cell in held_out.cells]
+
+
+def study_fingerprint(model: Any, base: IdentifySettings, held_out: HeldOut) -> dict[str, Any]:
+    """Of the model, and of all texts that a study identifies and judges on."""
+    cells = (*base.train_cells, *base.calibrate_cells, *held_out.cells)
+    return fingerprint(model, texts={source: load_text(source) for source in sorted({cell.text for cell in cells})})
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

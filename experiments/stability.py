@@ -10,7 +10,6 @@ is written at once, and skipped when the command runs again with the same result
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,16 +21,17 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.identification import HeldOut, held_out_lessons, make_parser, open_model
+from experiments.identification import HeldOut, held_out_lessons, make_parser, open_model, study_fingerprint
 from lycheedecode.identify import Cell, IdentifySettings, Stages
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.search import Judge
 from lycheedecode.identify.sensitivity import Surrogate
 from lycheedecode.models.shape import ModelShape
 from lycheedecode.plan import HeadPlan
-from lycheedecode.results import describe_environment
+from lycheedecode.results import Result, resume
 
 HOPS = 4
+COMMAND = "experiments stability"
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ class Stability:
         self._tables: dict[str, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
         self.donors: dict[str, Any] = {}
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))["result"]
-            self.rows, self.donors = kept["rows"], kept["donors"]
+        asked = {**base.to_dict(), **held_out.to_dict()}
+        known = study_fingerprint(model, base, held_out)
+        self._found = Result(COMMAND, asked, fingerprint=known)
+        if (kept := resume(path, COMMAND, asked, known)) is not None:
+            self.rows, self.donors = list(kept.rows), dict(kept.summary["donors"])
 
     @cached_property
     def _judge(self) -> Judge:
@@ -135,14 +137,7 @@ class Stability:
             for group, plans in groups.items()
             if len(plans) > 1 and group != "numbers"
         }
-        report = {
-            "command": "evaluate stability",
-            "settings": {**self._base.to_dict(), "held_out_prompts": self._held_out.prompts},
-            "environment": describe_environment(),
-            "result": {"rows": self.rows, **within, "donors": self.donors},
-        }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        self._found.add(self.rows, **within, donors=self.donors).save(self._path)
 
 
 def _same_donors(one: HeadPlan, other: HeadPlan) -> float:

@@ -13,9 +13,9 @@ import lycheedecode
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
     {"errors"},
-    {"config", "results"},
+    {"config"},
     {"plan"},
-    {"ops", "plan_views", "prompts"},
+    {"ops", "plan_views", "prompts", "results"},
     {"attention", "fusion"},
     {"models"},
     {"engine"},

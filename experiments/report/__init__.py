@@ -6,19 +6,18 @@
     fidelity    pictures: KL over bytes
     speed       pictures: bytes a second, speed-up over the context
 
-A result file holds `command`, `settings`, `environment` and `result`. A result is shown by what it has: `cells`
-(policies by kind of prompt), `rows` (flat objects, a table row each), and its plain values. A file with `variants`
-beside `environment` compares ways to identify.
+Files are read by `lycheedecode.results`. A result is shown by what it has: `cells` (policies by kind of prompt), `rows`
+(flat objects, a table row each), `variants` (ways to identify), and its plain values.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.report import fidelity, lost, overview, speed, tables
+from lycheedecode.results import Result
 
 INTRODUCTION = "<!-- Made from docs/results/*.json by `make results`; do not edit. -->\n\n# Results\n"
 
@@ -59,7 +58,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _reports(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: Result.load(path).to_json() for path in sorted(folder.glob("*.json"))}
 
 
 def _picture(report: Mapping[str, Any]) -> Picture | None:
@@ -67,15 +66,15 @@ def _picture(report: Mapping[str, Any]) -> Picture | None:
 
 
 def _section(name: str, report: Mapping[str, Any], folder: str) -> str:
-    title = report.get("what") or report.get("command") or name
+    title = report["command"]
     lines = [f"## {name}: {title}", "", *tables.machine_line(report.get("environment") or {}), ""]
     picture = _picture(report)
     if picture is not None:
         lines += [f"![{picture.caption}]({folder}/{name}.png)", ""]
-    if "variants" in report:
-        lines += tables.variant_lines(report["variants"])
+    result = report["result"]
+    if "variants" in result:
+        lines += tables.variant_lines(result["variants"])
     else:
-        result = report.get("result") or {}
         numbers, summary = list(tables.result_lines(result)), list(overview.lines(result))
         lines += _folded(summary, numbers) if summary else numbers
     return "\n".join(lines) + "\n"

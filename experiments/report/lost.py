@@ -29,8 +29,8 @@ def _lost(report: Mapping[str, Any]) -> list[str] | None:
     """What is better than hybrid in a result file; None where it compares nothing."""
     result = report.get("result") or {}
     found = []
-    if "variants" in report:
-        found.append(_lost_ways(report["variants"]))
+    if "variants" in result:
+        found.append(_lost_ways(result["variants"]))
     elif any("kl_mean" in score for scores in result.get("cells", {}).values() for score in scores.values()):
         found.append(_lost_cells(result["cells"]))
     if report.get("command") == "evaluate tasks":

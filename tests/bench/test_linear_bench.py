@@ -37,7 +37,7 @@ def _tiny(monkeypatch):
 
 def test_bench(tmp_path, capsys):
     assert bench.main(["--batches", "1", "3", "--json", str(tmp_path / "result.json")]) == 0
-    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "result.json").read_text())["result"]["rows"]
     assert len(rows) == 2 * (2 * len(bench.LLAMA_3_8B) + 2)
     assert "layer" in capsys.readouterr().out
 

@@ -13,6 +13,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+import lycheedecode.identify as identify
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import COMMANDS, app
 from lycheedecode.errors import MismatchError
@@ -264,7 +265,6 @@ def test_identify_writes_a_plan_that_generate_takes(base, model_folder, tmp_path
 def test_identify_refuses_in_one_sentence(model_folder, tmp_path):
     out = str(tmp_path / "plan.json")
     call = ["identify", out, "--model", model_folder, "--device", "cpu", *QUICK]
-    assert "does not exist" in refusal(*call, "--resume")
     assert "is not TEXT:TOKENS:TASK:COUNT" in refusal(*call, "--train", "noise:many:passkey:1")
     assert "must be continuation, passkey or multi_hop" in refusal(*call, "--train", "noise:400:sums:1")
     assert "do not fit the model's 512 positions" in refusal(*call, "--train", "noise:4000:passkey:1")
@@ -272,8 +272,34 @@ def test_identify_refuses_in_one_sentence(model_folder, tmp_path):
     assert "steps must be at least 1" in refusal(*call, "--steps", "0")
     assert "num_retrieval_heads" in refusal(*call, "--num-retrieval-heads", "99")
     assert "add --roles gates" in refusal(*call, "--roles", "sensitivity", "--gates-png", str(tmp_path / "g.png"))
-    (tmp_path / "plan.json.state").mkdir()
-    assert "add --resume" in refusal(*call)
+
+
+def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tmp_path, monkeypatch):
+    """Ctrl-C after any batch loses nothing that was measured."""
+    out, measured, straight = tmp_path / "plan.json", [], tmp_path / "straight.json"
+    call = ["--model", model_folder, "--device", "cpu", "--dtype", "float32", "--num-retrieval-heads", "4", *BUDGET]
+    call += ["--calibrate", "noise:300:passkey:1", "--calibrate-prompts", "4", "--batch-size", "1", "--draws", "2"]
+    run("identify", str(straight), *call)
+    real = identify.measure_sensitivity
+
+    def measure(*arguments):
+        measured.append(arguments)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(identify, "measure_sensitivity", measure)
+    assert runner.invoke(app, ["identify", str(out), *call]).exit_code == 130
+    assert "add --resume" in refusal("identify", str(out), *call)
+    said = "The interrupted call had another --draws (2, not 3)"
+    assert said in refusal("identify", str(out), "--resume", "--draws", "3")
+    assert "had no --train" in refusal("identify", str(out), "--resume", "--train", "noise:300:passkey:1")
+    run("identify", str(out), "--resume", "--draws", "2")
+    assert len(measured) == 2 + 1 + 2
+    assert HeadPlan.load(out).donors == HeadPlan.load(straight).donors
+    assert not (tmp_path / "plan.json.state").exists()
+    run("identify", str(out), *call, "--resume")  # nothing is there: it starts
+    assert HeadPlan.load(out).donors == HeadPlan.load(straight).donors
 
 
 def test_options_replace_a_presets_budget_as_a_whole():
@@ -307,7 +333,25 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     assert scores["hybrid"]["kv_bytes_per_token"] < scores["full"]["kv_bytes_per_token"]
 
     assert run(*call, "--resume").stdout == done.stdout
-    assert "another seed" in refusal(*call, "--resume", "--seed", "1")
+    again = ["evaluate", "fidelity", "--json", out, "--resume"]
+    assert run(*again).stdout == done.stdout  # with the options of the first call
+    said = "The interrupted call had another --seed (0, not 1): leave it out, or start anew without --resume."
+    assert said in refusal(*again, "--seed", "1")
+    assert "had another --cells (noise:400:passkey:1, not noise:300:passkey:1)" in refusal(
+        *again, "--cells", "noise:300:passkey:1"
+    )
+    network = tiny.model()
+    network.lm_head.weight.mul_(2)
+    network.save_pretrained(model_folder)
+    try:
+        assert "was made with another model (its weights differ)" in refusal(*again)
+    finally:
+        tiny.model().save_pretrained(model_folder)
+    tiny.plan(sliding=(1,)).save(plan_file)
+    try:
+        assert "was made with another plan (tiny)" in refusal(*again)
+    finally:
+        tiny.plan().save(plan_file)
     few = [*call, "--policies", "hybrid"]
     assert runner.invoke(app, [*few, "--max-kl", "1000"]).exit_code == 0
     done = runner.invoke(app, [*few, "--max-kl", "1e-9"])
@@ -366,7 +410,7 @@ def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
     assert "is about hybrid" in refusal(*call, "--policies", "quest", "--max-kl", "1")
     assert "needs a budget" in refusal(*call, "--match-bytes", "--selection", "top_p", "--top-p-mass", "0.9")
     assert "--temperature must be at least 0" in refusal(*call, "--temperature", "-1")
-    assert "--resume needs the --json file" in refusal(*call, "--resume")
+    assert "--resume needs --json FILE" in refusal(*call, "--resume")
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     assert "is not a result file" in refusal(*call, "--resume", "--json", str(tmp_path / "other.json"))
     assert "--prompts must be at least 1" in refusal(*call, "--prompts", "0")

@@ -134,7 +134,7 @@ def test_inspect_writes_all_it_is_asked_for(plan, plan_file, tmp_path):
     assert (out / "a.png").stat().st_size > 1000
     report = json.loads((out / "a.json").read_text(encoding="utf-8"))
     assert report["command"] == "inspect"
-    assert report["settings"] == {"plan": plan_file}
+    assert report["settings"] == {"plan": "tiny"}
     assert report["result"]["retrieval_heads"] == len(plan.retrieval)
     assert HeadPlan.from_json(report["result"]["plan"]) == plan
     assert report["environment"]["versions"]["torch"]

@@ -272,8 +272,8 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch):
     assert json.loads(out.read_text())["result"] == finished
     run(*command, "--resume", "--policy", "streaming,hybrid", "--limit", "1")
     assert len(decoded) == 4  # one prompt of each task, for the new policy
-    assert "made with another seed" in refusal(*command, "--resume", "--seed", "1")
-    assert "made with another policy" in refusal(*command, "--resume", "--budget-tokens", "128")
+    assert "had another --seed (0, not 1)" in refusal(*command, "--resume", "--seed", "1")
+    assert "had no --budget-tokens" in refusal(*command, "--resume", "--budget-tokens", "128")
     run(*command)
     assert len(decoded) == 8
 
@@ -304,7 +304,7 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "--match-bytes needs a number" in refusal(*base, "--match-bytes", "0")
     assert "execution must be one of" in refusal(*base, "--tasks", "vt", "--execution", "fast")
     assert "not both" in refusal(*base, "--budgets", "64,128", "--budget-tokens", "64")
-    assert "--resume needs the --json file" in refusal(*base, "--tasks", "vt", "--resume")
+    assert "--resume needs --json FILE" in refusal(*base, "--tasks", "vt", "--resume")
     assert "vt with 600 tokens has no room" in refusal(*base, "--tasks", "vt", "--lengths", "600")
     assert "did you mean hellaswag" in refusal(*base, "--tasks", "helaswag")
     for name in ("hellaswag", "multiple_choice"):

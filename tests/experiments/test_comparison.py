@@ -1,11 +1,15 @@
 """The comparison of ways to identify runs them all and survives an interruption."""
 
-import json
+from dataclasses import replace
 from statistics import median
+
+import pytest
 
 from experiments.identification import GATES, Comparison, HeldOut, compare
 from lycheedecode import HeadPlan, HybridConfig
+from lycheedecode.errors import ResumeError
 from lycheedecode.identify import Cell, IdentifySettings
+from lycheedecode.results import Result
 
 CELL = Cell("noise", 240)
 SETTINGS = IdentifySettings(
@@ -23,8 +27,7 @@ SETTINGS = IdentifySettings(
 def test_all_variants(model, tokenizer, tmp_path):
     path = tmp_path / "new" / "identification.json"
     compare(Comparison(model, tokenizer, SETTINGS, HeldOut(2, (CELL, Cell("noise", 300, "multi_hop", 2))), path), 1)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    variants = record["variants"]
+    variants = Result.load(path).summary["variants"]
     assert {"sensitivity", "coverage", "gates, exchange", "random 0", "random 0, remapped", *GATES} <= set(variants)
     for name, found in variants.items():
         heads = 8 if name.startswith("every head its own") else 4
@@ -37,7 +40,11 @@ def test_all_variants(model, tokenizer, tmp_path):
 
 def test_finished_variants_are_kept(model, tokenizer, tmp_path):
     path = tmp_path / "identification.json"
-    path.write_text(json.dumps({"variants": {"x": {"kl_mean": 1.0}}}), encoding="utf-8")
-    comparison = Comparison(model, tokenizer, SETTINGS, HeldOut(1, (CELL,)), path)
-    comparison.add("x", lambda: 1 / 0)
-    assert comparison.results == {"x": {"kl_mean": 1.0}}
+    Comparison(model, tokenizer, SETTINGS, HeldOut(1, (CELL,)), path).add("x", lambda: HeadPlan.all_retrieval(4, 2))
+    again = Comparison(model, tokenizer, SETTINGS, HeldOut(1, (CELL,)), path)
+    again.add("x", lambda: 1 / 0)
+    assert list(again.results) == ["x"]
+    with pytest.raises(ResumeError, match="another seed"):
+        Comparison(model, tokenizer, replace(SETTINGS, seed=1), HeldOut(1, (CELL,)), path)
+    with pytest.raises(ResumeError, match="another held_out_prompts"):
+        Comparison(model, tokenizer, SETTINGS, HeldOut(2, (CELL,)), path)

@@ -1,11 +1,13 @@
 import itertools
 import random
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lycheedecode import HeadPlan, HybridConfig
+from lycheedecode.errors import ResumeError
 from lycheedecode.identify import Cell, IdentifySettings, identify
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.objective import token_kl
@@ -141,7 +143,29 @@ def test_an_interrupted_measurement_resumes(model, tokenizer, tmp_path):
         identify(model, tokenizer, SETTINGS, folder=tmp_path, report=stop)
     seen = []
     resumed = identify(model, tokenizer, SETTINGS, folder=tmp_path, report=seen.append)
-    assert [progress.step for progress in seen] == [3, 4]  # the first kind of prompt is not measured again
+    assert [progress.step for progress in seen] == [4]  # no batch is measured again
     assert resumed.donors == straight.donors
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ResumeError, match="another draws"):
         identify(model, tokenizer, replace(SETTINGS, draws=3), folder=tmp_path)
+    other = deepcopy(model)
+    other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ResumeError, match="another model \\(its weights differ\\): give the same"):
+        identify(other, tokenizer, SETTINGS, folder=tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["measure", "exchange"])
+def test_interrupted_coverage_and_exchange_resume(model, tokenizer, tmp_path, stage):
+    settings = replace(SETTINGS, roles="coverage", exchange_rounds=2)
+    plan, resumed = identify(model, tokenizer, settings), []
+
+    def stop(progress):
+        if (progress.stage, progress.step) == (stage, 1):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        identify(model, tokenizer, settings, folder=tmp_path, report=stop)
+    assert identify(model, tokenizer, settings, folder=tmp_path, report=resumed.append).donors == plan.donors
+    if stage == "measure":
+        assert resumed[0].step == 2
+    else:
+        assert (stage, 1) not in [(progress.stage, progress.step) for progress in resumed]

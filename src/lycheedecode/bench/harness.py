@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError, LycheeError
-from ..results import describe_environment
+from ..results import Result
 from .models import MODELS
 
 
@@ -56,9 +55,7 @@ def main(
         return 2
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
-        report = {"command": made.prog, "settings": settings, "environment": describe_environment(), "result": result}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        Result(made.prog, settings).add(**result).save(options.json)
     return 0
 
 

@@ -10,7 +10,6 @@ Times are those of a CUDA graph's replay over more weights than the L2 holds (se
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from ..errors import MismatchError
 from ..fusion import backend, reference
-from ..results import describe_environment
+from ..results import Result
 from .step_tuning import evenly, words
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import check_close
@@ -342,9 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
-        report = {"command": "bench linear", "settings": settings, "environment": describe_environment(), **result}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        Result("bench linear", settings).add(**result).save(options.json)
     return 0
 
 

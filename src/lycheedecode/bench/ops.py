@@ -9,7 +9,6 @@ share of the bound is how long reading them alone takes, over how long the opera
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ import torch
 from .. import ops
 from ..config import HybridConfig
 from ..errors import DeviceError, LycheeError, MismatchError
-from ..results import describe_environment
+from ..results import Result
 from .baselines import all_baselines
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import check_close, verify
@@ -225,9 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
-        report = {"command": "bench ops", "settings": settings, "environment": describe_environment(), "result": result}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        Result("bench ops", settings).add(**result).save(options.json)
     return 0
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import policies as all_policies
 from ..config import HybridConfig
-from ..errors import ConfigError, ResumeError
+from ..errors import ConfigError
 from ..evaluate.fidelity import CELLS, Long, measure_fidelity
 from ..evaluate.scores import overall
 from ..evaluate.variants import POLICIES, variants
@@ -19,12 +18,15 @@ from ..identify import Cell
 from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan, bundled_plans
 from ..prompts.text import load_text
+from ..results import Result, fingerprint
+from ..results import resume as continued
 from .options import (
     Device,
     DeviceMap,
     Dtype,
     Json,
     Model,
+    Resume,
     Revision,
     Verbose,
     load_plan,
@@ -33,8 +35,12 @@ from .options import (
     parse_numbers,
     takes_form,
 )
-from .report import Steps, check_writable, errors, progress, quiet, write_json
+from .report import Steps, check_writable, errors, progress, quiet, save, screen
+from .resumable import kept_options, resumable
 from .tasks import tasks
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(tasks)
@@ -46,8 +52,10 @@ def evaluate() -> None:
 
 
 @app.command()
+@resumable(kept_options)
 @takes_form
 def fidelity(
+    options: dict[str, Any],
     form: dict[str, Any],
     model: Model = DEFAULT_MODEL,
     plan: Annotated[
@@ -89,7 +97,7 @@ def fidelity(
         float | None,
         typer.Option(help="Exit with 1 when the mean KL of hybrid over all kinds of prompts exceeds this."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what the --json file holds already.")] = False,
+    resume: Resume = False,
     revision: Revision = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -120,8 +128,7 @@ def fidelity(
     if match_bytes and config.selection not in ("top_k", "ratio"):
         raise ConfigError(f"--match-bytes needs a budget: what {config.selection} reads is not known beforehand.")
     kinds = tuple(map(_parse_kind, cells)) if cells else CELLS
-    for source in sorted({kind.text for kind in kinds}):
-        load_text(source)
+    texts = {source: load_text(source) for source in sorted({kind.text for kind in kinds})}
     plans = _plans(plan, model, match_bytes or any(map(all_policies.needs_plan, names)))
     compared = variants(names, plans, config, *sweep.values(), match_bytes)
     settings = {
@@ -129,35 +136,46 @@ def fidelity(
         "prompts": prompts, "seed": seed, "policies": [variant.label for variant in compared],
         "match_bytes": match_bytes, "temperature": temperature, "dtype": dtype,
     }  # fmt: skip
-    results = _earlier(json_file, settings) if resume else {}
-
-    def on_cell(cell: str, scores: Mapping[str, Any]) -> None:
-        results[cell] = scores
-        write_json(json_file, "evaluate fidelity", settings, {"cells": results})
-
     with quiet(verbose):
         with progress(f"Loading {model}"):
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
+        known = fingerprint(network, plans, texts)
+        found = Result("evaluate fidelity", settings, summary={"cells": {}}, fingerprint=known, options=options)
+        if resume:
+            found = continued(json_file, found.command, settings, known) or found
+        _keep(json_file, found)
+
+        def on_cell(cell: str, scores: Mapping[str, Any]) -> None:
+            nonlocal found
+            found = found.add(cells={**found.summary["cells"], cell: scores})
+            _keep(json_file, found)
+
         with Steps() as steps:
             measured = measure_fidelity(
                 network, tokenizer, compared, kinds,
                 prompts=prompts, batch_size=batch_size, seed=seed, temperature=temperature, match_bytes=match_bytes,
-                finished=results, on_cell=on_cell, report=steps.show,
+                finished=dict(found.summary["cells"]), on_cell=on_cell, report=steps.show,
             )  # fmt: skip
     means = overall(measured)
+    out = screen(json_file)
     for cell, scores in measured.items():
-        _show(cell, scores)
-    _show("all kinds of prompts", means)
+        _show(out, cell, scores)
+    _show(out, "all kinds of prompts", means)
     # Of several plans or budgets, the one that strays most.
     ours = [means[variant.label]["kl_mean"] for variant in compared if variant.policy == "hybrid"]
     result: dict[str, Any] = {"cells": measured, "overall": means}
     if ours:
         result |= {"kl_mean": max(ours), "max_kl": max_kl, "faithful": max_kl is None or max(ours) <= max_kl}
-        print(f"\nmean KL of the plan: {max(ours):.4f} nats per answer token")
-    write_json(json_file, "evaluate fidelity", settings, result)
+        out.print(f"\nmean KL of the plan: {max(ours):.4f} nats per answer token")
+    save(json_file, found.add(**result))
     if not result.get("faithful", True):
         errors.print(f"lycheedecode: the mean KL {max(ours):.4f} exceeds {max_kl}.")
         raise typer.Exit(1)
+
+
+def _keep(path: Path | None, unfinished: Result) -> None:
+    """Save what was found so far, for a call that resumes this one."""
+    save(None if str(path) == "-" else path, unfinished)
 
 
 def _parse_kind(text: str) -> Cell | Long:
@@ -179,21 +197,6 @@ def _plans(given: Sequence[str] | None, model: str, needed: bool) -> dict[str, H
     return dict(zip(short, plans.values(), strict=True)) if len(set(short)) == len(short) else plans
 
 
-def _earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Cells of an interrupted call's file; refuses one with other settings."""
-    if path is None or not path.is_file():
-        raise ResumeError("--resume needs the --json file of an interrupted call.")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        earlier, cells = report["settings"], report["result"]["cells"]
-    except (ValueError, KeyError, TypeError):
-        raise ResumeError(f"{str(path)!r} is not a result file of evaluate fidelity.") from None
-    if earlier != settings:
-        changed = next(name for name in settings if earlier.get(name) != settings[name])
-        raise ResumeError(f"{str(path)!r} was made with another {changed}: give the same settings, or another file.")
-    return cells
-
-
 _LEAST_WIDTH = 140
 _COLUMNS = {
     "kl_mean": ("KL mean", "{:.4f}".format),
@@ -207,8 +210,7 @@ _COLUMNS = {
 }
 
 
-def _show(title: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    from rich.console import Console
+def _show(console: Console, title: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=title, title_justify="left")
@@ -222,6 +224,5 @@ def _show(title: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
             continue
         values = ("" if score.get(name) is None else _COLUMNS[name][1](score[name]) for name in shown)
         table.add_row(label, *values)
-    console = Console(highlight=False)
     console.width = max(console.width, _LEAST_WIDTH)  # numbers cut short would be worse than broken lines
     console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
 from ..evaluate.side_by_side import Comparison, compare
 from ..models.load import DEFAULT_MODEL, load_model
+from ..results import Result, fingerprint
 from .options import (
     Device,
     DeviceMap,
@@ -29,7 +30,10 @@ from .options import (
     takes,
     takes_form,
 )
-from .report import check_writable, errors, progress, quiet, read_text, write_json
+from .report import check_writable, errors, progress, quiet, read_text, save, screen
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(add_completion=False)
 
@@ -94,11 +98,13 @@ def generate(
             dense = Engine(network, tokenizer)
             with progress(f"Decoding after {len(prompt_ids)} tokens in both ways"):
                 comparison = compare(dense, engine, prompt_ids, max_new_tokens, ignore_eos=ignore_eos)
-            _show(comparison)
+            _show(comparison, screen(json_file))
             result = comparison.to_dict()
         else:
-            result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos)
-    write_json(json_file, "generate", settings, result)
+            out = screen(json_file).file
+            result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos, out)
+    known = fingerprint(network, {} if full else {plan or model: head_plan})
+    save(json_file, Result("generate", settings, summary=result, fingerprint=known))
 
 
 def _prompt(given: str | None, file: Path | None) -> str:
@@ -113,18 +119,25 @@ def _prompt(given: str | None, file: Path | None) -> str:
 
 
 def _stream(
-    engine: Engine, text: str, max_new_tokens: int, sampling: Sampling, stop: list[str], chat: bool, ignore_eos: bool
+    engine: Engine,
+    text: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: list[str],
+    chat: bool,
+    ignore_eos: bool,
+    out: IO[str],
 ) -> dict[str, Any]:
     pieces = engine.stream(text, max_new_tokens, sampling=sampling, stop=stop, chat=chat, ignore_eos=ignore_eos)
     with progress("Reading the prompt"):
         piece = next(pieces)
     while True:
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
+        out.write(piece.text)
+        out.flush()
         if piece.generation is not None:
             break
         piece = next(pieces)
-    sys.stdout.write("\n")
+    out.write("\n")
     made = piece.generation
     errors.print(
         f"{made.prompt_tokens} + {len(made.token_ids)} tokens ({made.finish_reason}); prefill "
@@ -135,8 +148,7 @@ def _stream(
     return made.to_dict()
 
 
-def _show(comparison: Comparison) -> None:
-    from rich.console import Console
+def _show(comparison: Comparison, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -148,7 +160,6 @@ def _show(comparison: Comparison) -> None:
     table.add_row("tokens", str(len(full.token_ids)), str(len(hybrid.token_ids)))
     table.add_row("tokens/s", f"{full.tokens_per_second:.1f}", f"{hybrid.tokens_per_second:.1f}")
     table.add_row("KV cache per token", megabytes(full.kv_bytes_per_token), megabytes(hybrid.kv_bytes_per_token))
-    console = Console(highlight=False)
     console.print(table)
     console.print(
         f"\nequal for {comparison.equal_tokens} tokens; on the full answer: top-1 agreement "

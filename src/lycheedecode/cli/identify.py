@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,20 +15,46 @@ from ..config import HybridConfig
 from ..errors import ConfigError, ResumeError
 from ..identify import Cell, IdentifySettings, Progress, paper_settings
 from ..identify import identify as find_plan
+from ..identify.checkpoint import STATE
 from ..models.load import DEFAULT_MODEL, load_model
 from ..prompts.text import load_text
-from ..results import peak_gpu_memory
-from .options import Cells, Device, DeviceMap, Dtype, Json, Model, Revision, Verbose, parse_cell, takes, takes_form
-from .report import Steps, check_writable, progress, quiet, write_json
+from ..results import Result, fingerprint, peak_gpu_memory
+from .options import (
+    Cells,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Revision,
+    Verbose,
+    parse_cell,
+    takes,
+    takes_form,
+)
+from .report import Steps, check_writable, progress, quiet, save, screen
+from .resumable import resumable
 
 app = typer.Typer(add_completion=False)
 
 
+def _state(output: Path) -> Path:
+    """The folder of what an interrupted call found so far."""
+    return output.with_name(output.name + ".state")
+
+
+def _kept(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    state = _state(arguments["output"])
+    return Result.load(state / "call.json").options if (state / STATE).is_file() else None
+
+
 @app.command(no_args_is_help=True)
+@resumable(_kept)
 @takes("changes", IdentifySettings, leave_out=("config", "train_cells", "calibrate_cells"))
 @takes_form
 def identify(
     output: Annotated[Path, typer.Argument(metavar="PLAN", help="Where the plan goes (JSON).")],
+    options: dict[str, Any],
     changes: dict[str, Any],
     form: dict[str, Any],
     model: Model = DEFAULT_MODEL,
@@ -38,7 +65,9 @@ def identify(
     ] = None,
     train: Annotated[list[str] | None, Cells] = None,
     calibrate: Annotated[list[str] | None, Cells] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted call stopped, with its options.")
+    ] = False,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw roles and donors (extra: plot).")] = None,
     gates_png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the gates as they polarise (with --roles gates).")
@@ -53,13 +82,11 @@ def identify(
     """Find the retrieval heads and donors of a model."""
     check_writable(output, png, gates_png, json_file)
     settings = _settings(preset, changes, form, text, train, calibrate)
-    state = output.with_name(output.name + ".state")
-    if state.exists() and not resume:
+    state = _state(output)
+    if (state / STATE).is_file() and not resume:
         raise ResumeError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
-    if resume and not state.exists():
-        raise ResumeError(f"There is no interrupted identification to resume: {str(state)!r} does not exist.")
-    for source in sorted({cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)}):
-        load_text(source)  # a mistake shows before the model is loaded
+    sources = sorted({cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)})
+    texts = {source: load_text(source) for source in sources}  # a mistake shows before the model is loaded
     if gates_png is not None and settings.roles != "gates":
         raise ConfigError("--gates-png draws trained gates: add --roles gates.")
     if png is not None or gates_png is not None:
@@ -80,6 +107,7 @@ def identify(
                 figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in progress.figures.items())
                 steps.show(progress.stage, progress.step, progress.steps, figures)
 
+            Result("identify", options=options).save(state / "call.json")
             plan = find_plan(network, tokenizer, settings, folder=state, report=report)
         seconds = time.perf_counter() - started
     plan.save(output)
@@ -87,7 +115,7 @@ def identify(
 
     from ..plan_views import caption, facts
 
-    print(f"{output}: {caption(plan)}")
+    screen(json_file).print(f"{output}: {caption(plan)}", soft_wrap=True)
     if png is not None or gates_png is not None:
         from ..plan_views import png as picture
 
@@ -97,7 +125,11 @@ def identify(
             picture.save_gates([state.step for state in history], [state.gate_means for state in history], gates_png)
     kept = [{"step": state.step, **state.figures, "gate_means": state.gate_means.tolist()} for state in history]
     result = {**facts(plan), "seconds": round(seconds, 1), "peak_gpu_memory_gib": peak_gpu_memory(), "history": kept}
-    write_json(json_file, "identify", {"model": model, "preset": preset, **settings.to_dict()}, result)
+    asked = {"model": model, "preset": preset, **settings.to_dict()}
+    save(
+        json_file,
+        Result("identify", asked, summary=result, fingerprint=fingerprint(network, {output.stem: plan}, texts)),
+    )
 
 
 def _is_kept(progress: Progress, number: int = 50) -> bool:

@@ -9,8 +9,9 @@ import typer
 
 from ..errors import ConfigError
 from ..plan import HeadPlan
+from ..results import Result, fingerprint
 from .options import Json
-from .report import check_writable, progress, write_json, write_text
+from .report import check_writable, progress, save, screen, write_text
 
 app = typer.Typer(add_completion=False)
 
@@ -24,8 +25,6 @@ def inspect(
     json_file: Json = None,
 ) -> None:
     """Show a head plan: who retrieves, and whose selection the others reuse."""
-    from rich.console import Console
-
     from ..plan_views import facts, page, table
     from ..plan_views import png as picture
 
@@ -36,10 +35,11 @@ def inspect(
     name = Path(plan).name.removesuffix(".json")
     if png is not None:
         picture.require_matplotlib()
-    Console(highlight=False).print(table.render(loaded, name, gates))
+    screen(json_file).print(table.render(loaded, name, gates))
     if png is not None:
         with progress("Drawing"):
             picture.save(loaded, png, name)
     if html is not None:
         write_text(html, page.render(loaded, name))
-    write_json(json_file, "inspect", {"plan": plan}, {**facts(loaded), "plan": loaded.to_json()})
+    found = {**facts(loaded), "plan": loaded.to_json()}
+    save(json_file, Result("inspect", {"plan": name}, summary=found, fingerprint=fingerprint(plans={name: loaded})))

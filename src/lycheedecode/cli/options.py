@@ -42,6 +42,7 @@ Cells = typer.Option(
     metavar="TEXT:TOKENS:TASK:COUNT",
     help="A kind of prompt, as code:12288:continuation:64 or prose:2048:passkey:5; may be repeated.",
 )
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped, with its options.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath report.")]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import InputError, OutputError
-from ..results import describe_environment
+from ..results import Result
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -25,7 +24,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def check_writable(*paths: Path | None) -> None:
     """Refuse a result file that cannot be written before the work is done, not after it."""
     for path in paths:
-        if path is None:
+        if path is None or str(path) == "-":
             continue
         folder = path.parent
         while not folder.exists():
@@ -41,12 +40,15 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path | None, command: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
-    """Write the result of a command with what is needed to make it again; nothing without a path."""
-    if path is None:
-        return
-    report = {"command": command, "settings": settings, "environment": describe_environment(), "result": result}
-    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+def save(path: Path | None, result: Result) -> None:
+    """Write the result of a command; nothing without a path."""
+    if path is not None:
+        result.save(path)
+
+
+def screen(json_file: Path | None) -> Console:
+    """Where a command prints for people: standard output, unless the result goes there."""
+    return Console(stderr=str(json_file) == "-", highlight=False)
 
 
 @contextmanager

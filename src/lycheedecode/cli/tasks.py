@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -23,6 +23,7 @@ from ..models.shape import ModelShape
 from ..plan import bundled_plans
 from ..prompts.makers import Cell
 from ..prompts.text import load_text
+from ..results import Result, fingerprint
 from .options import (
     Device,
     DeviceMap,
@@ -30,6 +31,7 @@ from .options import (
     Json,
     Model,
     Plan,
+    Resume,
     Revision,
     Verbose,
     load_plan,
@@ -37,13 +39,21 @@ from .options import (
     parse_numbers,
     takes_form,
 )
-from .report import Steps, check_writable, errors, progress, quiet, write_json
+from .report import Steps, check_writable, errors, progress, quiet, save, screen
+from .resumable import kept_options, resumable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _CALIBRATION_TOKENS = 2048
+_FREE = ("tasks", "lengths", "limit", "samples", "text", "data", "policy", "budgets", "batch_size", "execution")
+"""Options that may change when an evaluation goes on: answers are kept by policy, task and prompt."""
 
 
+@resumable(kept_options, free=_FREE)
 @takes_form
 def tasks(
+    options: dict[str, Any],
     form: dict[str, Any],
     tasks: Annotated[
         str,
@@ -94,7 +104,7 @@ def tasks(
     device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     json_file: Json = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Do not decode again what the record holds.")] = False,
+    resume: Resume = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Score policies on tasks: RULER, LongBench, mathematics, and what lm-evaluation-harness has."""
@@ -103,31 +113,37 @@ def tasks(
         raise PackageError("Tasks need the package lm_eval: pip install 'lycheedecode[eval]'.")
     if not verbose:
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-    options = TaskOptions(
+    asked = TaskOptions(
         lengths=parse_numbers("--lengths", lengths), limit=limit, samples=samples, text=text, data=data, seed=seed,
         chat=chat, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
     )  # fmt: skip
     compared = _variants(policy, budgets, form, plan, model, match_bytes)
     if data is not None and not data.is_dir():
         raise ConfigError(f"There is no folder {str(data)!r}.")
-    load_text(text)
+    texts = {text: load_text(text)}
     with quiet(verbose), progress("Reading tasks and data sets"):
         names = catalogue.expand([name.strip() for name in tasks.split(",")])
         catalogue.check_data(names, data)
     from ..evaluate.tasks.record import Record, record_path
 
-    kept = {
-        "model": model, "revision": revision, "dtype": dtype, "plan": plan or model, "seed": seed, "chat": chat,
+    decisive = {
+        "revision": revision, "dtype": dtype, "seed": seed, "chat": chat,
         "max_new_tokens": max_new_tokens, "temperature": temperature, "match_bytes": match_bytes,
         "policy": {variant.label: _identity(variant) for variant in compared},
     }  # fmt: skip
     settings = {
-        **kept, "tasks": names, "lengths": list(options.lengths), "limit": limit, "samples": samples, "text": text,
-        "data": None if data is None else data.name, "batch_size": batch_size,
+        **decisive, "model": model, "plan": plan or model, "tasks": names, "lengths": list(asked.lengths),
+        "limit": limit, "samples": samples, "text": text, "data": None if data is None else data.name,
+        "batch_size": batch_size,
     }  # fmt: skip
-    with Record(None if json_file is None else record_path(json_file), kept, resume) as record, quiet(verbose):
-        with progress(f"Loading {model}"):
-            network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
+    with quiet(verbose), progress(f"Loading {model}"):
+        network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
+    known = fingerprint(network, {variant.plan_name: variant.plan for variant in compared if variant.plan}, texts)
+    found = Result("evaluate tasks", settings, summary={"tasks": []}, fingerprint=known, options=options)
+    path = None if json_file is None or str(json_file) == "-" else record_path(json_file)
+    again = resume and path is not None and path.is_file()
+    with Record(path, {**decisive, **known}, again) as record, quiet(verbose):
+        save(json_file if path else None, found)
         with progress("Preparing policies"):
             tokens = min(_CALIBRATION_TOKENS, (ModelShape.of(network).max_positions or 2 * _CALIBRATION_TOKENS) // 2)
             coverage = coverage_for(network, tokenizer, compared, [Cell("prose", tokens), Cell("noise", tokens)])
@@ -136,17 +152,13 @@ def tasks(
             errors.print(f"{label} is left out. {reason}", style="dim")
         with Steps() as steps:
             cells = evaluate_tasks(
-                engines, names, options, answers=record, report=steps.show,
-                on_cell=lambda cells: write_json(json_file, "evaluate tasks", settings, {"tasks": cells}),
+                engines, names, asked, answers=record, report=steps.show,
+                on_cell=lambda cells: save(json_file if path else None, found.add(tasks=cells)),
             )  # fmt: skip
     means = averages(cells)
-    write_json(
-        json_file,
-        "evaluate tasks",
-        settings,
-        {"rows": rows(cells), "averages": means, "left_out": left_out, "tasks": cells},
-    )
-    _show(cells, means)
+    summary = {"averages": means, "left_out": left_out, "tasks": cells}
+    save(json_file, found.add(rows(cells), **summary))
+    _show(screen(json_file), cells, means)
 
 
 def _variants(
@@ -173,7 +185,7 @@ def _identity(variant: Variant) -> dict[str, Any]:
     return {"policy": variant.policy, **{name: config[name] for name in names}}
 
 
-def _show(cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, float]]) -> None:
+def _show(out: Console, cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, float]]) -> None:
     for cell in cells:
         title = cell["task"] if cell["length"] is None else f"{cell['task']}, {cell['length']} tokens"
         if "skipped" in cell:
@@ -190,9 +202,9 @@ def _show(cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, f
                 for policy, entry in cell["scores"].items()
             ]
             columns = ("", "score", "95%", "difference", "items", "tokens", "KV/token")
-            _table(f"{title}, {metric}", columns, lines)
+            _table(out, f"{title}, {metric}", columns, lines)
     for group, values in means.items():
-        _table(f"mean of {group}", ("", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
+        _table(out, f"mean of {group}", ("", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
 
 
 def _line(
@@ -208,8 +220,7 @@ def _line(
     return f"{found['value']:.3f}", span, change, str(entry["items"]), tokens, "" if read is None else megabytes(read)
 
 
-def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
+def _table(console: Console, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -217,6 +228,5 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for line in lines:
         table.add_row(*line)
-    console = Console(highlight=False)
     console.print(title, style="italic")
     console.print(table)

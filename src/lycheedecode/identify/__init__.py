@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import random
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,10 @@ from ..errors import ConfigError
 from ..models.shape import ModelError, ModelShape
 from ..plan import Head, HeadPlan
 from ..prompts.makers import Cell, makers_for
+from ..prompts.text import load_text
+from ..results import fingerprint
 from .checkpoint import Checkpoint
-from .donors import Reach, assign_donors, choose_by_coverage, measure_coverage
+from .donors import Reach, assign_donors, choose_by_coverage, covered_mass
 from .progress import Progress, Report, silent
 from .replay import Lesson, prepare
 from .search import DonorTable, Judge, exchange
@@ -52,7 +54,7 @@ def identify(
         model: Hugging Face decoder, frozen, in eval mode.
         tokenizer: its tokenizer.
         settings: defaults suit a small model; see `paper_settings` for the paper's.
-        folder: keeps what was found so far; an interrupted call resumes from it when called again.
+        folder: keeps what was found so far, a batch at a time; an interrupted call resumes from it when called again.
         report: called after every batch that was measured and every training step.
 
     Returns:
@@ -93,7 +95,11 @@ class Stages:
         report: Report = silent,
     ) -> None:
         self._model, self._tokenizer, self._settings, self._reach = model, tokenizer, settings, reach
-        self._checkpoint = Checkpoint(None if folder is None else Path(folder), settings)
+        self._checkpoint = Checkpoint(None, settings)
+        if folder is not None:
+            sources = {cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)}
+            known = fingerprint(model, texts={source: load_text(source) for source in sorted(sources)})
+            self._checkpoint = Checkpoint(Path(folder), settings, known)
         self._report = report
         self._batches = 0
 
@@ -124,52 +130,73 @@ class Stages:
             return retrieval, None, means
         if settings.exchange_rounds:
             judge = Judge(self._model, self.all_lessons(), settings.config, reach)
-            retrieval = exchange(retrieval, reach, judge, donors_of, settings.exchange_rounds, self._report)
+            retrieval = self._exchange(retrieval, judge, donors_of)
         return retrieval, donors_of(retrieval), means
 
     def sensitivity(self) -> Tensor:
         """The table that `Surrogate` takes, measured on all kinds of calibration prompts."""
         settings, tables = self._settings, []
+        device = self._model.get_input_embeddings().weight.device
         for cell in settings.calibrate_cells:
+            noise = torch.Generator().manual_seed(random.Random(f"{settings.seed}/draws/{cell}").randrange(2**31))
             name = f"sensitivity-{len(tables)}"
-            kept = self._checkpoint.load(name)
-            if kept is None:
-                noise = torch.Generator().manual_seed(random.Random(f"{settings.seed}/draws/{cell}").randrange(2**31))
-                rows = [
+            kept = self._checkpoint.load_all(name)
+            if kept:
+                noise.set_state(kept[-1]["noise"])
+            rows = [batch["table"].to(device) for batch in kept]
+            for lesson in self.lessons(cell, skip=len(kept)):
+                rows.append(
                     measure_sensitivity(self._model, lesson, settings.config, self._reach, settings.draws, noise)
-                    for lesson in self.lessons(cell)
-                ]
-                kept = {"table": torch.cat(rows)}
-                self._checkpoint.save(name, kept)
-            else:
-                self._batches += len(self._firsts())
-            tables.append(kept["table"].to(self._model.get_input_embeddings().weight.device))
+                )
+                self._checkpoint.save(f"{name}-{len(rows) - 1}", {"table": rows[-1], "noise": noise.get_state()})
+            tables.append(torch.cat(rows))
         return join(tables)
 
     def coverage(self) -> Tensor:
         """See `donors.measure_coverage`."""
-        kept = self._checkpoint.load("coverage")
-        if kept is None:
-            lessons = (lesson for cell in self._settings.calibrate_cells for lesson in self.lessons(cell))
-            kept = {"coverage": measure_coverage(self._model, lessons, self._settings.config, self._reach)}
-            self._checkpoint.save("coverage", kept)
-        return kept["coverage"]
+        parts: list[dict[str, Tensor]] = []
+        for index, cell in enumerate(self._settings.calibrate_cells):
+            kept = self._checkpoint.load_all(f"coverage-{index}")
+            parts += kept
+            for batch, lesson in enumerate(self.lessons(cell, skip=len(kept)), start=len(kept)):
+                mass, tokens = covered_mass(self._model, lesson, self._settings.config, self._reach)
+                parts.append({"mass": mass, "tokens": torch.tensor(tokens)})
+                self._checkpoint.save(f"coverage-{index}-{batch}", parts[-1])
+        mass, tokens = (torch.stack([part[name] for part in parts]).sum(0) for name in ("mass", "tokens"))
+        return (mass / tokens).float()
 
     def train(self, coverage: Tensor | None) -> Tensor:
         """E[z] `[L, Hkv]` of trained gates; `coverage` finds the donors of a step, None inherits by index."""
         makers = makers_for(self._tokenizer, self._settings.train_cells, "identify")
         return Trainer(self._model, makers, self._settings, self._reach, coverage, self._checkpoint).run(self._report)
 
+    def _exchange(
+        self, retrieval: Sequence[Head], judge: Judge, donors_of: Callable[[Collection[Head]], DonorTable]
+    ) -> list[Head]:
+        """Exchanged retrieval heads; goes on from the last round that was finished."""
+        kept = self._checkpoint.load("exchange")
+        done = 0
+        if kept is not None:
+            retrieval, done = [(layer, head) for layer, head in kept["heads"].tolist()], int(kept["rounds"])
+
+        def on_round(number: int, heads: Collection[Head]) -> None:
+            found = {"heads": torch.tensor(sorted(heads)), "rounds": torch.tensor(number)}
+            self._checkpoint.save("exchange", found)
+
+        rounds = range(done + 1, self._settings.exchange_rounds + 1)
+        return exchange(retrieval, self._reach, judge, donors_of, rounds, self._report, on_round)
+
     def all_lessons(self) -> list[Lesson]:
         """All calibration prompts, kept together."""
         return [lesson for cell in self._settings.calibrate_cells for lesson in self.lessons(cell)]
 
-    def lessons(self, cell: Cell) -> Iterator[Lesson]:
-        """The calibration prompts of one kind, a batch at a time."""
+    def lessons(self, cell: Cell, skip: int = 0) -> Iterator[Lesson]:
+        """The calibration prompts of one kind, a batch at a time, without the first `skip` batches."""
         settings = self._settings
         makers = makers_for(self._tokenizer, (cell,), "identify")
         prompts = cell.make(makers, settings.calibrate_prompts, random.Random(f"{settings.seed}/calibrate/{cell}"))
-        for first in self._firsts():
+        self._batches += skip
+        for first in self._firsts()[skip:]:
             yield prepare(self._model, prompts[first : first + settings.batch_size], settings.prefill_chunk)
             self._batches += 1
             total = len(settings.calibrate_cells) * len(self._firsts())

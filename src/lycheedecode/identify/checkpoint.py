@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import ResumeError
+from ..results import Result, resume
 from .settings import IdentifySettings
+
+STATE = "state.json"
+"""The file of a checkpoint's folder that says what it belongs to."""
 
 
 class Checkpoint:
@@ -18,29 +22,27 @@ class Checkpoint:
     Args:
         folder: where they are kept; None keeps nothing.
         settings: of the identification.
+        fingerprint: of model and texts, as `results.fingerprint` makes it.
 
     Raises:
-        ValueError: the folder holds the state of an identification with other settings.
+        ResumeError: the folder holds the state of an identification with other settings, or of another model or text.
     """
 
-    def __init__(self, folder: Path | None, settings: IdentifySettings) -> None:
-        self._folder, self._settings = folder, settings.to_dict()
-        path = None if folder is None else folder / "settings.json"
-        if path and path.is_file() and json.loads(path.read_text(encoding="utf-8")) != self._settings:
-            raise ResumeError(
-                f"The interrupted identification in {str(folder)!r} had other settings: "
-                "give the same ones, or remove that folder."
-            )
+    def __init__(
+        self, folder: Path | None, settings: IdentifySettings, fingerprint: Mapping[str, Any] | None = None
+    ) -> None:
+        self._folder = folder
+        if folder is None:
+            return
+        asked, known = settings.to_dict(), fingerprint or {}
+        mend = "give the same, or remove that folder"
+        if resume(folder / STATE, "identify", asked, known, place=folder, mend=mend) is None:
+            Result("identify", asked, fingerprint=known).save(folder / STATE)
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors under `name`; the first call makes the folder."""
+        """Keep tensors under `name`."""
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if not (self._folder / "settings.json").is_file():
-            partial = self._folder / "settings.partial"
-            partial.write_text(json.dumps(self._settings), encoding="utf-8")
-            partial.replace(self._folder / "settings.json")
         partial = self._folder / f"{name}.partial"
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial)
         partial.replace(self._folder / f"{name}.safetensors")
@@ -50,3 +52,10 @@ class Checkpoint:
         if self._folder is None or not (path := self._folder / f"{name}.safetensors").is_file():
             return None
         return load_file(path)
+
+    def load_all(self, name: str) -> list[dict[str, Tensor]]:
+        """What was saved under `NAME-0`, `NAME-1`, ..., as far as it goes."""
+        found: list[dict[str, Tensor]] = []
+        while (kept := self.load(f"{name}-{len(found)}")) is not None:
+            found.append(kept)
+        return found

@@ -73,16 +73,14 @@ def measure_coverage(model: nn.Module, lessons: Iterable[Lesson], config: Hybrid
         float32 `[L * Hkv, L * Hkv]`: the share of `head`'s attention mass inside the blocks that `donor` would select
         for itself, averaged over answer tokens, `[head, donor]`; 0 for donors of later layers.
     """
-    size = reach.num_layers * reach.num_kv_heads
-    total, tokens = torch.zeros(size, size, dtype=torch.float64), 0
-    for lesson in lessons:
-        total += _covered_mass(model, lesson, config, reach.num_kv_heads, size)
-        tokens += int(lesson.mask.sum())
-    return (total / tokens).float()
+    parts = [covered_mass(model, lesson, config, reach) for lesson in lessons]
+    return (torch.stack([mass for mass, _ in parts]).sum(0) / sum(tokens for _, tokens in parts)).float()
 
 
-def _covered_mass(model: nn.Module, lesson: Lesson, config: HybridConfig, width: int, size: int) -> Tensor:
-    """Covered attention mass `[head, donor]`, summed over the answer tokens of one lesson."""
+@torch.no_grad()
+def covered_mass(model: nn.Module, lesson: Lesson, config: HybridConfig, reach: Reach) -> tuple[Tensor, int]:
+    """Covered attention mass `[head, donor]`, summed over the answer tokens of one lesson, and how many they are."""
+    width, size = reach.num_kv_heads, reach.num_layers * reach.num_kv_heads
     total = torch.zeros(size, size, dtype=torch.float64)
     chosen: list[Tensor] = []
 
@@ -97,7 +95,7 @@ def _covered_mass(model: nn.Module, lesson: Lesson, config: HybridConfig, width:
         return full(layer, weights, values)
 
     replay(model, lesson, attend)
-    return total
+    return total, int(lesson.mask.sum())
 
 
 def assign_donors(retrieval: Collection[Head], coverage: Tensor, reach: Reach) -> list[list[Head]]:

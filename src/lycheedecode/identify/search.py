@@ -53,8 +53,9 @@ def exchange(
     reach: Reach,
     judge: Judge,
     donors_of: Callable[[Collection[Head]], DonorTable],
-    rounds: int,
+    rounds: int | range,
     report: Report = silent,
+    on_round: Callable[[int, Collection[Head]], None] = lambda number, heads: None,
 ) -> list[Head]:
     """Improve a set of retrieval heads by up to `rounds` exchanges at a constant number of heads.
 
@@ -63,17 +64,19 @@ def exchange(
         reach: which heads there are.
         judge: scores a donor table; lower is better.
         donors_of: the donor table that a set of retrieval heads would get.
-        rounds: most exchanges.
+        rounds: most exchanges, or the numbers of those that are left.
         report: called after each.
+        on_round: called after each with its number and the heads that it left.
     """
     fixed = set(reach.always_retrieval)
 
     def score(heads: set[Head]) -> float:
         return judge(donors_of(heads))
 
+    numbers = range(1, rounds + 1) if isinstance(rounds, int) else rounds
     current = set(retrieval) | fixed
     best = score(current)
-    for number in range(1, rounds + 1):
+    for number in numbers:
         outside = [head for head in reach.heads() if head not in current]
         if not outside:
             break
@@ -83,5 +86,6 @@ def exchange(
         if dropped == added or lowest >= best:
             break
         current, best = larger - {dropped}, lowest
-        report(Progress("exchange", number, rounds, {"score": best}))
+        on_round(number, current)
+        report(Progress("exchange", number, numbers.stop - 1, {"score": best}))
     return sorted(current)

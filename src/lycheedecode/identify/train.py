@@ -111,9 +111,9 @@ class Trainer:
         """Train to the end and return E[z], `[L, Hkv]`; heads that always retrieve have 1."""
         self._resume()
         while self.step < self.settings.steps:
-            report(self._train_one_step())
-            if self.step % 50 == 0 or self.step == self.settings.steps:
-                self._save()
+            progress = self._train_one_step()
+            self._save()
+            report(progress)
         return self.gate_means()
 
     @torch.no_grad()
