@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError, Sampling
-from lycheedecode.engine.sampling import Sampler, TokenText
+from lycheedecode.engine.sampling import TokenText
 from lycheedecode.models.shape import ModelError
 
 ROOMY = HybridConfig(block_size=4, sink_tokens=4, recent_tokens=4)
@@ -178,13 +178,15 @@ def test_sampling_is_reproducible_and_random(llama):
     assert [result.token_ids for result in one] != [result.token_ids for result in other]
 
 
-def test_sampler_keeps_to_top_k_and_top_p():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(500, 1)
-    assert set(Sampler(Sampling(temperature=1.0, top_k=2, seed=0), "cpu")(logits).tolist()) == {0, 1}
-    assert set(Sampler(Sampling(temperature=1.0, top_p=0.9, seed=0), "cpu")(logits).tolist()) == {0, 1, 2}
-    assert set(Sampler(Sampling(), "cpu")(logits).tolist()) == {0}
-    with pytest.raises(ValueError, match="top_p must lie in"):
-        Sampling(top_p=0.0)
+def test_a_sequence_does_not_depend_on_its_neighbours(llama):
+    """Its noise belongs to its place in the batch and in its answer."""
+    engine, rows = Engine(llama, plan=tiny.plan(), config=ROOMY), tiny.prompts(20, 31)
+    sampling = Sampling(temperature=1.5, seed=3)
+    both = engine.generate(rows, 12, sampling=sampling)
+    assert engine.generate([rows[0], rows[0]], 12, sampling=sampling)[0].token_ids == both[0].token_ids
+    assert engine.generate(rows[:1], 12, sampling=sampling)[0].token_ids == both[0].token_ids
+    again = engine.generate([rows[1], rows[1]], 12, sampling=sampling)
+    assert again[1].token_ids == both[1].token_ids != again[0].token_ids
 
 
 def test_sequences_end_at_their_own_stop_token(llama):

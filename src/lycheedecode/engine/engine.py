@@ -215,14 +215,14 @@ class Engine:
         context.rewind()
         context.cache.reserve(context.cache.length + max_new_tokens)
         rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
-        sampler = Sampler(sampling, self.device)
+        sampler = Sampler(sampling)
         next_ids, seconds, drawn = sampler(context.logits), 0.0, 1
         self._decoder.prepare(context, next_ids)
         while True:
             began = time.perf_counter()
             coming, following = Coming(next_ids), None
             if next_ids.is_cuda and drawn < max_new_tokens:  # the GPU need not wait for what the host makes of a token
-                following, drawn = sampler(self.decode_one_token(context, next_ids)), drawn + 1
+                following, drawn = sampler(self.decode_one_token(context, next_ids), positions=drawn), drawn + 1
             token_ids = coming.tolist()
             seconds += time.perf_counter() - began
             for sequence, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
@@ -236,7 +236,9 @@ class Engine:
             if all(row.finish_reason is not None for row in rows):
                 return
             began = time.perf_counter()
-            next_ids = sampler(self.decode_one_token(context, next_ids)) if following is None else following
+            if following is None:
+                following, drawn = sampler(self.decode_one_token(context, next_ids), positions=drawn), drawn + 1
+            next_ids = following
             seconds += time.perf_counter() - began
 
     def _result(self, context: Context, sequence: int, row: Progress, seconds: float) -> Generation:

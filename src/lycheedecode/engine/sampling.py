@@ -1,14 +1,20 @@
-"""Logits -> tokens."""
+"""Logits -> tokens, and tokens -> text.
+
+    token = argmax(what the settings leave of logits / temperature + noise(seed, sequence, position))
+
+The noise is Gumbel's, so the token is a draw from the softmax. It is a function of numbers that name the token's place
+and of nothing else: neither of what was drawn before, nor of the neighbours in a batch, nor of the device. Two ways of
+computing the same logits therefore write the same text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from ..errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,52 +25,114 @@ class Sampling:
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens that holds this probability, in (0, 1].
+        min_p: keep tokens that are at least this share as probable as the most probable one, in [0, 1].
         seed: makes the draw reproducible; None draws anew every time.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature must be at least 0, not {self.temperature}.")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be at least 0, not {self.temperature}.")
         if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0, not {self.top_k}.")
+            raise ValueError(f"top_k must be at least 0, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must lie in (0, 1], not {self.top_p}.")
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], not {self.min_p}.")
+
+    def filters(self) -> list[Callable[[None, Tensor], Tensor]]:
+        """What logits pass before a draw: transformers' own, each `[rows, V]` -> `[rows, V]`."""
+        from transformers.generation import logits_process as processes
+
+        made: list[Callable[[None, Tensor], Tensor]] = []
+        if self.temperature not in (0, 1):
+            made.append(processes.TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            made.append(processes.TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            made.append(processes.TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            made.append(processes.MinPLogitsWarper(self.min_p))
+        return made
 
 
 class Sampler:
-    """Draws one token a sequence, and remembers its random state."""
+    """A token for every row of logits, as a function of the row, the seed, and where the token stands.
 
-    def __init__(self, sampling: Sampling, device: torch.device | str) -> None:
-        self._sampling = sampling
-        self._generator = torch.Generator(device)
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
+    Without a seed it takes one of its own, and keeps it.
+    """
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """float `[B, V]` -> int64 `[B]`."""
-        if self._sampling.temperature == 0:
+    def __init__(self, sampling: Sampling) -> None:
+        self.seed = torch.Generator().seed() if sampling.seed is None else sampling.seed
+        self._greedy = sampling.temperature == 0
+        self._filters = sampling.filters()
+
+    def __call__(self, logits: Tensor, sequences: Tensor | None = None, positions: Tensor | int = 0) -> Tensor:
+        """Draw.
+
+        Args:
+            logits: float `[..., V]`.
+            sequences: int `[...]`, or something that expands to it: which prompt of the batch; None: row i of `[B, V]`
+                belongs to prompt i.
+            positions: int `[...]`, or something that expands to it: place of the token in its answer, from 0.
+
+        Returns:
+            int64 `[...]`.
+        """
+        if self._greedy:
             return logits.argmax(-1)
-        kept = _keep_likely(logits.float() / self._sampling.temperature, self._sampling)
-        return torch.multinomial(kept.softmax(-1), 1, generator=self._generator)[:, 0]
+        if sequences is None:
+            sequences = torch.arange(logits.shape[0], device=logits.device)
+        rows = logits.float().flatten(0, -2)
+        for keep in self._filters:
+            rows = keep(None, rows)
+        drawn = rows.unflatten(0, logits.shape[:-1]) + gumbel(self.seed, sequences, positions, logits.shape[-1])
+        return drawn.argmax(-1)
 
 
-def _keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if sampling.top_p < 1:
-        ranked, order = logits.sort(dim=-1, descending=True)
-        mass = ranked.softmax(-1)
-        beyond = mass.cumsum(-1) - mass >= sampling.top_p  # the token that crosses top_p stays
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
-    return logits
+# ---------------------------------------------------------------------- noise
+
+_GOLDEN = 0x9E3779B9
+
+
+def gumbel(seed: int, sequences: Tensor, positions: Tensor | int, vocabulary: int) -> Tensor:
+    """Gumbel noise, float32 `[..., V]`, for sequences and positions `[...]` that expand to each other.
+
+    Its 32 random bits are hashed from the four numbers by integer operations, the same on every device; the logarithms
+    are taken in float64, so that devices differ by a rounding of float32 at most, and that once in many millions.
+    """
+    where = sequences.int()
+    if isinstance(positions, Tensor) or positions:
+        where, positions = torch.broadcast_tensors(where, torch.as_tensor(positions, device=where.device).int())
+    keys = []
+    for half in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF):
+        key = _mixed(where * _signed(_GOLDEN) + _signed(half ^ (_GOLDEN >> len(keys))))
+        keys.append(_mixed(key + positions + 1)[..., None])
+    bits = torch.arange(vocabulary, dtype=torch.int32, device=where.device) * _signed(_GOLDEN) + keys[0]
+    bits = _mixed(_mixed(bits) ^ keys[1])
+    uniform = (bits.double() + (2**31 + 0.5)) * 2.0**-32  # in (0, 1), neither end included
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """A hash of 32 bits, one to one: shifts and multiplications, with the constants that C. Wellons' search found."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ ((bits >> shift) & ((1 << 32 - shift) - 1))) * _signed(factor)
+    return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    """32 bits as the int32 that they are."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+# ---------------------------------------------------------------------- text
 
 
 class TokenText:
