@@ -74,3 +74,20 @@ def test_the_definition():
     ops.append(keys, values, torch.ones(2, 1, 3), torch.ones(2, 1, 3) * 2, torch.tensor([2, 4], dtype=torch.int32))
     assert keys.sum((1, 3)).tolist() == [[0, 3, 0, 0], [0, 0, 0, 3]]
     assert torch.equal(values, keys * 2)
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=runs_kernels)])
+def test_several_tokens_a_sequence(kernel):
+    """Rows of one sequence follow each other, and each has its slot."""
+    if kernel:
+        from lycheedecode.ops.append.triton import append
+    else:
+        from lycheedecode.ops import append
+    keys, values = torch.zeros(2, 2, 2, 20, 16, device=DEVICE)
+    key, value = torch.randn(2, 6, 2, 16, device=DEVICE)
+    filled = torch.tensor([3, 4, 5, 18, 19, 20], dtype=torch.int32, device=DEVICE)
+    append(keys, values, key, value, filled)
+    for cache, new in ((keys, key), (values, value)):
+        assert torch.equal(cache[0, :, 2:5].transpose(0, 1), new[:3])
+        assert torch.equal(cache[1, :, 17:20].transpose(0, 1), new[3:])
+        assert cache.count_nonzero() == new.numel()

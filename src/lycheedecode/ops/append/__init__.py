@@ -1,4 +1,4 @@
-"""append: the newest token of every sequence, normed and rotated, into the cache."""
+"""append: the newest tokens of every sequence, normed and rotated, into the cache."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def append(
     query: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor | None:
-    """Write the newest token to slot `filled[b] - 1` of each sequence of a store; no slot number reaches the host.
+    """Write new tokens to slots `filled - 1` of each sequence of a store; no slot number reaches the host.
+
+    There may be several tokens a sequence, `T` of them: rows `b * T` to `b * T + T - 1` of what follows are its own.
 
     Args:
         keys, values: `[B, Hkv, capacity, D]`; written in place.
-        key, value: of the token, `[B, Hkv, D]`.
-        filled: int32 `[B]`, slots in use, the token's own included.
-        query: of the token, `[B, Hq, D]`.
+        key, value: of the tokens, `[B * T, Hkv, D]`.
+        filled: int32 `[B * T]`, slots in use up to each token, its own included.
+        query: of the tokens, `[B * T, Hq, D]`.
         rotation: what key and query still have to pass; None when they have.
 
     Returns:

@@ -19,7 +19,8 @@ def append(
 ) -> Tensor | None:
     if rotation is not None:
         key, query = rotation.of_key(key), rotation.of_query(query)
-    sequence, slot = torch.arange(filled.shape[0], device=filled.device), filled.long() - 1
+    tokens = filled.shape[0] // keys.shape[0]
+    sequence, slot = torch.arange(filled.shape[0], device=filled.device) // tokens, filled.long() - 1
     keys[sequence, :, slot] = key
     values[sequence, :, slot] = value
     return query

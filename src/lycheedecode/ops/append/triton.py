@@ -1,4 +1,4 @@
-"""The newest token on its way into the cache: one launch, at a slot that only the device knows.
+"""New tokens on their way into the cache: one launch, at slots that only the device knows.
 
 key    (-> RMSNorm) (-> rotation) -> cache        a program for each KV head ...
 value  -> cache
@@ -41,7 +41,7 @@ def _append_kernel(
     keys, values, key, value, filled, out, query, cos, sin, key_norm, query_norm, eps, heads, query_heads,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_qb, stride_qh, stride_cb, stride_sb,
-    D: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     common.wait_for_inputs(EARLY)
@@ -49,13 +49,13 @@ def _append_kernel(
     if h < heads:
         slot = tl.load(filled + b).to(tl.int64) - 1
         v = tl.load(value + b * stride_nvb + h * stride_nvh + d, mask=d < D)
-        tl.store(values + b * stride_vb + h * stride_vh + slot * stride_vs + d, v, mask=d < D)
+        tl.store(values + b // T * stride_vb + h * stride_vh + slot * stride_vs + d, v, mask=d < D)
         at = key + b * stride_nkb + h * stride_nkh
         if cos is None:
             k = tl.load(at + d, mask=d < D)
         else:
             k = _rotated(at, cos + b * stride_cb, sin + b * stride_sb, key_norm, eps, D, DP).to(v.dtype)
-        tl.store(keys + b * stride_kb + h * stride_kh + slot * stride_ks + d, k, mask=d < D)
+        tl.store(keys + b // T * stride_kb + h * stride_kh + slot * stride_ks + d, k, mask=d < D)
     elif cos is not None:
         h -= heads
         at = query + b * stride_qb + h * stride_qh
@@ -93,6 +93,7 @@ def append(
             *key.stride()[:2],
             *value.stride()[:2],
             *strides,
+            T=batch // keys.shape[0],
             D=dim,
             DP=common.power_of_two(dim),
             **Tuning(1, 1, 1, 1, common.starts_early(keys.device)).options,
