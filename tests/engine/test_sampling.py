@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from lycheedecode.engine.sampling import Sampler, Sampling, gumbel
+from lycheedecode.engine.sampling import Sampler, Sampling, gumbel, seed_words
 
 
 def test_noise_is_gumbels():
-    noise = gumbel(3, torch.arange(20), 5, 50_000).double()
+    noise = gumbel(seed_words(3), torch.arange(20), 5, 50_000).double()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
     assert noise.exp().reciprocal().mean().item() == pytest.approx(1, abs=0.01)  # exponential in disguise
@@ -18,7 +18,9 @@ def test_noise_is_gumbels():
 
 @pytest.mark.parametrize("other", [(4, 0, 5), (3, 1, 5), (3, 0, 6), (3 + (1 << 40), 0, 5)], ids=str)
 def test_places_have_noise_of_their_own(other):
-    noise = [gumbel(seed, torch.tensor([b]), position, 20_000)[0] for seed, b, position in ((3, 0, 5), other)]
+    noise = [
+        gumbel(seed_words(seed), torch.tensor([b]), position, 20_000)[0] for seed, b, position in ((3, 0, 5), other)
+    ]
     assert not torch.equal(*noise)
     assert torch.corrcoef(torch.stack(noise))[0, 1].abs() < 0.03
     assert noise[0].sort().values.diff().count_nonzero() > 19_900
@@ -26,25 +28,27 @@ def test_places_have_noise_of_their_own(other):
 
 def test_noise_stays_what_it_is():
     """Texts of a seed are reproducible from release to release."""
-    noise = gumbel(1234567890123, torch.tensor([0, 7]), torch.tensor([2, 300]), 3)
+    noise = gumbel(seed_words(1234567890123), torch.tensor([0, 7]), torch.tensor([2, 300]), 3)
     expected = [[0.7459255, 0.2064556, 0.3154223], [-0.0532776, -0.4982056, -1.3065879]]
     assert noise.tolist() == [pytest.approx(row, rel=1e-6) for row in expected]
 
 
 def test_noise_does_not_depend_on_the_shape_it_is_asked_in():
     positions = torch.arange(4)[None] + torch.tensor([[10], [20]])
-    together = gumbel(1, torch.tensor([[0], [3]]), positions, 50)
+    together = gumbel(seed_words(1), torch.tensor([[0], [3]]), positions, 50)
     for b, sequence in enumerate((0, 3)):
         for t in range(4):
-            assert torch.equal(gumbel(1, torch.tensor([sequence]), int(positions[b, t]), 50)[0], together[b, t])
+            assert torch.equal(
+                gumbel(seed_words(1), torch.tensor([sequence]), int(positions[b, t]), 50)[0], together[b, t]
+            )
 
 
 def test_draws_follow_the_softmax():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = probabilities.log().expand(40_000, 4)
-    drawn = Sampler(Sampling(temperature=1.0, seed=0))(logits, positions=3)
+    drawn = Sampler(Sampling(temperature=1.0, seed=0), "cpu")(logits, positions=3)
     assert (drawn.bincount(minlength=4) / 40_000 - probabilities).abs().max() < 0.01
-    cold = Sampler(Sampling(temperature=0.5, seed=0))(logits)
+    cold = Sampler(Sampling(temperature=0.5, seed=0), "cpu")(logits)
     assert (cold.bincount(minlength=4) / 40_000 - (2 * logits[0]).softmax(0)).abs().max() < 0.01
 
 
@@ -55,11 +59,11 @@ def test_draws_follow_the_softmax():
 )
 def test_settings_leave_likely_tokens(settings, kept):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(500, 1)
-    assert set(Sampler(Sampling(temperature=1.0, seed=0, **settings))(logits).tolist()) == kept
+    assert set(Sampler(Sampling(temperature=1.0, seed=0, **settings), "cpu")(logits).tolist()) == kept
 
 
 def test_rows_of_several_positions():
-    logits, sampler = torch.randn(2, 3, 90), Sampler(Sampling(temperature=0.8, top_p=0.9, seed=5))
+    logits, sampler = torch.randn(2, 3, 90), Sampler(Sampling(temperature=0.8, top_p=0.9, seed=5), "cpu")
     together = sampler(logits, torch.tensor([[4], [1]]), torch.tensor([[7], [9]]) + torch.arange(3))
     for b, (sequence, first) in enumerate(((4, 7), (1, 9))):
         for t in range(3):
@@ -68,8 +72,8 @@ def test_rows_of_several_positions():
 
 def test_without_a_seed_every_sampler_draws_anew():
     logits, sampling = torch.zeros(8, 1000), Sampling(temperature=1.0)
-    assert not torch.equal(Sampler(sampling)(logits), Sampler(sampling)(logits))
-    assert torch.equal(Sampler(Sampling())(logits), torch.zeros(8, dtype=torch.int64))
+    assert not torch.equal(Sampler(sampling, "cpu")(logits), Sampler(sampling, "cpu")(logits))
+    assert torch.equal(Sampler(Sampling(), "cpu")(logits), torch.zeros(8, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ class Engine:
         context.rewind()
         context.cache.reserve(context.cache.length + max_new_tokens)
         rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
-        sampler = Sampler(sampling)
+        sampler = Sampler(sampling, self.device)
         next_ids, seconds, drawn = sampler(context.logits), 0.0, 1
         self._decoder.prepare(context, next_ids)
         while True:

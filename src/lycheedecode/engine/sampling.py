@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -37,13 +39,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be at least 0, not {self.temperature}.")
+            raise ConfigError(f"temperature must be at least 0, not {self.temperature}.")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {self.top_k}.")
+            raise ConfigError(f"top_k must be at least 0, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}.")
+            raise ConfigError(f"top_p must lie in (0, 1], not {self.top_p}.")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], not {self.min_p}.")
+            raise ConfigError(f"min_p must lie in [0, 1], not {self.min_p}.")
 
     def filters(self) -> list[Callable[[None, Tensor], Tensor]]:
         """What logits pass before a draw: transformers' own, each `[rows, V]` -> `[rows, V]`."""
@@ -64,13 +66,19 @@ class Sampling:
 class Sampler:
     """A token for every row of logits, as a function of the row, the seed, and where the token stands.
 
-    Without a seed it takes one of its own, and keeps it.
+    Without a seed it takes one of its own. Its launches depend on shapes alone; the seed lies on the device, so that a
+    CUDA graph serves every seed.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.seed = torch.Generator().seed() if sampling.seed is None else sampling.seed
+    def __init__(self, sampling: Sampling, device: torch.device | str) -> None:
         self._greedy = sampling.temperature == 0
         self._filters = sampling.filters()
+        self._seed = torch.zeros(2, dtype=torch.int32, device=device)
+        self.reseed(sampling)
+
+    def reseed(self, sampling: Sampling) -> None:
+        """Take the seed of other settings, which must be the same otherwise."""
+        self._seed.copy_(seed_words(torch.Generator().seed() if sampling.seed is None else sampling.seed))
 
     def __call__(self, logits: Tensor, sequences: Tensor | None = None, positions: Tensor | int = 0) -> Tensor:
         """Draw.
@@ -91,7 +99,7 @@ class Sampler:
         rows = logits.float().flatten(0, -2)
         for keep in self._filters:
             rows = keep(None, rows)
-        drawn = rows.unflatten(0, logits.shape[:-1]) + gumbel(self.seed, sequences, positions, logits.shape[-1])
+        drawn = rows.unflatten(0, logits.shape[:-1]) + gumbel(self._seed, sequences, positions, logits.shape[-1])
         return drawn.argmax(-1)
 
 
@@ -100,18 +108,23 @@ class Sampler:
 _GOLDEN = 0x9E3779B9
 
 
-def gumbel(seed: int, sequences: Tensor, positions: Tensor | int, vocabulary: int) -> Tensor:
-    """Gumbel noise, float32 `[..., V]`, for sequences and positions `[...]` that expand to each other.
+def seed_words(seed: int) -> Tensor:
+    """A seed of up to 64 bits, int32 `[2]`."""
+    return torch.tensor([_signed(seed), _signed(seed >> 32)], dtype=torch.int32)
 
-    Its 32 random bits are hashed from the four numbers by integer operations, the same on every device; the logarithms
+
+def gumbel(seed: Tensor, sequences: Tensor, positions: Tensor | int, vocabulary: int) -> Tensor:
+    """Gumbel noise, float32 `[..., V]`, for the words of a seed, and sequences and positions `[...]` that expand.
+
+    Its 32 random bits are hashed from these numbers by integer operations, the same on every device; the logarithms
     are taken in float64, so that devices differ by a rounding of float32 at most, and that once in many millions.
     """
     where = sequences.int()
     if isinstance(positions, Tensor) or positions:
         where, positions = torch.broadcast_tensors(where, torch.as_tensor(positions, device=where.device).int())
     keys = []
-    for half in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF):
-        key = _mixed(where * _signed(_GOLDEN) + _signed(half ^ (_GOLDEN >> len(keys))))
+    for word in seed.unbind():
+        key = _mixed(where * _signed(_GOLDEN) + (word ^ _signed(_GOLDEN >> len(keys))))
         keys.append(_mixed(key + positions + 1)[..., None])
     bits = torch.arange(vocabulary, dtype=torch.int32, device=where.device) * _signed(_GOLDEN) + keys[0]
     bits = _mixed(_mixed(bits) ^ keys[1])
