@@ -1,5 +1,8 @@
 """Tests share two cores with each other, and everything in them is tiny: one thread each is fastest."""
 
+import os
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+# The default model is unpacked once for all of them, and not in the user's folder.
+os.environ.setdefault("LYCHEEDECODE_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "models"))
 
 
 @pytest.fixture(autouse=True)

