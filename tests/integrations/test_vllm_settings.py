@@ -95,14 +95,14 @@ def test_every_rank_refuses_a_plan_that_does_not_divide(world, stages, words):
             settings.of_rank(tiny.plan(), rank, world, stages, 0)
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.27.1+cpu", "0.32.0rc1"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.27.1+cpu", "0.33.0rc1"])
 def test_versions_that_are_known(version):
     settings.check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.25.9", "0.33.0", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.25.9", "0.34.0", "1.0", "dev"])
 def test_versions_that_are_not(version):
-    with pytest.raises(ServingError, match=r"LycheeDecode works in vLLM 0\.26 to 0\.32, not in"):
+    with pytest.raises(ServingError, match=r"LycheeDecode works in vLLM 0\.26 to 0\.33, not in"):
         settings.check_version(version)
 
 
@@ -110,6 +110,9 @@ def test_only_the_backend_custom_is_hybrid():
     assert settings.is_chosen(vllm_config(None))
     assert not settings.is_chosen(vllm_config(None, backend="FLASH_ATTN"))
     assert not settings.is_chosen(vllm_config(None, backend=None))
+    one_kind = vllm_config(None, backend=None)
+    one_kind.attention_config.backend_per_kind = {"full_attention": SimpleNamespace(name="CUSTOM")}
+    assert settings.is_chosen(one_kind)
 
 
 def test_the_plugin_is_light():

@@ -1,17 +1,42 @@
-"""Hybrid decoding inside vLLM: a plugin of its attention backends. See docs/serving.md.
+"""Hybrid attention inside vLLM: a plugin of its attention backends. See docs/serving.md.
 
 settings   what the server was told, checked
-group      the layers of a KV-cache group that decode hybridly, and what they share
+parts      everything that is taken from vLLM, and the versions it was seen in
+group      the layers of a KV-cache group that use hybrid attention, and what they share
 backend    the hooks into vLLM's attention: metadata of a step, one layer of it
 cuda, cpu  these hooks over vLLM's own backends
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`; vLLM calls it in every process, perhaps more than once."""
+    """Entry point of `vllm.general_plugins`; vLLM calls it in every process, perhaps more than once.
+
+    Servers that do not ask for the backend CUSTOM are left as they are, whatever version of vLLM they run.
+    """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.cuda.HybridBackend")
-    if current_platform.is_cpu():  # which takes no other backend than its own
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.cpu.HybridBackend")
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.{device}.HybridBackend")
+    if device == "cpu":
+        _let_cpus_have_it(type(current_platform), AttentionBackendEnum)
+
+
+def _let_cpus_have_it(platform: type, backends: type) -> None:
+    """vLLM's platform for CPUs knows one backend for all models: let it take CUSTOM where that is asked for."""
+    stock = platform.get_attn_backend_cls
+    if getattr(stock, "knows_custom", False):
+        return
+
+    def get_attn_backend_cls(selected_backend: Any, attn_selector_config: Any, *others: Any, **named: Any) -> str:
+        plain = not (attn_selector_config.use_mla or attn_selector_config.use_sparse)
+        if selected_backend is backends.CUSTOM and plain:
+            return backends.CUSTOM.get_path()
+        return stock(selected_backend, attn_selector_config, *others, **named)
+
+    get_attn_backend_cls.knows_custom = True
+    platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)

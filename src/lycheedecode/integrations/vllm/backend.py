@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from ...attention import HybridState
 from ...ops import KV
 from .group import Group, part_of_this_process
-from .settings import is_chosen
+from .parts import FIELDS_OF_ROWS, AttentionCGSupport, CommonAttentionMetadata, get_current_vllm_config
 
 
 class Step(NamedTuple):
@@ -49,9 +47,7 @@ class HybridBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.hybrid: Group | None = None
-        if is_chosen(vllm_config):
-            self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device, self.obstacle())
+        self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device, self.obstacle())
         if self.hybrid is not None:
             self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
             self.supports_update_block_table = False  # the page table is in `Step`, too
@@ -64,7 +60,7 @@ class HybridBuilder:
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-        if not is_chosen(vllm_config) or vllm_config.speculative_config is not None:
+        if vllm_config.speculative_config is not None:
             return support
         return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda level: level.value)
 
@@ -109,7 +105,7 @@ class HybridLayer:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         vllm_config = get_current_vllm_config()
-        if is_chosen(vllm_config) and vllm_config.speculative_config is None:  # whose drafts have a model of their own
+        if vllm_config.speculative_config is None:  # whose drafts have a model of their own
             part_of_this_process(vllm_config)  # refuses before any weights are loaded
 
     def cache(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +116,8 @@ class HybridLayer:
         self,
         layer: torch.nn.Module,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: Any,
         output: Tensor,
@@ -137,8 +133,9 @@ class HybridLayer:
         if index == step.group.last_layer:
             step.group.add_bytes(step.lengths, step.state)
         if step.others is not None:
-            rest = (query[rows:], key[rows:], value[rows:], kv_cache, step.others, output[rows:])
-            super().forward(layer, *rest, **scales)
+            # A fused operation may have written keys and values into the cache already, and hands none on.
+            new = (None if tensor is None else tensor[rows:] for tensor in (key, value))
+            super().forward(layer, query[rows:], *new, kv_cache, step.others, output[rows:], **scales)
         return output
 
 
@@ -152,25 +149,10 @@ def decode_rows(common: CommonAttentionMetadata) -> int:
     return int(prefill.int().argmax()) if prefill.any() else common.num_reqs
 
 
-_OF_ROWS = {
-    "seq_lens",
-    "block_table_tensor",
-    "slot_mapping",
-    "positions",
-    "is_prefilling",
-    "seq_lens_cpu_upper_bound",
-    "rswa_prefix_lens",
-    "req_idx",
-    "_seq_lens_cpu",
-    "_num_computed_tokens_cpu",
-}
-"""Fields with an entry for each sequence, or for each token, of which the first sequences have one each."""
-
-
 def from_row(common: CommonAttentionMetadata, rows: int) -> CommonAttentionMetadata:
     """The batch without its first `rows` sequences of one token each."""
     given = {field.name: getattr(common, field.name) for field in fields(common)}
-    cut = {name: given[name][rows:] for name in _OF_ROWS & given.keys() if given[name] is not None}
+    cut = {name: given[name][rows:] for name in FIELDS_OF_ROWS & given.keys() if given[name] is not None}
     return common.replace(
         query_start_loc=common.query_start_loc[rows:] - rows,
         query_start_loc_cpu=common.query_start_loc_cpu[rows:] - rows,

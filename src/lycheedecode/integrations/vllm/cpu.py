@@ -1,15 +1,16 @@
-"""The same on a CPU, where vLLM has one backend only: it decodes hybridly when CUSTOM is asked for."""
+"""`--attention-backend CUSTOM` on a CPU: vLLM's one backend there, whose single tokens use hybrid attention."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+from .backend import HybridBuilder, HybridLayer  # isort: skip  (refuses unknown versions)
+
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
-
-from .backend import HybridBuilder, HybridLayer
 
 
 class HybridBackend(CPUAttentionBackend):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import vllm
 from torch import Tensor
 
-from .settings import check_version
+from .backend import HybridBuilder, HybridLayer  # isort: skip  (refuses unknown versions)
 
-check_version(vllm.__version__)  # before names are imported that another version may lack
-
-from vllm.v1.attention.backends.flash_attn import (  # noqa: E402
+from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
-
-from .backend import HybridBuilder, HybridLayer  # noqa: E402
 
 
 class HybridBackend(FlashAttentionBackend):

@@ -11,16 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm import envs
-from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
-from vllm.distributed.utils import get_pp_indices
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import is_quantized_kv_cache
-from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ...attention import FullAttention, HybridAttention, HybridState
 from ...config import HybridConfig
@@ -28,6 +18,19 @@ from ...ops import KV
 from ...ops.dispatch import kernel_obstacle
 from ...plan import HeadPlan, PlanError
 from . import settings
+from .parts import (
+    Attention,
+    AttentionType,
+    FullAttentionSpec,
+    envs,
+    extract_layer_index,
+    get_layers_from_vllm_config,
+    get_pp_group,
+    get_pp_indices,
+    get_tensor_model_parallel_rank,
+    init_logger,
+    is_quantized_kv_cache,
+)
 
 logger = init_logger("vllm.lycheedecode")  # below `vllm`, whose handlers print it
 
@@ -42,9 +45,6 @@ class Part(NamedTuple):
 
 def part_of_this_process(vllm_config: Any) -> Part:
     """Read and check the settings; errors as in `settings.read` and `settings.of_rank`."""
-    import vllm
-
-    settings.check_version(vllm.__version__)
     plan, config = settings.read(vllm_config)
     parallel, pipeline = vllm_config.parallel_config, get_pp_group()
     stages = [get_pp_indices(plan.num_layers, i, pipeline.world_size) for i in range(pipeline.world_size)]
@@ -172,8 +172,11 @@ def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | N
     """What keeps a whole cache group from hybrid decoding, as the end of a sentence."""
     if vllm_config.speculative_config is not None:
         return "speculative decoding feeds several tokens of a sequence at a step"
-    if getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1:
+    parallel = vllm_config.parallel_config
+    if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         return "context parallelism divides the tokens of a sequence"
+    if parallel.enable_dbo:
+        return "dual batch overlap cuts batches in two"
     if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
         return "they do not look at the whole context"
     if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype) or spec.dtype != vllm_config.model_config.dtype:

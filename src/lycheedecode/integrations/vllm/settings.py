@@ -16,7 +16,7 @@ from ...errors import LycheeError
 from ...plan import HeadPlan
 
 NAME = "lycheedecode"
-OLDEST, NEWEST = (0, 26), (0, 32)
+OLDEST, NEWEST = (0, 26), (0, 33)
 
 
 class ServingError(LycheeError):
@@ -32,8 +32,10 @@ def check_version(version: str) -> None:
 
 
 def is_chosen(vllm_config: Any) -> bool:
-    """Whether the server was started with `--attention-backend CUSTOM`."""
-    return getattr(vllm_config.attention_config.backend, "name", None) == "CUSTOM"
+    """Whether the server was started with `--attention-backend CUSTOM`, for all its layers or for those of a kind."""
+    attention = vllm_config.attention_config
+    backends = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    return any(getattr(backend, "name", None) == "CUSTOM" for backend in backends)
 
 
 def read(vllm_config: Any) -> tuple[HeadPlan, HybridConfig]:
