@@ -225,3 +225,13 @@ def test_stages_count_layers_from_their_first():
     for first, last in ((2, 2), (-1, 2), (2, 5)):
         with pytest.raises(PlanError, match="do not exist"):
             plan.stage(first, last)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_plans_with_other_line_ends(tmp_path, encoding, end):
+    path = tmp_path / "plan.json"
+    plan = HeadPlan.all_retrieval(2, 2)
+    plan.save(path)
+    path.write_bytes(end.join(path.read_text(encoding="utf-8").split("\n")).encode(encoding))
+    assert HeadPlan.load(path).donors == plan.donors

@@ -97,3 +97,11 @@ def test_a_file_without_a_fingerprint_is_not_resumed(tmp_path):
     Result("x", {"seed": 0}).save(tmp_path / "f.json")
     with pytest.raises(ResumeError, match="does not say which model"):
         resume(tmp_path / "f.json", "x", {"seed": 0}, KNOWN)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+def test_results_with_other_line_ends(tmp_path, end):
+    path = tmp_path / "result.json"
+    Result("evaluate tasks", rows=[{"a": 1}]).save(path)
+    path.write_bytes(path.read_text(encoding="utf-8").replace("\n", end).encode("utf-8-sig"))
+    assert Result.load(path).rows == [{"a": 1}]

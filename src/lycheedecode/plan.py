@@ -165,7 +165,7 @@ class HeadPlan:
         if not path.is_file() and name in bundled_plans():
             return cls.from_json(bundled.read_text(encoding="utf-8"), source=name)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise PlanError(
                 f"There is no head plan file {name!r}, and no bundled plan of that name "

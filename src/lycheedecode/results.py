@@ -85,7 +85,7 @@ class Result:
         """Read a file of this or of an earlier version; raises `InputError`."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise InputError(f"There is no result file {str(path)!r}.") from None
         except OSError as error:

@@ -1,11 +1,14 @@
 """RULER's items: as long as they should be, with their answers inside, the same every time."""
 
+import random
+
 import pytest
 
 from lycheedecode.evaluate.ruler import KINDS, TaskLengthError, dataset, make_items
 from lycheedecode.evaluate.ruler.haystack import Sources, hide, running, vocabulary
 from lycheedecode.evaluate.tasks.catalogue import FILES
 from lycheedecode.evaluate.tasks_data import DataError
+from lycheedecode.prompts.text import TextError
 
 LENGTH, ROOM = 3072, 64
 
@@ -73,10 +76,55 @@ def test_haystacks():
     assert hide(["A.", "B."], words, [0.0, 0.5]) == "A. One two. B. Three four five. Six"
     assert hide(["A.", "B."], words, [0.99, 0.99]) == "One two. Three four five. A. B. Six"
     assert running(["a", "b", "c"], 5, start=7) == ["b", "c", "a", "b", "c"]
-    import random
+    assert len(set(vocabulary(["aa", "bb", "cc", "dd", "ee"], 12, random.Random(0)))) == 12
+    assert "-" * 40 not in Sources("word " * 100 + "-" * 40, 100).prose
 
-    assert len(set(vocabulary(["aa", "bb", "cc", "dd"], 12, random.Random(0)))) == 12
-    assert "-" * 40 not in Sources("word " + "-" * 40, 100).prose
+
+WORDS = {
+    "russian": ("абвгдежзийклмнопрстуфхцчшщэюя", " "),
+    "greek": ("αβγδεζηθικλμνξοπρστυφχψω", " "),
+    "arabic": ("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", " "),
+    "chinese": ("的一是不了人我在有他这为之大来以个中上们", "\u3002"),
+}
+
+
+@pytest.mark.parametrize("script", WORDS)
+def test_texts_in_any_script(script, tmp_path):
+    letters, between = WORDS[script]
+    rng = random.Random(script)
+    words = ["".join(rng.choices(letters, k=rng.randrange(4, 9))) for _ in range(1500)]
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(between.join(words[i : i + 12]) + "." for i in range(0, 1500, 12)), encoding="utf-8")
+    for kind in ("niah_single_2", "niah_multikey_2", "cwe"):
+        [item] = make_items(kind, 1200, 1, lambda text, _: len(text) // 2, room=ROOM, text=str(path))
+        assert all(answer in item.text for answer in item.answers)
+        assert sum(item.text.count(letter) for letter in letters) > 30
+
+
+def test_texts_with_few_words_are_refused(tmp_path, count):
+    path = tmp_path / "text.txt"
+    twelve = ["".join(random.Random(i).choices("abcdefgh", k=6)) for i in range(12)]
+    path.write_text(" ".join(random.Random(0).choices(twelve, k=4000)))
+    for kind in ("cwe", "niah_multikey_2", "niah_single_2"):
+        with pytest.raises(TextError, match="has 12 different words"):
+            make_items(kind, LENGTH, 1, count, room=ROOM, text=str(path))
+    ruled = tmp_path / "ruled.txt"
+    ruled.write_text("-" * 80 + " a" * 50 + " " + ("=" * 70 + " ") * 60)
+    with pytest.raises(TextError, match="100 words or more"):
+        make_items("niah_single_1", LENGTH, 1, count, room=ROOM, text=str(ruled))
+
+
+def test_names_of_facts_are_different(tmp_path):
+    """Of 100 words there are 9900 names: some hundred facts would have one twice."""
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join("".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(110)))
+    assert len(set(vocabulary(["aa", "bb"], 12, random.Random(0)))) == 12
+    [item] = make_items("niah_multikey_2", 30_000, 1, lambda text, _: len(text), room=ROOM, text=str(path))
+    names = [line.split(" is ")[0] for line in item.text.split("\n") if line.startswith("One secret")]
+    assert len(names) > 400
+    assert len(set(names)) == len(names)
+    [item] = make_items("cwe", 120_000, 1, lambda text, _: len(text), room=ROOM, text=str(path))
+    assert len(set(item.text.split())) > 3000
 
 
 def test_what_cannot_be_made_is_said(count, tmp_path, no_hub):

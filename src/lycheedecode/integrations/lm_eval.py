@@ -27,13 +27,9 @@ from torch import Tensor
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine
 from ..engine.sampling import Sampling
-from ..errors import LycheeError
 from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan, bundled_plans
-
-
-class TaskRequestError(LycheeError):
-    """A request that cannot be met; the message is one sentence."""
+from .generation_kwargs import TaskRequestError, sampling_of
 
 
 @dataclass(frozen=True)
@@ -213,12 +209,7 @@ class LycheeLM(TemplateLM):
     def _generation(self, said: dict[str, Any]) -> tuple[Sampling, int, list[str]]:
         """Sampling, most new tokens and stop strings of a request."""
         kwargs = dict(normalize_gen_kwargs(said))
-        temperature = kwargs.get("temperature", 1.0) if kwargs["do_sample"] else 0.0
-        sampling = Sampling(
-            temperature=float(temperature if self._temperature is None else self._temperature),
-            top_k=int(kwargs.get("top_k") or 0),
-            top_p=float(kwargs.get("top_p") or 1.0),
-        )
+        sampling = sampling_of(kwargs, self._temperature)
         most = self._max_new_tokens or int(kwargs["max_gen_toks"])
         return sampling, most, [text for text in kwargs["until"] if text]
 

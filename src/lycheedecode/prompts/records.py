@@ -72,7 +72,10 @@ def _json(path: Path, file: IO[str]) -> Iterator[Record]:
             raise RecordsError(f"{path}: there are no records in it.")
     try:
         values = list(_values(first))
-    except ValueError:  # an object or a list over several lines, or a mistake that the whole text tells better
+    except (
+        ValueError,
+        RecursionError,
+    ):  # an object or a list over several lines, or a mistake that the whole text tells better
         values = _parsed(path, "".join(chain([first], file)), number)
         yield from _unpacked(path, list(values))
         return

@@ -36,7 +36,8 @@ def _needles(
     value_kind: str = "number",
 ) -> Item:
     """Facts `name -> value` among running text, repeated sentences or other facts; some names are asked for."""
-    keys = [_name(sources, rng, name_kind) for _ in range(names)]
+    taken: set[str] = set()
+    keys = [_name(sources, rng, name_kind, taken) for _ in range(names)]
     hidden = {key: [_value(rng, value_kind) for _ in range(values)] for key in keys}
     wanted = rng.sample(keys, asked)
     what = {"number": "number", "uuid": "code"}[value_kind]
@@ -45,7 +46,7 @@ def _needles(
     depths = [rng.random() for _ in facts]
     if haystack == "needles":
         others = [
-            _NEEDLE.format(what=what, name=_name(sources, rng, name_kind), value=_value(rng, value_kind))
+            _NEEDLE.format(what=what, name=_name(sources, rng, name_kind, taken), value=_value(rng, value_kind))
             for _ in range(size)
         ]
         for fact, depth in zip(facts, depths, strict=True):
@@ -66,8 +67,14 @@ def _needles(
     )
 
 
-def _name(sources: Sources, rng: random.Random, kind: str) -> str:
-    return "-".join(rng.sample(sources.words, 2)) if kind == "words" else _value(rng, kind)
+def _name(sources: Sources, rng: random.Random, kind: str, taken: set[str]) -> str:
+    """A name that no other fact of the item has: two words, three where most pairs are taken."""
+    name = None
+    while name is None or name in taken:
+        parts = 2 if len(taken) <= len(sources.words) ** 2 // 2 else 3
+        name = "-".join(rng.sample(sources.words, parts)) if kind == "words" else _value(rng, kind)
+    taken.add(name)
+    return name
 
 
 def _value(rng: random.Random, kind: str) -> str:

@@ -97,7 +97,7 @@ class Record(MutableMapping[Key, Answer]):
     def _load(self) -> None:
         if self._path is None or not self._path.is_file():
             raise RecordError("--resume needs the --json file of an interrupted call and the record beside it.")
-        first, *lines = self._path.read_text(encoding="utf-8").split("\n")
+        first, *lines = self._path.read_text(encoding="utf-8-sig").split("\n")
         try:
             earlier = json.loads(first)["settings"]
             if lines and lines[-1]:  # the last line was cut off while it was written
