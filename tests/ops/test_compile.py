@@ -3,17 +3,20 @@
 The interpreter, which runs the kernels elsewhere in these tests, accepts programs that the compiler refuses.
 """
 
+import re
+
 import pytest
 import torch
 from hopper import SHARED_MEMORY, spilled_bytes
 
 from lycheedecode import HybridConfig
 from lycheedecode.bench import read
-from lycheedecode.ops import KV, Selections
+from lycheedecode.ops import KV, Completion, Selections
 from lycheedecode.ops import kernel_common as common
 from lycheedecode.ops import operators as kernels
 from lycheedecode.ops.append.rope import Rotation
 from lycheedecode.ops.append.triton import append
+from lycheedecode.ops.complete.triton import write_means
 
 
 def check(compiled, tmp_path, count, spills=8):
@@ -87,6 +90,30 @@ def test_early_start(compiled, tmp_path, monkeypatch):
         assert "griddepcontrol.launch_dependents" in ptx
         early_loads = ptx[: ptx.index("griddepcontrol.wait")].count("ld.global")
         assert early_loads == (kernel.metadata.name == "_attend_blocks_kernel")  # the rows, which no kernel writes
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "page"),
+    [(128, torch.bfloat16, 0), (128, torch.bfloat16, 16), (80, torch.float16, 0), (256, torch.bfloat16, 0),
+     (128, torch.float32, 0)],
+    ids=str,
+)  # fmt: skip
+def test_completion(compiled, dim, dtype, page, tmp_path, monkeypatch):
+    """Means are read as wide as tokens are: 16 bytes a thread and load."""
+    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    kv, config = make_cache(dim, dtype, page), HybridConfig()
+    means = torch.empty(2, kv.keys.shape[0], 2, max((page or kv.slots) // 128, 1), dim, dtype=dtype)
+    out = Selections.allocate(2, 1, 128, "cpu", 1024)
+    query, rows = torch.empty(1, 8, dim, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    kernels.select_blocks(torch.empty(2, 1, 4096), kv, config, out)
+    completion = Completion(*means, 128, (1.0, 0.0))
+    kernels.attend_blocks(query, kv, out, rows, 32, 0.1, completion=completion)
+    write_means(kv, 128, *means, torch.zeros(1, dtype=torch.int32), 3)
+    check(compiled, tmp_path, 3)
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x[0-9a-f]+),", compiled[1].asm["ptx"])
+    narrow = sum(size != "0x10" for size in copies)
+    assert len(copies) > narrow
+    assert narrow == 0 or page  # those of the page table
 
 
 @pytest.mark.parametrize(("dim", "newest"), [(64, 1), (128, 1), (128, 2)])

@@ -228,6 +228,19 @@ def locate(b, slot, exists, page_table, stride_table, PAGE: tl.constexpr):
 
 
 @triton.jit
+def locate_means(b, first, chunk, exists, page_table, stride_table, PAGE: tl.constexpr, MEAN_OF: tl.constexpr):
+    """Page and entry of the means of chunks, 64-bit: see `Completion`."""
+    if PAGE == 0:
+        page = chunk.to(tl.int64) * 0 + b
+        entry = chunk.to(tl.int64)
+    else:
+        last = first + chunk * MEAN_OF + MEAN_OF - 1
+        page = tl.load(page_table + b.to(tl.int64) * stride_table + last // PAGE, mask=exists, other=0).to(tl.int64)
+        entry = (last % PAGE // MEAN_OF).to(tl.int64)
+    return page, entry
+
+
+@triton.jit
 def load_query(
     query, b, head, stride_b, stride_h, G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr
 ):
@@ -263,9 +276,14 @@ def finite(peak):
 
 
 @triton.jit
-def attend_tile(acc, peak, total, q, k, v, exists, scale):
-    """Add a tile to a running softmax: values `acc [GP, DP]`, largest logits `peak [GP]`, mass `total [GP]`."""
+def attend_tile(acc, peak, total, q, k, v, exists, scale, bias=None):
+    """Add a tile to a running softmax: values `acc [GP, DP]`, largest logits `peak [GP]`, mass `total [GP]`.
+
+    `bias [tokens]`, in base 2, is added to the logits.
+    """
     x = logits_of(q, k, exists, scale)
+    if bias is not None:
+        x += bias[None, :]
     new_peak = tl.maximum(peak, tl.max(x, 1))
     shift = finite(new_peak)
     p = tl.exp2(x - shift[:, None])

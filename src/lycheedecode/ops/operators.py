@@ -16,7 +16,7 @@ from .attend.triton_rows import attend_tokens
 from .scan import triton as scan
 from .select import triton as select
 from .select.triton import Rule
-from .types import KV, Selections
+from .types import KV, Completion, Selections
 
 __all__ = ["attend", "attend_blocks", "attend_tokens", "scan_blocks", "scan_select", "select_blocks"]
 
@@ -64,11 +64,13 @@ def attend_blocks(
     scale: float,
     heads: tuple[int, ...] | None = None,
     out: Tensor | None = None,
+    completion: Completion | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     if not is_compiling():
-        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out)
-    result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads)
+        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out, completion=completion)
+    means = (None, None, 0, ()) if completion is None else completion
+    result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads, *means)
     return result if out is None else out.copy_(result)
 
 
@@ -111,12 +113,14 @@ def _select_blocks(
     recent_tokens: int,
     refresh_every: int,
     block_size: int,
+    chunk_tokens: int,
     blocks: Tensor,
     counts: Tensor,
+    taken: Tensor | None,
 ) -> None:
     kv = KV(keys, values, lengths, starts, page_table)
-    rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
-    select.select_blocks(scores, kv, rule, Selections(blocks, counts))
+    rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
+    select.select_blocks(scores, kv, rule, Selections(blocks, counts, taken))
 
 
 def _scan_select(
@@ -133,15 +137,17 @@ def _scan_select(
     recent_tokens: int,
     refresh_every: int,
     block_size: int,
+    chunk_tokens: int,
     scale: float,
     score: str,
     blocks: Tensor,
     counts: Tensor,
+    taken: Tensor | None,
     copy: Tensor | None,
 ) -> None:
-    kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts)
+    kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
     select.check_selections(out, (len(heads), query.shape[0]))
-    rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size)
+    rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
     enough = out.enough_tokens(strategy, block_size, refresh_every)
     worth = scan.scan(query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, enough)
     scores = scan.normalise(worth, kv, block_size, enough)
@@ -157,13 +163,19 @@ def _attend_blocks(
     page_table: Tensor | None,
     blocks: Tensor,
     counts: Tensor,
+    taken: Tensor | None,
     rows: Tensor,
     block_size: int,
     scale: float,
     heads: Sequence[int] | None,
+    mean_keys: Tensor | None,
+    mean_values: Tensor | None,
+    chunk: int,
+    factors: Sequence[float],
 ) -> Tensor:
-    kv, selections = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts)
-    return attend_sparsely(query, kv, selections, rows, block_size, scale, _as_tuple(heads))
+    kv, selections = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
+    completion = None if mean_keys is None else Completion(mean_keys, mean_values, chunk, tuple(factors))
+    return attend_sparsely(query, kv, selections, rows, block_size, scale, _as_tuple(heads), completion=completion)
 
 
 def _attend(
@@ -187,8 +199,12 @@ def _as_tuple(heads: Sequence[int] | None) -> tuple[int, ...] | None:
 
 _operator = torch.library.custom_op
 _scan_blocks_operator = _operator("lycheedecode::scan_blocks", _scan_blocks, mutates_args=())
-_select_blocks_operator = _operator("lycheedecode::select_blocks", _select_blocks, mutates_args=("blocks", "counts"))
-_scan_select_operator = _operator("lycheedecode::scan_select", _scan_select, mutates_args=("blocks", "counts", "copy"))
+_select_blocks_operator = _operator(
+    "lycheedecode::select_blocks", _select_blocks, mutates_args=("blocks", "counts", "taken")
+)
+_scan_select_operator = _operator(
+    "lycheedecode::scan_select", _scan_select, mutates_args=("blocks", "counts", "taken", "copy")
+)
 _attend_blocks_operator = _operator("lycheedecode::attend_blocks", _attend_blocks, mutates_args=())
 _attend_operator = _operator("lycheedecode::attend", _attend, mutates_args=())
 
@@ -201,7 +217,7 @@ def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale
 
 
 @_attend_blocks_operator.register_fake
-def _(query, keys, values, lengths, starts, page_table, blocks, counts, rows, block_size, scale, heads):
+def _(query, keys, values, lengths, starts, page_table, blocks, counts, taken, rows, block_size, scale, heads, *means):
     group = query.shape[1] // keys.shape[1]
     return query.new_empty((query.shape[0], rows.shape[0] * group, query.shape[2]))
 

@@ -7,9 +7,15 @@
 A program gathers its tiles' keys and values straight from the cache and reads nothing else; every program of a fixed
 grid takes an even share of the tiles that there are. Where a tile lies is looked up one tile ahead, so that loads of
 keys and values do not wait for loads of indices. The last of a head's programs to arrive merges their results.
+
+With a completion, tiles of chunks' means come after those of tokens, shared out in the same turn: a mean is read like a
+token, from another place, and its logit has a bias. What is looked up ahead is then how much of the chunk was taken.
 """
 
 from __future__ import annotations
+
+from math import inf, log2
+from typing import Any
 
 import torch
 import triton
@@ -18,20 +24,38 @@ from torch import Tensor
 
 from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
-from ..types import KV, Selections
+from ..types import KV, Completion, Selections, constant
+
+
+@triton.jit
+def _look_up(tile, tiles, blocks, K, taken, complete, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Of each token of a tile, the selected block that it lies in; of each mean, how many blocks were taken."""
+    at = tile * TILE + tl.arange(0, TILE)
+    if taken is None:
+        found = tl.load(blocks + at // BLOCK, mask=at // BLOCK < K, other=-1)
+    else:
+        is_mean = tile >= tiles
+        place = tl.where(is_mean, at - tiles * TILE, at // BLOCK)
+        end = tl.where(is_mean, complete, K)
+        found = tl.load(tl.where(is_mean, taken, blocks) + place, mask=place < end, other=-1)
+    return found
 
 
 @triton.jit(do_not_specialize=["slots", "K"])
 def _attend_blocks_kernel(
     output, partial, sums, arrivals, query, heads, scale, stride_qb, stride_qh,
     rows, blocks, counts, K, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
+    mean_keys, mean_values, stride_mp, stride_mh, stride_ms, log_factors, taken, stride_taken_r, stride_taken_b,
     keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, MEAN_OF: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows + h)  # no kernel writes it
+    log_factor = 0.0
+    if taken is not None:
+        log_factor = tl.load(log_factors + h)  # nor this
     common.wait_for_inputs(EARLY)
     head = h
     if heads is not None:
@@ -45,17 +69,42 @@ def _attend_blocks_kernel(
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     tiles = tl.cdiv(chosen * BLOCK, TILE)
-    gathered = split * TILE + tl.arange(0, TILE)
-    block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
-    for _tile in range(split, tiles, SPLITS):
-        token = block * BLOCK + gathered % BLOCK
-        exists = (block >= 0) & (token < count)
-        page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
-        k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
-        v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
-        gathered += SPLITS * TILE
-        block = tl.load(blocks + gathered // BLOCK, mask=gathered // BLOCK < K, other=-1)
-        acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
+    end, complete = tiles, 0
+    if taken is not None:
+        taken += row * stride_taken_r + b.to(tl.int64) * stride_taken_b
+        some = (chosen * BLOCK < count) & (log_factor > float("-inf"))
+        complete = tl.where(some, tl.maximum(count - 1, 0) // MEAN_OF, 0)
+        end += tl.cdiv(complete, TILE)
+    found = _look_up(split, tiles, blocks, K, taken, complete, BLOCK, TILE)
+    for tile in range(split, end, SPLITS):
+        at = tile * TILE + tl.arange(0, TILE)
+        if taken is None:
+            token = found * BLOCK + at % BLOCK
+            exists = (found >= 0) & (token < count)
+            page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
+            k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+            v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
+            bias = None
+        else:
+            is_mean = tile >= tiles
+            chunk = at - tiles * TILE
+            unread = MEAN_OF - found * BLOCK
+            token = tl.where(is_mean, chunk * MEAN_OF + MEAN_OF - 1, found * BLOCK + at % BLOCK)
+            exists = (found >= 0) & tl.where(is_mean, unread > 0, token < count)
+            page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
+            entry = tl.where(is_mean, chunk if PAGE == 0 else entry // MEAN_OF, entry)
+            bias = tl.where(is_mean, tl.log2(tl.maximum(unread, 1).to(tl.float32)) + log_factor, 0.0)
+            k = common.load_tokens(
+                tl.where(is_mean, mean_keys, keys), page, entry, head, exists, tl.where(is_mean, stride_mp, stride_kp),
+                tl.where(is_mean, stride_mh, stride_kh), tl.where(is_mean, stride_ms, stride_ks), D, DP,
+            )  # fmt: skip
+            v = common.load_tokens(
+                tl.where(is_mean, mean_values, values), page, entry, head, exists,
+                tl.where(is_mean, stride_mp, stride_vp), tl.where(is_mean, stride_mh, stride_vh),
+                tl.where(is_mean, stride_ms, stride_vs), D, DP,
+            )  # fmt: skip
+        found = _look_up(tile + SPLITS, tiles, blocks, K, taken, complete, BLOCK, TILE)
+        acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale, bias)
 
     pair = b * tl.num_programs(1) + h
     common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
@@ -71,6 +120,7 @@ def attend_blocks(
     heads: tuple[int, ...] | None = None,
     tuning: Tuning | None = None,
     out: Tensor | None = None,
+    completion: Completion | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     common.check_strides(query, kv)
@@ -81,6 +131,8 @@ def attend_blocks(
     output = torch.empty(shape, dtype=query.dtype, device=query.device) if out is None else out
     if output.shape != shape or output.dtype != query.dtype or not output.is_contiguous():
         raise ValueError(f"out must be contiguous {query.dtype} {shape}, not {output.dtype} {tuple(output.shape)}.")
+    if completion is not None and not any(completion.of(heads)):
+        completion = None
     tuning = tuning or default_tuning(batch * len(rows), kv, blocks.shape[2] * block_size)
     space = common.merge_space(batch, len(rows), tuning.splits, group, dim, query.device)
     with common.on_device(query):
@@ -88,9 +140,11 @@ def attend_blocks(
             *(output, *space, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
             *(rows, blocks, counts, blocks.shape[2]),
             *(blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)),
+            *_completion_arguments(completion, selections, heads),
             *common.cache_arguments(kv),
             **common.padded(group, dim),
             BLOCK=block_size,
+            MEAN_OF=1 if completion is None else completion.chunk,
             TILE=tuning.tile,
             SPLITS=tuning.splits,
             CHUNK=common.merge_chunk(tuning.splits, group, dim, tuning.warps),
@@ -99,8 +153,24 @@ def attend_blocks(
     return output
 
 
+def _completion_arguments(
+    completion: Completion | None, selections: Selections, heads: tuple[int, ...] | None
+) -> tuple[Any, ...]:
+    """Means and their strides, factors, and what was taken of the chunks."""
+    if completion is None:
+        return None, None, 0, 0, 0, None, None, 0, 0
+    logs = tuple(log2(factor) if factor > 0 else -inf for factor in completion.of(heads))
+    keys, values, taken = completion.keys, completion.values, selections.taken
+    if keys.stride(3) != 1 or taken.stride(2) != 1:
+        raise ValueError("means and what was taken of chunks must have a contiguous last dimension.")
+    return (
+        *(keys, values, *keys.stride()[:3], constant(logs, torch.float32, keys.device)),
+        *(taken, *taken.stride()[:2]),
+    )
+
+
 def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_heads: int) -> None:
-    blocks, counts = selections
+    blocks, counts = selections.blocks, selections.counts
     if rows.shape != (num_heads,) or rows.dtype != torch.int64:
         raise ValueError(
             f"rows must be int64 [{num_heads}], a row for each head, not {rows.dtype} {tuple(rows.shape)}."

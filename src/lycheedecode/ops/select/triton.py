@@ -5,7 +5,7 @@
     wanted     how many blocks: from the strategy and the capacity of the buffers
     search     cut an interval of keys in four until exactly `wanted` keys reach a cut, or it is one key:
                then of the blocks with this key the earlier ones win
-    write      the selected blocks, in an order that means nothing, then -1
+    write      the selected blocks, in an order that means nothing, then -1; and how many there are of each chunk
 
     row        | lanes | lanes | .. | lanes | lan     `EACH` vectors of keys, a power of two, and one more: contexts
                                                       are often a power of two, and a few tokens longer
@@ -187,7 +187,20 @@ def _search(wanted, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, 
 
 
 @triton.jit
-def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
+def _write_taken(taken, C, first, chosen, LANES: tl.constexpr, PER: tl.constexpr):
+    """Store how many of a chunk's `PER` blocks are `chosen [vectors, LANES]`, from vector `first` of the row on."""
+    VECTORS: tl.constexpr = chosen.shape[0]
+    found = tl.sum(tl.reshape(chosen.to(tl.int32), [VECTORS, LANES // PER, PER]), 2)
+    vector = first + tl.arange(0, VECTORS)
+    c = vector[:, None] * (LANES // PER) + tl.arange(0, LANES // PER)[None, :]
+    tl.store(taken + c, found, mask=c < C)
+
+
+@triton.jit
+def _write(
+    blocks, taken, C, low, end, keys, row,
+    PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
     """Store the selected blocks of a row; each lane those it has, one after another."""
     before = 0
     for c in range(_chunks(row, LANES, EACH, HELD)):
@@ -204,12 +217,15 @@ def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr,
         tl.store(blocks + (at + tl.sum(chosen.to(tl.int32), 0))[None, :], n_rest, mask=chosen_rest)
         if not HELD:
             before += tl.sum(mine, 0)
+        if taken is not None:
+            _write_taken(taken, C, c * (EACH + 1), chosen, LANES, PER)
+            _write_taken(taken, C, c * (EACH + 1) + EACH, chosen_rest, LANES, PER)
 
 
 @triton.jit
 def _choose(
-    blocks, row, forced, wanted, amount,
-    STRATEGY: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
+    blocks, taken, C, row, forced, wanted, amount,
+    STRATEGY: tl.constexpr, PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Write the best blocks of a row, at most `wanted`, and return how many."""
     keys = _read(row, 0, LANES, EACH)
@@ -219,16 +235,17 @@ def _choose(
     elif STRATEGY == "top_p":
         wanted = tl.minimum(wanted, _blocks_of_mass(amount, forced, keys, row, LANES, EACH, HELD))
     low, end = _search(wanted, forced, keys, row, LANES, EACH, HELD)
-    _write(blocks, low, end, keys, row, LANES, EACH, HELD)
+    _write(blocks, taken, C, low, end, keys, row, PER, LANES, EACH, HELD)
     return wanted
 
 
-@triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K"])
+@triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K", "C"])
 def _select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
-    scores, lengths, starts, slots, N, num_blocks, K, amount,
+    taken, stride_taken_r, stride_taken_b, C, scores, lengths, starts, slots, N, num_blocks, K, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
-    LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1)
     common.wait_for_inputs(EARLY)
@@ -237,6 +254,8 @@ def _select_kernel(
     sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)  # the blocks before it are always selected ..
     recent = tl.maximum(tl.minimum(tl.maximum(count - RECENT, 0) // BLOCK, exist), sinks)  # .. and those from it on
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
+    if taken is not None:
+        taken += r.to(tl.int64) * stride_taken_r + b.to(tl.int64) * stride_taken_b
     scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
     forced = sinks + exist - recent
     wanted = tl.minimum(exist, K)
@@ -246,9 +265,13 @@ def _select_kernel(
     k = tl.arange(0, WIDTH)
     if (STRATEGY == "top_k") & (wanted == exist):  # whatever the scores are
         tl.store(blocks + k, k, mask=k < exist)
+        if taken is not None:
+            for c in range(0, C, LANES):
+                each = c + tl.arange(0, LANES)
+                tl.store(taken + each, tl.minimum(tl.maximum(exist - each * PER, 0), PER), mask=each < C)
     else:
         row = (scores, N, sinks, recent, exist)
-        wanted = _choose(blocks, row, forced, wanted, amount, STRATEGY, LANES, EACH, HELD)
+        wanted = _choose(blocks, taken, C, row, forced, wanted, amount, STRATEGY, PER, LANES, EACH, HELD)
     tl.store(counts + r * stride_counts_r + b * stride_counts_b, wanted)
     tl.store(blocks + k, k * 0 - 1, mask=(k >= wanted) & (k < K))
 
@@ -262,6 +285,7 @@ class Rule(NamedTuple):
     recent_tokens: int
     refresh_every: int
     block_size: int
+    chunk_tokens: int
 
     @classmethod
     def of(cls, config: HybridConfig) -> Rule:
@@ -273,7 +297,13 @@ class Rule(NamedTuple):
             config.recent_tokens,
             config.refresh_every,
             config.block_size,
+            config.chunk_tokens,
         )
+
+    @property
+    def blocks_per_chunk(self) -> int:
+        """Blocks in a chunk of the completion."""
+        return self.chunk_tokens // self.block_size
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -300,12 +330,18 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
     num_blocks = max(scores.shape[2], rule.num_blocks(kv.slots))
     tuning = tuning or default_tuning(num_blocks, scores.device)
     each = common.power_of_two(triton.cdiv(num_blocks, tuning.tile) - 1)
-    blocks, counts = out
+    blocks, counts, taken = out
+    per_chunk = rule.blocks_per_chunk
+    if taken is not None and per_chunk > tuning.tile:  # a chunk beyond what one vector of keys holds
+        taken = None
     with common.on_device(scores):
         _select_kernel[blocks.shape[:2]](
-            *(blocks, counts, *blocks.stride()[:2], *counts.stride(), scores),
+            *(blocks, counts, *blocks.stride()[:2], *counts.stride()),
+            *((None, 0, 0, 0) if taken is None else (taken, *taken.stride()[:2], taken.shape[2])),
+            scores,
             *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], rule.amount),
             **rule.constants,
+            PER=1 if taken is None else per_chunk,
             LANES=tuning.tile,
             EACH=each if each <= IN_REGISTERS else _READ_AGAIN,
             HELD=each <= IN_REGISTERS,
@@ -313,15 +349,19 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
             maxnreg=_REGISTERS if rule.strategy in ("top_k", "ratio") else None,  # others would spill
             **tuning.launch(kv),
         )
+    if taken is None and out.taken is not None:
+        out.count_taken(per_chunk)
 
 
 def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
     """Refuse buffers that do not fit `shape`, `[R, B]`."""
-    blocks, counts = out
+    blocks, counts, taken = out
     if blocks.dtype != torch.int32 or counts.dtype != torch.int32:
         raise ValueError(f"out must be int32, not {blocks.dtype} and {counts.dtype}.")
     if tuple(blocks.shape[:2]) != tuple(shape) or counts.shape != blocks.shape[:2]:
         raise ValueError(f"out is {tuple(blocks.shape)} with counts {tuple(counts.shape)} for rows {tuple(shape)}.")
+    if taken is not None and (taken.dtype != torch.int32 or taken.shape[:2] != counts.shape or taken.stride(2) != 1):
+        raise ValueError(f"out.taken must be int32 {tuple(shape)} by chunks, not {taken.dtype} {tuple(taken.shape)}.")
     if blocks.stride(2) != 1:
         raise ValueError(f"out.blocks must have a contiguous last dimension, not strides {blocks.stride()}.")
 
