@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from ..engine.engine import Engine
 from ..engine.generation import encode
 from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
+from ..evaluate.answer_view import render, watch
 from ..evaluate.side_by_side import Comparison, compare
 from ..models.load import DEFAULT_MODEL, load_model
 from ..results import Result, fingerprint
@@ -30,7 +32,7 @@ from .options import (
     takes,
     takes_form,
 )
-from .report import check_writable, errors, progress, quiet, read_text, save, screen
+from .report import Steps, check_writable, errors, progress, quiet, read_text, save, screen, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +65,10 @@ def generate(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page that shows what each token of the answer looked at."),
+    ] = None,
     revision: Revision = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -71,11 +77,13 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Continue a prompt."""
-    check_writable(json_file)
+    check_writable(json_file, html)
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
     if against and (full or drawing or stop):
         raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
+    if html and (full or against):
+        raise ConfigError("--html shows what selections hold: leave out --full and --compare.")
     if full and (plan is not None or set(form) - {"correction_every"}):
         raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
     config, sampling = HybridConfig(**form), Sampling(**drawing)
@@ -100,6 +108,17 @@ def generate(
                 comparison = compare(dense, engine, prompt_ids, max_new_tokens, ignore_eos=ignore_eos)
             _show(comparison, screen(json_file))
             result = comparison.to_dict()
+        elif html:
+            [prompt_ids] = encode(text, tokenizer, chat)
+            with Steps() as steps:
+                view = watch(
+                    engine, prompt_ids, max_new_tokens, sampling,
+                    stop=stop or [], ignore_eos=ignore_eos, report=lambda done, total: steps.show("look", done, total),
+                )  # fmt: skip
+            print("".join(look.text for look in view.looks), file=screen(json_file).file)
+            write_text(html, render(view, f"{model}: {len(view.looks)} tokens after {len(prompt_ids)}"))
+            errors.print(f"The page is {html}.", style="dim")
+            result = asdict(view)
         else:
             out = screen(json_file).file
             result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos, out)
