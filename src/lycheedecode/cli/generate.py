@@ -11,7 +11,7 @@ import typer
 
 from ..config import HybridConfig
 from ..engine.engine import Engine
-from ..engine.generation import encode
+from ..engine.prompt import encode
 from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
 from ..evaluate.answer_view import render, watch

@@ -27,8 +27,9 @@ from . import prefill
 from .cache import KVCache
 from .context import Context
 from .decoder import Decoder, Execution
-from .generation import Coming, Generation, Piece, Progress, PromptLike, encode, stop_token_ids
+from .generation import Coming, Generation, Piece, Progress, refuse_nan, stop_token_ids
 from .memory import prefill_chunk
+from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
 from .sampling import Sampler, Sampling
 
 TokenIds = Tensor | Sequence[Sequence[int]]
@@ -87,6 +88,10 @@ class Engine:
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
 
     @property
     def way(self) -> str:
@@ -172,7 +177,7 @@ class Engine:
         max_new_tokens: int = 256,
         *,
         sampling: Sampling | None = None,
-        stop: Sequence[str | int] = (),
+        stop: str | int | Sequence[str | int] = (),
         chat: bool = False,
         ignore_eos: bool = False,
     ) -> Iterator[Piece]:
@@ -183,22 +188,21 @@ class Engine:
                 Context, which is rewound before, so one prefill serves many engines.
             max_new_tokens: most tokens for each prompt; the model's positions are a limit too.
             sampling: greedy by default.
-            stop: strings that end a sequence (not part of its text), and ids of tokens that do.
+            stop: a string that ends a sequence (not part of its text), the id of a token that does, or several of them.
             chat: wrap string prompts as one user message in the tokenizer's chat template.
             ignore_eos: go on after the model's own end tokens.
 
         Yields:
             pieces of every sequence's text in the order of decoding; the last piece of each carries its `Generation`.
         """
-        if max_new_tokens < 1:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         if not isinstance(prompts, Context):
-            prompts = encode(prompts, self.tokenizer, chat)
+            prompts = encode(prompts, self.tokenizer, chat, self._vocabulary)
         lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
-        ends = {token for token in stop if isinstance(token, int)}
+        texts, ends = stop_conditions(stop, self.tokenizer)
         if not ignore_eos:
             ends |= stop_token_ids(self.model, self.tokenizer)
-        texts = [text for text in stop if isinstance(text, str)]
         if self.shape.max_positions:
             max_new_tokens = max(min(max_new_tokens, self.shape.max_positions - max(lengths, default=0) + 1), 1)
         return self._stream(prompts, max_new_tokens, sampling or Sampling(), ends, texts)
@@ -216,18 +220,21 @@ class Engine:
         context.cache.reserve(context.cache.length + max_new_tokens)
         rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
         sampler = Sampler(sampling, self.device)
-        next_ids, seconds, drawn = sampler(context.logits), 0.0, 1
+        logits, seconds, drawn = context.logits, 0.0, 1
+        next_ids = sampler(logits)
         self._decoder.prepare(context, next_ids)
         while True:
             began = time.perf_counter()
             coming, following = Coming(next_ids), None
             if next_ids.is_cuda and drawn < max_new_tokens:  # the GPU need not wait for what the host makes of a token
-                following, drawn = sampler(self.decode_one_token(context, next_ids), positions=drawn), drawn + 1
+                logits = self.decode_one_token(context, next_ids)
+                following, drawn = sampler(logits, positions=drawn), drawn + 1
             token_ids = coming.tolist()
             seconds += time.perf_counter() - began
             for sequence, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
                 if row.finish_reason is not None:
                     continue
+                refuse_nan(token_id, logits[sequence])
                 piece = row.push(token_id)
                 if row.finish_reason is not None:
                     yield Piece(sequence, piece, self._result(context, sequence, row, seconds))
@@ -237,7 +244,8 @@ class Engine:
                 return
             began = time.perf_counter()
             if following is None:
-                following, drawn = sampler(self.decode_one_token(context, next_ids), positions=drawn), drawn + 1
+                logits = self.decode_one_token(context, next_ids)
+                following, drawn = sampler(logits, positions=drawn), drawn + 1
             next_ids = following
             seconds += time.perf_counter() - began
 
@@ -280,10 +288,9 @@ class Engine:
 
     def _pad(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
         """Sequences as int64 `[B, longest]` on the model's device, and their lengths."""
-        rows = token_ids.tolist() if isinstance(token_ids, Tensor) else [list(row) for row in token_ids]
+        rows = token_rows(token_ids)
+        check_token_ids(rows, self._vocabulary)
         lengths = [len(row) for row in rows]
-        if not rows or not min(lengths):
-            raise InputError("There is no prompt." if not rows else "An empty prompt or answer cannot be decoded.")
         longest = max(lengths)
         padding = [[0] * (longest - length) for length in lengths]
         padded = [pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)]

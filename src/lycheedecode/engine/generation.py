@@ -1,19 +1,17 @@
-"""What goes into and comes out of a generation: prompts, stop conditions, pieces of text, results."""
+"""What comes out of a generation: pieces of text, results. What goes in is in `prompt`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, InputError
+from ..models.shape import ModelError
 from .sampling import TokenText
 
-PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or a chat: messages with `role` and `content`."""
 FinishReason = Literal["eos", "stop", "length"]
 
 
@@ -62,8 +60,6 @@ class Progress:
     """One sequence while it is generated."""
 
     def __init__(self, tokenizer: Any, ends: set[int], stop: Sequence[str], max_new_tokens: int) -> None:
-        if stop and (tokenizer is None or not all(stop)):
-            raise ConfigError("Stop strings must not be empty, and need a tokenizer.")
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._ends = ends
@@ -106,34 +102,13 @@ class Coming:
         return self._host.tolist()
 
 
-def encode(prompts: PromptLike | Sequence[PromptLike], tokenizer: Any, chat: bool) -> list[list[int]]:
-    """Token ids of one or several prompts.
-
-    Raises:
-        ValueError: text without a tokenizer, or a chat without a chat template.
-    """
-    batch = [prompts] if _is_one(prompts) else prompts
-    return [_encode_one(prompt, tokenizer, chat) for prompt in batch]
-
-
-def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, Mapping)))
-
-
-def _encode_one(prompt: PromptLike, tokenizer: Any, chat: bool) -> list[int]:
-    if not isinstance(prompt, str) and not _is_one(prompt):
-        return list(prompt)
-    if not isinstance(prompt, str) and isinstance(prompt[0], int):
-        return list(prompt)
-    if tokenizer is None:
-        raise InputError("Text prompts need a tokenizer.")
-    if isinstance(prompt, str) and not chat:
-        return tokenizer(prompt)["input_ids"]
-    if not tokenizer.chat_template:
-        raise InputError("This tokenizer has no chat template.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def refuse_nan(token_id: int, logits: Tensor) -> None:
+    """Raise `ModelError` when a token was drawn from logits `[V]` that are all NaN; that makes it 0."""
+    if token_id == 0 and bool(logits.isnan().all()):
+        raise ModelError(
+            "The model's logits are not numbers (NaN): its weights are damaged, or overflow in this dtype; "
+            "try float32 or bfloat16."
+        )
 
 
 def stop_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
