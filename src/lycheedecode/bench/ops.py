@@ -152,7 +152,10 @@ def _time_hybrid(meter: Meter, work: Workload, config: HybridConfig, full_ms: fl
         meter.add(f"select, {_heads(count)}", work, block, [select] * 16, 0)
     size = work.sparse_bytes(config)
     meter.add("attend", work, block, work.attends(rotations(size, 32, 64), config), size, full_ms)
-    forms = {"all of a step": config}
+    completed = replace(config, completion="centroid")
+    more = size + work.means_bytes(completed)
+    meter.add("attend, completed", work, block, work.attends(rotations(more, 32, 64), completed), more, full_ms)
+    forms = {"all of a step": config, "the same, completed": completed}
     if ops.has_float8(work.pool.device):
         forms["the same, 8-bit scan"] = replace(config, scan_keys="float8")
     for name, form in forms.items():

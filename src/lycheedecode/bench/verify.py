@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,7 +75,32 @@ def verify(work: Workload, config: HybridConfig) -> dict[str, float]:
     result = ops.attend_blocks(query, kv, selections, rows[0], size, scale)
     expected = reference.attend_blocks(query, kv, selections, rows[0], size, scale)
     errors["attend_blocks"] = check_close(f"attend_blocks ({where})", result, expected, 1e-5 if exact else 1e-2)
-    return errors
+    return errors | _verify_completion(work, replace(config, completion="centroid"), where)
+
+
+def _verify_completion(work: Workload, config: HybridConfig, where: str) -> dict[str, float]:
+    """Means, what selections take of chunks, and attention with both."""
+    (query, kv), scale, size = work.inputs(0), work.shape.scale, config.block_size
+    exact, errors = work.shape.dtype == torch.float32, {}
+    completion, complete = work.completion(0, config), (work.context - 1) // config.chunk_tokens
+    right = torch.zeros_like(completion.keys), torch.zeros_like(completion.values)
+    reference.write_means(kv, config.chunk_tokens, *right, None, kv.slots)
+    for name, means, expected in zip(("keys", "values"), completion, right, strict=False):
+        what = f"mean {name}"
+        errors[what] = check_close(f"{what} ({where})", means, expected, 1e-6 if exact else 1e-2)
+
+    selections = work.selections(config, work.shape.kv_heads)
+    ops.scan_select(query, kv, tuple(range(work.shape.kv_heads)), config, scale, selections)
+    taken = selections.taken.clone()
+    selections.count_taken(config.chunk_tokens // size)
+    if not torch.equal(taken[..., :complete], selections.taken[..., :complete]):
+        raise MismatchError(f"scan_select ({where}) counts other blocks of chunks than it selects.")
+
+    rows = torch.arange(work.shape.kv_heads, device=query.device)
+    result = ops.attend_blocks(query, kv, selections, rows, size, scale, completion=completion)
+    expected = reference.attend_blocks(query, kv, selections, rows, size, scale, completion=completion)
+    what = "attend_blocks, completed"
+    return errors | {what: check_close(f"{what} ({where})", result, expected, 1e-5 if exact else 1e-2)}
 
 
 def _verify_copy(query: Tensor, kv: KV, heads: tuple[int, ...], size: int, scale: float, what: str) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..attention import HybridAttention
 from ..config import HybridConfig
-from ..ops import KV, Selections
+from ..ops import KV, Completion, Selections
 from ..plan import HeadPlan
 from .timing import Call
 
@@ -146,7 +146,13 @@ class Workload:
         scanned = self.scan_bytes(self.shape.retrieval_heads)
         if config.scan_keys == "float8":
             scanned //= self.shape.dtype.itemsize
-        return scanned + self.shape.layers * self.sparse_bytes(config)
+        means = self.means_bytes(config) if config.completion == "centroid" else 0
+        return scanned + self.shape.layers * (self.sparse_bytes(config) + means)
+
+    def means_bytes(self, config: HybridConfig) -> int:
+        """Mean keys and mean values of one layer's chunks."""
+        chunks = (self.context - 1) // config.chunk_tokens
+        return 2 * self.batch * self.shape.kv_heads * chunks * self.shape.key_bytes
 
     # ------------------------------------------------------------------ calls
 
@@ -170,14 +176,25 @@ class Workload:
         return [lambda i=i: scan_select(i) for i in range(count)]
 
     def attends(self, count: int, config: HybridConfig) -> list[Call]:
-        """`count` layers of attention over random selections, a row for each head."""
+        """`count` layers of attention over random selections, a row for each head; completed if the config says so."""
         selections, rows = self.random_selections(config)
+        means = [self.completion(i, config) for i in range(len(self.caches))]
+        size, scale = config.block_size, self.shape.scale
 
         def attend(i: int) -> Tensor:
-            query, kv = self.inputs(i)
-            return ops.attend_blocks(query, kv, selections, rows[i % len(rows)], config.block_size, self.shape.scale)
+            (query, kv), completion = self.inputs(i), means[i % len(means)]
+            return ops.attend_blocks(query, kv, selections, rows[i % len(rows)], size, scale, completion=completion)
 
         return [lambda i=i: attend(i) for i in range(count)]
+
+    def completion(self, i: int, config: HybridConfig) -> Completion | None:
+        """Of the i-th cache, with factors of 1; None unless the config asks for them."""
+        if config.completion != "centroid":
+            return None
+        kv, chunk = self.inputs(i)[1], config.chunk_tokens
+        means = kv.keys.new_zeros((2, self.batch, self.shape.kv_heads, self.slots // chunk, self.shape.dim))
+        ops.write_means(kv, chunk, *means)
+        return Completion(*means, chunk, (1.0,) * self.shape.kv_heads)
 
     def step(self, config: HybridConfig) -> Call:
         """All attention of a decode step."""
@@ -200,7 +217,8 @@ class Workload:
     def selections(self, config: HybridConfig, rows: int) -> Selections:
         """Empty ones."""
         capacity = config.capacity_blocks(ceil(self.slots / config.block_size))
-        return Selections.allocate(rows, self.batch, capacity, self.pool.device)
+        chunks = self.slots // config.chunk_tokens if config.completion == "centroid" else 0
+        return Selections.allocate(rows, self.batch, capacity, self.pool.device, chunks)
 
     def random_selections(self, config: HybridConfig) -> tuple[Selections, list[Tensor]]:
         """Full rows for every retrieval head of the model, and rows of donors for four layers."""
@@ -210,5 +228,7 @@ class Workload:
             noise = torch.rand(self.batch, num_blocks, device=self.pool.device)
             out.blocks[r] = noise.topk(out.blocks.shape[2]).indices.sort(-1).values.int()
         out.counts.fill_(out.blocks.shape[2])
+        if out.taken is not None:
+            out.count_taken(config.chunk_tokens // config.block_size)
         row = torch.arange(num_rows, device=self.pool.device)
         return out, [row.roll(-heads * i)[:heads].clone() for i in range(max(num_rows // heads, 1))]
