@@ -196,23 +196,25 @@ class HybridAttention:
             `[B, Hq, D]`.
         """
         config, roles, selections = self.config, self._layers[layer], state.selections
-        if roles.retrieval and refresh:
-            chosen = selections.rows(roles.first_row, len(roles.retrieval))
-            copy = None if state.copy is None else state.copy.of_layer(layer)
-            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=copy)
         completion = None
         if layer in self._factors:
             completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
-        if config.retrieval_attention == "selected" or not roles.retrieval:
-            rows = constant(roles.donor_rows, torch.int64, query.device)
-            return ops.attend_blocks(
-                query, kv, selections, rows, config.block_size, scale, out=out, completion=completion
+        chosen = selections.rows(roles.first_row, len(roles.retrieval))
+        if config.retrieval_attention == "full" and roles.retrieval:  # the paper's form
+            if refresh:
+                dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
+            else:
+                dense = ops.attend(query, kv, scale, roles.retrieval)
+            rows = tuple(roles.donor_rows[head] for head in roles.sparse)
+            output = attend_in_two_forms(
+                query, kv, selections, roles.retrieval, roles.sparse, rows, config.block_size, scale, dense, completion
             )
-        rows = tuple(roles.donor_rows[head] for head in roles.sparse)
-        output = attend_in_two_forms(
-            query, kv, selections, roles.retrieval, roles.sparse, rows, config.block_size, scale, completion
-        )  # the paper's form
-        return output if out is None else out.copy_(output)
+            return output if out is None else out.copy_(output)
+        if roles.retrieval and refresh:
+            copy = None if state.copy is None else state.copy.of_layer(layer)
+            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=copy)
+        rows = constant(roles.donor_rows, torch.int64, query.device)
+        return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out, completion=completion)
 
     def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
         """Keys scanned by retrieval heads, keys and values attended by every head, and means (see `DecodeAttention`).
@@ -284,19 +286,22 @@ def attend_in_two_forms(
     rows: tuple[int, ...],
     block_size: int,
     scale: float,
+    whole: Tensor | None = None,
     completion: Completion | None = None,
 ) -> Tensor:
     """Attention of one layer whose KV heads `dense` attend to everything, `sparse` each over one of `rows`.
 
-    Together they are all heads of the layer; otherwise as `ops.attend_blocks`.
+    Together they are all heads of the layer. `whole`: what the dense ones give, where that is known; otherwise as
+    `ops.attend_blocks`.
     """
+    if whole is None and dense:
+        whole = ops.attend(query, kv, scale, dense)
     if not sparse:
-        return ops.attend(query, kv, scale)
+        return whole
     chosen = constant(rows, torch.int64, query.device)
     if not dense:
         return ops.attend_blocks(query, kv, selections, chosen, block_size, scale, completion=completion)
     output = torch.empty_like(query).unflatten(1, (len(dense) + len(sparse), -1))  # [B, Hkv, G, D]
-    whole = ops.attend(query, kv, scale, dense)
     output[:, constant(dense, torch.int64, query.device)] = whole.unflatten(1, (len(dense), -1))
     part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse, completion=completion)
     output[:, constant(sparse, torch.int64, query.device)] = part.unflatten(1, (len(sparse), -1))

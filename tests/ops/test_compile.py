@@ -116,6 +116,19 @@ def test_completion(compiled, dim, dtype, page, tmp_path, monkeypatch):
     assert narrow == 0 or page  # those of the page table
 
 
+@pytest.mark.parametrize(
+    ("dim", "dtype", "page", "block_size"),
+    [(128, torch.bfloat16, 0, 32), (128, torch.bfloat16, 16, 64), (64, torch.float16, 0, 16),
+     (256, torch.bfloat16, 0, 32), (128, torch.float32, 0, 16)],
+    ids=str,
+)  # fmt: skip
+def test_dense_heads_that_select(compiled, dim, dtype, page, block_size, tmp_path):
+    kv, config = make_cache(dim, dtype, page), HybridConfig(block_size=block_size)
+    out = Selections.allocate(1, 1, 4096 // block_size, "cpu")
+    kernels.attend_select(torch.empty(1, 8, dim, dtype=dtype), kv, (1,), config, 0.1, out)
+    check(compiled, tmp_path, 3)
+
+
 @pytest.mark.parametrize(("dim", "newest"), [(64, 1), (128, 1), (128, 2)])
 def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
     """Keys of 8 bits, widened in registers."""

@@ -141,6 +141,19 @@ def test_attend_is_softmax_attention(layout, heads):
             torch.testing.assert_close(output[b, i * 3 : i * 3 + 3].double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@layouts
+@pytest.mark.parametrize("score", ["mass", "max"])
+def test_attend_select_is_attend_and_scan_select(layout, score):
+    kv, _ = make_cache(**layout)
+    query, heads = torch.randn(kv.batch, 6, kv.keys.shape[-1]), (1, 0)
+    config = HybridConfig(budget_tokens=24, block_size=8, sink_tokens=4, recent_tokens=4, block_score=score)
+    right, found = (Selections.allocate(2, kv.batch, 3, "cpu") for _ in range(2))
+    output = ops.attend_select(query, kv, heads, config, SCALE, found)
+    ops.scan_select(query, kv, heads, config, SCALE, right)
+    torch.testing.assert_close(output, ops.attend(query, kv, SCALE, heads))
+    assert torch.equal(found.blocks, right.blocks)
+
+
 @pytest.mark.parametrize("page", [8, 24])
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS, ids=["reference", "cpu"])
 def test_pages_do_not_matter(ops, page):

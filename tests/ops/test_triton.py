@@ -21,6 +21,7 @@ from lycheedecode.ops import operators as kernels  # noqa: E402
 from lycheedecode.ops.attend.triton_blocks import attend_blocks  # noqa: E402
 from lycheedecode.ops.attend.triton_dense import attend  # noqa: E402
 from lycheedecode.ops.attend.triton_rows import attend_tokens  # noqa: E402
+from lycheedecode.ops.attend.triton_select import attend_worth  # noqa: E402
 from lycheedecode.ops.dispatch import kernel_obstacle  # noqa: E402
 from lycheedecode.ops.kernel_common import Tuning  # noqa: E402
 from lycheedecode.ops.scan import triton as scan  # noqa: E402
@@ -182,6 +183,36 @@ def test_dense_counters_return_to_zero():
     first = attend(query, kv, SCALE, None, Tuning(4, 16, 4, 2))
     for _ in range(3):
         assert torch.equal(attend(query, kv, SCALE, None, Tuning(4, 16, 4, 2)), first)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("score", ["mass", "max"])
+def test_dense_and_worth(layout, dtype, score):
+    """The output is that of dense attention, and blocks are worth what a scan says."""
+    kv = make_cache(**layout, dtype=dtype)
+    query, heads = make_query(kv, 3), (1, 0)
+    for size, tuning in ((16, None), (4, Tuning(3, 32, 4, 2)), (32, Tuning(2, 64, 2, 2))):
+        output, worth = attend_worth(query, kv, heads, size, SCALE, score, tuning)
+        close(output, reference.attend(query, kv, SCALE, heads), dtype)
+        found = scan.normalise(worth, kv, size)
+        expected = reference.scan_blocks(query, kv, heads, size, SCALE, score)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize("block_size", [8, 256])
+def test_dense_and_selection(page, block_size):
+    """Blocks that a tile holds, and blocks too large for one."""
+    kv = make_cache([1100, 77, 0, 2], starts=[0, 90, 0, 7])
+    kv = paged(kv, page) if page else kv
+    config = HybridConfig(block_size=block_size, budget_tokens=4 * block_size, sink_tokens=8, recent_tokens=8)
+    query, (found, right) = make_query(kv, 3), (Selections.allocate(1, 4, 4, DEVICE) for _ in range(2))
+    output = kernels.attend_select(query, kv, (1,), config, SCALE, found)
+    close(output, reference.attend(query, tame(kv), SCALE, (1,)), torch.float32)
+    scores = reference.scan_blocks(query, tame(kv), (1,), block_size, SCALE)
+    reference.select_blocks(scores, kv, config, right)
+    check_same_blocks("attend_select", found, right, scores)
 
 
 # ---------------------------------------------------------------------- attend_blocks

@@ -152,7 +152,6 @@ def test_a_name_is_a_class_and_settings(shape):
 def test_bytes_are_what_the_operations_read(llama, make, name, lengths, monkeypatch):
     """Every operation is watched; bounds are counted by hand."""
     policy, read = make(name), torch.zeros(len(lengths))
-    dense_form = policy.config.retrieval_attention == "full"
 
     def watched(operation, count):
         def run(query, kv, *arguments, **options):
@@ -175,7 +174,10 @@ def test_bytes_are_what_the_operations_read(llama, make, name, lengths, monkeypa
         ops.attend, lambda kv, scale, heads=None: 2 * kv.token_counts() * len((0, 1) if heads is None else heads)
     ))  # fmt: skip
     monkeypatch.setattr(ops, "scan_select", watched(
-        ops.scan_select, lambda kv, heads, *_, **__: kv.token_counts() * (0 if dense_form else len(heads))
+        ops.scan_select, lambda kv, heads, *_, **__: kv.token_counts() * len(heads)
+    ))  # fmt: skip
+    monkeypatch.setattr(ops, "attend_select", watched(
+        ops.attend_select, lambda kv, heads, *_, **__: 2 * kv.token_counts() * len(heads)
     ))  # fmt: skip
     engine = engine_of(llama, policy)
     context = engine.prefill(tiny.prompts(*lengths))

@@ -6,6 +6,7 @@
     attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
     attend_tokens   dense and causal, the newest T tokens      -> output                        [B, T, Hq, D]
     scan_select     the first two
+    attend_select   the same for retrieval heads that are dense: attend, and select from the same weights
     write_means     tokens of whole chunks                     -> their mean key and value
     append          the newest token, normed and rotated       -> the cache
     count_bytes     what all of them read of the cache         -> added to a total              [B]
@@ -17,7 +18,7 @@ already in the cache. Accumulation is float32.
 """
 
 from .append import append
-from .attend import attend, attend_blocks, attend_tokens
+from .attend import attend, attend_blocks, attend_select, attend_tokens
 from .complete import write_means
 from .complete.means import ChunkMeans
 from .count import count_bytes
@@ -35,6 +36,7 @@ __all__ = [
     "append",
     "attend",
     "attend_blocks",
+    "attend_select",
     "attend_tokens",
     "count_bytes",
     "has_float8",

@@ -13,12 +13,13 @@ from ..config import HybridConfig
 from .attend.triton_blocks import attend_blocks as attend_sparsely
 from .attend.triton_dense import attend as attend_densely
 from .attend.triton_rows import attend_tokens
+from .attend.triton_select import attend_select
 from .scan import triton as scan
 from .select import triton as select
 from .select.triton import Rule
 from .types import KV, Completion, Selections
 
-__all__ = ["attend", "attend_blocks", "attend_tokens", "scan_blocks", "scan_select", "select_blocks"]
+__all__ = ["attend", "attend_blocks", "attend_select", "attend_tokens", "scan_blocks", "scan_select", "select_blocks"]
 
 
 def scan_blocks(

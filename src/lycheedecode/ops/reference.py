@@ -5,7 +5,7 @@ heads of a group share one matrix product, nothing is expanded to `Hq` heads.
 """
 
 from .append.reference import append
-from .attend.reference import attend, attend_blocks, attend_tokens
+from .attend.reference import attend, attend_blocks, attend_select, attend_tokens
 from .complete.reference import write_means
 from .count.reference import count_bytes
 from .scan.reference import scan_blocks, write_copy, write_newest_to_copy
@@ -15,6 +15,7 @@ __all__ = [
     "append",
     "attend",
     "attend_blocks",
+    "attend_select",
     "attend_tokens",
     "count_bytes",
     "scan_blocks",

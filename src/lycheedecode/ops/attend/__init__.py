@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...config import HybridConfig
 from ..dispatch import check, kernels_for
 from ..scan import has_float8
 from ..types import KV, Completion, Selections
 from . import cpu, reference
 
-__all__ = ["attend", "attend_blocks", "attend_tokens"]
+__all__ = ["attend", "attend_blocks", "attend_select", "attend_tokens"]
 
 MAX_TOKENS = 32
 """Query tokens that the kernel takes at once."""
@@ -62,6 +63,20 @@ def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = 
     """Dense attention of KV heads over the whole cache; arguments and result as in `attend_blocks`."""
     check(query, kv)
     return (kernels_for(query) or reference).attend(query, kv, scale, heads)
+
+
+def attend_select(
+    query: Tensor, kv: KV, heads: tuple[int, ...], config: HybridConfig, scale: float, out: Selections
+) -> Tensor:
+    """Dense attention of retrieval heads, and their selections from the same weights: keys are read once.
+
+    It is `attend` and `scan_select`, with their arguments, for the time of the former.
+
+    Returns:
+        `[B, R * G, D]` in the dtype of `query`.
+    """
+    check(query, kv)
+    return (kernels_for(query) or reference).attend_select(query, kv, heads, config, scale, out)
 
 
 def attend_tokens(

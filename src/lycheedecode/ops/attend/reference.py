@@ -7,8 +7,11 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ...config import HybridConfig
 from ..common import all_tokens, by_kv_head, existing_tokens, finish, floats, some_tokens
 from ..complete.reference import unread
+from ..scan.reference import block_scores
+from ..select.reference import select_blocks
 from ..types import KV, Completion, Selections
 
 
@@ -90,3 +93,19 @@ def _without_unused(kv: KV) -> KV:
 def _wide(cache: Tensor, kv: KV, scale: Tensor | None, copy: bool = False) -> Tensor:
     wide = floats(all_tokens(cache, kv, None), copy)
     return wide if scale is None else wide * scale[:, None, None]
+
+
+def attend_select(
+    query: Tensor, kv: KV, heads: tuple[int, ...], config: HybridConfig, scale: float, out: Selections
+) -> Tensor:
+    grouped, exists = by_kv_head(query, kv, heads), existing_tokens(kv)
+    logits = (grouped.float() * scale) @ floats(all_tokens(kv.keys, kv, heads)).mT  # [B, R, G, S]
+    if exists is not None:
+        logits = logits.masked_fill_(~exists[:, None, None], -inf)
+    weights = logits.softmax(-1)
+    scores = [block_scores(weights[:, r], kv, config.block_size, config.block_score) for r in range(len(heads))]
+    select_blocks(torch.stack(scores), kv, config, out)
+    if exists is None:
+        return (weights @ floats(all_tokens(kv.values, kv, heads))).flatten(1, 2).to(query.dtype)
+    values = floats(all_tokens(kv.values, kv, heads), copy=True).masked_fill_(~exists[:, None, :, None], 0.0)
+    return (weights.nan_to_num_(0.0) @ values).flatten(1, 2).to(query.dtype)

@@ -29,13 +29,17 @@ def scan_blocks(
         logits = (grouped[:, head].float() * scale) @ floats(keys).mT  # [B, G, S]
         if exists is not None:
             logits = logits.masked_fill_(~exists[:, None], -inf)
-        weights = logits.softmax(-1)
-        if kv.starts is not None:
-            weights = _from_first_token(weights, kv.starts)
-        weights = F.pad(weights, (0, -kv.slots % block_size)).unflatten(-1, (-1, block_size))
-        per_query_head = weights.sum(-1) if score == "mass" else weights.amax(-1)
-        scores.append(per_query_head.mean(1))
-    return torch.stack(scores).nan_to_num_(0.0) if exists is not None else torch.stack(scores)
+        scores.append(block_scores(logits.softmax(-1), kv, block_size, score))
+    return torch.stack(scores)
+
+
+def block_scores(weights: Tensor, kv: KV, block_size: int, score: str) -> Tensor:
+    """Weights of slots, `[B, G, S]` -> what blocks are worth to the group, `[B, N]`; 0 without any token."""
+    if kv.starts is not None:
+        weights = _from_first_token(weights, kv.starts)
+    weights = F.pad(weights, (0, -kv.slots % block_size)).unflatten(-1, (-1, block_size))
+    worth = (weights.sum(-1) if score == "mass" else weights.amax(-1)).mean(1)
+    return worth if kv.lengths is None and kv.starts is None else worth.nan_to_num_(0.0)
 
 
 def write_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], begin: int, end: int) -> None:
