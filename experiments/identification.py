@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from lycheedecode.config import BlockScore, HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, Stages
-from lycheedecode.identify.donors import Reach, assign_donors, choose_by_coverage, remap
+from lycheedecode.identify.donors import Reach, choose_by_coverage, remap
 from lycheedecode.identify.replay import Lesson, prepare
 from lycheedecode.identify.search import Judge, exchange
 from lycheedecode.identify.sensitivity import Surrogate
+from lycheedecode.identify.settings import PASSKEYS
 from lycheedecode.identify.train import top_heads
 from lycheedecode.models.load import DEFAULT_MODEL, load_model
 from lycheedecode.models.shape import ModelShape
@@ -43,7 +44,7 @@ class HeldOut(NamedTuple):
 
     prompts: int
     """Of each kind."""
-    cells: tuple[Cell, ...] = (*IdentifySettings().calibrate_cells, Cell("prose", 3072, "multi_hop", 4))
+    cells: tuple[Cell, ...] = (*PASSKEYS, Cell("prose", 3072, "multi_hop", 4))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -66,6 +67,7 @@ class Comparison:
     """Runs variants one after the other and keeps their results in one JSON file."""
 
     def __init__(self, model: Any, tokenizer: Any, base: IdentifySettings, held_out: HeldOut, path: Path) -> None:
+        base = uncompleted(base)
         self.model, self.tokenizer, self.base, self.path = model, tokenizer, base, path
         self.held_out = held_out
         shape = ModelShape.of(model)
@@ -106,24 +108,22 @@ class Comparison:
         """The plan that the second-order search finds."""
         reach, settings = reach or self.reach, replace(self.base, **changes)
         table = self.table if table is None else table
-        surrogate = Surrogate(table * reach.matrix().to(table.device), reach, settings.coupling)
-        roles = surrogate.search(settings.num_retrieval_heads)
-        return HeadPlan.from_donors(surrogate.as_heads(surrogate.assign(roles)))
+        surrogate = Surrogate(table * reach.matrix().to(table.device)[..., None], reach, settings.coupling)
+        return surrogate.plan(surrogate.assign(surrogate.search(settings.num_retrieval_heads)))
 
     def trained(self, **changes: Any) -> HeadPlan:
         """The plan of trained gates."""
         settings = replace(self.base, roles="gates", **changes)
         inherits = settings.donors == "same_index"
         means = self.stages(roles="gates", **changes).train(None if inherits else self.coverage)
-        roles = top_heads(means, settings.num_retrieval_heads, self.reach.always_retrieval)
+        roles = top_heads(means, settings.num_retrieval_heads, self.reach)
         return self.same_index(roles) if inherits else self.remapped(roles)
 
     def exchanged(self, roles: Collection[Head]) -> HeadPlan:
         """Roles after exchanges judged by decoding, 8 prompts of each kind."""
         stages = self.stages(calibrate_prompts=8, batch_size=8)
         judge = Judge(self.model, stages.all_lessons(), self.base.config, self.reach)
-        donors_of = partial(assign_donors, coverage=self.coverage, reach=self.reach)
-        return self.remapped(exchange(roles, self.reach, judge, donors_of, rounds=6))
+        return self.remapped(exchange(roles, self.reach, judge, self.remapped, rounds=6))
 
     def add(self, name: str, make: Callable[[], HeadPlan], score: BlockScore = "mass") -> None:
         """Make a plan, judge it by decoding with that block score, write it down; nothing when it is there already."""
@@ -187,6 +187,11 @@ def _random_roles(reach: Reach, number: int, seed: int) -> list[tuple[int, int]]
     return always + random.Random(seed).sample(others, number - len(always))
 
 
+def uncompleted(settings: IdentifySettings) -> IdentifySettings:
+    """What is compared here are roles and donors, so nothing is completed."""
+    return replace(settings, config=replace(settings.config, completion="none"))
+
+
 def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Lesson]:
     """The prompts that plans are judged on, prefilled."""
     makers, rng = makers_for(tokenizer, held_out.cells, "evaluate"), random.Random("evaluate/held-out")
@@ -218,6 +223,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any, IdentifySetting
     base = IdentifySettings(
         num_retrieval_heads=arguments.retrieval_heads,
         config=HybridConfig(budget_tokens=arguments.budget_tokens, block_size=arguments.block_size),
+        calibrate_cells=PASSKEYS,
+        draws=4,
         calibrate_prompts=arguments.calibrate_prompts,
     )
     torch.set_float32_matmul_precision("high")

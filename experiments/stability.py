@@ -21,7 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.identification import HeldOut, held_out_lessons, make_parser, open_model, study_fingerprint
+from experiments.identification import (
+    HeldOut,
+    held_out_lessons,
+    make_parser,
+    open_model,
+    study_fingerprint,
+    uncompleted,
+)
 from lycheedecode.identify import Cell, IdentifySettings, Stages
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.search import Judge
@@ -74,6 +81,7 @@ class Stability:
     def __init__(
         self, model: Any, tokenizer: Any, base: IdentifySettings, held_out: HeldOut, path: Path, plans: Path | None
     ) -> None:
+        base = uncompleted(base)
         self._model, self._tokenizer, self._base, self._path, self._plans = model, tokenizer, base, path, plans
         self._held_out = held_out
         shape = ModelShape.of(model)
@@ -117,12 +125,12 @@ class Stability:
             plan.save(self._plans / f"{variant.name.replace(' ', '-')}.json")
 
     def _find(self, settings: IdentifySettings) -> HeadPlan:
+        settings = uncompleted(settings)
         key = str((settings.seed, settings.calibrate_cells))
         if key not in self._tables:  # the number of heads matters to the search only
             self._tables[key] = Stages(self._model, self._tokenizer, settings, self._reach).sensitivity()
         surrogate = Surrogate(self._tables[key], self._reach, settings.coupling)
-        roles = surrogate.search(settings.num_retrieval_heads)
-        return HeadPlan.from_donors(surrogate.as_heads(surrogate.assign(roles)))
+        return surrogate.plan(surrogate.assign(surrogate.search(settings.num_retrieval_heads)))
 
     def _jaccard(self, one: HeadPlan, other: HeadPlan) -> float:
         free = [set(plan.retrieval) - set(self._reach.always_retrieval) for plan in (one, other)]

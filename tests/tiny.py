@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from lycheedecode import HeadPlan
@@ -54,11 +56,27 @@ FAMILIES = {
         },
     ),
 }
+REFUSED = {
+    # Two layers of four have linear attention.
+    "qwen3_next": (
+        Qwen3NextConfig,
+        Qwen3NextForCausalLM,
+        {
+            "layer_types": ["full_attention", "linear_attention"] * 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 0,
+        },
+    ),
+}
+"""What the engine refuses, and what may be routed and identified all the same."""
 
 
 def model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
     """A random model in eval mode, the same one every time."""
-    config_class, model_class, own = FAMILIES[family]
+    config_class, model_class, own = (FAMILIES | REFUSED)[family]
     torch.manual_seed(0)
     config = config_class(**{**_SHAPE, **own, **changes})
     return model_class(config).eval().requires_grad_(False).to(dtype)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lycheedecode import HeadPlan, HybridConfig
-from lycheedecode.identify.donors import Reach, assign_donors, measure_coverage
+from lycheedecode.identify.donors import Reach, assign_donors, measure_coverage, remap
 from lycheedecode.identify.replay import prepare
 from lycheedecode.identify.search import Judge, exchange
 from lycheedecode.prompts.makers import PromptMaker
@@ -75,12 +75,12 @@ def test_impossible_divisions_are_refused(shards, stages):
 
 def test_search_lowers_the_score_and_keeps_the_number(model, lessons, coverage):
     judge = Judge(model, lessons, CONFIG, REACH)
-    assert judge(HeadPlan.all_retrieval(4, 2).donors) == pytest.approx(1.0, rel=1e-3)
+    assert judge(HeadPlan.all_retrieval(4, 2)) == pytest.approx(1.0, rel=1e-3)
     start = [(1, 0), (2, 0)]
-    donors_of = partial(assign_donors, coverage=coverage, reach=REACH)
-    found = exchange(start, REACH, judge, donors_of, rounds=3)
+    plan_of = partial(remap, coverage=coverage, reach=REACH)
+    found = exchange(start, REACH, judge, plan_of, rounds=3)
     assert len(found) == 4
-    assert judge(donors_of(found)) <= judge(donors_of(start))
+    assert judge(plan_of(found)) <= judge(plan_of(start))
 
 
 def test_kl_is_zero_when_everything_is_selected(model, lessons):

@@ -1,18 +1,21 @@
 """The student of identification must be the decoder that users run."""
 
+import math
 import random
+from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from transformers import DynamicCache
 
 from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.attention import HybridAttention
-from lycheedecode.identify.replay import Planned, full, prepare, replay
+from lycheedecode.identify.replay import Drawn, Planned, choose_blocks, full, in_parts, prepare, replay
 from lycheedecode.models.routing import route_attention
 from lycheedecode.models.versions import cache_argument
 from lycheedecode.ops import KV
-from lycheedecode.prompts.makers import PromptMaker
+from lycheedecode.prompts.makers import Prompt, PromptMaker
 
 PLAN = HeadPlan.from_donors([[(0, 0), (0, 1)], [(0, 1), (1, 1)], [(1, 1), (0, 0)], [(3, 0), (3, 0)]])
 
@@ -53,6 +56,76 @@ def test_replay_leaves_the_prefill_as_it_was(model, lesson):
     before = [keys.clone() for keys, _ in lesson.prefix]
     replay(model, lesson, full)
     assert all(torch.equal(old, keys) for old, (keys, _) in zip(before, lesson.prefix, strict=True))
+
+
+def test_what_is_unread_counts_as_the_means_of_its_chunks(model, lesson):
+    """Against the definition, head by head and token by token."""
+    config = HybridConfig(budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=9, completion_chunk=32)
+    factor, seen_by = 0.5, {}
+
+    def attend(layer, seen):
+        seen_by[layer] = seen
+        return full(layer, seen)
+
+    with torch.no_grad():
+        replay(model, lesson, attend)
+    seen = seen_by[2]
+    chosen = choose_blocks(seen.weights, config)
+    parts = in_parts(seen, chosen, 8, 32, seen.means(32))
+    found = parts.output(factor)
+    start = lesson.prompt_length
+    for sequence, head, step in [(0, 0, 0), (1, 1, 5), (0, 1, 12), (1, 0, 13)]:  # the last are past a chunk's end
+        length = start + step + 1
+        keys, values = (tokens[sequence, head, :length] for tokens in (seen.keys, seen.values))
+        query = seen.query.unflatten(2, (3, -1))[sequence, head, :, step]
+        read = chosen[sequence, head, step].repeat_interleave(8)[:length]
+        logits, attended = [query @ keys[read].T], [values[read]]
+        for chunk in range((length - 1) // 32):
+            place = slice(chunk * 32, chunk * 32 + 32)
+            unread = int((~read[place]).sum())
+            if unread:
+                logits.append((query @ keys[place].mean(0) + math.log(factor * unread))[:, None])
+                attended.append(values[place].mean(0)[None])
+        expected = torch.cat(logits, -1).softmax(-1) @ torch.cat(attended)
+        torch.testing.assert_close(found[sequence, head, :, step], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_completed_plans_come_between_the_factors(model, lesson):
+    config = HybridConfig(budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=9, completion_chunk=32)
+
+    def student(plan, **changes):
+        return replay(model, lesson, Planned(plan, replace(config, **changes)))
+
+    plain, ones = replace(PLAN, completion=[[0, 0]] * 4), replace(PLAN, completion=[[1, 1]] * 4)
+    torch.testing.assert_close(student(plain), student(PLAN))
+    torch.testing.assert_close(student(ones), student(PLAN, completion="centroid"))
+    torch.testing.assert_close(student(ones, completion="none"), student(PLAN))
+    assert (student(ones) - student(PLAN))[lesson.mask].abs().max() > 1e-3
+    everything = replace(config, budget_tokens=1024)
+    whole = replay(model, lesson, Planned(ones, everything))
+    torch.testing.assert_close(whole, lesson.teacher, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+def test_other_layers_stay_as_they_are(family):
+    model, rows = tiny.model(family), tiny.prompts(70, 70)
+    prompts = [Prompt(tuple(row[:60]), tuple(row[60:]), ()) for row in rows]
+    lesson = prepare(model, prompts, chunk=25)
+    expected = model.base_model(input_ids=torch.tensor(rows)).last_hidden_state[:, 60:-1]
+    torch.testing.assert_close(lesson.teacher, expected, atol=2e-4, rtol=1e-3)
+    again = replay(model, lesson, full)
+    torch.testing.assert_close(again, lesson.teacher)
+
+
+def test_answers_can_be_drawn(model, tokenizer):
+    prompt = PromptMaker(tokenizer, "noise").continuation(150, 8, random.Random(0))
+    cold = prepare(model, [prompt], drawn=Drawn(6, temperature=1e-6)).answer_ids[0].tolist()
+    ids = list(prompt.prompt_ids)
+    for token in cold:
+        assert int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+    one, two = (prepare(model, [prompt], drawn=Drawn(6, 1.0, seed)).answer_ids for seed in (1, 2))
+    assert not torch.equal(one, two)
 
 
 def _decode(model, lesson, attention):

@@ -4,20 +4,24 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 
-from lycheedecode import HeadPlan, HybridConfig
+from lycheedecode import HybridConfig
 from lycheedecode.errors import ResumeError
 from lycheedecode.identify import Cell, IdentifySettings, identify
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.objective import token_kl
 from lycheedecode.identify.replay import full, prepare, replay
 from lycheedecode.identify.search import Judge
-from lycheedecode.identify.sensitivity import Surrogate, _gradients, in_units, measure_sensitivity
+from lycheedecode.identify.sensitivity import Surrogate, gradients, in_units, measure_sensitivity
+from lycheedecode.models.routing import check_plan
+from lycheedecode.models.shape import ModelShape
 from lycheedecode.prompts.makers import PromptMaker
 
 CONFIG = HybridConfig(budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=8)
 REACH = Reach(4, 2)
+FACTORS = (0.0, 0.5, 1.0)
 SETTINGS = IdentifySettings(
     num_retrieval_heads=4,
     config=CONFIG,
@@ -36,11 +40,11 @@ def lesson(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def table(model, lesson):
-    return measure_sensitivity(model, lesson, CONFIG, REACH, draws=256, generator=torch.Generator().manual_seed(0))
+    return measure_sensitivity(model, lesson, CONFIG, REACH, 256, torch.Generator().manual_seed(0), FACTORS)
 
 
 def test_shape_and_reach(table):
-    assert table.shape == (512, 8, 8)
+    assert table.shape == (512, 8, 8, 3)
     assert table[:, ~REACH.matrix()].abs().max() == 0
 
 
@@ -48,8 +52,8 @@ def test_half_the_mean_square_is_the_kl_of_a_small_change(model, lesson):
     # Shrink what a plan does to one head until second order is all there is, and compare with the true KL.
     layer, head, size = 2, 1, 0.02
 
-    def nudged(index, weights, values):
-        output = full(index, weights, values)
+    def nudged(index, seen):
+        output = full(index, seen)
         if index == layer:
             output[:, head] *= 1 - size
         return output
@@ -60,23 +64,23 @@ def test_half_the_mean_square_is_the_kl_of_a_small_change(model, lesson):
     expected = float(kl.sum() / lesson.mask.sum())
 
     # The same change through the table's own route: gradients of drawn answers, times the change.
-    gradients = _gradients(model, lesson, 512, torch.Generator().manual_seed(1))[layer][:, :, head]
+    gradient = gradients(model, lesson, 512, torch.Generator().manual_seed(1))[layer][:, :, head]
     seen = []
     with torch.no_grad():
-        replay(model, lesson, lambda index, w, v: seen.append(full(index, w, v)) or seen[-1])
-    moved = (gradients * -size * seen[layer][:, head]).flatten(2).sum(-1)
+        replay(model, lesson, lambda *given: seen.append(full(*given)) or seen[-1])
+    moved = (gradient * -size * seen[layer][:, head]).flatten(2).sum(-1)
     found = float((0.5 * moved.square().mean(0)).sum() / lesson.mask.sum())
     assert found == pytest.approx(expected, rel=0.15)
 
 
 def test_surrogate_ranks_plans_like_the_true_kl(model, lesson, table):
-    judge, surrogate = Judge(model, [lesson], CONFIG, REACH), Surrogate(table, REACH, coupling=1.0)
+    judge, surrogate = Judge(model, [lesson], CONFIG, REACH), Surrogate(table, REACH, 1.0, FACTORS)
     heads, rng = REACH.heads(), random.Random(0)
     true, predicted = [], []
     for _ in range(24):
         roles = rng.sample(heads[2:], 3)
         donor = surrogate.assign(roles)
-        true.append(judge.kl(HeadPlan.from_donors(surrogate.as_heads(donor)))[0])
+        true.append(judge.kl(surrogate.plan(donor))[0])
         predicted.append(surrogate.cost(donor))
     ranks = torch.tensor([true, predicted]).argsort(1).argsort(1).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.5
@@ -84,32 +88,31 @@ def test_surrogate_ranks_plans_like_the_true_kl(model, lesson, table):
 
 @pytest.mark.parametrize("coupling", [0.0, 0.5, 1.0])
 def test_search_finds_the_best_of_all_sets_or_nearly(table, coupling):
-    surrogate = Surrogate(in_units(table), REACH, coupling)
+    surrogate = Surrogate(in_units(table), REACH, coupling, FACTORS)
     found = surrogate.search(4)
-    assert found[:2] == [(0, 0), (0, 1)]
-    others = REACH.heads()[2:]
-    scores = sorted(surrogate.cost(surrogate.assign(pair)) for pair in itertools.combinations(others, 2))
+    sets = [heads for heads in itertools.combinations(REACH.heads(), 4) if REACH.serves_all(heads)]
+    scores = sorted(surrogate.cost(surrogate.assign(heads)) for heads in sets)
     assert surrogate.cost(surrogate.assign(found)) <= scores[1] + 1e-6
-    plan = HeadPlan.from_donors(surrogate.as_heads(surrogate.assign(found)))
+    plan = surrogate.plan(surrogate.assign(found))
     assert list(plan.retrieval) == found
 
 
-def test_assigned_donors_cannot_be_improved_one_by_one(table):
-    surrogate = Surrogate(in_units(table), REACH, 0.5)
-    donor = surrogate.assign([(1, 0), (2, 1)], sweeps=10)
-    best = surrogate.cost(donor)
+def test_assigned_options_cannot_be_improved_one_by_one(table):
+    surrogate = Surrogate(in_units(table), REACH, 0.5, FACTORS)
+    choice = surrogate.assign([(1, 0), (2, 1)], sweeps=10)
+    best = surrogate.cost(choice)
     inside = [0, 1, 2, 5]
-    for head in set(range(8)) - set(inside):
-        for other in inside:
-            if REACH.matrix()[head, other]:
-                changed = donor.clone()
-                changed[head] = other
+    for head in range(8):
+        for donor in [head] if head in inside else inside:
+            for factor in range(3) if REACH.matrix()[head, donor] else ():
+                changed = choice.clone()
+                changed[head] = donor * 3 + factor
                 assert surrogate.cost(changed) >= best - 1e-5
 
 
 def test_units(table):
-    own = torch.arange(8)
-    assert Surrogate(in_units(table), REACH, 1.0).cost(own) == pytest.approx(1.0, rel=1e-4)
+    surrogate = Surrogate(in_units(table), REACH, 1.0, FACTORS)
+    assert surrogate.cost(surrogate.own()) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_identify_end_to_end(model, tokenizer):
@@ -120,6 +123,41 @@ def test_identify_end_to_end(model, tokenizer):
     assert [(p.stage, p.step, p.steps) for p in seen] == [("measure", i, 4) for i in (1, 2, 3, 4)]
     assert plan.provenance["settings"]["roles"] == "sensitivity"
     assert identify(model, tokenizer, SETTINGS).donors == plan.donors
+
+
+def test_completion_is_part_of_the_plan_unless_switched_off(model, tokenizer):
+    plan = identify(model, tokenizer, SETTINGS)
+    assert plan.completion is not None
+    assert {factor for row in plan.completion for factor in row} <= set(SETTINGS.completion_factors)
+    assert plan.provenance["completion"] == {"chunk": 128}
+    plain = identify(model, tokenizer, replace(SETTINGS, config=replace(CONFIG, completion="none")))
+    assert plain.completion is None
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+@pytest.mark.parametrize("changes", [{}, {"roles": "coverage"}, {"roles": "gates", "steps": 2, "donors": "same_index"}])
+def test_plans_are_for_global_layers(byte_tokenizer, family, changes):
+    network = tiny.model(family)
+    settings = replace(
+        SETTINGS, num_retrieval_heads=3, calibrate_prompts=2,
+        calibrate_cells=(Cell("noise", 240), Cell("prose", 200, "continuation", 8)),
+        train_cells=(Cell("noise", 240),), **changes,
+    )  # fmt: skip
+    plan = identify(network, byte_tokenizer, settings)
+    shape = ModelShape.of(network)
+    check_plan(plan, shape)  # refuses donors in other layers
+    assert len(shape.global_layers) == 2
+    inside = [head for head in plan.retrieval if head[0] in shape.global_layers]
+    assert len(inside) == 3
+    for layer in set(range(4)) - set(shape.global_layers):
+        assert plan.donors[layer] == ((layer, 0), (layer, 1))
+        assert plan.completion is None or plan.completion[layer] == (0, 0)
+
+
+def test_a_model_without_a_global_layer_is_refused(byte_tokenizer):
+    network = tiny.model("gemma3", layer_types=["sliding_attention"] * 4)
+    with pytest.raises(ValueError, match="no layer with full attention"):
+        identify(network, byte_tokenizer, SETTINGS)
 
 
 def test_shards_and_stages(model, tokenizer):

@@ -143,4 +143,4 @@ def test_gates_close_when_nothing_speaks_for_them(model, tokenizer):
 
 def test_top_heads_keeps_those_that_must_retrieve():
     means = torch.tensor([[0.0, 0.0], [0.9, 0.1], [0.8, 0.7]])
-    assert top_heads(means, 4, [(0, 0), (0, 1)]) == [(0, 0), (0, 1), (1, 0), (2, 0)]
+    assert top_heads(means, 4, Reach(3, 2)) == [(0, 0), (0, 1), (1, 0), (2, 0)]

@@ -50,7 +50,9 @@ def _kept(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 @app.command(no_args_is_help=True)
 @resumable(_kept)
-@takes("changes", IdentifySettings, leave_out=("config", "train_cells", "calibrate_cells"))
+@takes(
+    "changes", IdentifySettings, leave_out=("config", "train_cells", "calibrate_cells", "texts", "completion_factors")
+)
 @takes_form
 def identify(
     output: Annotated[Path, typer.Argument(metavar="PLAN", help="Where the plan goes (JSON).")],
@@ -61,7 +63,11 @@ def identify(
     preset: Annotated[Literal["default", "paper"], typer.Option(help="What the options change.")] = "default",
     text: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Text for the prompts that have prose: a file, FILE.jsonl:COLUMN, ..."),
+        typer.Option(
+            metavar="SOURCE",
+            help="Your own text to continue: a file, FILE.jsonl:COLUMN, ... [default: code "
+            "and prose that come with Python]",
+        ),
     ] = None,
     train: Annotated[list[str] | None, Cells] = None,
     calibrate: Annotated[list[str] | None, Cells] = None,
@@ -85,7 +91,7 @@ def identify(
     state = _state(output)
     if (state / STATE).is_file() and not resume:
         raise ResumeError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
-    sources = sorted({cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)})
+    sources = sorted({*settings.texts, *(cell.text for cell in _cells(settings))})
     texts = {source: load_text(source) for source in sources}  # a mistake shows before the model is loaded
     if gates_png is not None and settings.roles != "gates":
         raise ConfigError("--gates-png draws trained gates: add --roles gates.")
@@ -147,10 +153,10 @@ def _settings(
     calibrate: list[str] | None,
 ) -> IdentifySettings:
     base = paper_settings() if preset == "paper" else IdentifySettings()
-    cells = {
-        name: _with_text(tuple(map(parse_cell, given)) if given else getattr(base, name), text)
-        for name, given in (("train_cells", train), ("calibrate_cells", calibrate))
-    }
+    cells: dict[str, Any] = {} if text is None else {"texts": (text,)}
+    for name, given in (("train_cells", train), ("calibrate_cells", calibrate)):
+        kinds = tuple(map(parse_cell, given)) if given else getattr(base, name)
+        cells[name] = kinds and _with_text(kinds, text)
     return replace(base, config=_changed(base.config, form), **cells, **changes)
 
 
@@ -161,6 +167,11 @@ def _changed(config: HybridConfig, form: dict[str, Any]) -> HybridConfig:
     if any(name in form for name in budget):
         kept = {name: value for name, value in kept.items() if name not in budget}
     return HybridConfig(**{**kept, **form})
+
+
+def _cells(settings: IdentifySettings) -> tuple[Cell, ...]:
+    trained = settings.train_cells if settings.roles == "gates" else ()
+    return (*trained, *(settings.calibrate_cells or ()))
 
 
 def _with_text(cells: tuple[Cell, ...], text: str | None) -> tuple[Cell, ...]:

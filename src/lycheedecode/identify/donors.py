@@ -1,9 +1,15 @@
-"""Which donor suits which head: measured on the full model, then read off for any choice of retrieval heads."""
+"""Which donor suits which head: measured on the full model, then read off for any choice of retrieval heads.
+
+Heads are those of the global layers, counted layer by layer; `H` of them. Where other layers lie between (sliding
+windows, linear attention), nobody asks their heads, and in a plan they are their own donors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +17,9 @@ from torch import Tensor, nn
 
 from ..config import HybridConfig
 from ..errors import ConfigError
+from ..models.shape import ModelShape
 from ..plan import Head, HeadPlan
-from .replay import Lesson, choose_blocks, full, replay
+from .replay import Lesson, Seen, choose_blocks, full, replay
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Reach:
         same_layer: whether a retrieval head may serve its own layer's heads (needs selection before attention).
         shards: tensor-parallel ranks; each holds a contiguous range of KV heads and donors stay inside it.
         stages: pipeline stages of equal depth; donors stay inside.
+        layers: those with full attention; None: all.
     """
 
     num_layers: int
@@ -31,20 +39,52 @@ class Reach:
     same_layer: bool = True
     shards: int = 1
     stages: int = 1
+    layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, shape: ModelShape, **limits: Any) -> Reach:
+        """Among a model's global layers; `limits` are the other attributes."""
+        return cls(shape.num_layers, shape.num_kv_heads, layers=shape.global_layers, **limits)
 
     def __post_init__(self) -> None:
         if self.shards < 1 or self.num_kv_heads % self.shards:
             raise ConfigError(f"{self.num_kv_heads} KV heads cannot be divided evenly over {self.shards} shards.")
+        if self.layers is None:
+            object.__setattr__(self, "layers", tuple(range(self.num_layers)))
         if not 1 <= self.stages <= self.num_layers:
             raise ConfigError(f"{self.num_layers} layers cannot be divided into {self.stages} pipeline stages.")
 
     @property
     def always_retrieval(self) -> tuple[Head, ...]:
-        """Heads that nobody could serve: those of each stage's first layer."""
-        first = [
-            layer for layer in range(self.num_layers) if layer == 0 or self._stage(layer) != self._stage(layer - 1)
-        ]
+        """Heads that nobody of an earlier layer could serve: those of each stage's first layer."""
+        stages = [self._stage(layer) for layer in self.layers]
+        first = [self.layers[stages.index(stage)] for stage in sorted(set(stages))]
         return tuple((layer, head) for layer in first for head in range(self.num_kv_heads))
+
+    def serves_all(self, retrieval: Collection[Head]) -> bool:
+        """Whether every head has a donor among these."""
+        return all(any(self.allows(donor, head) for donor in retrieval) for head in self.heads())
+
+    @cached_property
+    def _place(self) -> dict[int, int]:
+        return {layer: place for place, layer in enumerate(self.layers)}
+
+    def rows(self, layer: int) -> slice:
+        """The heads of a layer among all."""
+        first = self._place[layer] * self.num_kv_heads
+        return slice(first, first + self.num_kv_heads)
+
+    def whole(self, table: Sequence[Sequence[Any]], other: Callable[[Head], Any]) -> list[list[Any]]:
+        """A table with a row for each global layer as one for all layers; `other` fills the rows between."""
+        width = self.num_kv_heads
+        return [
+            list(table[self._place[layer]]) if layer in self._place else [other((layer, head)) for head in range(width)]
+            for layer in range(self.num_layers)
+        ]
+
+    def plan(self, donors: Sequence[Sequence[Head]], **details: Any) -> HeadPlan:
+        """The plan of a donor table with a row for each global layer."""
+        return HeadPlan.from_donors(self.whole(donors, lambda head: head), **details)
 
     def allows(self, donor: Head, head: Head) -> bool:
         """Whether `donor` may serve `head`."""
@@ -53,13 +93,13 @@ class Reach:
         return before and donor[1] // size == head[1] // size and self._stage(donor[0]) == self._stage(head[0])
 
     def matrix(self) -> Tensor:
-        """bool `[L * Hkv, L * Hkv]`: `[head, donor]`, heads counted layer by layer."""
+        """bool `[H, H]`: `[head, donor]`."""
         heads = self.heads()
         return torch.tensor([[self.allows(donor, head) for donor in heads] for head in heads])
 
     def heads(self) -> list[Head]:
-        """All heads, layer by layer."""
-        return [(layer, head) for layer in range(self.num_layers) for head in range(self.num_kv_heads)]
+        """The heads of the global layers, layer by layer."""
+        return [(layer, head) for layer in self.layers for head in range(self.num_kv_heads)]
 
     def _stage(self, layer: int) -> int:
         return layer * self.stages // self.num_layers
@@ -70,8 +110,8 @@ def measure_coverage(model: nn.Module, lessons: Iterable[Lesson], config: Hybrid
     """How well each head's selection would serve every other head.
 
     Returns:
-        float32 `[L * Hkv, L * Hkv]`: the share of `head`'s attention mass inside the blocks that `donor` would select
-        for itself, averaged over answer tokens, `[head, donor]`; 0 for donors of later layers.
+        float32 `[H, H]`: the share of `head`'s attention mass inside the blocks that `donor` would select for itself,
+        averaged over answer tokens, `[head, donor]`; 0 for donors of later layers.
     """
     parts = [covered_mass(model, lesson, config, reach) for lesson in lessons]
     return (torch.stack([mass for mass, _ in parts]).sum(0) / sum(tokens for _, tokens in parts)).float()
@@ -80,26 +120,28 @@ def measure_coverage(model: nn.Module, lessons: Iterable[Lesson], config: Hybrid
 @torch.no_grad()
 def covered_mass(model: nn.Module, lesson: Lesson, config: HybridConfig, reach: Reach) -> tuple[Tensor, int]:
     """Covered attention mass `[head, donor]`, summed over the answer tokens of one lesson, and how many they are."""
-    width, size = reach.num_kv_heads, reach.num_layers * reach.num_kv_heads
+    size = len(reach.heads())
     total = torch.zeros(size, size, dtype=torch.float64)
-    chosen: list[Tensor] = []
+    chosen: dict[int, Tensor] = {}
 
-    def attend(layer: int, weights: Tensor, values: Tensor) -> Tensor:
-        chosen.append(choose_blocks(weights, config))
+    def attend(layer: int, seen: Seen) -> Tensor:
+        weights = seen.weights
+        chosen[layer] = choose_blocks(weights, config)
         padded = F.pad(weights, (0, -weights.shape[-1] % config.block_size))
         mass = padded.unflatten(-1, (-1, config.block_size)).sum(-1).mean(2)  # [B, Hkv, T, N]
         mass = mass * lesson.mask.to(mass.device)[:, None, :, None]
-        for earlier, blocks in enumerate(chosen):
+        for earlier, blocks in chosen.items():
             covered = torch.einsum("bhtn,bdtn->hd", mass, blocks.to(mass.device, mass.dtype)).double().cpu()
-            total[layer * width : (layer + 1) * width, earlier * width : (earlier + 1) * width] = covered
-        return full(layer, weights, values)
+            total[reach.rows(layer), reach.rows(earlier)] = covered
+        return full(layer, seen)
 
     replay(model, lesson, attend)
     return total, int(lesson.mask.sum())
 
 
 def assign_donors(retrieval: Collection[Head], coverage: Tensor, reach: Reach) -> list[list[Head]]:
-    """The donor table in which every sparse head has the retrieval head that covers it best.
+    """The donor table, a row for each global layer, in which every sparse head has the retrieval head that covers it
+    best.
 
     Args:
         retrieval: the retrieval heads; those of `reach.always_retrieval` are added.
@@ -130,4 +172,4 @@ def choose_by_coverage(coverage: Tensor, reach: Reach, number: int) -> list[Head
 
 def remap(plan_heads: Collection[Head], coverage: Tensor, reach: Reach) -> HeadPlan:
     """A plan of these retrieval heads with the best-covering donors."""
-    return HeadPlan.from_donors(assign_donors(plan_heads, coverage, reach))
+    return reach.plan(assign_donors(plan_heads, coverage, reach))

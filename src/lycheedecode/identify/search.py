@@ -18,11 +18,9 @@ from .objective import token_kl
 from .progress import Progress, Report, silent
 from .replay import Lesson, Planned, replay
 
-DonorTable = Sequence[Sequence[Head]]
-
 
 class Judge:
-    """Scores a donor table: mean KL over the lessons, each in units of what every head's own selection gives.
+    """Scores a plan: mean KL over the lessons, each in units of what every head's own selection gives.
 
     The unit keeps easy prompts (KL near 0.002) from being drowned by hard ones (KL near 0.02); a score of 1 is the
     plan in which every head retrieves for itself.
@@ -33,8 +31,8 @@ class Judge:
         oracle = HeadPlan.all_retrieval(reach.num_layers, reach.num_kv_heads)
         self._units = [max(kl, 1e-4) for kl in self.kl(oracle)]
 
-    def __call__(self, donors: DonorTable) -> float:
-        each = self.kl(HeadPlan.from_donors(donors))
+    def __call__(self, plan: HeadPlan) -> float:
+        each = self.kl(plan)
         return sum(kl / unit for kl, unit in zip(each, self._units, strict=True)) / len(each)
 
     @torch.no_grad()
@@ -52,7 +50,7 @@ def exchange(
     retrieval: Collection[Head],
     reach: Reach,
     judge: Judge,
-    donors_of: Callable[[Collection[Head]], DonorTable],
+    plan_of: Callable[[Collection[Head]], HeadPlan],
     rounds: int | range,
     report: Report = silent,
     on_round: Callable[[int, Collection[Head]], None] = lambda number, heads: None,
@@ -62,8 +60,8 @@ def exchange(
     Args:
         retrieval: where to start; heads that always retrieve are added.
         reach: which heads there are.
-        judge: scores a donor table; lower is better.
-        donors_of: the donor table that a set of retrieval heads would get.
+        judge: scores a plan; lower is better.
+        plan_of: the plan that a set of retrieval heads would get.
         rounds: most exchanges, or the numbers of those that are left.
         report: called after each.
         on_round: called after each with its number and the heads that it left.
@@ -71,7 +69,7 @@ def exchange(
     fixed = set(reach.always_retrieval)
 
     def score(heads: set[Head]) -> float:
-        return judge(donors_of(heads))
+        return judge(plan_of(heads))
 
     numbers = range(1, rounds + 1) if isinstance(rounds, int) else rounds
     current = set(retrieval) | fixed

@@ -4,159 +4,216 @@ Let o be the attention outputs of the full model, and o + d those of a plan. At 
 are zero, so KL = 1/2 d' F d to second order, F the Fisher information: the mean of g g' over answers drawn from the
 model itself, g the gradient of their log-probability with respect to o. Hence
 
-    KL(plan)  ~  1/2 mean_n (sum over heads h of a[n, h, donor(h)])^2
-    a[n, h, d]  = g_n,h . (o_h over d's blocks - o_h)
+    KL(plan)  ~  1/2 mean_n (sum over heads h of a[n, h, option(h)])^2
+    a[n, h, (d, f)]  = g_n,h . (o_h over d's blocks, completed with factor f, - o_h)
 
-with one row n for each drawn answer. The table a is measured once; after that every choice of heads and donors
-is scored without running the model. No gate is trained, and unlike coverage the table knows which heads matter.
+with one row n for each drawn answer. An option of a head is a donor and a factor on what its donor leaves unread. The
+table a is measured once; after that every choice of heads, donors and factors is scored without running the model. No
+gate is trained, and unlike coverage the table knows which heads matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..config import HybridConfig
-from ..plan import Head
+from ..plan import Head, HeadPlan
 from .donors import Reach
-from .replay import Lesson, choose_blocks, full, over_blocks, replay
+from .replay import Lesson, Parts, Seen, choose_blocks, full, in_parts, replay
 
 
 def measure_sensitivity(
-    model: nn.Module, lesson: Lesson, config: HybridConfig, reach: Reach, draws: int, generator: torch.Generator
+    model: nn.Module,
+    lesson: Lesson,
+    config: HybridConfig,
+    reach: Reach,
+    draws: int,
+    generator: torch.Generator,
+    factors: Sequence[float] = (0.0,),
 ) -> Tensor:
-    """The table `a` of one lesson, float32 `[draws * B, L * Hkv, L * Hkv]`, `[n, head, donor]`.
+    """The table `a` of one lesson, float32 `[draws * B, H, H, F]`, `[n, head, donor, factor]`.
 
     Scaled so that half the mean square is KL per answer token; 0 where `reach` forbids the donor.
     """
-    gradients = _gradients(model, lesson, draws, generator)  # a layer each, [draws, B, Hkv, G, T, D]
-    width, size = reach.num_kv_heads, reach.num_layers * reach.num_kv_heads
-    batch = lesson.answer_ids.shape[0]
-    table = torch.zeros(draws, batch, size, size, device=lesson.answer_ids.device)
-    chosen: list[Tensor] = []
+    return measure_changes(model, lesson, config, reach, gradients(model, lesson, draws, generator), factors)
 
-    def attend(layer: int, weights: Tensor, values: Tensor) -> Tensor:
-        output = full(layer, weights, values)
-        chosen.append(choose_blocks(weights, config))
-        rows = slice(layer * width, (layer + 1) * width)
-        for earlier, blocks in enumerate(chosen):
+
+@torch.no_grad()
+def measure_changes(
+    model: nn.Module,
+    lesson: Lesson,
+    config: HybridConfig,
+    reach: Reach,
+    gradient: Mapping[int, Tensor],
+    factors: Sequence[float],
+) -> Tensor:
+    """The table for given `gradients`, which serve any number of configs."""
+    draws, batch = next(iter(gradient.values())).shape[:2]
+    width, size = reach.num_kv_heads, len(reach.heads())
+    table = torch.zeros(draws, batch, size, size, len(factors), device=lesson.answer_ids.device)
+    chosen: dict[int, Tensor] = {}
+    chunk = config.chunk_tokens
+
+    def attend(layer: int, seen: Seen) -> Tensor:
+        output = full(layer, seen)
+        chosen[layer] = choose_blocks(seen.weights, config)
+        means = seen.means(chunk) if any(factors) else None
+        for earlier, blocks in chosen.items():
             for head in range(width):
-                borrowed = blocks[:, head, None].to(weights.device).expand(-1, width, -1, -1)
-                change = over_blocks(weights, values, borrowed, config.block_size) - output
-                moved = torch.einsum("nbhgtd,bhgtd->nbh", gradients[layer], change)
-                table[:, :, rows, earlier * width + head] = moved.to(table.device)
+                borrowed = blocks[:, head, None].to(seen.weights.device).expand(-1, width, -1, -1)
+                parts = in_parts(seen, borrowed, config.block_size, chunk, means)
+                moved = _moved(gradient[layer], parts, output, factors)
+                table[:, :, reach.rows(layer), reach.rows(earlier).start + head] = moved.to(table.device)
         return output
 
-    with torch.no_grad():
-        replay(model, lesson, attend)
+    replay(model, lesson, attend)
     tokens = lesson.mask.sum(-1)
-    table *= reach.matrix().to(table.device) / tokens[:, None, None].sqrt()
+    table *= reach.matrix().to(table.device)[..., None] / tokens[:, None, None, None].sqrt()
     return table.flatten(0, 1)
 
 
-def _gradients(model: nn.Module, lesson: Lesson, draws: int, generator: torch.Generator) -> list[Tensor]:
-    """Gradient of the log-probability of drawn answers with respect to every layer's attention output."""
-    probes: list[Tensor] = []
+def _moved(gradient: Tensor, parts: Parts, output: Tensor, factors: Sequence[float]) -> Tensor:
+    """`g . (output of the parts - output)` for every factor, `[draws, B, Hkv, F]`."""
 
-    def attend(layer: int, weights: Tensor, values: Tensor) -> Tensor:
-        output = full(layer, weights, values)
-        probes.append(torch.zeros_like(output, requires_grad=True))
-        return output + probes[-1]
+    def along(vectors: Tensor) -> Tensor:
+        return torch.einsum("nbhgtd,bhgtd->nbhgt", gradient, vectors)
+
+    before, read, mass = along(output), along(parts.read), parts.read_mass[..., 0]
+    if parts.unread is None:
+        change = (read / mass - before).sum((-2, -1))
+        return change[..., None].expand(*change.shape, len(factors))
+    unread, more = along(parts.unread), parts.unread_mass[..., 0]
+    each = [((read + factor * unread) / (mass + factor * more) - before).sum((-2, -1)) for factor in factors]
+    return torch.stack(each, -1)
+
+
+def gradients(model: nn.Module, lesson: Lesson, draws: int, generator: torch.Generator) -> dict[int, Tensor]:
+    """Gradient of the log-probability of drawn answers with respect to every global layer's attention output,
+    `[draws, B, Hkv, G, T, D]`."""
+    probes: dict[int, Tensor] = {}
+
+    def attend(layer: int, seen: Seen) -> Tensor:
+        output = full(layer, seen)
+        probes[layer] = torch.zeros_like(output, requires_grad=True)
+        return output + probes[layer]
 
     with torch.enable_grad():
         states = replay(model, lesson, attend)[lesson.mask]
         log_probabilities = model.get_output_embeddings()(states).float().log_softmax(-1)
     found = []
+    upto = log_probabilities.detach().double().exp().cumsum(-1)
     for draw in range(draws):
-        uniform = torch.rand(log_probabilities.shape, generator=generator).to(log_probabilities.device)
-        drawn = (log_probabilities.detach() - (-uniform.log()).log()).argmax(-1)  # the Gumbel trick
-        total = log_probabilities.gather(-1, drawn[:, None]).sum()
-        found.append(torch.autograd.grad(total, probes, retain_graph=draw + 1 < draws))
-    return [torch.stack(layer) for layer in zip(*found, strict=True)]
+        uniform = torch.rand(len(upto), 1, generator=generator, dtype=torch.float64).to(upto.device)
+        drawn = torch.searchsorted(upto, uniform * upto[:, -1:]).clamp(max=upto.shape[-1] - 1)
+        total = log_probabilities.gather(-1, drawn).sum()
+        found.append(torch.autograd.grad(total, list(probes.values()), retain_graph=draw + 1 < draws))
+    return {layer: torch.stack(each) for layer, each in zip(probes, zip(*found, strict=True), strict=True)}
 
 
 def in_units(table: Tensor) -> Tensor:
-    """A table in units of what every head's own selection costs, so that easy and hard kinds of prompts count alike."""
-    own = 0.5 * table.diagonal(dim1=1, dim2=2).sum(-1).square().mean()
+    """A table in units of what every head's own selection costs with the first factor, so that easy and hard kinds of
+    prompts count alike."""
+    own = 0.5 * table[..., 0].diagonal(dim1=1, dim2=2).sum(-1).square().mean()
     return table / own.clamp(min=1e-8).sqrt()
 
 
 class Surrogate:
-    """Scores donor tables by the second-order model, and finds good ones.
+    """Scores plans by the second-order model, and finds good ones.
 
-    A donor table is held as int64 `[H]`, an index into `reach.heads()` for each of the `H = L * Hkv` heads.
+    A choice is held as int64 `[H]`: for every head an option, `donor * F + factor` with indices into `reach.heads()`
+    and `factors`.
 
     Args:
-        table: `[n, H, H]` from `measure_sensitivity`, all kinds of prompts together.
+        table: `[n, H, H, F]` from `measure_sensitivity`, all kinds of prompts together.
         reach: which heads may serve which.
         coupling: share of the products between different heads that is believed. They are noisier than the squares,
             and where the model bends they are not what the second order says.
+        factors: what the last dimension is about.
     """
 
-    def __init__(self, table: Tensor, reach: Reach, coupling: float) -> None:
-        self._table, self._reach, self._coupling = table, reach, coupling
+    def __init__(self, table: Tensor, reach: Reach, coupling: float, factors: Sequence[float] = (0.0,)) -> None:
+        self._factors, self._reach, self._coupling = tuple(factors), reach, coupling
+        self._table = table.flatten(2)  # [n, H, options]
         self._heads = reach.heads()
         self._every = torch.arange(len(self._heads), device=table.device)
-        self._alone = 0.5 * table.square().mean(0)  # [head, donor]: the cost of every head alone
-        self._alone[~reach.matrix().to(table.device)] = float("inf")
+        self._alone = 0.5 * self._table.square().mean(0)  # [head, option]: the cost of every head alone
+        forbidden = ~reach.matrix().to(table.device)
+        self._alone[forbidden.repeat_interleave(len(self._factors), 1)] = float("inf")
 
-    def cost(self, donor: Tensor) -> float:
-        """KL of a donor table, in the table's units."""
-        together = 0.5 * self._total(donor).square().mean()
-        alone = self._alone[self._every, donor].sum()
+    def cost(self, choice: Tensor) -> float:
+        """KL of a choice, in the table's units."""
+        together = 0.5 * self._total(choice).square().mean()
+        alone = self._alone[self._every, choice].sum()
         return float((1 - self._coupling) * alone + self._coupling * together)
 
+    def own(self) -> Tensor:
+        """The choice in which every head retrieves for itself, with the first factor."""
+        return self._every * len(self._factors)
+
     def assign(self, retrieval: Collection[Head], sweeps: int = 3) -> Tensor:
-        """Donors for retrieval heads: the best alone, then each head's best given the others, `sweeps` times."""
-        inside = sorted(self._heads.index(head) for head in self._with_always(retrieval))
-        kept = set(inside)
-        choices = torch.tensor(inside, device=self._table.device)
-        donor = choices[self._alone[:, choices].argmin(1)]
-        donor[choices] = choices
-        total = self._total(donor)
+        """Options for retrieval heads: the best alone, then each head's best given the others, `sweeps` times."""
+        inside = sorted(self._heads.index(head) for head in self._completed(retrieval))
+        kept, number = set(inside), len(self._factors)
+        steps = torch.arange(number, device=self._table.device)
+        every = (torch.tensor(inside, device=self._table.device)[:, None] * number + steps).flatten()
+        options = [head * number + steps if head in kept else every for head in range(len(self._heads))]
+        choice = torch.stack([open_[self._alone[head, open_].argmin()] for head, open_ in enumerate(options)])
+        total = self._total(choice)
         for _ in range(sweeps if self._coupling else 0):
-            before = donor.clone()
-            for head in (h for h in range(len(donor)) if h not in kept):
-                others = total - self._table[:, head, donor[head]]
-                options = self._table[:, head, choices]  # [n, R]
-                coupled = others @ options / len(options)
-                donor[head] = choices[(self._alone[head, choices] + self._coupling * coupled).argmin()]
-                total = others + self._table[:, head, donor[head]]
-            if torch.equal(before, donor):
+            before = choice.clone()
+            for head, open_ in enumerate(options):
+                if len(open_) == 1:
+                    continue
+                others = total - self._table[:, head, choice[head]]
+                coupled = others @ self._table[:, head, open_] / len(others)
+                choice[head] = open_[(self._alone[head, open_] + self._coupling * coupled).argmin()]
+                total = others + self._table[:, head, choice[head]]
+            if torch.equal(before, choice):
                 break
-        return donor
+        return choice
 
     def search(self, number: int, rounds: int = 100) -> list[Head]:
-        """A good set of `number` retrieval heads: grown one by one, then exchanged until nothing improves."""
-        current = self._with_always(())
+        """A good set of `number` retrieval heads: grown one by one, then exchanged until nothing improves.
+
+        Heads of the first layer may serve each other, so not all of them need to stay.
+        """
+        current = self._completed(())
         while len(current) < number:
             current.add(self._best_addition(current))
         best = self._score(current)
         for _ in range(rounds):
-            larger = current | {self._best_addition(current)}
-            score, dropped = min(
-                (self._score(larger - {head}), head) for head in sorted(larger - self._with_always(()))
-            )
-            if score >= best - 1e-6:
+            larger = current | {self._best_addition(current)} if len(current) < len(self._heads) else current
+            smaller = [larger - {head} for head in sorted(larger) if self._reach.serves_all(larger - {head})]
+            score, kept = min(((self._score(heads), heads) for heads in smaller), key=lambda pair: pair[0])
+            if len(larger) == len(current) or score >= best - 1e-6:
                 break
-            current, best = larger - {dropped}, score
+            current, best = kept, score
         return sorted(current)
 
-    def as_heads(self, donor: Tensor) -> list[list[Head]]:
-        """A donor table as `HeadPlan.from_donors` takes it."""
-        flat, width = [self._heads[i] for i in donor.tolist()], self._reach.num_kv_heads
-        return [flat[i : i + width] for i in range(0, len(flat), width)]
+    def plan(self, choice: Tensor) -> HeadPlan:
+        """A choice as a plan; its heads are completed where a factor other than 0 was to be had."""
+        width, number = self._reach.num_kv_heads, len(self._factors)
+        donors = [self._heads[option // number] for option in choice.tolist()]
+        factors = [self._factors[option % number] for option in choice.tolist()]
+        rows = range(0, len(donors), width)
+        table = [donors[i : i + width] for i in rows]
+        if not any(self._factors):
+            return self._reach.plan(table)
+        completion = self._reach.whole([factors[i : i + width] for i in rows], lambda head: 0.0)
+        return self._reach.plan(table, completion=completion)
 
     def _best_addition(self, current: set[Head], tried: int = 8) -> Head:
         """The head whose addition helps most, among those that help most while nobody else reacts to it."""
-        donor = self.assign(current)
-        taken = self._table[:, self._every, donor]  # [n, H]
+        choice = self.assign(current)
+        taken = self._table[:, self._every, choice]  # [n, H]
         others = taken.sum(1, keepdim=True) - taken
-        coupled = torch.einsum("nh,nhd->hd", others, self._table) / len(others)
+        coupled = torch.einsum("nh,nho->ho", others, self._table) / len(others)
         cost = self._alone + self._coupling * coupled
-        cost = cost - cost[self._every, donor][:, None]  # of moving each head to each donor
+        cost = cost - cost[self._every, choice][:, None]  # of moving each head to each option
+        cost = cost.unflatten(1, (-1, len(self._factors))).amin(-1)  # [head, donor]
         gain = cost.clamp(max=0).sum(0) - cost.diagonal().clamp(max=0) + cost.diagonal()
         ranked = [self._heads[i] for i in gain.argsort().tolist()]
         outside = [head for head in ranked if head not in current]
@@ -165,11 +222,13 @@ class Surrogate:
     def _score(self, retrieval: Collection[Head]) -> float:
         return self.cost(self.assign(retrieval))
 
-    def _total(self, donor: Tensor) -> Tensor:
-        return self._table[:, self._every, donor].sum(1)
+    def _total(self, choice: Tensor) -> Tensor:
+        return self._table[:, self._every, choice].sum(1)
 
-    def _with_always(self, retrieval: Collection[Head]) -> set[Head]:
-        return set(retrieval) | set(self._reach.always_retrieval)
+    def _completed(self, retrieval: Collection[Head]) -> set[Head]:
+        """These heads, and those that always retrieve where somebody would have no donor."""
+        heads = set(retrieval)
+        return heads if heads and self._reach.serves_all(heads) else heads | set(self._reach.always_retrieval)
 
 
 def join(tables: Sequence[Tensor]) -> Tensor:

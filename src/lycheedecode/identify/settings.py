@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ..config import HybridConfig
 from ..errors import ConfigError
+from ..models.shape import ModelShape
 from ..prompts.makers import Cell
 
 Roles = Literal["sensitivity", "gates", "coverage"]
@@ -28,9 +30,12 @@ class IdentifySettings:
             of the KL, searched), by trained `gates` (the paper), or greedily by the `coverage` of attention mass.
         donors: `remapped` to the donor that the measure of `roles` finds best (for gates: coverage), or of the
             `same_index` as in the paper.
-        calibrate_cells: kinds of prompts that heads and donors are measured on.
-        calibrate_prompts: prompts of each of them.
+        calibrate_cells: kinds of prompts that heads and donors are measured on; None: `default_cells` of `texts`.
+        texts: what the default kinds continue.
+        calibrate_prompts: prompts of each kind.
         draws: answers drawn from the model for each prompt, for `sensitivity`.
+        completion_factors: what a head's completion may be weighted by, where `config` leaves that to the plan; the
+            first is 0.
         coupling: share of the products between heads that the second-order model believes, in [0, 1].
         same_layer: whether a retrieval head may serve heads of its own layer.
         shards: tensor-parallel ranks that donors must stay inside.
@@ -45,7 +50,7 @@ class IdentifySettings:
         multiplier_learning_rate: rate of the one-sided multiplier.
         steps: training steps of the gates.
         learning_rate: of AdamW, with warm-up and decay over a fifth of the steps each.
-        batch_size: prompts that pass through the model together.
+        batch_size: most prompts that pass through the model together; long ones are fewer where memory is short.
         prefill_chunk: tokens of a prefill chunk.
         seed: of prompts, drawn answers and gate noise.
     """
@@ -54,17 +59,11 @@ class IdentifySettings:
     config: HybridConfig = field(default_factory=lambda: HybridConfig(budget_tokens=512, block_size=16))
     roles: Roles = "sensitivity"
     donors: Donors = "remapped"
-    calibrate_cells: tuple[Cell, ...] = (
-        Cell("prose", 2048, "passkey", 1),
-        Cell("prose", 2048, "passkey", 5),
-        Cell("prose", 4096, "passkey", 1),
-        Cell("prose", 4096, "passkey", 5),
-        Cell("noise", 2048, "passkey", 1),
-        Cell("noise", 4096, "passkey", 1),
-        Cell("noise", 7168, "passkey", 1),
-    )
-    calibrate_prompts: int = 96
-    draws: int = 4
+    calibrate_cells: tuple[Cell, ...] | None = None
+    texts: tuple[str, ...] = ("code", "prose")
+    calibrate_prompts: int = 24
+    draws: int = 8
+    completion_factors: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     coupling: float = 0.5
     same_layer: bool = True
     shards: int = 1
@@ -100,16 +99,45 @@ class IdentifySettings:
                 raise ConfigError(f"{name} must be at least {smallest}, not {getattr(self, name)}.")
         if not 0 <= self.coupling <= 1:
             raise ConfigError(f"coupling must lie in [0, 1], not {self.coupling}.")
-        if not self.calibrate_cells or not self.train_cells:
+        if not self.completion_factors or self.completion_factors[0] or min(self.completion_factors) < 0:
+            raise ConfigError("completion_factors must begin with 0, and none may be negative.")
+        if self.calibrate_cells == () or not self.texts or not self.train_cells:
             raise ConfigError("Identification needs at least one kind of prompt to train on and one to calibrate on.")
         if self.exchange_rounds and self.donors == "same_index":
             raise ConfigError("The exchange of retrieval heads needs remapped donors.")
         if self.config.refresh_every != 1:
             raise ConfigError("Identification selects at every token: refresh_every must be 1.")
 
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The options of a head's completion under `config`."""
+        fixed = {"none": (0.0,), "centroid": (1.0,)}
+        return fixed.get(self.config.completion, self.completion_factors)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return json.loads(json.dumps(asdict(self)))
+
+
+PASSKEYS = (
+    Cell("prose", 2048, "passkey", 1),
+    Cell("prose", 2048, "passkey", 5),
+    Cell("prose", 4096, "passkey", 1),
+    Cell("prose", 4096, "passkey", 5),
+    Cell("noise", 2048, "passkey", 1),
+    Cell("noise", 4096, "passkey", 1),
+    Cell("noise", 7168, "passkey", 1),
+)
+"""Kinds of prompts that hide something."""
+
+_LONGEST = 12288
+
+
+def default_cells(texts: Sequence[str], shape: ModelShape) -> tuple[Cell, ...]:
+    """What to calibrate on: continuations of texts at up to three quarters of the model's positions, and passkeys."""
+    longest = min(_LONGEST, shape.max_positions * 3 // 4) if shape.max_positions else _LONGEST
+    continued = [Cell(text, length, "continuation", 64) for text in texts for length in (longest, longest // 3)]
+    return (*continued, Cell("noise", longest, "passkey", 1), Cell("prose", longest // 3, "passkey", 5))
 
 
 def paper_settings(**changes: Any) -> IdentifySettings:
@@ -119,7 +147,7 @@ def paper_settings(**changes: Any) -> IdentifySettings:
     """
     lengths = (1024, 2048, 4096, 8192, 10240)
     settings = IdentifySettings(
-        config=HybridConfig(budget_ratio=0.3, block_size=64, retrieval_attention="full"),
+        config=HybridConfig(budget_ratio=0.3, block_size=64, retrieval_attention="full", completion="none"),
         roles="gates",
         donors="same_index",
         same_layer=False,

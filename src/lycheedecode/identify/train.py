@@ -8,19 +8,19 @@ step:  fresh prompts -> one dense prefill -> teacher and student replay the answ
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..config import HybridConfig
+from ..plan import Head
 from ..prompts.makers import Cell, PromptMaker
 from .checkpoint import Checkpoint
 from .donors import Reach
 from .gates import GATES
 from .objective import Lagrangian, hidden_loss, logit_loss
 from .progress import Progress, Report, silent
-from .replay import choose_blocks, full, over_blocks, prepare, replay
+from .replay import Seen, choose_blocks, full, over_blocks, prepare, replay
 from .settings import IdentifySettings
 
 
@@ -30,25 +30,22 @@ class Gated:
     Args:
         z: `[L, Hkv]` gate values of this step.
         config: budget, blocks, form.
-        donor_of: int64 `[L * Hkv]`, the donor of each head were it sparse; None: the same index of the layer before,
-            whose own donor a sparse head passes on (the paper).
+        donor_of: int64 `[H]`, the donor of each head of the global layers were it sparse; None: the same index of the
+            layer before, whose own donor a sparse head passes on (the paper).
     """
 
     def __init__(self, z: Tensor, config: HybridConfig, donor_of: Tensor | None) -> None:
         self._z, self._config, self._donor_of = z, config, donor_of
-        self._chosen: list[Tensor] = []  # a layer each, bool [B, Hkv, T, N]
+        self._chosen: list[Tensor] = []  # a global layer each, bool [B, Hkv, T, N]
         self._carried: Tensor | None = None
 
-    def __call__(self, layer: int, weights: Tensor, values: Tensor) -> Tensor:
+    def __call__(self, layer: int, seen: Seen) -> Tensor:
         size = self._config.block_size
-        own = choose_blocks(weights.detach(), self._config)
+        own = choose_blocks(seen.weights.detach(), self._config)
         borrowed = self._borrow(layer, own)
-        if self._config.retrieval_attention == "full":
-            retrieval = full(layer, weights, values)
-        else:
-            retrieval = over_blocks(weights, values, own, size)
-        z = self._z[layer].to(weights.device)[:, None, None, None]
-        return z * retrieval + (1 - z) * over_blocks(weights, values, borrowed, size)
+        retrieval = full(layer, seen) if self._config.retrieval_attention == "full" else over_blocks(seen, own, size)
+        z = self._z[layer].to(own.device)[:, None, None, None]
+        return z * retrieval + (1 - z) * over_blocks(seen, borrowed, size)
 
     def _borrow(self, layer: int, own: Tensor) -> Tensor:
         if self._donor_of is None:
@@ -57,8 +54,8 @@ class Gated:
             self._carried = torch.where(is_open, own, borrowed)
             return borrowed
         self._chosen.append(own)
-        width = own.shape[1]
-        donors = self._donor_of[layer * width : (layer + 1) * width].tolist()
+        width, place = own.shape[1], len(self._chosen) - 1
+        donors = self._donor_of[place * width : (place + 1) * width].tolist()
         return torch.stack([self._chosen[donor // width][:, donor % width].to(own.device) for donor in donors], 1)
 
 
@@ -88,7 +85,8 @@ class Trainer:
         self.device = model.get_input_embeddings().weight.device
         self.gates = GATES[settings.gates](reach.num_layers, reach.num_kv_heads).to(self.device)
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-        fixed = torch.zeros(reach.num_layers, reach.num_kv_heads, dtype=torch.bool)
+        fixed = torch.ones(reach.num_layers, reach.num_kv_heads, dtype=torch.bool)
+        fixed[list(reach.layers)] = False
         for layer, head in reach.always_retrieval:
             fixed[layer, head] = True
         self.learnt = ~fixed.to(self.device)
@@ -108,7 +106,7 @@ class Trainer:
         self.step = 0
 
     def run(self, report: Report = silent) -> Tensor:
-        """Train to the end and return E[z], `[L, Hkv]`; heads that always retrieve have 1."""
+        """Train to the end and return E[z], `[L, Hkv]`; heads that learn nothing have 1."""
         self._resume()
         while self.step < self.settings.steps:
             progress = self._train_one_step()
@@ -155,7 +153,7 @@ class Trainer:
         """Each head's best donor among the heads that are open at this step."""
         if self._coverage is None:
             return None
-        is_open = (z.detach() > 0.5).flatten().cpu()
+        is_open = (z.detach() > 0.5)[list(self.reach.layers)].flatten().cpu()
         return self._coverage.masked_fill(~is_open, -0.5).where(self._coverage >= 0, -1.0).argmax(1)
 
     # ------------------------------------------------------------------ keeping and finding state
@@ -189,10 +187,7 @@ def _schedule(step: int, steps: int, floor: float = 0.1) -> float:
     return max(floor, min(1.0, (step + 1) / fifth, (steps - step) / fifth))
 
 
-def top_heads(means: Tensor, number: int, always: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The `number` heads with the highest E[z], those of `always` first."""
-    ranked = sorted(
-        ((layer, head) for layer in range(means.shape[0]) for head in range(means.shape[1])),
-        key=lambda head: (head not in set(always), -float(means[head])),
-    )
-    return sorted(ranked[:number])
+def top_heads(means: Tensor, number: int, reach: Reach) -> list[Head]:
+    """The `number` heads of global layers with the highest E[z], those that always retrieve first."""
+    always = set(reach.always_retrieval)
+    return sorted(sorted(reach.heads(), key=lambda head: (head not in always, -float(means[head])))[:number])

@@ -1,0 +1,328 @@
+"""How far is hybrid attention from full attention where people use it: on plain continuations of long texts?
+
+    python -m experiments.continuations --model DIR --json docs/results/continuations.json
+
+Identifies plans on continuations of one half of the texts, then compares policies on the other half: answers that the
+model draws at temperature 0.7, fed to every policy over one dense prefill (see `identify.replay`: all answer tokens at
+once, attention weights in float32). Results are written after every batch, so that a run that is cut short leaves what
+it has; plans lie beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lycheedecode.config import HybridConfig
+from lycheedecode.identify import Cell, IdentifySettings, Stages, settle
+from lycheedecode.identify.donors import Reach
+from lycheedecode.identify.replay import Drawn, Lesson, Planned, prepare, replay
+from lycheedecode.identify.sensitivity import Surrogate, gradients, join, measure_changes
+from lycheedecode.models.load import DEFAULT_MODEL, load_model
+from lycheedecode.models.shape import ModelShape
+from lycheedecode.models.versions import cache_argument
+from lycheedecode.plan import HeadPlan
+from lycheedecode.policies.plans import random_roles, same_index
+from lycheedecode.prompts.makers import makers_for
+from lycheedecode.results import describe_environment
+
+
+@dataclass(frozen=True)
+class Student:
+    """A policy that is a plan under a config."""
+
+    label: str
+    plan: HeadPlan
+    config: HybridConfig
+
+
+@dataclass(frozen=True)
+class Form:
+    """A config that plans are found for: `NAME=VALUE,...:HEADS,...`, and whether a plan for several has to serve it."""
+
+    name: str
+    config: HybridConfig
+    heads: tuple[int, ...]
+    joined: bool
+
+    @classmethod
+    def parse(cls, text: str, block_size: int) -> Form:
+        """From the command line."""
+        settings, _, heads = text.partition(":")
+        changes = {key: int(value) for key, value in (part.split("=") for part in settings.split(","))}
+        config = HybridConfig(**{"block_size": block_size, **changes})
+        return cls(settings, config, tuple(map(int, heads.split(","))), set(changes) == {"budget_tokens"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A search: for so many heads in a table, with or without completion."""
+
+    table: Tensor
+    heads: int
+    completed: bool = True
+    coupling: float = 0.5
+
+
+def search(job: Job, reach: Reach, factors: Sequence[float]) -> HeadPlan:
+    """The plan that a search finds."""
+    torch.set_num_threads(1)
+    surrogate = Surrogate(job.table[..., : len(factors)], reach, job.coupling, factors)
+    return surrogate.plan(surrogate.assign(surrogate.search(job.heads)))
+
+
+class Figures:
+    """KL, agreement and acceptance of one student on one kind of prompt."""
+
+    def __init__(self) -> None:
+        self._kl: list[Tensor] = []
+        self._top1: list[Tensor] = []
+        self._accepted: list[Tensor] = []
+        self._prompts: list[float] = []
+
+    def add(self, expected: Tensor, found: Tensor, temperature: float) -> None:
+        """Logits of full attention and of the student, `[B, T, V]`."""
+        for full, ours in zip(expected, found, strict=True):
+            p, q = full.log_softmax(-1), ours.log_softmax(-1)
+            kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+            self._kl.append(kl.cpu())
+            self._prompts.append(float(kl.mean()))
+            self._top1.append((p.argmax(-1) == q.argmax(-1)).cpu())
+            hot = torch.minimum((full / temperature).softmax(-1), (ours / temperature).softmax(-1))
+            self._accepted.append(hot.sum(-1).cpu())
+
+    def to_dict(self) -> dict[str, float]:
+        """Means over tokens, the 99th percentile, and the standard error of the mean over prompts."""
+        kl, each = torch.cat(self._kl).double(), torch.tensor(self._prompts).double()
+        error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
+        return {
+            "prompts": len(each),
+            "kl_mean": float(kl.mean()),
+            "kl_error": error,
+            "kl_p99": float(kl.quantile(0.99)),
+            "top1_agreement": float(torch.cat(self._top1).double().mean()),
+            "acceptance": float(torch.cat(self._accepted).double().mean()),
+        }
+
+
+class Study:
+    """One model: its tables, plans and results."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.shape = ModelShape.of(model)
+        self.began = time.perf_counter()
+        self.results: dict[str, Any] = {"settings": vars(options), "cells": {}, "seconds": {}}
+
+    @property
+    def seconds(self) -> float:
+        """Since the model was loaded."""
+        return time.perf_counter() - self.began
+
+    # ------------------------------------------------------------------ plans
+
+    def measure(self, forms: Sequence[Form]) -> dict[str, Tensor]:
+        """The sensitivity table of every form, over the same prompts and the same gradients."""
+        options, tables = self.options, {form.name: [] for form in forms}
+        cells = tuple(map(_cell, options.identify))
+        for cell in cells:
+            settings = IdentifySettings(
+                config=forms[0].config, calibrate_cells=cells, calibrate_prompts=options.identify_prompts,
+                batch_size=options.batch_size, prefill_chunk=options.prefill_chunk,
+            )  # fmt: skip
+            self.settings, self.reach = settle(settings, self.shape)
+            rows: dict[str, list[Tensor]] = {form.name: [] for form in forms}
+            stages = Stages(self.model, self.tokenizer, self.settings, self.reach)
+            for number, lesson in enumerate(stages.lessons(cell)):
+                noise = torch.Generator().manual_seed(random.Random(f"{cell}/{number}").randrange(2**31))
+                gradient = gradients(self.model, lesson, options.draws, noise)
+                for form in forms:
+                    table = measure_changes(
+                        self.model, lesson, form.config, self.reach, gradient, self.settings.completion_factors
+                    )
+                    rows[form.name].append(table.cpu())
+            for name, found in rows.items():
+                tables[name].append(torch.cat(found))
+            self._say(f"{len(forms)} tables of {cell}")
+        return {name: join(found) for name, found in tables.items()}
+
+    def find(self, jobs: dict[str, Job]) -> dict[str, HeadPlan]:
+        """The plans that the search finds, side by side: each takes a core for some seconds."""
+        factors, found = self.settings.completion_factors, {}
+        workers = min(len(jobs), max(len(os.sched_getaffinity(0)) - 1, 1), 12)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            running = {
+                name: pool.submit(search, job, self.reach, factors if job.completed else factors[:1])
+                for name, job in sorted(jobs.items(), key=lambda pair: -pair[1].heads)
+            }
+            for name in jobs:
+                found[name] = running[name].result()
+        for name, plan in found.items() if self.options.plans else ():
+            replace(
+                plan,
+                model={"name": self.shape.name, "architecture": self.shape.architecture},
+                provenance={"method": "identify", "settings": self.settings.to_dict()},
+            ).save(self.options.plans / f"{name}.json")
+        self._say(f"{len(jobs)} searches")
+        return found
+
+    def students(self, forms: Sequence[Form], tables: dict[str, Tensor]) -> list[Student]:
+        """What is compared: ours in every form, and policies that are plans."""
+        main, joined = forms[0], [form for form in forms if form.joined]
+        jobs = {f"{form.name}-{heads}": Job(tables[form.name], heads) for form in forms for heads in form.heads}
+        table = tables[main.name]
+        for heads in main.heads:
+            jobs[f"{main.name}-{heads}-uncompleted"] = Job(table, heads, completed=False)
+            if len(joined) > 1:
+                jobs[f"joined-{heads}"] = Job(torch.cat([tables[form.name] for form in joined]), heads)
+        if heads := self.options.ablate:
+            size = self.options.draws * self.options.batch_size
+            half = table[torch.arange(len(table)) // size % 2 == 0]
+            ablated = {
+                "half": Job(half, heads), "coupling-1": Job(table, heads, coupling=1.0),
+                "coupling-0.2": Job(table, heads, coupling=0.2),
+            }  # fmt: skip
+            jobs |= {f"{main.name}-{heads}-{name}": job for name, job in ablated.items()}
+        plans = self.find(jobs)
+        found = []
+        own = HeadPlan.all_retrieval(self.shape.num_layers, self.shape.num_kv_heads)
+        for form in forms:
+            none, ones = (replace(form.config, completion=kind) for kind in ("none", "centroid"))
+            found.append(Student(f"{form.name}-own", own, none))
+            found.append(Student(f"{form.name}-own-completed", own, ones))
+            for name, plan in plans.items():
+                if name.startswith(f"{form.name}-") or (form.joined and name.startswith("joined-")):
+                    label = name.replace("joined", f"{form.name}-joined")
+                    found.append(Student(label, plan, none if name.endswith("uncompleted") else form.config))
+                if form is main and name.endswith("uncompleted"):
+                    found += self._compared(name, plan, none)
+                if form is main and name in {f"{form.name}-{heads}" for heads in form.heads}:
+                    found.append(Student(f"{name}-factor-1", plan, ones))
+        return found
+
+    def _compared(self, name: str, plan: HeadPlan, none: HybridConfig) -> list[Student]:
+        """Other people's policies with the same roles."""
+        shape, roles = self.shape, plan.retrieval
+        dense = replace(none, retrieval_attention="full")
+        return [
+            Student(f"{name}-paper", same_index(roles, shape), dense),
+            Student(f"{name}-same-index", same_index(roles, shape), none),
+            Student(f"{name}-random", random_roles(len(roles), shape, 0), none),
+        ]
+
+    # ------------------------------------------------------------------ evaluation
+
+    def lessons(self, cell: Cell) -> Iterator[Lesson]:
+        """Held-out prompts of one kind with answers that the model draws, a batch at a time."""
+        options = self.options
+        makers = makers_for(self.tokenizer, [cell], "evaluate")
+        prompts = cell.make(makers, options.prompts, random.Random(f"evaluate/{options.seed}/{cell}"))
+        random.Random(0).shuffle(prompts)  # cut short, they still come from all over the text
+        for first in range(0, len(prompts), options.evaluate_batch):
+            batch = prompts[first : first + options.evaluate_batch]
+            drawn = Drawn(cell.count, options.temperature, options.seed + first)
+            yield prepare(self.model, batch, options.prefill_chunk, drawn)
+
+    def evaluate(self, students: Sequence[Student]) -> None:
+        """Every student on every kind, a batch of each kind in turn, until the time is over."""
+        figures: dict[str, dict[str, Figures]] = {}
+        running = {name: self.lessons(_cell(name)) for name in self.options.evaluate}
+        while running and self.seconds < 60 * self.options.minutes:
+            for name in list(running):
+                lesson = next(running[name], None)
+                if lesson is None:
+                    del running[name]
+                    continue
+                self._judge(lesson, students, figures.setdefault(name, {}))
+                self.results["cells"][name] = {label: each.to_dict() for label, each in figures[name].items()}
+                self.write()
+
+    @torch.no_grad()
+    def _judge(self, lesson: Lesson, students: Iterable[Student], figures: dict[str, Figures]) -> None:
+        head = self.model.get_output_embeddings()
+        expected = head(lesson.teacher).float()
+        floor = head(self._by_another_kernel(lesson)).float()
+        figures.setdefault("full attention by another kernel", Figures()).add(expected, floor, self.options.temperature)
+        for student in students:
+            states = replay(self.model, lesson, Planned(student.plan, student.config))
+            figures.setdefault(student.label, Figures()).add(expected, head(states).float(), self.options.temperature)
+
+    def _by_another_kernel(self, lesson: Lesson) -> Tensor:
+        """Full attention as transformers computes it: the floor that rounding sets."""
+        from transformers.cache_utils import DynamicCache
+
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(lesson.prefix):
+            cache.update(keys, values, layer)
+        return self.model.base_model(input_ids=lesson.answer_ids, **cache_argument(cache)).last_hidden_state
+
+    def write(self) -> None:
+        """What there is so far."""
+        self.results |= {"environment": describe_environment(), "total_seconds": round(self.seconds, 1)}
+        path = self.options.json
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.results, indent=1, default=str), encoding="utf-8")
+
+    def _say(self, what: str) -> None:
+        self.results["seconds"][what] = round(self.seconds, 1)
+        print(f"{self.seconds:7.1f} s  {what}", flush=True)
+
+
+def _cell(text: str) -> Cell:
+    source, length, task, count = text.rsplit(":", 3)
+    return Cell(source, int(length), task, int(count))  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL)
+    add("--json", type=Path, required=True)
+    add("--plans", type=Path, help="folder for the plans")
+    add("--identify", nargs="+", default=["code:12288:continuation:64", "prose:12288:continuation:64"])
+    add("--identify-prompts", type=int, default=12, help="of each kind")
+    add("--evaluate", nargs="+", default=["code:30000:continuation:64", "prose:30000:continuation:64"])
+    add("--prompts", type=int, default=30, help="of each kind")
+    add(
+        "--forms",
+        nargs="+",
+        metavar="NAME=VALUE,...:HEADS,...",
+        default=["budget_tokens=1024:28,14,7", "budget_tokens=4096:28,14,7"],
+    )
+    add("--block-size", type=int, default=32)
+    add("--draws", type=int, default=8)
+    add("--batch-size", type=int, default=4)
+    add("--evaluate-batch", type=int, default=2)
+    add("--prefill-chunk", type=int, default=32768)
+    add("--temperature", type=float, default=0.7)
+    add("--seed", type=int, default=0)
+    add("--minutes", type=float, default=60)
+    add("--ablate", type=int, metavar="HEADS", help="also half the calibration, and other couplings, in the first form")
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    model, tokenizer = load_model(options.model)
+    study = Study(model, tokenizer, options)
+    forms = [Form.parse(text, options.block_size) for text in options.forms]
+    students = study.students(forms, study.measure(forms))
+    study.write()
+    study.evaluate(students)
+    for name, cell in study.results["cells"].items():
+        for label, each in cell.items():
+            print(f"{name}  {label:55}  {each['kl_mean']:.5f} +- {each['kl_error']:.5f}  p99 {each['kl_p99']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The stages of an identification, from prompts to a plan."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.shape import ModelShape
+from ..plan import Head, HeadPlan
+from ..policies.plans import same_index
+from ..prompts.makers import Cell, PromptMaker, makers_for
+from ..prompts.text import load_text
+from ..results import fingerprint
+from .checkpoint import Checkpoint
+from .donors import Reach, choose_by_coverage, covered_mass, remap
+from .progress import Progress, Report, silent
+from .replay import Lesson, prepare
+from .search import Judge, exchange
+from .sensitivity import Surrogate, join, measure_sensitivity
+from .settings import IdentifySettings
+from .train import Trainer, top_heads
+
+
+class Stages:
+    """The stages of one identification; arguments as in `identify`, with settings that `settle` has settled."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        settings: IdentifySettings,
+        reach: Reach,
+        folder: str | Path | None = None,
+        report: Report = silent,
+    ) -> None:
+        self._model, self._tokenizer, self._settings, self._reach = model, tokenizer, settings, reach
+        self._shape = ModelShape.of(model)
+        self._checkpoint = Checkpoint(None, settings)
+        if folder is not None:
+            sources = {cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)}
+            known = fingerprint(model, texts={source: load_text(source) for source in sorted(sources)})
+            self._checkpoint = Checkpoint(Path(folder), settings, known)
+        self._report = report
+        self._makers: dict[str, PromptMaker] = {}
+        self._batches = 0
+
+    def run(self) -> tuple[HeadPlan, Tensor | None]:
+        """The plan, and E[z] `[L, Hkv]` where gates were trained."""
+        settings, reach, means = self._settings, self._reach, None
+        plan_of: Callable[[Collection[Head]], HeadPlan]
+        if settings.roles == "sensitivity":
+            surrogate = self.surrogate()
+            retrieval = surrogate.search(settings.num_retrieval_heads)
+
+            def plan_of(heads: Collection[Head]) -> HeadPlan:
+                return surrogate.plan(surrogate.assign(heads))
+        else:
+            coverage = None
+            if settings.roles == "coverage" or settings.donors == "remapped":
+                coverage = self.coverage()
+                plan_of = partial(remap, coverage=coverage, reach=reach)
+            if settings.roles == "gates":
+                means = self.train(coverage)
+                retrieval = top_heads(means, settings.num_retrieval_heads, reach)
+            else:
+                retrieval = choose_by_coverage(coverage, reach, settings.num_retrieval_heads)
+        if settings.donors == "same_index":
+            return same_index(retrieval, self._shape), means
+        if settings.exchange_rounds:
+            judge = Judge(self._model, self.all_lessons(), settings.config, reach)
+            retrieval = self._exchange(retrieval, judge, plan_of)
+        return plan_of(retrieval), means
+
+    def surrogate(self) -> Surrogate:
+        """The second-order model of all kinds of calibration prompts."""
+        settings = self._settings
+        return Surrogate(self.sensitivity(), self._reach, settings.coupling, settings.factors)
+
+    def sensitivity(self) -> Tensor:
+        """The table that `Surrogate` takes."""
+        settings, tables = self._settings, []
+        for cell in settings.calibrate_cells:
+            noise = torch.Generator().manual_seed(random.Random(f"{settings.seed}/draws/{cell}").randrange(2**31))
+            name = f"sensitivity-{len(tables)}"
+            kept = self._checkpoint.load_all(name)
+            if kept:
+                noise.set_state(kept[-1]["noise"])
+            rows = [batch["table"] for batch in kept]
+            for lesson in self.lessons(cell, skip=len(kept)):
+                table = measure_sensitivity(
+                    self._model, lesson, settings.config, self._reach, settings.draws, noise, settings.factors
+                )
+                rows.append(table.cpu())  # the search takes many small steps, for which a GPU is slow
+                self._checkpoint.save(f"{name}-{len(rows) - 1}", {"table": rows[-1], "noise": noise.get_state()})
+            tables.append(torch.cat(rows))
+        return join(tables)
+
+    def coverage(self) -> Tensor:
+        """See `donors.measure_coverage`."""
+        parts: list[dict[str, Tensor]] = []
+        for index, cell in enumerate(self._settings.calibrate_cells):
+            kept = self._checkpoint.load_all(f"coverage-{index}")
+            parts += kept
+            for batch, lesson in enumerate(self.lessons(cell, skip=len(kept)), start=len(kept)):
+                mass, tokens = covered_mass(self._model, lesson, self._settings.config, self._reach)
+                parts.append({"mass": mass, "tokens": torch.tensor(tokens)})
+                self._checkpoint.save(f"coverage-{index}-{batch}", parts[-1])
+        mass, tokens = (torch.stack([part[name] for part in parts]).sum(0) for name in ("mass", "tokens"))
+        return (mass / tokens).float()
+
+    def train(self, coverage: Tensor | None) -> Tensor:
+        """E[z] `[L, Hkv]` of trained gates; `coverage` finds the donors of a step, None inherits by index."""
+        makers = makers_for(self._tokenizer, self._settings.train_cells, "identify")
+        return Trainer(self._model, makers, self._settings, self._reach, coverage, self._checkpoint).run(self._report)
+
+    def _exchange(
+        self, retrieval: Sequence[Head], judge: Judge, plan_of: Callable[[Collection[Head]], HeadPlan]
+    ) -> list[Head]:
+        """Exchanged retrieval heads; goes on from the last round that was finished."""
+        kept = self._checkpoint.load("exchange")
+        done = 0
+        if kept is not None:
+            retrieval, done = [(layer, head) for layer, head in kept["heads"].tolist()], int(kept["rounds"])
+
+        def on_round(number: int, heads: Collection[Head]) -> None:
+            found = {"heads": torch.tensor(sorted(heads)), "rounds": torch.tensor(number)}
+            self._checkpoint.save("exchange", found)
+
+        rounds = range(done + 1, self._settings.exchange_rounds + 1)
+        return exchange(retrieval, self._reach, judge, plan_of, rounds, self._report, on_round)
+
+    def all_lessons(self) -> list[Lesson]:
+        """All calibration prompts, kept together."""
+        return [lesson for cell in self._settings.calibrate_cells for lesson in self.lessons(cell)]
+
+    def lessons(self, cell: Cell, skip: int = 0) -> Iterator[Lesson]:
+        """The calibration prompts of one kind, a batch at a time, without the first `skip` batches."""
+        settings = self._settings
+        if cell.text not in self._makers:
+            self._makers |= makers_for(self._tokenizer, (cell,), "identify")
+        prompts = cell.make(
+            self._makers, settings.calibrate_prompts, random.Random(f"{settings.seed}/calibrate/{cell}")
+        )
+        size, total = self._batch_size(cell), sum(len(self._firsts(each)) for each in settings.calibrate_cells)
+        self._batches += skip
+        for first in self._firsts(cell)[skip:]:
+            yield prepare(self._model, prompts[first : first + size], settings.prefill_chunk)
+            self._batches += 1
+            self._report(Progress("measure", (self._batches - 1) % total + 1, total))
+
+    def _firsts(self, cell: Cell) -> range:
+        return range(0, self._settings.calibrate_prompts, self._batch_size(cell))
+
+    def _batch_size(self, cell: Cell) -> int:
+        """Prompts of a kind that pass together: as many as were asked for, or as the device's memory holds."""
+        weight, shape = next(self._model.parameters()), self._shape
+        tokens = cell.count if cell.task == "continuation" else _ANSWER
+        memory = torch.cuda.get_device_properties(weight.device).total_memory if weight.is_cuda else _CPU_BYTES
+        kept = _COPIES * 4 * shape.num_heads * tokens * len(shape.global_layers)  # attention weights
+        kept += 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * weight.element_size()  # the cache
+        return max(1, min(self._settings.batch_size, int(_SHARE * memory) // (kept * cell.length)))
+
+
+_ANSWER = 64
+"""Tokens that an answer to what is hidden may have."""
+_COPIES, _SHARE, _CPU_BYTES = 4, 0.4, 8 * 2**30
+"""Of attention weights that a backward pass keeps; of a GPU's memory that they may take; memory without a GPU."""
