@@ -81,7 +81,8 @@ def test_the_list_of_commands_says_what_their_own_help_says(name):
 
 def test_every_setting_has_an_option_with_help():
     text = run("identify", "--help", env={"COLUMNS": "300"}).stdout
-    for settings, left_out in ((HybridConfig, set()), (IdentifySettings, {"config", "train_cells", "calibrate_cells"})):
+    tables = {"config", "train_cells", "calibrate_cells", "texts", "completion_factors"}
+    for settings, left_out in ((HybridConfig, set()), (IdentifySettings, tables)):
         for name in set(settings.__dataclass_fields__) - left_out:
             flag = "--top-p-mass" if name == "top_p" else f"--{name.replace('_', '-')}"
             line = next(line for line in text.splitlines() if f" {flag} " in line)
