@@ -13,11 +13,10 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-import lycheedecode.identify as identify
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import COMMANDS, app
 from lycheedecode.errors import MismatchError
-from lycheedecode.identify import IdentifySettings
+from lycheedecode.identify import IdentifySettings, pipeline
 
 runner = CliRunner()
 PROMPT = "A prompt of some length, so that a small budget leaves something out. " * 3
@@ -281,7 +280,7 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
     call = ["--model", model_folder, "--device", "cpu", "--dtype", "float32", "--num-retrieval-heads", "4", *BUDGET]
     call += ["--calibrate", "noise:300:passkey:1", "--calibrate-prompts", "4", "--batch-size", "1", "--draws", "2"]
     run("identify", str(straight), *call)
-    real = identify.measure_sensitivity
+    real = pipeline.measure_sensitivity
 
     def measure(*arguments):
         measured.append(arguments)
@@ -289,7 +288,7 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(identify, "measure_sensitivity", measure)
+    monkeypatch.setattr(pipeline, "measure_sensitivity", measure)
     assert runner.invoke(app, ["identify", str(out), *call]).exit_code == 130
     assert "add --resume" in refusal("identify", str(out), *call)
     said = "The interrupted call had another --draws (2, not 3)"
