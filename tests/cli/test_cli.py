@@ -311,7 +311,7 @@ def test_options_replace_a_presets_budget_as_a_whole():
     changed = _settings("paper", {}, {"budget_tokens": 1024}, "a.txt", ["noise:9:passkey:1"], None)
     assert (changed.config.selection, changed.config.budget_ratio) == ("top_k", None)
     assert [cell.text for cell in changed.train_cells] == ["noise"]
-    assert {cell.text for cell in changed.calibrate_cells} == {"a.txt", "noise"}
+    assert (changed.texts, changed.calibrate_cells) == (("a.txt",), None)
 
 
 # ---------------------------------------------------------------------- evaluate
