@@ -5,7 +5,7 @@ import random
 import threading
 
 import pytest
-from mathematics_pairs import PAIRS, RECORDED, by_math_verify
+from mathematics_pairs import MISSED, PAIRS, RECORDED, by_math_verify
 
 from lycheedecode.evaluate.tasks import mathematics
 from lycheedecode.evaluate.tasks.problems import aime24
@@ -16,6 +16,12 @@ def test_the_table_is_the_mathematicians():
     wrong = [pair for pair in PAIRS if mathematics.is_right(pair[0], {"answer": pair[1]}) != pair[2]]
     assert not wrong, "\n".join(f"{answer!r} and {reference!r}: same? {same}" for answer, reference, same in wrong)
     assert len(set(PAIRS)) == len(PAIRS) >= 150
+
+
+def test_what_is_known_to_be_missed_is_missed_by_both():
+    for answer, reference in MISSED:
+        assert not mathematics.is_right(answer, {"answer": reference})
+        assert not by_math_verify(answer, reference)
 
 
 def test_what_math_verify_says_is_recorded():

@@ -59,8 +59,9 @@ def tasks(
         str,
         typer.Option(
             metavar="NAMES",
-            help="ruler, ruler_synthetic (without the two that need data), longbench, aime24, olympiadbench, single "
-            "tasks as niah_single_1, or any of the harness.",
+            help="ruler, ruler_synthetic (without the two that need data), longbench, aime24, olympiadbench, "
+            "gsm8k_many_shot (after worked examples that fill --lengths), single tasks as niah_single_1, or any of the "
+            "harness.",
         ),
     ] = "ruler",
     policy: Annotated[
@@ -79,9 +80,9 @@ def tasks(
             metavar="TOKENS", help="Give every policy the budget at which it reads what hybrid reads of so many tokens."
         ),
     ] = None,
-    lengths: Annotated[str, typer.Option(metavar="NUMBERS", help="Tokens of RULER's items, as 2048,4096.")] = "4096",
+    lengths: Annotated[str, typer.Option(metavar="NUMBERS", help="Tokens of RULER's and GSM8K's items.")] = "4096",
     limit: Annotated[
-        int | None, typer.Option(help="Items of each task. \\[default: 100 of RULER's, all of a data set]")
+        int | None, typer.Option(help="Items of each task. \\[default: 100 of those with --lengths, all of a data set]")
     ] = None,
     samples: Annotated[int, typer.Option(help="Solutions to each problem of aime24 and olympiadbench.")] = 1,
     data: Annotated[

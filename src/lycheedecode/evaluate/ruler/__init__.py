@@ -18,7 +18,7 @@ from .fit import Fitter, Item, TaskLengthError
 from .haystack import Sources
 from .kinds import KINDS
 
-__all__ = ["KINDS", "Item", "TaskLengthError", "dataset", "make_items"]
+__all__ = ["KINDS", "Item", "TaskLengthError", "dataset", "make_items", "plain_count"]
 
 Count = Callable[[str, str], int]
 """`(text, prefix of the answer) -> tokens` of the whole prompt, a chat template's included."""
@@ -86,17 +86,18 @@ def dataset(
     from datasets import Dataset
 
     if count is None:
-        count = _plain_count(others.get("tokenizer") or others.get("pretrained") or others.get("model"))
+        count = plain_count(others.get("tokenizer") or others.get("pretrained") or others.get("model"))
     made = make_items(
         kind, length, items, count, room=room, seed=seed, text=text, data=None if data is None else Path(data)
     )
     return {"test": Dataset.from_list([vars(item) for item in made])}
 
 
-def _plain_count(name: str | None) -> Count:
+def plain_count(name: str | None) -> Count:
+    """Counts the tokens of prompts without a chat template, by the tokenizer of a model."""
     from transformers import AutoTokenizer
 
     if not name:
         raise ConfigError("RULER tasks measure their prompts: give the task manager a tokenizer in its metadata.")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return lambda text, prefix: len(tokenizer(f"{text} {prefix}", verbose=False).input_ids)
+    return lambda text, prefix: len(tokenizer(f"{text} {prefix}" if prefix else text, verbose=False).input_ids)

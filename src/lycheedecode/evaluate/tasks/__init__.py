@@ -30,7 +30,7 @@ class TaskOptions:
     """What is asked of the model.
 
     Attributes:
-        lengths: tokens of RULER's items, their answers included.
+        lengths: tokens of the items that are made (RULER, gsm8k_many_shot), their answers included.
         limit: items of each task; by default 100 of a generated one, and all of a data set.
         samples: solutions to each problem of a mathematical set.
         text: source of RULER's prose haystacks, as in `load_text`.
@@ -160,9 +160,10 @@ def _counter(lm: LycheeLM, chat: bool) -> Callable[[str, str], int]:
     def count(text: str, prefix: str) -> int:
         lm.templated = chat
         if chat:
-            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": prefix}]
-            return len(lm.tok_encode(lm.apply_chat_template(messages, add_generation_prompt=False)))
-        return len(lm.tok_encode(f"{text} {prefix}"))
+            messages = [{"role": "user", "content": text}]
+            messages += [{"role": "assistant", "content": prefix}] if prefix else []
+            return len(lm.tok_encode(lm.apply_chat_template(messages, add_generation_prompt=not prefix)))
+        return len(lm.tok_encode(f"{text} {prefix}" if prefix else text))
 
     return count
 

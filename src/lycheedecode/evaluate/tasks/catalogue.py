@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import LycheeError
 from ..ruler.questions import read_hotpotqa, read_squad
 from ..tasks_data import DataError, find_records, texts
+from .gsm8k import read_problems
 from .metrics import FIRST_LINE, LONGBENCH, PLAIN, longbench
 from .problems import aime24, olympiadbench
 
@@ -20,10 +21,11 @@ RULER = (
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
 )  # fmt: skip
 MATHEMATICS = ("aime24", "olympiadbench")
+MANY_SHOT = "gsm8k_many_shot"
 FAMILIES = {"ruler": RULER, "longbench": tuple(f"longbench_{subset}" for subset in LONGBENCH)}
 GROUPS = {**FAMILIES, "ruler_synthetic": RULER[:-2]}
 """`ruler_synthetic` needs no data."""
-OWN = (*RULER, *MATHEMATICS, *GROUPS["longbench"])
+OWN = (*RULER, *MATHEMATICS, MANY_SHOT, *GROUPS["longbench"])
 """Tasks whose data is made here, or may come from a folder."""
 
 
@@ -49,7 +51,9 @@ def _of_the_harness(name: str) -> list[str]:
         ours = [*GROUPS, *OWN]
         near = get_close_matches(name, [*ours, *known.all_tasks], n=4)
         hint = (
-            f"did you mean {' or '.join(near)}?" if near else f"ours are {', '.join([*GROUPS, *RULER, *MATHEMATICS])}."
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"ours are {', '.join([*GROUPS, *RULER, *MATHEMATICS, MANY_SHOT])}."
         )
         raise TaskNameError(f"There is no task {name!r}: {hint}")
     if name in known.all_subtasks:
@@ -73,6 +77,7 @@ def check_data(names: Sequence[str], data: Path | None) -> None:
         "qa_2": partial(read_hotpotqa, data),
         "aime24": partial(aime24, folder),
         "olympiadbench": partial(olympiadbench, folder),
+        MANY_SHOT: partial(read_problems, data),
     }
     for name in names:
         if name in GROUPS["longbench"]:
@@ -83,7 +88,7 @@ def check_data(names: Sequence[str], data: Path | None) -> None:
 
 def is_generated(name: str) -> bool:
     """Whether a task is made for a length."""
-    return name in RULER
+    return name in RULER or name == MANY_SHOT
 
 
 def takes_samples(name: str) -> bool:
@@ -93,7 +98,7 @@ def takes_samples(name: str) -> bool:
 
 def may_chat(name: str) -> bool:
     """Whether a task's prompts go into a chat template by default: ours do, but for those that are made of examples."""
-    return name in OWN and name.removeprefix("longbench_") not in PLAIN
+    return name in OWN and name.removeprefix("longbench_") not in (*PLAIN, MANY_SHOT)
 
 
 def load(name: str, metadata: Mapping[str, Any], samples: int = 1) -> Any:

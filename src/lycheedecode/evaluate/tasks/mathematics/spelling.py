@@ -45,6 +45,10 @@ _COMMANDS = [
         (r"\\div(?![a-zA-Z])", "/"),
         (r"\\to(?![a-zA-Z])|\\rightarrow(?![a-zA-Z])", r"\\to"),
         (r"\\(?:degrees?|circ)(?![a-zA-Z])", r"\\circ"),
+        (
+            r"\\(sin|cos|tan|cot|sec|csc)\s*\(?\s*(\d+(?:\.\d+)?)\s*\^?\s*\{?\s*\\circ\s*\}?\s*\)?",
+            r"\\\1{(\\frac{\2\\pi}{180})}",
+        ),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|(?<=\d)\s*\\circ", ""),
     ]
 ]

@@ -54,6 +54,11 @@ def read(text: str, thousands: bool = True, depth: int = 0) -> Node:
         return _words(whole)
     if text in ("\\emptyset", "\\{\\}", "\\{ \\}"):
         return Node("list", "{}")
+    if text == "\\mathbb{R}":
+        return Node("group", "()", (Node("leaf", "-\\infty"), Node("leaf", "\\infty")))
+    condition = re.fullmatch(rf"\\\{{\s*(?:{_VARIABLE})\s*(?:\\mid|\||:)(?![a-zA-Z])(.+)\\\}}", text)
+    if condition:
+        return read(condition[1], thousands, inner)
     parts = [part for part in split(_AND.sub(",", text), ",;") if part.strip()]
     if len(parts) > 1:
         return _listed(read(part, thousands, inner) for part in parts)
