@@ -13,6 +13,7 @@ import lycheedecode
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
     {"errors"},
+    {"checks"},
     {"config"},
     {"plan"},
     {"ops", "plan_views", "prompts", "results"},

@@ -235,3 +235,24 @@ def test_plans_with_other_line_ends(tmp_path, encoding, end):
     plan.save(path)
     path.write_bytes(end.join(path.read_text(encoding="utf-8").split("\n")).encode(encoding))
     assert HeadPlan.load(path).donors == plan.donors
+
+
+def test_plans_can_be_keys():
+    plan, same = HeadPlan.from_donors(TABLE, model={"name": "m"}), HeadPlan.from_donors(TABLE, model={"name": "m"})
+    assert plan == same
+    assert {plan: 1}[same] == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"donors": ' + "9" * 5000 + "}"])
+def test_json_that_python_does_not_read_is_refused(text):
+    with pytest.raises(PlanError, match="not JSON that can be read"):
+        HeadPlan.from_json(text)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_do_not_matter(end, tmp_path):
+    plan = HeadPlan.from_donors(TABLE)
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_bytes(text.replace("\n", end).encode("utf-8-sig"))
+    assert HeadPlan.load(tmp_path / "plan.json") == plan

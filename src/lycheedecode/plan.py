@@ -58,6 +58,9 @@ class HeadPlan:
         if self.completion is not None and not all(0 <= factor < inf for row in self.completion for factor in row):
             raise PlanError("completion must be a table of finite factors that are not negative.")
 
+    def __hash__(self) -> int:
+        return hash(self.donors)  # the other attributes of equal plans are equal, but not all of them can be hashed
+
     def _as_table(self, name: str, table: Any) -> tuple[tuple[float, ...], ...] | None:
         """`L x Hkv` numbers, or None."""
         if table is None:
@@ -182,6 +185,8 @@ class HeadPlan:
             data = json.loads(text) if isinstance(text, str) else text
         except json.JSONDecodeError as error:
             raise PlanError(f"{source}: not valid JSON (line {error.lineno}: {error.msg}).") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets by the thousand
+            raise PlanError(f"{source}: not JSON that can be read ({str(error).split(';')[0]}).") from None
         if not isinstance(data, Mapping) or "donors" not in data:
             raise PlanError(f"{source}: not a head plan (it has no 'donors').")
         if data.get("format") != FORMAT:

@@ -90,7 +90,7 @@ class Result:
             raise InputError(f"There is no result file {str(path)!r}.") from None
         except OSError as error:
             raise InputError(f"The result file {str(path)!r} cannot be read: {error.strerror}.") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{str(path)!r} is not a result file: it is not valid JSON.") from None
         if not isinstance(data, dict) or not isinstance(found := _found(data), dict):
             raise InputError(f"{str(path)!r} is not a result file.")

@@ -205,7 +205,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 def _case(text: str) -> tuple[int, int]:
     batch, _, context = text.partition("x")
-    if not (batch.isdigit() and context.isdigit() and int(batch) and int(context) > 1):
+    if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context) > 1):
         raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context, like 4x131072")
     return int(batch), int(context)
 

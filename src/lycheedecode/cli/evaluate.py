@@ -183,7 +183,7 @@ def _parse_kind(text: str) -> Cell | Long:
     source, *numbers = text.rsplit(":", 3)
     if len(numbers) != 3 or numbers[1] != "long":
         return parse_cell(text)
-    if not (numbers[0].isdigit() and numbers[2].isdigit() and int(numbers[2]) >= 2):
+    if not (numbers[0].isdecimal() and numbers[2].isdecimal() and int(numbers[2]) >= 2):
         raise ConfigError(f"{text!r} is not TEXT:TOKENS:long:COUNT with at least 2 tokens to generate.")
     return Long(source, int(numbers[0]), int(numbers[2]))
 

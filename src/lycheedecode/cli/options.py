@@ -123,7 +123,7 @@ def parse_cell(text: str) -> Cell:
     from ..identify import Cell
 
     source, *numbers = text.rsplit(":", 3)
-    if len(numbers) != 3 or not (numbers[0].isdigit() and numbers[2].isdigit()):
+    if len(numbers) != 3 or not (_is_count(numbers[0]) and _is_count(numbers[2])):
         raise ConfigError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
     if numbers[1] not in ("continuation", "passkey", "multi_hop"):
         raise ConfigError(f"{text!r}: the task must be continuation, passkey or multi_hop, not {numbers[1]!r}.")
@@ -133,9 +133,13 @@ def parse_cell(text: str) -> Cell:
 def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
     """Whole numbers from `128,256`, each once; none for None."""
     parts = [] if text is None else text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    if not all(_is_count(part.strip()) for part in parts):
         raise ConfigError(f"{option} must be whole numbers with commas between them, as 128,256, not {text!r}.")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def megabytes(size: float) -> str:

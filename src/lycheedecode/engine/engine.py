@@ -196,7 +196,7 @@ class Engine:
             pieces of every sequence's text in the order of decoding; the last piece of each carries its `Generation`.
         """
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+            raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}.")
         if not isinstance(prompts, Context):
             prompts = encode(prompts, self.tokenizer, chat, self._vocabulary)
         lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_types
 from ..errors import ConfigError
 
 
@@ -38,6 +39,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature must be at least 0, not {self.temperature}.")
         if self.top_k < 0:

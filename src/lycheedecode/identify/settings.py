@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from ..checks import check_types
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.shape import ModelShape
@@ -88,6 +89,7 @@ class IdentifySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         choices = {"roles": Roles, "donors": Donors, "gates": Gates, "loss": Loss, "penalty": Penalty}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):

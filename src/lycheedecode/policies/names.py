@@ -126,7 +126,7 @@ def _parse(name: str) -> tuple[type[Policy], int, dict[str, Any]]:
     """The policy, the seed, and the settings that the name carries."""
     bare, *endings = name.split("+")
     base, colon, seed = bare.partition(":")
-    known = base in POLICIES and (not colon or (base == "random" and seed.isdigit()))
+    known = base in POLICIES and (not colon or (base == "random" and seed.isdecimal()))
     if not known or not set(endings) <= set(_endings(POLICIES[base])):
         near = get_close_matches(name, NAMES, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -1,0 +1,73 @@
+"""Types of settings."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from lycheedecode import HybridConfig, Sampling
+from lycheedecode.checks import check_types
+from lycheedecode.errors import ConfigError
+
+
+@dataclass
+class Settings:
+    count: int = 1
+    share: float | None = None
+    on: bool = True
+    name: str = "a"
+    kind: Literal["x", "y"] = "x"
+    sizes: tuple[int, ...] = ()
+    config: HybridConfig | None = None
+    rest: Any = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("count", np.int64(3)),
+        ("share", 1),
+        ("share", np.float32(0.5)),
+        ("share", None),
+        ("kind", "y"),
+        ("sizes", [1, 2]),
+        ("config", HybridConfig()),
+        ("rest", object()),
+    ],
+)
+def test_what_fits(name, value):
+    assert getattr(Settings(**{name: value}), name) is value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("count", "3", "count must be a whole number, not '3'."),
+        ("count", True, "count must be a whole number, not True."),
+        ("count", 1.5, "count must be a whole number, not 1.5."),
+        ("share", "much", "share must be a number or None, not 'much'."),
+        ("on", 1, "on must be True or False, not 1."),
+        ("name", b"a", "name must be text, not b'a'."),
+        ("kind", ["x"], "kind must be one of 'x', 'y', not ['x']."),
+        ("sizes", (1, "2"), "sizes must be a tuple of a whole number, not (1, '2')."),
+        ("config", {"block_size": 16}, "config must be a HybridConfig or None, not {'block_size': 16}."),
+        (
+            "name",
+            ["long"] * 50,
+            f"name must be text, not {str(['long'] * 50)[:60]}...",
+        ),
+    ],
+)
+def test_what_does_not(name, value, said):
+    with pytest.raises(ConfigError) as caught:
+        Settings(**{name: value})
+    assert str(caught.value) == said
+
+
+def test_where_it_is_used():
+    with pytest.raises(ConfigError, match=r"temperature must be a number, not '0\.7'"):
+        Sampling(temperature="0.7")
