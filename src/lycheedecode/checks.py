@@ -17,7 +17,7 @@ def check_types(settings: Any) -> None:
         value = getattr(settings, field.name)
         if not _is_a(value, kinds[field.name]):
             shown = repr(value)
-            shown = shown if len(shown) < 60 else f"{shown[:60]}..."
+            shown = shown if len(shown) < 60 else f"{shown[:60]}.."  # and the full stop
             raise ConfigError(f"{field.name} must be {_named(kinds[field.name])}, not {shown}.")
 
 
