@@ -4,6 +4,7 @@
     overview    of long files: what they say, in one table
     tables      of every file: what it was measured on, and its numbers
     fidelity    pictures: KL over bytes
+    front       the front page's picture
     speed       pictures: bytes a second, speed-up over the context
 
 Files are read by `lycheedecode.results`. A result is shown by what it has: `cells` (policies by kind of prompt), `rows`
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.report import fidelity, lost, overview, speed, tables
+from experiments.report import fidelity, front, lost, overview, speed, tables
 from lycheedecode.results import Result
 
 INTRODUCTION = "<!-- Made from docs/results/*.json by `make results`; do not edit. -->\n\n# Results\n"
@@ -48,8 +49,10 @@ def render(folder: Path) -> str:
 
 def draw(folder: Path) -> list[Path]:
     """The pictures that the document shows, next to their result files."""
-    drawn = []
-    for name, report in _reports(folder).items():
+    drawn, reports = [], _reports(folder)
+    if front.draw(reports, folder / "front.png"):
+        drawn.append(folder / "front.png")
+    for name, report in reports.items():
         picture = _picture(report)
         if picture is not None:
             drawn.append(folder / f"{name}.png")
