@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,10 +56,12 @@ class HybridState(State):
     Attributes:
         copy: of the keys that retrieval heads scan; None where they scan the cache.
         means: of chunks, where some head is completed.
+        limits: int32 `[B]`, where sequences have budgets of their own (`ops.select_blocks`).
     """
 
     copy: KeyCopy | None = None
     means: ChunkMeans | None = None
+    limits: Tensor | None = None
 
     def before_step(
         self,
@@ -85,8 +87,8 @@ class HybridState(State):
         return key_bytes if self.copy is None else self.copy.key_bytes(key_bytes)
 
     def first_rows(self, rows: int) -> HybridState:
-        """The selections of the first `rows` sequences; a view."""
-        return HybridState(self.selections.sequences(rows))
+        """Selections and limits of the first `rows` sequences; views."""
+        return HybridState(self.selections.sequences(rows), limits=None if self.limits is None else self.limits[:rows])
 
 
 class DecodeAttention(Protocol):
@@ -180,6 +182,8 @@ class HybridAttention:
         scale: float,
         refresh: bool = True,
         out: Tensor | None = None,
+        sinks: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention output of one layer for one new token a sequence.
 
@@ -191,30 +195,37 @@ class HybridAttention:
             scale: factor on the logits.
             refresh: False keeps the selections of the step before.
             out: where to write the output, and return it; None: a new tensor.
+            sinks, scales: of the layer, as in `ops.attend_blocks`.
 
         Returns:
             `[B, Hq, D]`.
         """
         config, roles, selections = self.config, self._layers[layer], state.selections
+        more: dict[str, Any] = {"sinks": sinks, "scales": scales}
+        chosen = selections.rows(roles.first_row, len(roles.retrieval))
+        copy = None if state.copy is None else state.copy.of_layer(layer)
+        selecting = {"out": chosen, "copy": copy, "limits": state.limits, **more}
         completion = None
         if layer in self._factors:
             completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
-        chosen = selections.rows(roles.first_row, len(roles.retrieval))
         if config.retrieval_attention == "full" and roles.retrieval:  # the paper's form
-            if refresh:
+            if refresh and state.limits is None and sinks is None and scales is None:
                 dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
             else:
-                dense = ops.attend(query, kv, scale, roles.retrieval)
+                if refresh:
+                    ops.scan_select(query, kv, roles.retrieval, config, scale, **selecting)
+                dense = ops.attend(query, kv, scale, roles.retrieval, **more)
             rows = tuple(roles.donor_rows[head] for head in roles.sparse)
+            forms = (roles.retrieval, roles.sparse, rows)
             output = attend_in_two_forms(
-                query, kv, selections, roles.retrieval, roles.sparse, rows, config.block_size, scale, dense, completion
+                query, kv, selections, *forms, config.block_size, scale, dense, completion, **more
             )
             return output if out is None else out.copy_(output)
         if roles.retrieval and refresh:
-            copy = None if state.copy is None else state.copy.of_layer(layer)
-            ops.scan_select(query, kv, roles.retrieval, config, scale, out=chosen, copy=copy)
+            ops.scan_select(query, kv, roles.retrieval, config, scale, **selecting)
         rows = constant(roles.donor_rows, torch.int64, query.device)
-        return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out, completion=completion)
+        more["completion"] = completion
+        return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out, **more)
 
     def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
         """Keys scanned by retrieval heads, keys and values attended by every head, and means (see `DecodeAttention`).
@@ -227,7 +238,8 @@ class HybridAttention:
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
         enough = selections.enough_tokens(config.selection, config.block_size, config.refresh_every)
         means = Means(self._completed, config.chunk_tokens, 2.0 * key_bytes) if self._factors else None
-        ops.count_bytes(total, lengths, selections, costs, config.block_size, 0 if dense else enough, means)
+        enough, limits = (0, None) if dense else (enough, state.limits)
+        ops.count_bytes(total, lengths, selections, costs, config.block_size, enough, means, limits)
 
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """How many heads scan, how many attend over each row of the selections, and how many of those are completed."""
@@ -288,21 +300,25 @@ def attend_in_two_forms(
     scale: float,
     whole: Tensor | None = None,
     completion: Completion | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one layer whose KV heads `dense` attend to everything, `sparse` each over one of `rows`.
 
     Together they are all heads of the layer. `whole`: what the dense ones give, where that is known; otherwise as
     `ops.attend_blocks`.
     """
+    layers_own = {"sinks": sinks, "scales": scales}
+    more = {"completion": completion, **layers_own}
     if whole is None and dense:
-        whole = ops.attend(query, kv, scale, dense)
+        whole = ops.attend(query, kv, scale, dense, **layers_own)
     if not sparse:
         return whole
     chosen = constant(rows, torch.int64, query.device)
     if not dense:
-        return ops.attend_blocks(query, kv, selections, chosen, block_size, scale, completion=completion)
+        return ops.attend_blocks(query, kv, selections, chosen, block_size, scale, **more)
     output = torch.empty_like(query).unflatten(1, (len(dense) + len(sparse), -1))  # [B, Hkv, G, D]
     output[:, constant(dense, torch.int64, query.device)] = whole.unflatten(1, (len(dense), -1))
-    part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse, completion=completion)
+    part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse, **more)
     output[:, constant(sparse, torch.int64, query.device)] = part.unflatten(1, (len(sparse), -1))
     return output.flatten(1, 2)

@@ -25,9 +25,10 @@ from .count import count_bytes
 from .scan import has_float8, scan_blocks, scan_select
 from .scan.copy import KeyCopy
 from .select import select_blocks
-from .types import KV, Completion, Selections
+from .types import EVERYTHING, KV, Completion, Selections
 
 __all__ = [
+    "EVERYTHING",
     "KV",
     "ChunkMeans",
     "Completion",

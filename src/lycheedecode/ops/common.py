@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,35 @@ def some_tokens(cache: Tensor, kv: KV, token: Tensor, heads: tuple[int, ...] | N
     return rows.index_select(0, row.flatten()).view(*token.shape, dim)
 
 
+def with_sinks(logits: Tensor, sinks: Tensor | None, kv: KV, heads: tuple[int, ...] | None) -> Tensor:
+    """Logits `[B, (H,) G, T]`, and one more that stands for no token: the sink of each query head, if there are."""
+    if sinks is None:
+        return logits
+    grouped = sinks.float().view(kv.keys.shape[1], -1)
+    grouped = grouped if heads is None else grouped[list(heads)]
+    return torch.cat((logits, grouped.expand(*logits.shape[:-1]).unsqueeze(-1)), -1)
+
+
+def scaled(query: Tensor, scale: float, kv: KV, scales: tuple[Tensor, Tensor] | None, heads: Any) -> Tensor:
+    """The query `[B, H, G, D]` in float32, times the factor on logits, and that of keys in 8 bits."""
+    return query.float() * (scale if scales is None else scale * _of_heads(scales[0], heads))
+
+
+def unscaled(output: Tensor, scales: tuple[Tensor, Tensor] | None, heads: Any) -> Tensor:
+    """Attention output `[B, H * G, D]` times the factor of values in 8 bits."""
+    if scales is None:
+        return output
+    factor = _of_heads(scales[1], heads)
+    return (output.unflatten(1, (len(factor), -1)) * factor).flatten(1, 2).to(output.dtype)
+
+
+def _of_heads(scales: Tensor, heads: tuple[int, ...] | None) -> Tensor:
+    return (scales if heads is None else scales[list(heads)])[:, None, None]
+
+
 def finish(logits: Tensor, values: Tensor, query: Tensor, some_empty: bool) -> Tensor:
-    """softmax(logits) @ values, `[B, H, G, T]` x `[B, H, T, D]` -> `[B, H * G, D]`; a row without tokens gives 0."""
-    weights = logits.softmax(-1)
+    """softmax(logits) @ values, `[B, H, G, >= T]` x `[B, H, T, D]` -> `[B, H * G, D]`; a row without tokens gives 0."""
+    weights = logits.softmax(-1)[..., : values.shape[-2]]
     if some_empty:
         weights = weights.nan_to_num_(0.0)
     return (weights @ values).flatten(1, 2).to(query.dtype)

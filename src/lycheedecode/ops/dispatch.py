@@ -51,8 +51,8 @@ def kernel_obstacle(tensor: Tensor) -> str | None:
     return None
 
 
-def check(query: Tensor, kv: KV) -> None:
-    """Refuse a query, `[B, Hq, D]`, and a cache that do not fit each other."""
+def check(query: Tensor, kv: KV, sinks: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None) -> None:
+    """Refuse a query, `[B, Hq, D]`, a cache, sinks of heads and scales of the cache that do not fit each other."""
     keys, values = kv.keys, kv.values
     if query.dim() != 3 or keys.dim() != 4 or keys.shape != values.shape:
         raise ValueError(
@@ -61,11 +61,23 @@ def check(query: Tensor, kv: KV) -> None:
         )
     if query.shape[2] != keys.shape[3] or query.shape[1] % keys.shape[1]:
         raise ValueError(f"query {tuple(query.shape)} does not fit keys {tuple(keys.shape)}: Hq = G * Hkv, same D.")
-    if query.dtype != keys.dtype or keys.dtype != values.dtype or not query.dtype.is_floating_point:
+    if scales is not None:
+        _check_scales(query, kv, scales)
+    elif query.dtype != keys.dtype or keys.dtype != values.dtype or not query.dtype.is_floating_point:
         raise ValueError(f"query, keys and values must share one float dtype, not {query.dtype}, {keys.dtype}.")
+    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32):
+        raise ValueError(f"sinks must be float32 [{query.shape[1]}], not {sinks.dtype} {tuple(sinks.shape)}.")
     if kv.page_table is None and keys.shape[0] != query.shape[0]:
         raise ValueError(f"a contiguous cache needs one page a sequence: {keys.shape[0]} for {query.shape[0]} queries.")
     for name in ("lengths", "starts", "page_table"):
         tensor = getattr(kv, name)
         if tensor is not None and (tensor.dtype != torch.int32 or tensor.shape[0] != query.shape[0]):
             raise ValueError(f"{name} must be int32 with a row for each of the {query.shape[0]} sequences.")
+
+
+def _check_scales(query: Tensor, kv: KV, scales: tuple[Tensor, Tensor]) -> None:
+    heads = kv.keys.shape[1]
+    if {kv.keys.dtype, kv.values.dtype} != {torch.float8_e4m3fn} or query.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"scales belong to keys and values in float8_e4m3fn, not in {kv.keys.dtype}.")
+    if any(one.shape != (heads,) or one.dtype != torch.float32 for one in scales):
+        raise ValueError(f"keys and values in 8 bits need two scales, float32 [{heads}] each.")

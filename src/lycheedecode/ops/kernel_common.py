@@ -263,6 +263,36 @@ def load_tokens(
 
 
 @triton.jit
+def enough_of(b, enough, limits, BLOCK: tl.constexpr):
+    """Tokens up to which a sequence is not looked at: see `ops.scan_select`."""
+    if limits is not None:
+        limit = tl.load(limits + b)
+        enough = tl.where(limit < 0, 0x3FFFFFFF, tl.minimum(enough, limit * BLOCK))
+    return enough
+
+
+@triton.jit
+def load_sinks(sinks, head, split, G: tl.constexpr, GP: tl.constexpr):
+    """`[GP]`: logits in base 2 of a group's sinks, which the first split counts; -inf for all others."""
+    g = tl.arange(0, GP)
+    x = tl.load(sinks + head * G + g, mask=(g < G) & (split == 0), other=float("-inf"))
+    return x * 1.4426950408889634
+
+
+@triton.jit
+def for_8_bit_keys(q, scale):
+    """The query and the factor on logits such that keys in 8-bit floats take one step to become like the query.
+
+    They become float16 in one step, bfloat16 in three.
+    """
+    if q.dtype == tl.bfloat16:
+        size = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)[:, None]
+        q = (q / size).to(tl.float16)
+        scale = scale * size
+    return q, scale
+
+
+@triton.jit
 def logits_of(q, k, exists, scale):
     """`[GP, tokens]` logits in base 2; -inf where nothing exists."""
     x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale

@@ -30,16 +30,18 @@ def scan_blocks(
     scale: float,
     score: str = "mass",
     copy: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `ops.scan_blocks`."""
     run = _scan_blocks_operator if is_compiling() else _scan_blocks
-    return run(query, *kv, heads, block_size, scale, score, copy)
+    return run(query, *kv, heads, block_size, scale, score, copy, sinks, *(scales or (None, None)))
 
 
-def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
+def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections, limits: Tensor | None = None) -> None:
     """See `ops.select_blocks`."""
     run = _select_blocks_operator if is_compiling() else _select_blocks
-    run(scores, *kv, *Rule.of(config), *out)
+    run(scores, *kv, *Rule.of(config), *out, limits)
 
 
 def scan_select(
@@ -50,10 +52,14 @@ def scan_select(
     scale: float,
     out: Selections,
     copy: Tensor | None = None,
+    limits: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `ops.scan_select`."""
     run = _scan_select_operator if is_compiling() else _scan_select
-    run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out, copy)
+    more = (copy, limits, sinks, *(scales or (None, None)))
+    run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out, *more)
 
 
 def attend_blocks(
@@ -66,19 +72,30 @@ def attend_blocks(
     heads: tuple[int, ...] | None = None,
     out: Tensor | None = None,
     completion: Completion | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     if not is_compiling():
-        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out, completion=completion)
+        more = {"completion": completion, "sinks": sinks, "scales": scales}
+        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out, **more)
     means = (None, None, 0, ()) if completion is None else completion
-    result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads, *means)
+    more = (*means, sinks, *(scales or (None, None)))
+    result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads, *more)
     return result if out is None else out.copy_(result)
 
 
-def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """See `ops.attend`."""
     run = _attend_operator if is_compiling() else _attend
-    return run(query, *kv, scale, heads)
+    return run(query, *kv, scale, heads, sinks, *(scales or (None, None)))
 
 
 # ---------------------------------------------------------------------- tensors and numbers instead of our types
@@ -96,9 +113,12 @@ def _scan_blocks(
     scale: float,
     score: str,
     copy: Tensor | None,
+    sinks: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> Tensor:
-    kv = KV(keys, values, lengths, starts, page_table)
-    return scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy)
+    kv, scales = KV(keys, values, lengths, starts, page_table), _pair(key_scales, value_scales)
+    return scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy, sinks, scales)
 
 
 def _select_blocks(
@@ -118,10 +138,11 @@ def _select_blocks(
     blocks: Tensor,
     counts: Tensor,
     taken: Tensor | None,
+    limits: Tensor | None,
 ) -> None:
     kv = KV(keys, values, lengths, starts, page_table)
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
-    select.select_blocks(scores, kv, rule, Selections(blocks, counts, taken))
+    select.select_blocks(scores, kv, rule, Selections(blocks, counts, taken), limits=limits)
 
 
 def _scan_select(
@@ -145,14 +166,19 @@ def _scan_select(
     counts: Tensor,
     taken: Tensor | None,
     copy: Tensor | None,
+    limits: Tensor | None,
+    sinks: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> None:
     kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
     select.check_selections(out, (len(heads), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
     enough = out.enough_tokens(strategy, block_size, refresh_every)
-    worth = scan.scan(query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, enough)
-    scores = scan.normalise(worth, kv, block_size, enough)
-    select.select_blocks(scores, kv, rule, out)
+    asked = (query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, enough)
+    worth = scan.scan(*asked, limits, sinks, _pair(key_scales, value_scales))
+    scores = scan.normalise(worth, kv, block_size, enough, limits)
+    select.select_blocks(scores, kv, rule, out, limits=limits)
 
 
 def _attend_blocks(
@@ -173,10 +199,14 @@ def _attend_blocks(
     mean_values: Tensor | None,
     chunk: int,
     factors: Sequence[float],
+    sinks: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> Tensor:
     kv, selections = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
     completion = None if mean_keys is None else Completion(mean_keys, mean_values, chunk, tuple(factors))
-    return attend_sparsely(query, kv, selections, rows, block_size, scale, _as_tuple(heads), completion=completion)
+    more = {"completion": completion, "sinks": sinks, "scales": _pair(key_scales, value_scales)}
+    return attend_sparsely(query, kv, selections, rows, block_size, scale, _as_tuple(heads), **more)
 
 
 def _attend(
@@ -188,8 +218,16 @@ def _attend(
     page_table: Tensor | None,
     scale: float,
     heads: Sequence[int] | None,
+    sinks: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> Tensor:
-    return attend_densely(query, KV(keys, values, lengths, starts, page_table), scale, _as_tuple(heads))
+    kv, scales = KV(keys, values, lengths, starts, page_table), _pair(key_scales, value_scales)
+    return attend_densely(query, kv, scale, _as_tuple(heads), sinks=sinks, scales=scales)
+
+
+def _pair(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if keys is None else (keys, values)
 
 
 def _as_tuple(heads: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -211,19 +249,19 @@ _attend_operator = _operator("lycheedecode::attend", _attend, mutates_args=())
 
 
 @_scan_blocks_operator.register_fake
-def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale, score, copy):
+def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale, score, copy, *more):
     slots = KV(keys, values, lengths, starts, page_table).slots
     num_blocks = (slots + block_size - 1) // block_size
     return query.new_empty((len(heads), query.shape[0], num_blocks), dtype=torch.float32)
 
 
 @_attend_blocks_operator.register_fake
-def _(query, keys, values, lengths, starts, page_table, blocks, counts, taken, rows, block_size, scale, heads, *means):
+def _(query, keys, values, lengths, starts, page_table, blocks, counts, taken, rows, block_size, scale, heads, *more):
     group = query.shape[1] // keys.shape[1]
     return query.new_empty((query.shape[0], rows.shape[0] * group, query.shape[2]))
 
 
 @_attend_operator.register_fake
-def _(query, keys, values, lengths, starts, page_table, scale, heads):
+def _(query, keys, values, lengths, starts, page_table, scale, heads, *more):
     group, count = query.shape[1] // keys.shape[1], keys.shape[1] if heads is None else len(heads)
     return query.new_empty((query.shape[0], count * group, query.shape[2]))

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+EVERYTHING = -1
+"""In place of a number of blocks: all that there are."""
+
 
 class KV(NamedTuple):
     """One layer's keys and values as the operations see them; views, never copies.
@@ -52,7 +55,7 @@ class Selections(NamedTuple):
 
     Attributes:
         blocks: int32 `[R, B, K]`, block indices in any order; unused entries are -1 and come last.
-        counts: int32 `[R, B]`, entries in use.
+        counts: int32 `[R, B]`, entries in use; `EVERYTHING`: all blocks are selected, and none is listed.
         taken: int32 `[R, B, C]`, how many blocks of each chunk are among them; anything beyond a sequence's last
             block. None where nobody completes.
     """
@@ -86,12 +89,14 @@ class Selections(NamedTuple):
         chunk = (self.blocks // blocks_per_chunk).masked_fill(self.blocks < 0, chunks).clamp(max=chunks).long()
         found = self.taken.new_zeros((*self.taken.shape[:-1], chunks + 1))
         found.scatter_add_(-1, chunk, torch.ones_like(self.blocks))
-        self.taken.copy_(found[..., :chunks])
+        everything = (self.counts == EVERYTHING)[..., None]
+        self.taken.copy_(found[..., :chunks].masked_fill_(everything, blocks_per_chunk))
 
     def tokens(self, lengths: Tensor, block_size: int) -> Tensor:
         """int64 `[R, B]`: tokens in the selected blocks of sequences of `lengths` tokens, int32 `[B]`."""
         inside = (lengths[:, None] - self.blocks * block_size).clamp(0, block_size)  # [R, B, K]
-        return inside.masked_fill(self.blocks < 0, 0).sum(-1)
+        listed = inside.masked_fill(self.blocks < 0, 0).sum(-1)
+        return torch.where(self.counts == EVERYTHING, lengths, listed)
 
     def enough_tokens(self, strategy: str, block_size: int, refresh_every: int) -> int:
         """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""

@@ -27,6 +27,8 @@ def attend_blocks(
     heads: tuple[int, ...] | None = None,
     out: Tensor | None = None,
     completion: Completion | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of KV heads, each over the blocks of one row of the selections; reads nothing else.
 
@@ -44,25 +46,40 @@ def attend_blocks(
         heads: the `H` KV heads, ascending; None means all of the layer.
         out: where to write the result, and return it; None: a new tensor.
         completion: the layer's; then the selections have counted what was `taken`. None: what is unread is nothing.
+        sinks: float32 `[Hq]`, a logit of each query head that takes its part of the softmax and stands for no token.
+        scales: float32 `[Hkv]` of keys and of values, which then are float8_e4m3fn: what they stand for is their
+            product.
 
     Returns:
         `[B, H * G, D]` in the dtype of `query`; zeros for a sequence of length 0.
     """
-    check(query, kv)
+    check(query, kv, sinks, scales)
     if completion is not None:
+        if scales is not None:
+            raise ValueError("a completion does not go with keys and values in 8 bits.")
         _check_completion(completion, selections, kv, block_size)
     arguments = (query, kv, selections, rows, block_size, scale, heads)
     kernels = kernels_for(query)
     if kernels is not None:
-        return kernels.attend_blocks(*arguments, out, completion)
-    result = (cpu if query.device.type == "cpu" else reference).attend_blocks(*arguments, completion)
+        return kernels.attend_blocks(*arguments, out, completion, sinks, scales)
+    if query.device.type == "cpu" and sinks is None and scales is None:
+        result = cpu.attend_blocks(*arguments, completion)
+    else:
+        result = reference.attend_blocks(*arguments, completion, sinks, scales)
     return result if out is None else out.copy_(result)
 
 
-def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Dense attention of KV heads over the whole cache; arguments and result as in `attend_blocks`."""
-    check(query, kv)
-    return (kernels_for(query) or reference).attend(query, kv, scale, heads)
+    check(query, kv, sinks, scales)
+    return (kernels_for(query) or reference).attend(query, kv, scale, heads, sinks, scales)
 
 
 def attend_select(

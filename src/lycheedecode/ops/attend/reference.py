@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import ceil, inf
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import HybridConfig
-from ..common import all_tokens, by_kv_head, existing_tokens, finish, floats, some_tokens
+from ..common import (
+    all_tokens,
+    by_kv_head,
+    existing_tokens,
+    finish,
+    floats,
+    scaled,
+    some_tokens,
+    unscaled,
+    with_sinks,
+)
 from ..complete.reference import unread
 from ..scan.reference import block_scores
 from ..select.reference import select_blocks
-from ..types import KV, Completion, Selections
+from ..types import EVERYTHING, KV, Completion, Selections
 
 
 def attend_blocks(
@@ -24,9 +35,11 @@ def attend_blocks(
     scale: float,
     heads: tuple[int, ...] | None = None,
     completion: Completion | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     grouped = by_kv_head(query, kv, heads)  # [B, H, G, D]
-    blocks = selections.blocks.index_select(0, rows).transpose(0, 1)  # [B, H, K]
+    blocks = _listed(selections, kv, block_size).index_select(0, rows).transpose(0, 1)  # [B, H, K]
     within = torch.arange(block_size, device=query.device)
     token = (blocks[..., None] * block_size + within).flatten(-2)  # [B, H, K * block_size]
     lengths = kv.slots if kv.lengths is None and kv.starts is None else kv.token_counts()[:, None, None]
@@ -35,23 +48,43 @@ def attend_blocks(
     keys = some_tokens(kv.keys, kv, token, heads).float()
     # A weight of 0 does not silence a NaN that was read on behalf of an unused entry.
     values = some_tokens(kv.values, kv, token, heads).float().masked_fill_(~chosen[..., None], 0.0)
-    logits = ((grouped.float() * scale) @ keys.mT).masked_fill_(~chosen[:, :, None], -inf)
+    logits = (scaled(grouped, scale, kv, scales, heads) @ keys.mT).masked_fill_(~chosen[:, :, None], -inf)
     if completion is not None:
         rest = unread(grouped, kv, selections, rows, block_size, scale, heads, completion)
         if rest is not None:
             logits, values = torch.cat((logits, rest[0]), -1), torch.cat((values, rest[1]), -2)
-    return finish(logits, values, query, some_empty=True)
+    logits = with_sinks(logits, sinks, kv, heads)
+    return unscaled(finish(logits, values, query, some_empty=True), scales, heads)
 
 
-def attend(query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None) -> Tensor:
+def _listed(selections: Selections, kv: KV, block_size: int) -> Tensor:
+    """`[R, B, >= K]`: the selected blocks, all of them listed."""
+    everything = selections.counts == EVERYTHING
+    if not everything.any():
+        return selections.blocks
+    size = max(ceil(kv.slots / block_size), selections.blocks.shape[-1])
+    blocks = F.pad(selections.blocks, (0, size - selections.blocks.shape[-1]), value=-1)
+    return torch.where(everything[..., None], torch.arange(size, dtype=torch.int32, device=blocks.device), blocks)
+
+
+def attend(
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     grouped = by_kv_head(query, kv, heads)
-    logits = (grouped.float() * scale) @ floats(all_tokens(kv.keys, kv, heads)).mT
+    logits = scaled(grouped, scale, kv, scales, heads) @ floats(all_tokens(kv.keys, kv, heads)).mT
     exists = existing_tokens(kv)
     if exists is None:
-        return finish(logits, floats(all_tokens(kv.values, kv, heads)), query, some_empty=False)
-    logits = logits.masked_fill_(~exists[:, None, None], -inf)
-    values = floats(all_tokens(kv.values, kv, heads), copy=True).masked_fill_(~exists[:, None, :, None], 0.0)
-    return finish(logits, values, query, some_empty=True)
+        values = floats(all_tokens(kv.values, kv, heads))
+    else:
+        logits = logits.masked_fill_(~exists[:, None, None], -inf)
+        values = floats(all_tokens(kv.values, kv, heads), copy=True).masked_fill_(~exists[:, None, :, None], 0.0)
+    logits = with_sinks(logits, sinks, kv, heads)
+    return unscaled(finish(logits, values, query, some_empty=exists is not None), scales, heads)
 
 
 def attend_tokens(

@@ -28,16 +28,19 @@ from ..types import KV, Completion, Selections, constant
 
 
 @triton.jit
-def _look_up(tile, tiles, blocks, K, taken, complete, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _look_up(tile, tiles, blocks, K, everything, taken, complete, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Of each token of a tile, the selected block that it lies in; of each mean, how many blocks were taken."""
     at = tile * TILE + tl.arange(0, TILE)
     if taken is None:
-        found = tl.load(blocks + at // BLOCK, mask=at // BLOCK < K, other=-1)
+        found = tl.load(blocks + at // BLOCK, mask=(at // BLOCK < K) & (everything == 0), other=-1)
+        found = tl.where(everything, at // BLOCK, found)
     else:
         is_mean = tile >= tiles
         place = tl.where(is_mean, at - tiles * TILE, at // BLOCK)
         end = tl.where(is_mean, complete, K)
-        found = tl.load(tl.where(is_mean, taken, blocks) + place, mask=place < end, other=-1)
+        listed = is_mean | (everything == 0)
+        found = tl.load(tl.where(is_mean, taken, blocks) + place, mask=(place < end) & listed, other=-1)
+        found = tl.where(listed, found, place)
     return found
 
 
@@ -46,6 +49,7 @@ def _attend_blocks_kernel(
     output, partial, sums, arrivals, query, heads, scale, stride_qb, stride_qh,
     rows, blocks, counts, K, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
     mean_keys, mean_values, stride_mp, stride_mh, stride_ms, log_factors, taken, stride_taken_r, stride_taken_b,
+    sinks, key_scales, value_scales,
     keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, MEAN_OF: tl.constexpr,
@@ -62,12 +66,19 @@ def _attend_blocks_kernel(
         head = tl.load(heads + h)
     first, count = common.extent(b, lengths, starts, slots)
     chosen = tl.load(counts + row * stride_counts_r + b * stride_counts_b)
+    everything = chosen < 0
+    chosen = tl.where(everything, tl.cdiv(count, BLOCK), chosen)
     blocks += row * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
     q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
 
     acc = tl.zeros([GP, DP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
+    if sinks is not None:
+        peak = common.load_sinks(sinks, head, split, G, GP)
+        total = tl.where(peak > float("-inf"), 1.0, 0.0)
+    if key_scales is not None:
+        q, scale = common.for_8_bit_keys(q, scale * tl.load(key_scales + head))
     tiles = tl.cdiv(chosen * BLOCK, TILE)
     end, complete = tiles, 0
     if taken is not None:
@@ -75,7 +86,7 @@ def _attend_blocks_kernel(
         some = (chosen * BLOCK < count) & (log_factor > float("-inf"))
         complete = tl.where(some, tl.maximum(count - 1, 0) // MEAN_OF, 0)
         end += tl.cdiv(complete, TILE)
-    found = _look_up(split, tiles, blocks, K, taken, complete, BLOCK, TILE)
+    found = _look_up(split, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
     for tile in range(split, end, SPLITS):
         at = tile * TILE + tl.arange(0, TILE)
         if taken is None:
@@ -103,9 +114,13 @@ def _attend_blocks_kernel(
                 tl.where(is_mean, stride_mp, stride_vp), tl.where(is_mean, stride_mh, stride_vh),
                 tl.where(is_mean, stride_ms, stride_vs), D, DP,
             )  # fmt: skip
-        found = _look_up(tile + SPLITS, tiles, blocks, K, taken, complete, BLOCK, TILE)
+        if key_scales is not None:
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        found = _look_up(tile + SPLITS, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale, bias)
 
+    if value_scales is not None:
+        acc *= tl.load(value_scales + head)
     pair = b * tl.num_programs(1) + h
     common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
 
@@ -121,6 +136,8 @@ def attend_blocks(
     tuning: Tuning | None = None,
     out: Tensor | None = None,
     completion: Completion | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     common.check_strides(query, kv)
@@ -141,6 +158,7 @@ def attend_blocks(
             *(rows, blocks, counts, blocks.shape[2]),
             *(blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)),
             *_completion_arguments(completion, selections, heads),
+            *(sinks, *(scales or (None, None))),
             *common.cache_arguments(kv),
             **common.padded(group, dim),
             BLOCK=block_size,

@@ -23,7 +23,7 @@ from ..types import KV
 @triton.jit(do_not_specialize=["slots"])
 def _attend_kernel(
     output, partial, sums, arrivals, query, heads, scale, stride_qb, stride_qh,
-    keys, values, lengths, starts, page_table,
+    sinks, key_scales, value_scales, keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
@@ -39,20 +39,35 @@ def _attend_kernel(
     acc = tl.zeros([GP, DP], tl.float32)
     peak = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
+    if sinks is not None:
+        peak = common.load_sinks(sinks, head, split, G, GP)
+        total = tl.where(peak > float("-inf"), 1.0, 0.0)
+    if key_scales is not None:
+        q, scale = common.for_8_bit_keys(q, scale * tl.load(key_scales + head))
     for tile in range(split, tl.cdiv(count, TILE), SPLITS):
         token = tile * TILE + tl.arange(0, TILE)
         exists = token < count
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
         k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
         v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
+        if key_scales is not None:
+            k, v = k.to(q.dtype), v.to(q.dtype)
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
 
+    if value_scales is not None:
+        acc *= tl.load(value_scales + head)
     pair = b * tl.num_programs(1) + h
     common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
 
 
 def attend(
-    query: Tensor, kv: KV, scale: float, heads: tuple[int, ...] | None = None, tuning: Tuning | None = None
+    query: Tensor,
+    kv: KV,
+    scale: float,
+    heads: tuple[int, ...] | None = None,
+    tuning: Tuning | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `ops.attend`."""
     common.check_strides(query, kv)
@@ -65,6 +80,7 @@ def attend(
     with common.on_device(query):
         _attend_kernel[tuning.splits, count, batch](
             *(output, *space, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
+            *(sinks, *(scales or (None, None))),
             *common.cache_arguments(kv),
             **common.padded(group, dim),
             TILE=tuning.tile,

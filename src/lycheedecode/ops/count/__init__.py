@@ -21,6 +21,7 @@ def count_bytes(
     block_size: int,
     enough: int = 0,
     means: Means | None = None,
+    limits: Tensor | None = None,
 ) -> None:
     """Add what a step read of the cache to `total`, float64 `[B]`, in place; nothing reaches the host.
 
@@ -33,6 +34,8 @@ def count_bytes(
         block_size: tokens per block.
         enough: tokens up to which the whole of a sequence was not looked at.
         means: what a completion reads; None: nothing.
+        limits: those of `select_blocks`, where such sequences are not looked at that get everything, or, with `enough`,
+            whose blocks all fit into theirs.
     """
     if len(costs) != len(selections.blocks) + 1:
         raise ValueError(f"costs must be one for each of {len(selections.blocks)} rows, and one; not {len(costs)}.")
@@ -40,4 +43,4 @@ def count_bytes(
     if total.is_cuda and HAS_TRITON and HAS_COMPILER:
         from . import triton as implementation
     each = constant(costs, torch.float64, total.device)
-    implementation.count_bytes(total, lengths, selections, each, block_size, enough, means)
+    implementation.count_bytes(total, lengths, selections, each, block_size, enough, means, limits)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Selections, constant
+from ..types import EVERYTHING, Selections, constant
 
 
 class Means(NamedTuple):
@@ -32,9 +32,13 @@ def count_bytes(
     block_size: int,
     enough: int,
     means: Means | None = None,
+    limits: Tensor | None = None,
 ) -> None:
+    unseen = lengths <= enough
+    if limits is not None:
+        unseen = (unseen & (lengths <= limits * block_size)) | (limits == EVERYTHING)
     read = selections.tokens(lengths, block_size)  # [R, B]
-    total += (costs[:-1, None] * read).sum(0) + costs[-1] * lengths.masked_fill(lengths <= enough, 0)
+    total += (costs[:-1, None] * read).sum(0) + costs[-1] * lengths.masked_fill(unseen, 0)
     if means is not None:
         complete = ((lengths - 1) // means.chunk).clamp(min=0) * (read < lengths)
         readers = constant(means.readers, torch.float64, total.device)

@@ -20,7 +20,7 @@ from .reference import Means
 
 @triton.jit
 def _count_kernel(
-    total, lengths, blocks, costs, stride_r, stride_b, K, enough, means,
+    total, lengths, blocks, counts, costs, stride_r, stride_b, stride_cr, stride_cb, K, enough, limits, means,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1)
@@ -35,12 +35,14 @@ def _count_kernel(
             block = tl.load(blocks + k + n, mask=k + n < K, other=-1)
             left = tl.minimum(tl.maximum(length - block * BLOCK, 0), BLOCK)
             inside += tl.where(block < 0, 0, left)
-        tokens = tl.sum(inside, 0)
+        chosen = tl.load(counts + r * stride_cr + b * stride_cb)
+        tokens = tl.where(chosen < 0, length, tl.sum(inside, 0))
         size = tokens.to(tl.float64) * cost
         if means is not None:
             complete = tl.where(tokens < length, tl.maximum(length - 1, 0) // CHUNK, 0)
             size += complete.to(tl.float64) * tl.load(means + r)
     else:
+        enough = common.enough_of(b, enough, limits, BLOCK)
         size = tl.where(length > enough, length, 0).to(tl.float64) * cost
     tl.atomic_add(total + b, size, sem="relaxed")
 
@@ -53,9 +55,10 @@ def count_bytes(
     block_size: int,
     enough: int,
     means: Means | None = None,
+    limits: Tensor | None = None,
 ) -> None:
     """See `ops.count_bytes`; here the costs are float64 `[R + 1]`."""
-    blocks = selections.blocks
+    blocks, counts = selections.blocks, selections.counts
     num_rows, batch, capacity = blocks.shape
     readers = None
     if means is not None:
@@ -64,7 +67,8 @@ def count_bytes(
     tuning = Tuning(1, width, max(width // 1024, 1), 1, common.starts_early(total.device))
     with common.on_device(total):
         _count_kernel[num_rows + 1, batch](
-            *(total, lengths, blocks, costs, *blocks.stride()[:2], capacity, enough, readers),
+            *(total, lengths, blocks, counts, costs, *blocks.stride()[:2], *counts.stride()),
+            *(capacity, enough, limits, readers),
             BLOCK=block_size,
             WIDTH=tuning.tile,
             CHUNK=1 if means is None else means.chunk,

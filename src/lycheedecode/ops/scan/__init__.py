@@ -11,7 +11,7 @@ from ...config import HybridConfig
 from ...errors import DeviceError
 from ..dispatch import check, kernels_for
 from ..select import select_blocks
-from ..types import KV, Selections
+from ..types import EVERYTHING, KV, Selections
 from . import reference
 
 __all__ = ["has_float8", "scan_blocks", "scan_select"]
@@ -25,6 +25,8 @@ def scan_blocks(
     scale: float,
     score: str = "mass",
     copy: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What every block is worth to each of the retrieval heads `heads`; reads keys only.
 
@@ -40,13 +42,15 @@ def scan_blocks(
         score: `mass` or `max`.
         copy: float8_e4m3fn `[B, R, S, D]`, the keys of `heads` in this order and in the slots of a contiguous cache
             (`reference.write_copy` makes it); scanned in place of the cache's own, in half the time.
+        sinks, scales: as in `attend_blocks`.
 
     Returns:
         float32 `[R, B, N]`; blocks beyond a sequence's length score 0.
     """
-    check(query, kv)
+    check(query, kv, sinks, scales)
     _check_copy(copy, kv, heads)
-    return (kernels_for(query) or reference).scan_blocks(query, kv, heads, block_size, scale, score, copy)
+    more = (score, copy, sinks, scales)
+    return (kernels_for(query) or reference).scan_blocks(query, kv, heads, block_size, scale, *more)
 
 
 def scan_select(
@@ -57,26 +61,32 @@ def scan_select(
     scale: float,
     out: Selections,
     copy: Tensor | None = None,
+    limits: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """`select_blocks(scan_blocks(...))`, without the scores in between; arguments as there.
 
-    With the strategy `top_k`, sequences whose blocks all fit into the budget are selected as a whole, and not scanned.
+    With the strategy `top_k`, sequences whose blocks all fit into the budget are selected as a whole, and not scanned;
+    with any strategy, those that get everything (see `limits` of `select_blocks`) are not.
     A `copy` may lack the last `config.refresh_every` tokens of each sequence: they are written into it first.
     """
-    check(query, kv)
+    check(query, kv, sinks, scales)
     _check_copy(copy, kv, heads)
     kernels = kernels_for(query)
     if kernels is not None:
-        kernels.scan_select(query, kv, heads, config, scale, out, copy)
+        kernels.scan_select(query, kv, heads, config, scale, out, copy, limits, sinks, scales)
         return
     if copy is not None:
         reference.write_newest_to_copy(copy, kv, heads, config.refresh_every)
-    if kv.slots <= out.enough_tokens(config.selection, config.block_size, config.refresh_every):
+    fits = limits is None and kv.slots <= out.enough_tokens(config.selection, config.block_size, config.refresh_every)
+    if fits or (limits is not None and bool((limits == EVERYTHING).all())):
         blocks = ceil(kv.slots / config.block_size)
         scores = torch.zeros(len(heads), query.shape[0], blocks, device=query.device)
     else:
-        scores = reference.scan_blocks(query, kv, heads, config.block_size, scale, config.block_score, copy)
-    select_blocks(scores, kv, config, out)
+        asked = (query, kv, heads, config.block_size, scale, config.block_score, copy)
+        scores = reference.scan_blocks(*asked, sinks, scales)
+    select_blocks(scores, kv, config, out, limits)
 
 
 def has_float8(device: torch.device) -> bool:

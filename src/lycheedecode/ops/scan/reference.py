@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import all_tokens, by_kv_head, existing_tokens, floats
+from ..common import all_tokens, by_kv_head, existing_tokens, floats, with_sinks
 from ..types import KV
 
 
@@ -20,16 +20,20 @@ def scan_blocks(
     scale: float,
     score: str = "mass",
     copy: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     grouped = by_kv_head(query, kv)
     exists = existing_tokens(kv)
     scores = []
     for row, head in enumerate(heads):
         keys = all_tokens(kv.keys, kv, head) if copy is None else copy[:, row, : kv.slots]
-        logits = (grouped[:, head].float() * scale) @ floats(keys).mT  # [B, G, S]
+        factor = scale if scales is None else scale * scales[0][head]
+        logits = (grouped[:, head].float() * factor) @ floats(keys).mT  # [B, G, S]
         if exists is not None:
             logits = logits.masked_fill_(~exists[:, None], -inf)
-        scores.append(block_scores(logits.softmax(-1), kv, block_size, score))
+        weights = with_sinks(logits, sinks, kv, (head,)).softmax(-1)[..., : kv.slots]
+        scores.append(block_scores(weights, kv, block_size, score))
     return torch.stack(scores)
 
 

@@ -56,7 +56,7 @@ def _write_newest(
 def _scan_kernel(
     worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
     keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N,
-    PAGE: tl.constexpr,
+    limits, sinks, key_scales, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
     NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -87,21 +87,23 @@ def _scan_kernel(
             copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks,
             split, D, DP, NEWEST, TILE, SPLITS,
         )  # fmt: skip
-    if copy is not None and q.dtype == tl.bfloat16:  # 8-bit floats become 16-bit ones in one step, bfloat16 in three
-        size = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)[:, None]
-        q = (q / size).to(tl.float16)
-        scale *= size
+    if key_scales is not None:
+        scale *= tl.load(key_scales + head)
+    if copy is not None or key_scales is not None:
+        q, scale = common.for_8_bit_keys(q, scale)
     g = tl.arange(0, GP)
     line = ((r * tl.num_programs(2) + b) * G + g).to(tl.int64)
     peak = tl.full([GP, TURNS, LANES], float("-inf"), tl.float32)
     total = tl.zeros([GP, TURNS, LANES], tl.float32)
-    tiles = tl.where(count > enough, tl.cdiv(count, TILE), 0)
+    tiles = tl.where(count > common.enough_of(b, enough, limits, BLOCK), tl.cdiv(count, TILE), 0)
     for tile in range(split, tiles, SPLITS):
         token = tile * TILE + dealt
         exists = token < count
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
         if copy is None:
             k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+            if key_scales is not None:
+                k = k.to(q.dtype)
         else:
             k = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D, DP).to(q.dtype)
         x = tl.reshape(common.logits_of(q, k, exists, scale), [GP, TURNS, ROUNDS, LANES, EIGHT])
@@ -118,6 +120,11 @@ def _scan_kernel(
         tl.store(worth + line[:, None] * N + n[None, :], value, mask=(g < G)[:, None] & (n < N)[None, :])
     highest = tl.max(tl.max(peak, 2), 1)
     mass = tl.sum(tl.sum(total * tl.exp2(peak - common.finite(highest)[:, None, None]), 2), 1)
+    if sinks is not None:
+        sink = common.load_sinks(sinks, head, split, G, GP)
+        top = common.finite(tl.maximum(highest, sink))
+        mass = mass * tl.exp2(highest - top) + tl.exp2(sink - top)
+        highest = top
     tl.store(sums + line * SPLITS + split, highest + tl.log2(mass), mask=g < G)
 
 
@@ -146,13 +153,14 @@ def _block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLI
 
 @triton.jit(do_not_specialize=["slots", "enough", "N"])
 def _normalise_kernel(
-    scores, worth, sums, lengths, starts, slots, enough, N, stride_worth,
+    scores, worth, sums, lengths, starts, limits, slots, enough, N, stride_worth,
     G: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(1), tl.program_id(2)
     common.wait_for_inputs(EARLY)
     _first, count = common.extent(b, lengths, starts, slots)
     row = (r * tl.num_programs(2) + b).to(tl.int64)
+    enough = common.enough_of(b, enough, limits, BLOCK)
     if (enough > 0) & (count <= enough):
         return
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -171,10 +179,14 @@ def scan(
     copy: Tensor | None = None,
     newest: int = 0,
     enough: int = 0,
+    limits: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Worth:
     """The scan alone, not normalised; arguments as in `ops.scan_blocks`.
 
-    `newest` tokens are written into `copy` first; sequences of up to `enough` tokens are left out.
+    `newest` tokens are written into `copy` first; sequences of up to `enough` tokens are left out, where `limits` do
+    not say otherwise (`ops.scan_select`).
     """
     common.check_strides(query, kv)
     if copy is not None and copy.stride(-1) != 1:
@@ -182,7 +194,7 @@ def scan(
     if score not in ("mass", "max"):
         raise ValueError(f"score must be 'mass' or 'max', not {score!r}.")
     batch, num_query_heads, dim = query.shape
-    tuning = tuning or default_tuning(batch * len(heads), block_size, kv, copy is not None)
+    tuning = tuning or default_tuning(batch * len(heads), block_size, kv, copy is not None or scales is not None)
     group, num_blocks = num_query_heads // kv.keys.shape[1], triton.cdiv(kv.slots, 16 * block_size) * 16
     shape = (len(heads), batch, group)
     worth = Worth(
@@ -194,7 +206,8 @@ def scan(
         _scan_kernel[tuning.splits, len(heads), batch](
             *(*worth, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
             *((None, 0, 0, 0) if copy is None else (copy, *copy.stride()[:3])),
-            *(kv.keys, *cache[2:8], *cache[11:13], enough, num_blocks, cache[13]),
+            *(kv.keys, *cache[2:8], *cache[11:13], enough, num_blocks),
+            *(limits, sinks, scales and scales[0], cache[13]),
             **common.padded(group, dim),
             BLOCK=block_size,
             LARGEST=score == "max",
@@ -207,7 +220,7 @@ def scan(
     return worth
 
 
-def normalise(worth: Worth, kv: KV, block_size: int, enough: int = 0) -> Tensor:
+def normalise(worth: Worth, kv: KV, block_size: int, enough: int = 0, limits: Tensor | None = None) -> Tensor:
     """float32 `[R, B, N]`: the scores that `ops.scan_blocks` returns; anything for what a scan left out."""
     rows, batch, group, stride_worth = worth.worth.shape
     num_blocks = triton.cdiv(kv.slots, block_size)
@@ -215,7 +228,7 @@ def normalise(worth: Worth, kv: KV, block_size: int, enough: int = 0) -> Tensor:
     chunk = 512
     with common.on_device(scores):
         _normalise_kernel[triton.cdiv(num_blocks, chunk), rows, batch](
-            *(scores, *worth, kv.lengths, kv.starts, kv.slots, enough, num_blocks, stride_worth),
+            *(scores, *worth, kv.lengths, kv.starts, limits, kv.slots, enough, num_blocks, stride_worth),
             G=group,
             SPLITS=worth.sums.shape[3],
             BLOCK=block_size,
@@ -233,9 +246,12 @@ def scan_blocks(
     scale: float,
     score: str = "mass",
     copy: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `ops.scan_blocks`."""
-    return normalise(scan(query, kv, heads, block_size, scale, score, None, copy), kv, block_size)
+    worth = scan(query, kv, heads, block_size, scale, score, None, copy, sinks=sinks, scales=scales)
+    return normalise(worth, kv, block_size)
 
 
 def default_tuning(pairs: int, block_size: int, kv: KV, copied: bool = False) -> Tuning:

@@ -12,7 +12,7 @@ from . import reference
 __all__ = ["select_blocks"]
 
 
-def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
+def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections, limits: Tensor | None = None) -> None:
     """Turn block scores into selections, written into `out` in place.
 
     Sinks and recent tokens are always selected and count towards the budget; with `refresh_every > 1` so are the
@@ -24,7 +24,9 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections)
         config: strategy and budget.
         out: rows of these heads, `blocks` int32 `[R, B, K]` and `counts` int32 `[R, B]`; unused entries become -1.
             Where it has `taken`, that counts them by chunks of `config.chunk_tokens`.
+        limits: int32 `[B]`, most blocks of each sequence, no fewer than it must have; `EVERYTHING`: so become its
+            counts, and its scores mean nothing. None: as many as fit into `out`.
     """
     if out.blocks.shape[:2] != scores.shape[:2]:
         raise ValueError(f"out.blocks is {tuple(out.blocks.shape)}, but scores are {tuple(scores.shape)}.")
-    (kernels_for(kv.keys) or reference).select_blocks(scores, kv, config, out)
+    (kernels_for(kv.keys) or reference).select_blocks(scores, kv, config, out, limits)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import HybridConfig
-from ..types import KV, Selections
+from ..types import EVERYTHING, KV, Selections
 
 
-def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections) -> None:
+def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections, limits: Tensor | None = None) -> None:
     capacity = out.blocks.shape[-1]
     if kv.lengths is None and kv.starts is None:
         exists, forced = _blocks_of_full_slots(kv.slots, config, scores.device)
@@ -33,10 +33,14 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections)
     elif config.selection == "top_p":
         mass = scores.gather(-1, chosen).masked_fill(~keep, 0.0)
         keep &= (mass.cumsum(-1) - mass < config.top_p) | (value == inf)
+    if limits is not None:
+        keep &= torch.arange(value.shape[-1], device=value.device) < limits[:, None]
 
     out.blocks[..., : value.shape[-1]] = chosen.masked_fill_(~keep, -1)
     out.blocks[..., value.shape[-1] :] = -1
     torch.sum(keep, -1, dtype=torch.int32, out=out.counts)
+    if limits is not None:
+        out.counts.masked_fill_(limits == EVERYTHING, EVERYTHING)
     if out.taken is not None:
         out.count_taken(config.chunk_tokens // config.block_size)
 

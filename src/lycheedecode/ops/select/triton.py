@@ -242,7 +242,7 @@ def _choose(
 @triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K", "C"])
 def _select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
-    taken, stride_taken_r, stride_taken_b, C, scores, lengths, starts, slots, N, num_blocks, K, amount,
+    taken, stride_taken_r, stride_taken_b, C, scores, lengths, starts, slots, N, num_blocks, K, limits, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
     PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
@@ -259,12 +259,17 @@ def _select_kernel(
     scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
     forced = sinks + exist - recent
     wanted = tl.minimum(exist, K)
+    everything = wanted < 0  # never
+    if limits is not None:
+        limit = tl.load(limits + b)
+        everything = limit < 0
+        wanted = tl.minimum(wanted, tl.maximum(limit, 0))
     if STRATEGY == "ratio":
         share = tl.ceil(amount * exist.to(tl.float32)).to(tl.int32)
         wanted = tl.minimum(wanted, tl.maximum(share, forced))
     k = tl.arange(0, WIDTH)
-    if (STRATEGY == "top_k") & (wanted == exist):  # whatever the scores are
-        tl.store(blocks + k, k, mask=k < exist)
+    if ((STRATEGY == "top_k") & (wanted == exist)) | everything:  # whatever the scores are
+        tl.store(blocks + k, k, mask=k < wanted)
         if taken is not None:
             for c in range(0, C, LANES):
                 each = c + tl.arange(0, LANES)
@@ -272,7 +277,7 @@ def _select_kernel(
     else:
         row = (scores, N, sinks, recent, exist)
         wanted = _choose(blocks, taken, C, row, forced, wanted, amount, STRATEGY, PER, LANES, EACH, HELD)
-    tl.store(counts + r * stride_counts_r + b * stride_counts_b, wanted)
+    tl.store(counts + r * stride_counts_r + b * stride_counts_b, tl.where(everything, -1, wanted))
     tl.store(blocks + k, k * 0 - 1, mask=(k >= wanted) & (k < K))
 
 
@@ -321,7 +326,14 @@ class Rule(NamedTuple):
         return ceil((slots + self.refresh_every - 1) / self.block_size)
 
 
-def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: Tuning | None = None) -> None:
+def select_blocks(
+    scores: Tensor,
+    kv: KV,
+    rule: Rule,
+    out: Selections,
+    tuning: Tuning | None = None,
+    limits: Tensor | None = None,
+) -> None:
     """See `ops.select_blocks`."""
     check_selections(out, scores.shape[:2])
     if scores.dtype != torch.float32:
@@ -339,7 +351,7 @@ def select_blocks(scores: Tensor, kv: KV, rule: Rule, out: Selections, tuning: T
             *(blocks, counts, *blocks.stride()[:2], *counts.stride()),
             *((None, 0, 0, 0) if taken is None else (taken, *taken.stride()[:2], taken.shape[2])),
             scores,
-            *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], rule.amount),
+            *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], limits, rule.amount),
             **rule.constants,
             PER=1 if taken is None else per_chunk,
             LANES=tuning.tile,
