@@ -17,10 +17,6 @@ _FUNCTIONS: dict[str, Callable[[float], float]] = {
 }  # fmt: skip
 
 
-class _NoNumberError(Exception):
-    pass
-
-
 def value(text: str) -> Number | None:
     """The number that a spelled answer stands for; None where it is none."""
     if len(text) > _MOST_CHARACTERS or not text:
@@ -29,7 +25,7 @@ def value(text: str) -> Number | None:
     try:
         found = reader.sum()
         reader.end()
-    except (_NoNumberError, ZeroDivisionError, OverflowError, ValueError):
+    except (ArithmeticError, ValueError):  # no number, or none that can be computed
         return None
     return found if isinstance(found, Fraction) or math.isfinite(found) else None
 
@@ -40,7 +36,6 @@ class _Reader:
     def __init__(self, text: str) -> None:
         text = re.sub(r"(\d*\.?\d*)\\overline\{(\d+)\}", _repeating, text)
         self._tokens = [token for token in _TOKEN.findall(text) if not token.isspace()]
-        self._spaced = text
         self._at = self._depth = 0
 
     def _peek(self) -> str:
@@ -49,18 +44,18 @@ class _Reader:
     def _take(self, *expected: str) -> str:
         token = self._peek()
         if not token or (expected and token not in expected):
-            raise _NoNumberError
+            raise ArithmeticError
         self._at += 1
         return token
 
     def end(self) -> None:
         if self._peek():
-            raise _NoNumberError
+            raise ArithmeticError
 
     def sum(self) -> Number:
         self._depth += 1
         if self._depth > _MOST_DEPTH:
-            raise _NoNumberError
+            raise ArithmeticError
         found = self._product()
         while self._peek() in ("+", "-"):
             sign = self._take()
@@ -101,7 +96,7 @@ class _Reader:
             sign = self._take()
             self._depth += 1
             if self._depth > _MOST_DEPTH:
-                raise _NoNumberError
+                raise ArithmeticError
             found = self._signed()
             self._depth -= 1
             return -found if sign == "-" else found
@@ -124,7 +119,7 @@ class _Reader:
         while self._peek() == "!":
             self._take()
             if not isinstance(number, Fraction) or number.denominator != 1 or not 0 <= number <= 300:
-                raise _NoNumberError
+                raise ArithmeticError
             number = Fraction(math.factorial(int(number)))
         return number
 
@@ -132,7 +127,7 @@ class _Reader:
         token = self._take()
         if token[0].isdigit() or token[0] == ".":
             if not token.isascii() or len(token) > 200 or re.search(r"[eE][+-]?\d{4}", token):
-                raise _NoNumberError
+                raise ArithmeticError
             number = Fraction(token)
             return self._in_base(number) if self._peek() == "_" else number
         if token in ("(", "{"):
@@ -155,7 +150,7 @@ class _Reader:
                 isinstance(one, Fraction) and one.denominator == 1 and 0 <= one <= 500 for one in (above, below)
             )
             if not whole:
-                raise _NoNumberError
+                raise ArithmeticError
             return Fraction(math.comb(int(above), int(below)))
         if token == "\\sqrt":
             degree: Number = Fraction(2)
@@ -171,11 +166,11 @@ class _Reader:
             return _log(self._argument(), base)
         if token in _FUNCTIONS:
             return _FUNCTIONS[token](float(self._argument()))
-        raise _NoNumberError
+        raise ArithmeticError
 
     def _argument(self) -> Number:
         if self._peek() == "^":  # \sin^2 is none of ours
-            raise _NoNumberError
+            raise ArithmeticError
         return self._power()
 
     def _braced(self) -> Number:
@@ -192,7 +187,7 @@ class _Reader:
         base = self._braced()
         digits = [int(digit) for digit in str(number)] if number.denominator == 1 else []
         if not digits or not isinstance(base, Fraction) or not 2 <= base <= 10 or max(digits) >= base:
-            raise _NoNumberError
+            raise ArithmeticError
         return Fraction(int(str(number), int(base)))
 
 
@@ -209,11 +204,11 @@ def _repeating(found: re.Match[str]) -> str:
 
 def _root(number: Number, degree: Number) -> Number:
     if not isinstance(degree, Fraction) or degree.denominator != 1 or not 2 <= degree <= 100:
-        raise _NoNumberError
+        raise ArithmeticError
     power = int(degree)
     if number < 0:
         if power % 2 == 0:
-            raise _NoNumberError
+            raise ArithmeticError
         return -_root(-number, degree)
     if isinstance(number, Fraction):
         parts = [_whole_root(part, power) for part in (number.numerator, number.denominator)]
@@ -237,12 +232,12 @@ def _log(number: Number, base: Number) -> Number:
 
 def _raised(base: Number, exponent: Number) -> Number:
     if abs(float(exponent)) > 1000 or abs(float(base)) > 1e9:
-        raise _NoNumberError
+        raise ArithmeticError
     if isinstance(exponent, Fraction):
         if exponent.denominator == 1:
             return base ** int(exponent)
         if exponent.denominator <= 100:
             return _root(base, Fraction(exponent.denominator)) ** exponent.numerator
     if base < 0:
-        raise _NoNumberError
+        raise ArithmeticError
     return float(base) ** float(exponent)
