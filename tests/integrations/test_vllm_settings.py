@@ -30,7 +30,8 @@ def plan_file(tmp_path):
 
 
 def test_plan_and_settings_are_read(plan_file):
-    plan, config = settings.read(vllm_config({"lycheedecode": {"plan": plan_file, "budget_tokens": 512}, "x": 1}))
+    told = settings.read(vllm_config({"lycheedecode": {"plan": plan_file, "budget_tokens": 512}, "x": 1}))
+    plan, config = told.plan, told.config
     assert plan.donors == tiny.plan().donors
     assert config.budget_tokens == 512
     assert config.block_size == 32

@@ -1,14 +1,20 @@
 """Hybrid attention inside vLLM: a plugin of its attention backends. See docs/serving.md.
 
-settings   what the server was told, checked
-parts      everything that is taken from vLLM, and the versions it was seen in
-group      the layers of a KV-cache group that use hybrid attention, and what they share
-backend    the hooks into vLLM's attention: metadata of a step, one layer of it
-cuda, cpu  these hooks over vLLM's own backends
+settings    what the server was told, checked
+requests    what a request may say of its own attention
+parts       everything that is taken from vLLM, and the versions it was seen in
+frontend    what the process does that starts an engine: refuse early, refuse requests, show counters
+group       the layers of a KV-cache group that use hybrid attention, and what they share
+backend     the hooks into vLLM's attention: metadata of a step, one layer of it
+self_check  a hybrid step against one of vLLM's own, before anybody is served
+counters    from workers to the server's metrics
+cuda, cpu   the hooks over vLLM's own backends
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 
@@ -24,6 +30,9 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.{device}.HybridBackend")
     if device == "cpu":
         _let_cpus_have_it(type(current_platform), AttentionBackendEnum)
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    if arguments is not None:  # else this process starts no engine
+        _prepare_engines(arguments.EngineArgs)
 
 
 def _let_cpus_have_it(platform: type, backends: type) -> None:
@@ -40,3 +49,23 @@ def _let_cpus_have_it(platform: type, backends: type) -> None:
 
     get_attn_backend_cls.knows_custom = True
     platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
+
+
+def _prepare_engines(arguments: type) -> None:
+    """Once arguments have become a configuration that asks for CUSTOM, see `frontend.prepare`."""
+    stock = arguments.create_engine_config
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def create_engine_config(self: Any, *others: Any, **named: Any) -> Any:
+        vllm_config = stock(self, *others, **named)
+        from .settings import is_chosen
+
+        if is_chosen(vllm_config):
+            from . import frontend
+
+            frontend.prepare(vllm_config)
+        return vllm_config
+
+    arguments.create_engine_config = create_engine_config

@@ -18,8 +18,16 @@ from torch import Tensor
 
 from ...attention import HybridState
 from ...ops import KV
-from .group import Group, part_of_this_process
-from .parts import FIELDS_OF_ROWS, AttentionCGSupport, CommonAttentionMetadata, get_current_vllm_config
+from . import self_check
+from .group import FLOAT8, Group, part_of_this_process
+from .parts import (
+    FIELDS_OF_ROWS,
+    Attention,
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+    get_current_vllm_config,
+    get_layers_from_vllm_config,
+)
 
 
 class Step(NamedTuple):
@@ -52,6 +60,10 @@ class HybridBuilder:
             self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
             self.supports_update_block_table = False  # the page table is in `Step`, too
         self._is_all = self.hybrid is not None and len(self.hybrid.layers) == len(layer_names)
+        if self.hybrid is not None and self.hybrid.settings.self_check:
+            self_check.check(self, get_layers_from_vllm_config(vllm_config, Attention, layer_names), device)
+        if self.hybrid is not None:
+            self.hybrid.announce(vllm_config)
 
     def obstacle(self) -> str | None:
         """What of the backend keeps its layers from hybrid decoding, as the end of a sentence; None when nothing."""
@@ -69,10 +81,9 @@ class HybridBuilder:
     ) -> Any:
         hybrid = self.hybrid is not None and not common_prefix_len
         rows = decode_rows(common_attn_metadata) if hybrid else 0
-        metadata = self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
         if self.hybrid is not None:
-            self.hybrid.add_step(int(common_attn_metadata.query_start_loc_cpu[rows]))  # padding has no tokens
-        return metadata
+            self.hybrid.begin_step(rows, int(common_attn_metadata.query_start_loc_cpu[rows]))  # padding has no tokens
+        return self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         return self._build(0 if self.hybrid is None else common_attn_metadata.num_reqs, 0, common_attn_metadata, False)
@@ -107,10 +118,28 @@ class HybridLayer:
         vllm_config = get_current_vllm_config()
         if vllm_config.speculative_config is None:  # whose drafts have a model of their own
             part_of_this_process(vllm_config)  # refuses before any weights are loaded
+        self._extras: dict[str, Any] | None = None
 
     def cache(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[P, Hkv, page, D]`, views of vLLM's cache of this layer."""
         raise NotImplementedError
+
+    def views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, in the dtype that its numbers have."""
+        keys, values = self.cache(kv_cache)
+        if self.kv_cache_dtype in FLOAT8:
+            return keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
+        return keys, values
+
+    def extras(self, layer: torch.nn.Module) -> dict[str, Any]:
+        """What `HybridAttention` needs to know of the layer besides; made once, where CUDA graphs find it again."""
+        if self._extras is None:
+            sinks, scales = getattr(self, "sinks", None), None
+            if self.kv_cache_dtype in FLOAT8:
+                both = layer._k_scale, layer._v_scale
+                scales = tuple(one.float().expand(self.num_kv_heads).contiguous() for one in both)
+            self._extras = {"sinks": None if sinks is None else sinks.float(), "scales": scales}
+        return self._extras
 
     def forward(
         self,
@@ -128,8 +157,11 @@ class HybridLayer:
         if index is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
         rows, attention = step.rows, step.group.attention
-        kv = KV(*self.cache(kv_cache), step.lengths, None, step.page_table)
-        attention(index, query[:rows], kv, step.state, self.scale, out=output[:rows])
+        kv = KV(*self.views(kv_cache), step.lengths, None, step.page_table)
+        asked = query[:rows]
+        if asked.dtype != output.dtype:  # in 8 bits, as vLLM's kernels want it beside such a cache
+            asked = (asked.float() * layer._q_scale).to(output.dtype)
+        attention(index, asked, kv, step.state, self.scale, out=output[:rows], **self.extras(layer))
         if index == step.group.last_layer:
             step.group.add_bytes(step.lengths, step.state)
         if step.others is not None:

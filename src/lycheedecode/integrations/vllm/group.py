@@ -1,11 +1,12 @@
-"""The layers of one of vLLM's KV-cache groups that decode hybridly, and what they share from step to step."""
+"""The layers of one of vLLM's KV-cache groups that use hybrid attention, and what they share from step to step."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -13,44 +14,49 @@ import torch
 from torch import Tensor
 
 from ...attention import FullAttention, HybridAttention, HybridState
-from ...config import HybridConfig
-from ...ops import KV
+from ...ops import EVERYTHING, KV, has_float8
 from ...ops.dispatch import kernel_obstacle
-from ...plan import HeadPlan, PlanError
-from . import settings
+from ...plan import HeadPlan
+from . import counters, settings
 from .parts import (
     Attention,
     AttentionType,
     FullAttentionSpec,
     envs,
     extract_layer_index,
+    follow_requests,
     get_layers_from_vllm_config,
     get_pp_group,
     get_pp_indices,
     get_tensor_model_parallel_rank,
     init_logger,
-    is_quantized_kv_cache,
 )
+from .requests import Requests
 
 logger = init_logger("vllm.lycheedecode")  # below `vllm`, whose handlers print it
+
+
+FLOAT8 = ("fp8", "fp8_e4m3")
+"""vLLM's names for caches in float8_e4m3fn."""
 
 
 class Part(NamedTuple):
     """What this process decodes: `plan` of its KV heads and layers, from `first_layer` of the model on."""
 
     plan: HeadPlan
-    config: HybridConfig
+    settings: settings.Settings
     first_layer: int
 
 
 def part_of_this_process(vllm_config: Any) -> Part:
     """Read and check the settings; errors as in `settings.read` and `settings.of_rank`."""
-    plan, config = settings.read(vllm_config)
+    told = settings.read(vllm_config)
+    plan = told.plan
     parallel, pipeline = vllm_config.parallel_config, get_pp_group()
     stages = [get_pp_indices(plan.num_layers, i, pipeline.world_size) for i in range(pipeline.world_size)]
     stage, rank = pipeline.rank_in_group, get_tensor_model_parallel_rank()
     own = settings.of_rank(plan, rank, parallel.tensor_parallel_size, stages, stage)
-    return Part(own, config, stages[stage][0])
+    return Part(own, told, stages[stage][0])
 
 
 class Group:
@@ -64,26 +70,46 @@ class Group:
         layers: index in the part's plan of each layer.
         vllm_config, spec: of the group.
         device: where the cache lies.
+        sinks: whether the softmax of some layer has sinks.
     """
 
     def __init__(
-        self, part: Part, layers: Mapping[str, int], vllm_config: Any, spec: Any, device: torch.device
+        self,
+        part: Part,
+        layers: Mapping[str, int],
+        vllm_config: Any,
+        spec: Any,
+        device: torch.device,
+        sinks: bool = False,
     ) -> None:
         self.layers = dict(layers)
         self.last_layer = max(layers.values())
-        self.attention = HybridAttention(part.plan, part.config, tuple(layers.values()))
+        self.settings = part.settings
+        self.first_layer = part.first_layer
+        self._has_sinks = sinks
+        limits, config = part.settings.limits, part.settings.config
+        if limits.most is not None:  # room for the largest budget that a request may have
+            config = replace(config, budget_tokens=limits.most)
+        self.attention = HybridAttention(part.plan, config, tuple(layers.values()))
+        self.requests = Requests(limits)
         self._key_bytes = spec.head_size * spec.dtype.itemsize
         self._full = FullAttention(len(layers), part.plan.num_kv_heads)
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, graphs)  # a graph may hold rows of padding
         self._state = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device)
+        capacity = self._state.selections.blocks.shape[-1]
+        self._default = capacity if limits.default is None else min(limits.default, capacity)
+        self._state.limits = torch.full((rows,), self._default, dtype=torch.int32, device=device)
+        self._some_ask = False
         self._bytes = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self._speaks = get_tensor_model_parallel_rank() == 0
-        self.counters = {"hybrid_steps": 0, "dense_steps": 0, "hybrid_tokens": 0}
+        self._left_in = counters.folder_of(vllm_config.instance_id)
+        self.counters = {"hybrid_steps": 0, "dense_steps": 0, "hybrid_tokens": 0, "off_tokens": 0}
         self._reported = dict.fromkeys((*self.counters, "bytes", "full"), 0)
         self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
         if device.type == "cuda":
             self._make_once(part, vllm_config, spec, device)
+        follow_requests()
 
     def state(self, rows: int) -> HybridState:
         """Of the first `rows` sequences of a step."""
@@ -94,13 +120,38 @@ class Group:
         for attention, total in zip((self.attention, self._full), self._bytes, strict=True):
             attention.count_bytes(total[: len(lengths)], lengths, state, True, self._key_bytes)
 
-    def add_step(self, tokens: int) -> None:
-        """Count on the host a step in which so many tokens decode hybridly, and now and then say so."""
+    def limits_of(self, rows: int) -> Tensor:
+        """Most blocks of the first `rows` sequences of a step, int32; `reset_limits` makes them the server's again."""
+        self._some_ask = True
+        return self._state.limits[:rows]
+
+    def reset_limits(self) -> None:
+        self._state.limits.fill_(self._default)
+        self._some_ask = False
+
+    def begin_step(self, rows: int, tokens: int) -> None:
+        """Give rows what their requests ask for; count `tokens` of them, and now and then say so."""
+        asked = self.requests.take(rows)
+        if any(blocks is not None for blocks in asked):
+            given = [self._default if blocks is None else blocks for blocks in asked]
+            pinned = self._state.limits.is_cuda
+            limits = self.limits_of(rows)
+            limits.copy_(torch.tensor(given, dtype=torch.int32, pin_memory=pinned), non_blocking=True)
+        elif self._some_ask:
+            self.reset_limits()
+        off = sum(blocks == EVERYTHING for blocks in asked[:tokens])
         self.counters["hybrid_steps" if tokens else "dense_steps"] += 1
-        self.counters["hybrid_tokens"] += tokens
+        self.counters["hybrid_tokens"] += tokens - off
+        self.counters["off_tokens"] += off
         if time.monotonic() >= self._report_at:
             self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
             self.report()
+
+    def announce(self, vllm_config: Any) -> None:
+        """Say what is hybrid, and how much of the longest context a step is going to read."""
+        if self._speaks:
+            hybrid = {layer + self.first_layer for layer in self.layers.values()}
+            logger.info("%s.", self.settings.announcement(hybrid, vllm_config.model_config.max_model_len))
 
     def report(self) -> dict[str, float]:
         """Everything counted so far; the rest since the last report goes to the log and to Prometheus."""
@@ -108,13 +159,14 @@ class Group:
         total = {**self.counters, "bytes": read, "full": full}
         new = {name: value - self._reported[name] for name, value in total.items()}
         self._reported = total
-        for name, counter in _prometheus().items():
+        for name, counter in counters.of_process().items():
             counter.inc(new[name])
-        if self._speaks and new["hybrid_tokens"] and new["full"]:
+        counters.leave(self._left_in, f"{os.getpid()}-{id(self)}", total)
+        if self._speaks and new["hybrid_steps"] and new["full"]:
             logger.info(
-                "LycheeDecode: %d hybrid steps with %d tokens, %d dense steps; hybrid steps read %.3f GB of the KV "
-                "cache, %.1f%% of what full attention reads.",
-                *(new["hybrid_steps"], new["hybrid_tokens"], new["dense_steps"]),
+                "LycheeDecode: %d hybrid steps with %d tokens and %d whose requests switched it off, %d dense steps; "
+                "hybrid steps read %.3f GB of the KV cache, %.1f%% of what full attention reads.",
+                *(new["hybrid_steps"], new["hybrid_tokens"], new["off_tokens"], new["dense_steps"]),
                 *(new["bytes"] / 1e9, 100 * new["bytes"] / new["full"]),
             )
         return total
@@ -124,15 +176,20 @@ class Group:
 
         The page table is as wide as vLLM's, which holds whole 128 tokens: kernels are compiled for its stride.
         """
-        shape = (1, part.plan.num_kv_heads, spec.block_size, spec.head_size)
-        keys = torch.zeros(shape, dtype=spec.dtype, device=device)
+        shape, dtype = (1, part.plan.num_kv_heads, spec.block_size, spec.head_size), vllm_config.model_config.dtype
+        float8, more = vllm_config.cache_config.cache_dtype in FLOAT8, {"scales": None, "sinks": None}
+        keys = torch.zeros(shape, dtype=torch.float8_e4m3fn if float8 else dtype, device=device)
+        if float8:
+            more["scales"] = (torch.ones(shape[1], device=device),) * 2
         one = torch.ones(1, dtype=torch.int32, device=device)
         pages = ceil(128 * ceil(vllm_config.model_config.max_model_len / 128) / spec.block_size)
         kv = KV(keys, keys, one, None, torch.zeros((1, pages), dtype=torch.int32, device=device))
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-        query = torch.zeros((1, heads, spec.head_size), dtype=spec.dtype, device=device)
-        for layer in sorted(self.layers.values()):
-            self.attention(layer, query, kv, self.state(1), 1.0, out=torch.empty_like(query))
+        query = torch.zeros((1, heads, spec.head_size), dtype=dtype, device=device)
+        for sinks in (None, torch.zeros(heads, device=device)) if self._has_sinks else (None,):
+            more["sinks"] = sinks
+            for layer in sorted(self.layers.values()):
+                self.attention(layer, query, kv, self.state(1), 1.0, out=torch.empty_like(query), **more)
         self.add_bytes(one, self.state(1))
         self._bytes.zero_()
 
@@ -154,18 +211,9 @@ class Group:
             return None
         part = part_of_this_process(vllm_config)
         layers = {name: extract_layer_index(name) - part.first_layer for name in chosen}
-        _check_donors(part, set(layers.values()))
-        return cls(part, layers, vllm_config, spec, device)
-
-
-def _check_donors(part: Part, layers: set[int]) -> None:
-    for layer in layers:
-        for head, donor in enumerate(part.plan.donors[layer]):
-            if donor[0] not in layers:
-                raise PlanError(
-                    f"The donor {(donor[0] + part.first_layer, donor[1])} of layer {layer + part.first_layer}, KV head "
-                    f"{head} lies in a layer that vLLM decodes with full attention or keeps in another cache group."
-                )
+        settings.check_donors(part.plan, set(layers.values()), part.first_layer)
+        sinks = any(getattr(modules[name].impl, "sinks", None) is not None for name in chosen)
+        return cls(part, layers, vllm_config, spec, device, sinks)
 
 
 def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | None:
@@ -179,13 +227,19 @@ def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | N
         return "dual batch overlap cuts batches in two"
     if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
         return "they do not look at the whole context"
-    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype) or spec.dtype != vllm_config.model_config.dtype:
-        return "the KV cache does not have the dtype of the model"
+    cache = vllm_config.cache_config
+    if cache.cache_dtype in FLOAT8:
+        if cache.calculate_kv_scales:
+            return "the scales of the KV cache are found while it is filled"
+        if not has_float8(device):
+            return "this GPU has no 8-bit floats"
+    elif spec.dtype != vllm_config.model_config.dtype:
+        return f"there are no kernels for a KV cache of {cache.cache_dtype} beside {vllm_config.model_config.dtype}"
     if getattr(spec, "head_size_v", spec.head_size) != spec.head_size:
         return "keys and values differ in size"
     if device.type != "cuda":
         return None
-    return kernel_obstacle(torch.empty((0, 1, spec.head_size), dtype=spec.dtype))
+    return kernel_obstacle(torch.empty((0, 1, spec.head_size), dtype=vllm_config.model_config.dtype))
 
 
 def _why_dense(impl: Any) -> str | None:
@@ -195,21 +249,6 @@ def _why_dense(impl: Any) -> str | None:
         "they look through a sliding window": impl.sliding_window not in (None, -1, (-1, -1)),
         "their logits have a bias (ALiBi)": impl.alibi_slopes is not None,
         "their logits are capped": bool(impl.logits_soft_cap),
-        "their softmax has sinks": getattr(impl, "sinks", None) is not None,
         "they read another layer's cache": getattr(impl, "kv_sharing_target_layer_name", None) is not None,
     }
     return next((reason for reason, holds in unlike.items() if holds), None)
-
-
-@lru_cache(maxsize=1)
-def _prometheus() -> dict[str, Any]:
-    """Counters of this process; the server shows them when PROMETHEUS_MULTIPROC_DIR is set before it starts."""
-    from prometheus_client import Counter as Count
-
-    return {
-        "hybrid_steps": Count("lycheedecode_hybrid_steps", "Steps in which sequences decoded hybridly."),
-        "dense_steps": Count("lycheedecode_dense_steps", "Steps in which none did."),
-        "hybrid_tokens": Count("lycheedecode_hybrid_tokens", "Tokens decoded hybridly."),
-        "bytes": Count("lycheedecode_kv_bytes", "Bytes of the KV cache that hybrid decoding read."),
-        "full": Count("lycheedecode_full_kv_bytes", "Bytes that full attention would have read for the same tokens."),
-    }

@@ -9,6 +9,11 @@ Importing this refuses a version of vLLM that is not known.
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import vllm
 
 from .settings import check_version
@@ -19,11 +24,14 @@ from vllm import envs  # noqa: E402
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config  # noqa: E402
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank  # noqa: E402
 from vllm.distributed.utils import get_pp_indices  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec, is_quantized_kv_cache  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
+
+version = vllm.__version__
 
 __all__ = [
     "Attention",
@@ -31,6 +39,7 @@ __all__ = [
     "AttentionType",
     "CommonAttentionMetadata",
     "FullAttentionSpec",
+    "VLLMValidationError",
     "envs",
     "extract_layer_index",
     "get_current_vllm_config",
@@ -39,8 +48,53 @@ __all__ = [
     "get_pp_indices",
     "get_tensor_model_parallel_rank",
     "init_logger",
-    "is_quantized_kv_cache",
+    "input_processor",
+    "version",
 ]
+
+_RUNNERS = {
+    "vllm.v1.worker.gpu_model_runner": ("_prepare_inputs", lambda runner, _: (runner.requests, runner.input_batch)),
+    "vllm.v1.worker.gpu.model_runner": (
+        "prepare_inputs",
+        lambda runner, batch: (runner.req_states.req_id_to_index, batch),
+    ),
+}
+"""Model runners, the second one called V2: the method after which the rows of a step are settled, and what then has the
+requests that are alive, and `req_ids`, those of the rows."""
+
+
+def input_processor() -> type:
+    """What makes requests of prompts, and refuses them, in the process that starts an engine."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    return InputProcessor
+
+
+def follow_requests() -> None:
+    """Let hybrid groups know which request is in which row of a step: metadata says so from 0.32 on only, by number.
+
+    Wraps a method of the model runners that this process has loaded; without hybrid groups it does what it did.
+    """
+    for module, (method, rows_of) in _RUNNERS.items():
+        runner = getattr(sys.modules.get(module), "GPUModelRunner", None)
+        if runner is not None and not hasattr(getattr(runner, method), "__wrapped__"):
+            setattr(runner, method, _telling(getattr(runner, method), rows_of))
+
+
+def _telling(stock: Callable[..., Any], rows_of: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def prepare(self: Any, scheduler_output: Any, *others: Any, **named: Any) -> Any:
+        result = stock(self, scheduler_output, *others, **named)
+        alive, batch = rows_of(self, result)
+        for group in (group for groups in self.attn_groups for group in groups):
+            hybrid = getattr(group.get_metadata_builder(), "hybrid", None)
+            if hybrid is not None:
+                new = {request.req_id: request.sampling_params for request in scheduler_output.scheduled_new_reqs}
+                hybrid.requests.note(new, alive, batch.req_ids)
+        return result
+
+    return prepare
+
 
 FIELDS_OF_ROWS = {
     "seq_lens",

@@ -1,5 +1,7 @@
 """What a server was told: `--additional-config '{"lycheedecode": {"plan": ..., any setting of HybridConfig}}'`.
 
+Beside these: `self_check`, and for requests (see `requests`) `max_budget_tokens` and `allow_off`.
+
 Nothing here needs vLLM; its configuration is only read.
 """
 
@@ -7,20 +9,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...config import HybridConfig
-from ...errors import LycheeError
-from ...plan import HeadPlan
+from ...plan import HeadPlan, PlanError
+from .requests import NAME, Limits, ServingError
 
-NAME = "lycheedecode"
 OLDEST, NEWEST = (0, 26), (0, 33)
-
-
-class ServingError(LycheeError):
-    """A server that cannot decode as it was told to; the message is one sentence."""
 
 
 def check_version(version: str) -> None:
@@ -38,26 +35,43 @@ def is_chosen(vllm_config: Any) -> bool:
     return any(getattr(backend, "name", None) == "CUSTOM" for backend in backends)
 
 
-def read(vllm_config: Any) -> tuple[HeadPlan, HybridConfig]:
-    """The plan of the whole model, and how to decode.
+@dataclass(frozen=True)
+class Settings:
+    """What the server was told.
+
+    Attributes:
+        plan: of the whole model.
+        config: how sequences decode whose request says nothing else.
+        self_check: compare a hybrid step with vLLM's own attention before serving.
+        limits: what requests may ask for.
+    """
+
+    plan: HeadPlan
+    config: HybridConfig
+    self_check: bool
+    limits: Limits
+
+    def announcement(self, hybrid: Collection[int], max_model_len: int) -> str:
+        """What is hybrid when the layers `hybrid` are, and how much a selection holds of the longest context."""
+        plan, config = self.plan, self.config
+        retrieval = sum(layer in hybrid for layer, _ in plan.retrieval)
+        text = f"LycheeDecode: {retrieval} of {len(hybrid) * plan.num_kv_heads} KV heads retrieve"
+        if len(hybrid) < plan.num_layers:
+            text += f" in {len(hybrid)} of {plan.num_layers} layers"
+        budget = "no fixed budget" if config.budget_tokens is None else f"budget {config.budget_tokens}"
+        return f"{text}, {budget} of up to {max_model_len} tokens"
+
+
+def read(vllm_config: Any) -> Settings:
+    """Read and check everything that does not depend on ranks.
 
     Raises:
         ServingError: no plan, or a setting that a server cannot honour.
         PlanError: the plan cannot be read or does not fit the model.
-        ValueError: an unknown setting, or a value that makes no sense.
+        ConfigError: an unknown setting, or a value that makes no sense.
     """
-    everything = vllm_config.additional_config
-    given = everything.get(NAME) if isinstance(everything, Mapping) else None
-    if not isinstance(given, Mapping) or not isinstance(given.get("plan"), str):
-        example = '{"lycheedecode": {"plan": "my-plan.json"}}'
-        raise ServingError(f"The attention backend CUSTOM needs a head plan: --additional-config '{example}'.")
-    config = HybridConfig.from_dict({name: value for name, value in given.items() if name != "plan"})
-    for name, only in (("refresh_every", 1), ("correction_every", 0), ("scan_keys", "cache")):
-        if getattr(config, name) != only:
-            raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
-    if config.completion == "centroid":
-        raise ServingError("completion must be 'plan' or 'none' in vLLM, whose pages have no means yet.")
-    plan, model = HeadPlan.load(given["plan"]), vllm_config.model_config
+    config, limits, self_check = read_config(vllm_config)
+    plan, model = HeadPlan.load(_given(vllm_config)["plan"]), vllm_config.model_config
     plan.check_fits(
         num_layers=model.get_total_num_hidden_layers(),
         num_kv_heads=model.get_total_num_kv_heads(),
@@ -65,7 +79,49 @@ def read(vllm_config: Any) -> tuple[HeadPlan, HybridConfig]:
     )
     if plan.completion is not None and config.completion == "plan":
         warnings.warn("vLLM's pages have no means yet: the head plan's completion is left out.", stacklevel=2)
-    return plan, replace(config, completion="none")
+    return Settings(plan, replace(config, completion="none"), self_check, limits)
+
+
+def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
+    """All but the plan: how to decode, what requests may ask for, and whether to check itself first."""
+    given = dict(_given(vllm_config))
+    del given["plan"]
+    self_check, allow_off = (_switch(given, name) for name in ("self_check", "allow_off"))
+    most = given.pop("max_budget_tokens", None)
+    config = HybridConfig.from_dict(given)
+    for name, only in (("refresh_every", 1), ("correction_every", 0), ("scan_keys", "cache")):
+        if getattr(config, name) != only:
+            raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
+    if config.completion == "centroid":
+        raise ServingError("completion must be 'plan' or 'none' in vLLM, whose pages have no means yet.")
+    return config, Limits.of(config, most, allow_off), self_check
+
+
+def _given(vllm_config: Any) -> Mapping[str, Any]:
+    everything = vllm_config.additional_config
+    given = everything.get(NAME) if isinstance(everything, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(given.get("plan"), str):
+        example = '{"lycheedecode": {"plan": "my-plan.json"}}'
+        raise ServingError(f"The attention backend CUSTOM needs a head plan: --additional-config '{example}'.")
+    return given
+
+
+def _switch(given: dict[str, Any], name: str) -> bool:
+    value = given.pop(name, True)
+    if not isinstance(value, bool):
+        raise ServingError(f"{name} must be true or false, not {value!r}.")
+    return value
+
+
+def check_donors(plan: HeadPlan, hybrid: Collection[int], first_layer: int = 0) -> None:
+    """Raise `PlanError` where a head of one of the layers `hybrid` has its donor in another layer."""
+    for layer in sorted(hybrid):
+        for head, donor in enumerate(plan.donors[layer]):
+            if donor[0] not in hybrid:
+                raise PlanError(
+                    f"The donor {(donor[0] + first_layer, donor[1])} of layer {layer + first_layer}, KV head "
+                    f"{head} lies in a layer that vLLM decodes with full attention or keeps in another cache group."
+                )
 
 
 def of_rank(plan: HeadPlan, rank: int, world: int, stages: Sequence[tuple[int, int]], stage: int) -> HeadPlan:

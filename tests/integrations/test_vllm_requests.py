@@ -1,0 +1,75 @@
+"""Requests that say something of their own attention: each gets what it asks for, whoever else is in the batch."""
+
+import pytest
+import tiny
+from serving_engine import CROWDED, ROOMY, SETTINGS, TIGHT, generate, groups, ours, serving
+
+from lycheedecode.integrations.vllm import self_check
+from lycheedecode.integrations.vllm.parts import VLLMValidationError
+from lycheedecode.integrations.vllm.settings import ServingError
+
+PROMPTS = tiny.prompts(60, 37, 90, 23, 70, 81)
+ASKED = ["off", None, "budget_tokens=24", "hybrid", "off", "budget_tokens=32"]
+BUDGETS = [512, 16, 24, 16, 512, 32]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.model("llama", head_dim=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with serving(folder, tiny.plan(), {**TIGHT, "max_budget_tokens": 32}, **CROWDED) as llm:
+        yield llm
+
+
+def test_each_gets_what_it_asks_for(llm):
+    """Beside others and after others; 'off' is full attention."""
+    expected = [
+        ours("llama", tiny.plan(), {**SETTINGS, "budget_tokens": budget}, [prompt])[0]
+        for budget, prompt in zip(BUDGETS, PROMPTS, strict=True)
+    ]
+    assert expected != ours("llama", tiny.plan(), TIGHT, PROMPTS)
+    assert generate(llm, PROMPTS, asked=ASKED) == expected
+    assert generate(llm, PROMPTS[::-1], asked=ASKED[::-1]) == expected[::-1]
+    [group] = groups(llm)
+    total = group.report()
+    assert total["off_tokens"] == 2 * 2 * 11
+    assert total["hybrid_tokens"] == 2 * 4 * 11
+    assert len(group.requests._asked) <= len(PROMPTS)
+    assert generate(llm, PROMPTS) == ours("llama", tiny.plan(), TIGHT, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("lossless", "lycheedecode must be 'hybrid', 'off' or 'budget_tokens=N', not 'lossless'."),
+        (7, "lycheedecode must be 'hybrid', 'off' or 'budget_tokens=N', not 7."),
+        ("budget_tokens=33", "budget_tokens must lie between 12 and 32, not be 33."),
+        ("budget_tokens=4", "budget_tokens must lie between 12 and 32, not be 4."),
+    ],
+)
+def test_what_cannot_be_had_is_refused(llm, given, words):
+    with pytest.raises(VLLMValidationError) as error:
+        generate(llm, PROMPTS[:1], asked=[given])
+    assert str(error.value) == words
+    assert generate(llm, PROMPTS[:1]) == ours("llama", tiny.plan(), TIGHT, PROMPTS[:1])
+
+
+def test_engines_that_do_not_use_the_plugin_do_not_look(folder):
+    with serving(folder) as llm:
+        stock = generate(llm, PROMPTS[:1])
+        assert generate(llm, PROMPTS[:1], asked=["nonsense"]) == stock == ours("llama", tiny.plan(), ROOMY, PROMPTS[:1])
+
+
+def test_it_does_not_serve_what_it_gets_wrong(folder, monkeypatch):
+    """Here vLLM is made to be wrong."""
+    monkeypatch.setattr(self_check, "_TOLERANCES", {4: 0.0})
+    wrong = pytest.raises(ServingError, match=r"in its self-check a step of .* was .* off vLLM's own attention")
+    with wrong, serving(folder, tiny.plan(), TIGHT):
+        pass
+    with serving(folder, tiny.plan(), {**TIGHT, "self_check": False}) as llm:
+        assert groups(llm)
