@@ -1,4 +1,4 @@
-"""`bench ranks`: on several tensor-parallel ranks the plugin decodes what it does on one, and refuses what it cannot.
+"""`python -m experiments ranks`: on several tensor-parallel ranks the plugin decodes what it does on one, or refuses.
 
     a small random model -> vLLM with the plugin, on one rank and on several -> the same tokens, but for near ties
     a plan whose donors cross ranks, and more ranks than KV heads             -> the engine does not start, and says why
@@ -9,24 +9,25 @@ as probable, and goes its own way from there: it is compared up to that token.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from lycheedecode.bench import harness
 from lycheedecode.bench.harness import say
 from lycheedecode.bench.models import build_from, random_config
 from lycheedecode.bench.serving import closing, plan_of, require_vllm
+from lycheedecode.bench.settings import BenchSettings
 from lycheedecode.errors import ConfigError, MismatchError
 from lycheedecode.plan import HeadPlan
+from lycheedecode.results import Result
 
 _LENGTHS = (2000, 700, 60, 1500)
 """Tokens of the prompts, on a GPU; a tenth of that elsewhere."""
@@ -36,17 +37,37 @@ _NEXT = 20
 """Most probable tokens whose log-probabilities are kept."""
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class RanksSettings(BenchSettings):
+    """What `ranks` compares.
+
+    Attributes:
+        tensor_parallel_size: ranks that share the heads.
+        block_size: tokens of a block.
+        tokens: of every answer.
+        memory: share of the GPU's memory that vLLM may take.
+    """
+
+    budget_tokens: int = 512
+    tensor_parallel_size: int = 2
+    block_size: int = 32
+    tokens: int = 64
+    memory: float = 0.5
+
+
+class RankAnswer(NamedTuple):
     """Token ids of a sequence, and at every step the log-probabilities of the most probable tokens."""
 
     tokens: list[int]
     logprobs: list[dict[int, float]]
 
 
-def bench_ranks(options: argparse.Namespace, device: str) -> dict[str, Any]:
+def run(settings: RanksSettings, device: str) -> dict[str, Any]:
     """Compare and refuse; raises `MismatchError`."""
     require_vllm()
-    ranks, scale = options.tensor_parallel_size, 1 if device == "cuda" else 10
+    if settings.tensor_parallel_size < 2:
+        raise ConfigError(f"--tensor-parallel-size must be at least 2, not {settings.tensor_parallel_size}.")
+    ranks, scale = settings.tensor_parallel_size, 1 if device == "cuda" else 10
     with tempfile.TemporaryDirectory() as name:
         folder, prompts = Path(name), [torch.randint(4, 2048, (n // scale,)).tolist() for n in _LENGTHS]
         config = _save_model(folder / "model", device, ranks)
@@ -54,21 +75,21 @@ def bench_ranks(options: argparse.Namespace, device: str) -> dict[str, Any]:
         answers = []
         for size in (1, ranks):
             say(f"{size} of {ranks} ranks ...")
-            with closing(_start(folder / "model", folder / "plan.json", size, options, device)) as llm:
-                answers.append(_generate(llm, prompts, options.tokens))
+            with closing(_start(folder / "model", folder / "plan.json", size, settings, device)) as llm:
+                answers.append(_generate(llm, prompts, settings.tokens))
         rows = [compare(*pair, _TIES[device]) for pair in zip(*answers, strict=True)]
         crossing = HeadPlan.from_donors([[(0, 0)] * config.num_key_value_heads] * config.num_hidden_layers)
         crossing.save(folder / "crossing.json")
         narrow = _save_model(folder / "narrow", device, ranks, num_key_value_heads=1)
         plan_of(narrow, 1).save(folder / "narrow.json")
         refused = {
-            "a plan whose donors cross ranks": _why_not(folder / "model", folder / "crossing.json", ranks, options),
-            "more ranks than KV heads": _why_not(folder / "narrow", folder / "narrow.json", ranks, options),
+            "a plan whose donors cross ranks": _refusal(folder / "model", folder / "crossing.json", ranks, settings),
+            "more ranks than KV heads": _refusal(folder / "narrow", folder / "narrow.json", ranks, settings),
         }
     return {"rows": rows, "refused": refused}
 
 
-def compare(one: Answer, many: Answer, tie: float) -> dict[str, Any]:
+def compare(one: RankAnswer, many: RankAnswer, tie: float) -> dict[str, Any]:
     """How far two answers are the same; raises `MismatchError` where they part and it is no near tie."""
     same = next((i for i, pair in enumerate(zip(one.tokens, many.tokens, strict=True)) if pair[0] != pair[1]), None)
     length = len(one.tokens) if same is None else same
@@ -97,10 +118,10 @@ def _save_model(folder: Path, device: str, ranks: int, **changes: Any) -> Any:
     return config
 
 
-def _start(folder: Path, plan: Path, ranks: int, options: argparse.Namespace, device: str) -> Any:
+def _start(folder: Path, plan: Path, ranks: int, settings: RanksSettings, device: str) -> Any:
     from vllm import LLM
 
-    own = {"plan": str(plan), "budget_tokens": options.budget, "block_size": options.block}
+    own = {"plan": str(plan), "budget_tokens": settings.budget_tokens, "block_size": settings.block_size}
     return LLM(
         str(folder),
         attention_backend="CUSTOM",
@@ -110,31 +131,30 @@ def _start(folder: Path, plan: Path, ranks: int, options: argparse.Namespace, de
         skip_tokenizer_init=True,
         max_model_len=4096,
         max_num_seqs=len(_LENGTHS),
-        gpu_memory_utilization=options.memory,
+        gpu_memory_utilization=settings.memory,
         enforce_eager=device == "cpu",
         max_logprobs=_NEXT,
-        seed=options.seed,
+        seed=settings.seed,
     )
 
 
-def _generate(llm: Any, prompts: Sequence[list[int]], tokens: int) -> list[Answer]:
+def _generate(llm: Any, prompts: Sequence[list[int]], tokens: int) -> list[RankAnswer]:
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=_NEXT)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     found = [output.outputs[0] for output in outputs]
     return [
-        Answer(
+        RankAnswer(
             list(each.token_ids), [{token: entry.logprob for token, entry in step.items()} for step in each.logprobs]
         )
         for each in found
     ]
 
 
-def _why_not(folder: Path, plan: Path, ranks: int, options: argparse.Namespace) -> str:
+def _refusal(folder: Path, plan: Path, ranks: int, settings: RanksSettings) -> str:
     """Start the engine in a process of its own, and return the sentence with which it refuses."""
-    command = [sys.executable, "-m", "experiments.ranks", "--start", str(folder), str(plan)]
-    command += ["--tensor-parallel-size", str(ranks), "--memory", str(options.memory)]
+    command = [sys.executable, "-m", "experiments.ranks", str(folder), str(plan), str(ranks), str(settings.memory)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     said = re.search(r"(?:PlanError|ServingError|ModelError|ConfigError|ValueError): (.+)", done.stdout + done.stderr)
     if done.returncode == 0 or said is None:
@@ -144,36 +164,21 @@ def _why_not(folder: Path, plan: Path, ranks: int, options: argparse.Namespace) 
     return said[1].strip()
 
 
-def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    if options.start:
-        folder, plan = map(Path, options.start)
-        with closing(_start(folder, plan, options.tensor_parallel_size, options, device)):
-            return {}
-    if options.tensor_parallel_size < 2:
-        raise ConfigError(f"--tensor-parallel-size must be at least 2, not {options.tensor_parallel_size}.")
-    result = bench_ranks(options, device)
-    for row in result["rows"]:
-        print(f"{row['same_tokens']} of {row['tokens']} tokens are the same; log-probabilities differ by at most "
-              f"{row['logprob_difference']:.2g}")  # fmt: skip
-    for what, why in result["refused"].items():
-        print(f"refused, {what}: {why}")
-    return result
+def lines(result: Result) -> Iterator[str]:
+    """What was found, a line each."""
+    for row in result.rows:
+        yield (
+            f"{row['same_tokens']} of {row['tokens']} tokens are the same; log-probabilities differ by at most "
+            f"{row['logprob_difference']:.2g}"
+        )
+    for what, why in result.summary["refused"].items():
+        yield f"refused, {what}: {why}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print; 0 done, 1 a mismatch, 2 bad input."""
-    made = argparse.ArgumentParser(prog="bench ranks", description="Compare several ranks of vLLM with one.")
-    made.add_argument("--tensor-parallel-size", type=int, default=2, help="ranks that share the heads")
-    made.add_argument("--budget", type=int, default=512, help="tokens of a selection")
-    made.add_argument("--block", type=int, default=32, help="block size of the selections")
-    made.add_argument("--tokens", type=int, default=64, help="of every answer")
-    made.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory that vLLM may take")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--start", nargs=2, metavar=("MODEL", "PLAN"), help="only start vLLM, and stop it again")
-    made.add_argument("--json", type=Path, help="write the result to this file")
-    made.set_defaults(smoke=True)  # a small model: it runs without a GPU, too
-    return harness.main(made, _run, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # what `_refusal` starts
+    _folder, _plan, _ranks, _memory = sys.argv[1:]
+    _asked = RanksSettings(tensor_parallel_size=int(_ranks), memory=float(_memory))
+    with closing(
+        _start(Path(_folder), Path(_plan), int(_ranks), _asked, "cuda" if torch.cuda.is_available() else "cpu")
+    ):
+        pass

@@ -1,10 +1,7 @@
 """The documents say what is so: code runs, options exist, links lead somewhere, results are current."""
 
-import os
 import re
 import shlex
-import subprocess
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -50,41 +47,6 @@ def test_options_named_in_the_text_exist():
     for page in PAGES:
         for option in re.findall(r"`[^`\n]*?(--[a-z-]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
             assert f"{option} " in known, f"{page.name}: {option}"
-
-
-def no_model(*_, **__):
-    raise LookupError("no model here")
-
-
-def test_measuring_uses_options_that_exist(tmp_path, monkeypatch, capsys):
-    """Every stage runs, with a Python that only writes down what it is asked."""
-    script, log = ROOT / "docs" / "measure.sh", tmp_path / "asked"
-    stages = re.findall(r"^stage_([a-z]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
-    for name in ("python", "compute-sanitizer"):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >>{shlex.quote(str(log))}\n', encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    for name in ("paper", "seed-0", "14-retrieval-heads"):  # what earlier stages would have made
-        HeadPlan.load("smollm2-135m").save(tmp_path / "out" / "plans" / f"{name}.json")
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
-    subprocess.run(["bash", script, tmp_path / "out", *stages], env=environment, check=True, capture_output=True)
-    monkeypatch.setattr("lycheedecode.cli.evaluate.load_model", no_model)
-    asked = [line.split() for line in log.read_text(encoding="utf-8").splitlines()]
-    asked = [words[words.index("-m") + 1 :] for words in asked if "pytest" not in words]
-    assert len(asked) > len(stages)
-    for module, *words in asked:
-        if module == "lycheedecode":
-            known = CliRunner().invoke(app, [*words[:2], "--help"], env={"COLUMNS": "300"}).stdout
-        else:
-            monkeypatch.setattr("sys.argv", [module, "--help"])
-            with pytest.raises(SystemExit):
-                import_module(module).main()
-            known = capsys.readouterr().out
-        for option in [word for word in words if word.startswith("--")]:
-            assert re.search(rf"{option}\b", known), (module, option)
-        if words[:2] == ["evaluate", "fidelity"]:  # its options go together: it comes as far as the model
-            assert "no model here" in CliRunner().invoke(app, words).stderr
-    done = subprocess.run(["bash", script, tmp_path, "nothing"], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "measure.sh: there is no stage nothing\n")
 
 
 def test_make_targets_exist():

@@ -4,15 +4,19 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lycheedecode import HybridConfig, ops
 from lycheedecode.bench import ops as bench
 from lycheedecode.bench import read, timing
-from lycheedecode.bench.tuning import KERNELS, candidates
+from lycheedecode.bench.harness import measure
+from lycheedecode.bench.settings import OpsSettings
 from lycheedecode.bench.verify import relative_error, verify
 from lycheedecode.bench.workload import ROOM, Shape, Workload, make_pool, spread_plan
+from lycheedecode.cli import app
 from lycheedecode.errors import MismatchError
 
+runner = CliRunner()
 SMALL = Shape(query_heads=4, kv_heads=2, dim=16, layers=4, retrieval_heads=4, dtype=torch.float32)
 CONFIG = HybridConfig(budget_tokens=64, block_size=8, recent_tokens=8)
 
@@ -86,10 +90,10 @@ def test_not_a_number_is_a_mismatch():
     assert not relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) <= 1
 
 
-def test_smoke_writes_its_report(tmp_path, capsys):
+def test_smoke_writes_its_report(tmp_path):
     path = tmp_path / "new" / "ops.json"
-    assert bench.main(["--smoke", "--json", str(path)]) == 0
-    assert "verified 8 workloads" in capsys.readouterr().out
+    done = runner.invoke(app, ["bench", "ops", "--smoke", "--json", str(path)])
+    assert (done.exit_code, done.stdout) == (0, "verified 8 workloads\n")
     report = json.loads(path.read_text())
     assert report["command"] == "bench ops"
     assert report["settings"]["smoke"]
@@ -97,19 +101,19 @@ def test_smoke_writes_its_report(tmp_path, capsys):
     assert len(report["result"]["errors"]) == 8
 
 
-def test_smoke_says_no(monkeypatch, capsys):
+def test_smoke_says_no(monkeypatch):
     monkeypatch.setattr(ops, "attend", lambda query, *_: query * 0)
-    assert bench.main(["--smoke"]) == 1
-    assert "attend" in capsys.readouterr().err
+    done = runner.invoke(app, ["bench", "ops", "--smoke"])
+    assert done.exit_code == 1
+    assert "attend" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="This machine has a GPU.")
-@pytest.mark.parametrize("arguments", [[], ["--tune"]])
-def test_without_a_gpu_one_line_says_so(arguments, capsys):
-    assert bench.main(arguments) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert "no CUDA GPU" in message
+def test_without_a_gpu_one_line_says_so():
+    done = runner.invoke(app, ["bench", "ops"])
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA GPU" in done.stderr
 
 
 def test_every_row_of_the_table(monkeypatch):
@@ -127,9 +131,10 @@ def test_every_row_of_the_table(monkeypatch):
     monkeypatch.setattr(bench, "time_calls", time_calls)
     monkeypatch.setattr(read, "read_all", lambda words, out, way: words.nbytes)
     shape = Shape(query_heads=4, kv_heads=2, dim=16, layers=4, retrieval_heads=4)
-    result = bench.bench_ops((1, 2), (200,), (8, 16), budget_tokens=64, shape=shape, pool_gib=0.001)
-    table = list(bench.format_table(result))
-    names = {row["op"] for row in result["rows"]}
+    settings = OpsSettings(batches=(1, 2), contexts=(200,), block_sizes=(8, 16), budget_tokens=64, pool_gib=0.001)
+    found = measure("bench ops", settings, lambda settings, _: bench.run(settings, "cpu", shape))
+    table, result = list(bench.lines(found)), found.to_json()["result"]
+    names = {row["op"] for row in found.rows}
     assert {
         "read only, keys and values",
         "full, ours",
@@ -161,11 +166,3 @@ def test_rows_line_up():
     assert line.endswith("28.90x")
     assert len(line) == len(bench.HEADER)
     assert bench.format_row(bench.Row("select", 1, 1024, 32, 0.005, 1.0, 0, None, None)).endswith("0.0050")
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("batch", [1, 8])
-def test_every_kernel_has_candidates(kernel, batch):
-    grid = list(candidates(kernel, batch, 32, 8))
-    assert len(grid) == len(set(grid)) > 4
-    assert len({str(candidate) for candidate in grid if candidate.heads == 8}) > 4

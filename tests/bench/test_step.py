@@ -1,74 +1,58 @@
 """Benchmarks of whole steps on a tiny model: they verify, refuse, report; times mean nothing here."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import DeviceType
+from typer.testing import CliRunner
 
-from lycheedecode.bench import generate, step
+from lycheedecode.bench import step
 from lycheedecode.bench.models import build, plan_for, random_context, weight_bytes
-from lycheedecode.bench.profile import Kernel, add_up, format_kernels
+from lycheedecode.bench.settings import FORMS, ServingSettings, StepSettings
+from lycheedecode.cli import app
+from lycheedecode.cli.bench import as_of_now
 from lycheedecode.engine.engine import Engine
+from lycheedecode.errors import ConfigError
 
 
-def test_smoke_writes_its_report(tmp_path, capsys):
+def run(name, *arguments, status=0):
+    done = CliRunner().invoke(app, ["bench", name, *arguments])
+    assert done.exit_code == status, done.output
+    return done
+
+
+def test_smoke_writes_its_report(tmp_path):
     path = tmp_path / "step.json"
-    arguments = ["--smoke", "--batches", "1", "2", "--forms", *step.FORMS, "--json", str(path)]
-    assert step.main(arguments) == 0
+    done = run("step", "--smoke", "--batches", "1,2", "--forms", ",".join(FORMS), "--json", str(path))
     report = json.loads(path.read_text())
     assert report["command"] == "bench step"
     rows = report["result"]["rows"]
-    assert [(row["form"], row["batch"]) for row in rows] == [(form, batch) for batch in (1, 2) for form in step.FORMS]
+    assert [(row["form"], row["batch"]) for row in rows] == [(form, batch) for batch in (1, 2) for form in FORMS]
     rounding = 2e-2 if torch.cuda.is_available() else 1e-4  # bfloat16 there, float32 here
     assert all(row["error"] < rounding and row["ms"] > 0 for row in rows)
     assert rows[1]["bytes"] < rows[0]["bytes"]
     assert report["result"]["left_out"] == []
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(step.FORMS)
+    assert len(done.stdout.splitlines()) == 2 + 2 * len(FORMS)
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
     path = tmp_path / "step.json"
     monkeypatch.setattr(step, "_missing_bytes", lambda model, batch, length: (batch - 1) * 5e9)
-    assert step.main(["--smoke", "--batches", "1", "2", "--forms", "full", "--json", str(path)]) == 0
+    assert (
+        "5 GB of memory are missing"
+        in run("step", "--smoke", "--batches", "1,2", "--forms", "full", "--json", str(path)).stdout
+    )
     result = json.loads(path.read_text())["result"]
     assert [row["batch"] for row in result["rows"]] == [1]
     assert result["left_out"] == ["batch 2, context 300: 5 GB of memory are missing"]
 
 
-def test_a_wrong_step_is_refused(monkeypatch, capsys):
+def test_a_wrong_step_is_refused(monkeypatch):
     right = Engine.decode_one_token
     wrong = lambda engine, *arguments: right(engine, *arguments) * (1.0 if engine.way == "eager" else 1.3)  # noqa: E731
     monkeypatch.setattr(Engine, "decode_one_token", wrong)
-    assert step.main(["--smoke"]) == 1
-    assert "full (batch 1, context 300): logits differ" in capsys.readouterr().err
-
-
-def test_profiles_add_up():
-    def event(name, us, device=DeviceType.CUDA):
-        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us))
-
-    events = [event("a", 2.0), event("b", 9.0), event("a", 4.0), event("host", 50.0, DeviceType.CPU)]
-    kernels = add_up(events, 2)
-    assert kernels == [Kernel("b", 0.5, 4.5), Kernel("a", 1.0, 3.0)]
-    assert [line.split()[-1] for line in format_kernels(kernels).splitlines()] == ["b", "a"]
-    many = format_kernels([Kernel(str(i), 1.0, 1.0) for i in range(20)])
-    assert "6.0 others" in many.splitlines()[-1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="This machine has a GPU.")
-def test_a_profile_needs_a_gpu(capsys):
-    assert step.main(["--smoke", "--profile"]) == 2
-    assert "--profile needs a CUDA GPU" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Kernels run on a GPU.")
-def test_a_profile_is_reported(tmp_path):
-    path = tmp_path / "step.json"
-    assert step.main(["--smoke", "--profile", "--forms", "hybrid", "--json", str(path)]) == 0
-    (profile,) = json.loads(path.read_text())["result"]["profiles"]
-    assert any("attend_blocks" in kernel["name"] for kernel in profile["kernels"])
+    assert "full (batch 1, context 300): logits differ" in run("step", "--smoke", status=1).stderr
 
 
 def test_another_choice_is_no_tie():
@@ -89,19 +73,42 @@ def test_random_models():
     assert Engine(model).decode_one_token(context, torch.tensor([1, 2])).isfinite().all()
 
 
-def test_generations_are_compared(tmp_path, capsys):
+def test_generations_are_compared(tmp_path):
     path = tmp_path / "generate.json"
-    assert generate.main(["--smoke", "--json", str(path), "--batches", "2"]) == 0
+    done = run("generate", "--smoke", "--json", str(path), "--batches", "2")
     rows = {row["way"]: row for row in json.loads(path.read_text())["result"]["rows"]}
     assert rows["full"]["same_tokens"] == rows["transformers"]["same_tokens"] == 6
     assert rows["transformers"]["speedup"] == 1
-    assert "hybrid" in capsys.readouterr().out
+    assert "hybrid" in done.stdout
+    assert "transformers: eager, sdpa" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="This machine has a GPU.")
-@pytest.mark.parametrize("bench", [step, generate])
-def test_without_a_gpu_one_line_says_so(bench, capsys):
-    assert bench.main([]) == 2
-    message = capsys.readouterr().err
+@pytest.mark.parametrize("name", ["step", "generate"])
+def test_without_a_gpu_one_line_says_so(name):
+    message = run(name, status=2).stderr
     assert message.count("\n") == 1
     assert "no CUDA GPU" in message
+
+
+def test_options_as_they_were_still_do():
+    old = ["--batches", "1", "4", "--budget", "512", "--forms", "full", "hybrid", "--smoke", "--blocks", "16"]
+    new = ["--batches", "1,4", "--budget-tokens", "512", "--forms", "full,hybrid", "--smoke", "--block-sizes", "16"]
+    assert as_of_now(old) == as_of_now(new) == new
+    done = run("step", "--smoke", "--batches", "1", "2", "--forms", "full")
+    assert "write --smoke --batches 1,2 --forms full" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        (StepSettings, {"forms": ("full", "ful")}, "forms must be of full, hybrid, .*, not 'ful'"),
+        (StepSettings, {"batches": (1, 0)}, r"batches must be above 0, not \(1, 0\)"),
+        (StepSettings, {"contexts": ()}, "contexts must be above 0"),
+        (ServingSettings, {"cases": ("4*1000",)}, "'4\\*1000' is not a batch and a context, like 4x131072"),
+        (ServingSettings, {"tokens": 2}, "tokens must be at least 3, not 2"),
+    ],
+)
+def test_settings_that_make_no_sense(kind, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        kind(**settings)

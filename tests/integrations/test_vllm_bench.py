@@ -1,4 +1,4 @@
-"""`bench serving` and `bench ranks` on a CPU: a tiny shape both ways, and on two ranks."""
+"""`bench serving` and the study of ranks on a CPU: a tiny shape both ways, and on two ranks."""
 
 import json
 import os
@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import ranks
+from experiments.__main__ import app as experiments
 from lycheedecode.bench import serving
+from lycheedecode.bench.settings import SERVERS
+from lycheedecode.cli import app
 from lycheedecode.errors import MismatchError
 
 
@@ -22,11 +25,16 @@ def test_the_plan_divides_over_ranks(world):
         plan.shard(rank, world)
 
 
-def test_what_cannot_be_timed_is_refused(capsys):
-    assert serving.main(["--smoke", "--tensor-parallel-size", "3"]) == 2
+def run(program, *arguments):
+    """Exit status; whatever is printed can be captured."""
     with pytest.raises(SystemExit) as stop:
-        serving.main(["--cases", "4*1000"])
-    assert stop.value.code == 2
+        program(arguments, prog_name="x")
+    return stop.value.code
+
+
+def test_what_cannot_be_timed_is_refused(capsys):
+    assert run(app, "bench", "serving", "--smoke", "--tensor-parallel-size", "3") == 2
+    assert run(app, "bench", "serving", "--cases", "4*1000") == 2
     printed = capsys.readouterr().err
     assert "over 3 ranks" in printed or "needs vLLM" in printed
     assert "not a batch and a context, like 4x131072" in printed
@@ -35,13 +43,13 @@ def test_what_cannot_be_timed_is_refused(capsys):
 def test_a_plugin_that_vllm_cannot_find_is_said_before_an_engine_starts(monkeypatch, capsys):
     monkeypatch.setattr(serving, "find_spec", lambda name: True)
     monkeypatch.setattr(serving, "entry_points", lambda **which: ())
-    assert serving.main(["--smoke"]) == 2
+    assert run(app, "bench", "serving", "--smoke") == 2
     assert "vLLM does not find the plugin" in capsys.readouterr().err
 
 
 def test_both_ways_get_the_same_prompts_and_generations(monkeypatch):
     """Also where the engine, which sets the seed, is in a process of its own; the short ones are a third."""
-    sent = {way: [] for way in serving.WAYS}
+    sent = {way: [] for way in SERVERS}
 
     def generate(way, prompts, count):
         sent[way].append((prompts, count))
@@ -52,7 +60,7 @@ def test_both_ways_get_the_same_prompts_and_generations(monkeypatch):
     monkeypatch.setattr(serving, "_engine", lambda folder, way, *_: way)
     monkeypatch.setattr(serving, "closing", nullcontext)
     monkeypatch.setattr(serving, "_generate", generate)
-    assert serving.main(["--smoke"]) == 0
+    assert run(app, "bench", "serving", "--smoke") == 0
     assert sent["stock"] == sent["hybrid"]
     assert [(len(prompts), count) for prompts, count in sent["stock"]] == [
         (batch, count) for batch in (1, 2) for count in (1, 12, 4, 12)
@@ -64,10 +72,10 @@ def test_a_tiny_shape_is_timed_both_ways(tmp_path, monkeypatch, capfd, fill):
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
     for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
         monkeypatch.setitem(os.environ, name, value)
-    assert serving.main(["--smoke", *fill, "--json", str(tmp_path / "result.json")]) == 0
+    assert run(app, "bench", "serving", "--smoke", *fill, "--json", str(tmp_path / "result.json")) == 0
     report = json.loads((tmp_path / "result.json").read_text())
     rows = report["result"]["rows"]
-    assert [(row["way"], row["batch"]) for row in rows] == [(way, batch) for way in serving.WAYS for batch in (1, 2)]
+    assert [(row["way"], row["batch"]) for row in rows] == [(way, batch) for way in SERVERS for batch in (1, 2)]
     assert all(row["prefill_seconds"] > 0 and isfinite(row["ms"]) for row in rows)  # ms: a difference of short times
     assert [row["same_tokens"] for row in rows[:2]] == [12, 12]
     assert "vs stock" in capfd.readouterr().out
@@ -75,7 +83,7 @@ def test_a_tiny_shape_is_timed_both_ways(tmp_path, monkeypatch, capfd, fill):
 
 def answer(*tokens, **changed):
     """Token ids, every one of them chosen with a log-probability of -1, before the next with -1.5."""
-    return ranks.Answer(list(tokens), [{token: -1.0, token + 1: -1.5, **changed} for token in tokens])
+    return ranks.RankAnswer(list(tokens), [{token: -1.0, token + 1: -1.5, **changed} for token in tokens])
 
 
 def test_answers_are_compared_up_to_a_near_tie():
@@ -83,7 +91,7 @@ def test_answers_are_compared_up_to_a_near_tie():
     assert same == {"tokens": 3, "same_tokens": 3, "logprob_difference": 0.0, "gap_of_the_tie": 0.0}
     parted = ranks.compare(answer(1, 2, 3), answer(1, 3, 9), 0.6)
     assert (parted["same_tokens"], parted["gap_of_the_tie"]) == (1, 0.5)
-    for other in (answer(1, 3, 9), answer(1, 7, 9), ranks.Answer([1, 2, 3], [{1: -1.0}, {2: -1.4}, {3: -1.0}])):
+    for other in (answer(1, 3, 9), answer(1, 7, 9), ranks.RankAnswer([1, 2, 3], [{1: -1.0}, {2: -1.4}, {3: -1.0}])):
         with pytest.raises(MismatchError, match=r"token \d of a sequence is another one, or its log-probability"):
             ranks.compare(answer(1, 2, 3), other, 0.3)
 
@@ -94,8 +102,8 @@ def test_two_ranks_decode_what_one_does_and_refuse_what_they_cannot(tmp_path, mo
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_CI_ENV": "1"}
     for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **settings}.items():
         monkeypatch.setitem(os.environ, name, value)
-    options = ["--budget", "64", "--block", "16", "--tokens", "12", "--json", str(tmp_path / "result.json")]
-    assert ranks.main(options) == 0
+    options = ["--budget-tokens", "64", "--block-size", "16", "--tokens", "12", "--json", str(tmp_path / "result.json")]
+    assert run(experiments, "ranks", *options) == 0
     result = json.loads((tmp_path / "result.json").read_text())["result"]
     assert [row["same_tokens"] for row in result["rows"]] == [12] * 4
     assert "lies on tensor-parallel rank 0, not 1" in result["refused"]["a plan whose donors cross ranks"]

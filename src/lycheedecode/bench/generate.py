@@ -8,10 +8,8 @@ step` and the tests do that; both sides say which tokens they chose first, and h
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -19,38 +17,37 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from . import harness
+from ..results import Result
 from .harness import say
 from .models import build, prompts_for, release
-from .step import FORMS, make_engine
+from .settings import GenerateSettings
+from .step import make_engine
 
-WAYS = (*FORMS, "transformers")
 
-
-def bench_generate(options: argparse.Namespace, device: str) -> dict[str, Any]:
+def run(settings: GenerateSettings, device: str) -> dict[str, Any]:
     """Generate with every way; greedy, never ending early."""
-    model = build(options.model, options.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
     rows = []
-    for context in options.contexts:
-        for batch in options.batches:
+    for context in settings.contexts:
+        for batch in settings.batches:
             prompts = prompts_for(model, batch, context)
             cases = []
-            for way in options.ways:
-                run = _transformers if way == "transformers" else _ours
-                row = {"way": way, "batch": batch, "context": context, **run(model, prompts, way, options)}
+            for way in settings.ways:
+                time_it = _transformers if way == "transformers" else _ours
+                row = {"way": way, "batch": batch, "context": context, **time_it(model, prompts, way, settings)}
                 release()
                 cases.append(row)
             rows += _compared(cases)
     return {"rows": rows}
 
 
-def _ours(model: nn.Module, prompts: Tensor, form: str, options: argparse.Namespace) -> dict[str, Any]:
-    engine = make_engine(model, form, options, options.execution)
-    results = engine.generate(prompts.tolist(), options.tokens, ignore_eos=True)
+def _ours(model: nn.Module, prompts: Tensor, form: str, settings: GenerateSettings) -> dict[str, Any]:
+    engine = make_engine(model, form, settings, settings.execution)
+    results = engine.generate(prompts.tolist(), settings.tokens, ignore_eos=True)
     return {
         "prefill_seconds": results[0].prefill_seconds,
         "decode_seconds": results[0].decode_seconds,
-        "steps": options.tokens - 1,
+        "steps": settings.tokens - 1,
         "execution": engine.way,
         "token_ids": list(results[0].token_ids),
     }
@@ -70,13 +67,13 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _transformers(model: nn.Module, prompts: Tensor, _: str, options: argparse.Namespace) -> dict[str, Any]:
+def _transformers(model: nn.Module, prompts: Tensor, _: str, settings: GenerateSettings) -> dict[str, Any]:
     prompts, clock = prompts.to(next(model.parameters()).device), _Clock()
     tokens = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
-        max_new_tokens=options.tokens,
-        min_new_tokens=options.tokens,
+        max_new_tokens=settings.tokens,
+        min_new_tokens=settings.tokens,
         do_sample=False,
         streamer=clock,
     )
@@ -84,7 +81,7 @@ def _transformers(model: nn.Module, prompts: Tensor, _: str, options: argparse.N
     return {
         "prefill_seconds": first - began,
         "decode_seconds": last - first,
-        "steps": options.tokens - 1,
+        "steps": settings.tokens - 1,
         "execution": f"eager, {model.config._attn_implementation}",
         "token_ids": tokens[0, prompts.shape[1] :].tolist(),
     }
@@ -106,34 +103,22 @@ def _compared(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return cases
 
 
-HEADER = f"{'':15} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms':>8} {'tokens/s':>8} {'vs HF':>7} {'same':>5}  way"
+HEADER = (
+    f"{'':16} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms/token':>8} {'tokens/s':>8} {'vs HF':>7} {'same':>5}"
+)
 
 
 def format_row(row: dict[str, Any]) -> str:
     """A line of the table under `HEADER`."""
     speedup = f"{row['speedup']:6.2f}x" if row["speedup"] else " " * 7
     speed = f"{row['prefill_seconds']:9.2f} {row['ms']:8.3f} {row['tokens_per_second']:8.1f} {speedup}"
-    return f"{row['way']:15} {row['batch']:5} {row['context']:8} {speed} {row['same_tokens']:5}  {row['execution']}"
+    return f"{row['way']:16} {row['batch']:5} {row['context']:8} {speed} {row['same_tokens']:5}"
 
 
-def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    if options.smoke:
-        options.model, options.contexts, options.budget, options.block, options.tokens = "tiny", [300], 64, 16, 6
-    result = bench_generate(options, device)
-    print("\n".join([HEADER, *(format_row(row) for row in result["rows"])]))
-    return result
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print; 0 done, 2 bad input."""
-    made = harness.parser("generate", "Time generations, ours and Hugging Face's.")
-    made.add_argument("--ways", nargs="+", choices=WAYS, default=["full", "hybrid", "transformers"], help="to generate")
-    made.add_argument("--tokens", type=int, default=64, help="new tokens of each sequence")
-    made.add_argument(
-        "--execution", default="auto", choices=["auto", "compiled", "graph", "eager"], help="of our steps"
-    )
-    return harness.main(made, _run, arguments, cpu=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def lines(result: Result) -> Iterator[str]:
+    """The measurements, a line each."""
+    yield HEADER
+    yield from (format_row(row) for row in result.rows)
+    yield "Speeds are those of decoding, without prefill; same: tokens equal to the first row's before one differs."
+    for way, execution in dict.fromkeys((row["way"], row["execution"]) for row in result.rows):
+        yield f"{way}: {execution}"

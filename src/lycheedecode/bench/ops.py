@@ -8,20 +8,19 @@ share of the bound is how long reading them alone takes, over how long the opera
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import ops
 from ..config import HybridConfig
-from ..errors import DeviceError, LycheeError, MismatchError
+from ..errors import MismatchError
 from ..results import Result
 from .baselines import all_baselines
+from .harness import say
+from .settings import OpsSettings
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import check_close, verify
 from .workload import ROOM, Shape, Workload, make_pool
@@ -70,37 +69,30 @@ class Meter:
         spread = timing.slow_ms / timing.fast_ms
         row = Row(op, work.batch, work.context, block, timing.ms, spread, size, share, speedup)
         self.rows.append(row)
-        print(format_row(row), file=sys.stderr, flush=True)
+        say(format_row(row))
         return row
 
 
-def bench_ops(
-    batches: Sequence[int] = (1, 8),
-    contexts: Sequence[int] = (32768, 131072, 524288),
-    blocks: Sequence[int] = (16, 32, 64),
-    budget_tokens: int = 4096,
-    shape: Shape | None = None,
-    pool_gib: float = 40.0,
-    seconds: float = 0.15,
-) -> dict[str, Any]:
+@torch.inference_mode()
+def run(settings: OpsSettings, device: str, shape: Shape | None = None) -> dict[str, Any]:
     """Verify and time all operations; raises `MismatchError`, and then there are no times."""
+    if settings.smoke:
+        return smoke(device)
     shape = shape or Shape()
-    if not torch.cuda.is_available():
-        raise DeviceError("There is no CUDA GPU here: operations can be timed on one only. --smoke verifies without.")
-    tokens = int(pool_gib * 2**30) // (2 * shape.kv_heads * shape.key_bytes)
-    pool = make_pool(shape, max(tokens, max(batches) * (max(contexts) + ROOM)), "cuda")
-    meter = Meter(read_bandwidth(pool), seconds, [])
+    tokens = int(settings.pool_gib * 2**30) // (2 * shape.kv_heads * shape.key_bytes)
+    pool = make_pool(shape, max(tokens, max(settings.batches) * (max(settings.contexts) + ROOM)), device)
+    meter = Meter(read_bandwidth(pool), settings.seconds, [])
     errors, notes = [], []
-    for context in contexts:
-        for batch in batches:
+    configs = [HybridConfig(budget_tokens=settings.budget_tokens, block_size=size) for size in settings.block_sizes]
+    for context in settings.contexts:
+        for batch in settings.batches:
             work = Workload(shape, pool, batch, context)
-            for block in blocks:
-                config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
-                errors.append({"batch": batch, "context": context, "block": block, **verify(work, config)})
+            for config in configs:
+                what = {"batch": batch, "context": context, "block": config.block_size}
+                errors.append({**what, **verify(work, config)})
             _time_reading(meter, work)
             full_ms = _time_full(meter, work, notes)
-            for block in blocks:
-                config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
+            for config in configs:
                 _time_hybrid(meter, work, config, full_ms)
     return {
         "read_tb_s": meter.bandwidth / 1e12,
@@ -178,12 +170,14 @@ def smoke(device: str) -> dict[str, Any]:
                 work = Workload(shape, pool, batch, context)
                 what = {"dtype": str(dtype), "batch": batch, "context": context, "block": block}
                 errors.append({**what, **verify(work, config)})
-    return {"errors": errors}
+    return {"rows": [], "errors": errors}
 
 
 # ---------------------------------------------------------------------- what is shown
 
-HEADER = f"{'':24} {'batch':>5} {'context':>8} {'block':>5} {'ms':>9} {'TB/s':>6} {'of bound':>8} {'vs full':>8}"
+HEADER = (
+    f"{'operation':24} {'batch':>5} {'context':>8} {'block':>5} {'ms':>9} {'TB/s':>6} {'of bound':>8} {'vs full':>8}"
+)
 
 
 def format_row(row: Row) -> str:
@@ -195,12 +189,15 @@ def format_row(row: Row) -> str:
     return f"{row.op:24} {row.batch:5} {row.context:8} {block:>5} {row.ms:9.4f} {speed} {share} {speedup}".rstrip()
 
 
-def format_table(result: dict[str, Any]) -> Iterator[str]:
+def lines(result: Result) -> Iterator[str]:
     """The measurements, a line each."""
-    yield f"read bandwidth: {result['read_tb_s']:.2f} TB/s"
+    if not result.rows:
+        yield f"verified {len(result.summary['errors'])} workloads"
+        return
+    yield f"This GPU reads {result.summary['read_tb_s']:.2f} TB/s."
     yield HEADER
-    yield from (format_row(Row(**row)) for row in result["rows"])
-    yield from result["notes"]
+    yield from (format_row(Row(**row)) for row in result.rows)
+    yield from result.summary["notes"]
 
 
 def _heads(count: int) -> str:
@@ -209,64 +206,3 @@ def _heads(count: int) -> str:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-
-
-# ---------------------------------------------------------------------- python -m lycheedecode.bench.ops
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print; 0 verified (and timed), 1 a mismatch, 2 bad input."""
-    options = _parser().parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(options.seed)
-    try:
-        with torch.inference_mode():
-            result = _run(options, device)
-    except LycheeError as error:
-        print(f"bench ops: {error}", file=sys.stderr)
-        return error.exit_status
-    if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        Result("bench ops", settings).add(**result).save(options.json)
-    return 0
-
-
-def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    if options.smoke:
-        result = smoke(device)
-        print(f"verified {len(result['errors'])} workloads on {device}")
-        return result
-    if options.tune is not None:
-        from .tuning import tune
-
-        return tune(options.batches, options.contexts, options.blocks, options.tune, budget_tokens=options.budget)
-    result = bench_ops(
-        options.batches,
-        options.contexts,
-        options.blocks,
-        options.budget,
-        pool_gib=options.pool,
-        seconds=options.seconds,
-    )
-    print("\n".join(format_table(result)))
-    return result
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench ops", description="Verify and time the operations of a decode step.")
-    numbers = {"type": int, "nargs": "+"}
-    parser.add_argument("--batches", **numbers, default=[1, 8], help="sequences decoded together")
-    parser.add_argument("--contexts", **numbers, default=[32768, 131072, 524288], help="tokens of each sequence")
-    parser.add_argument("--blocks", **numbers, default=[16, 32, 64], help="block sizes")
-    parser.add_argument("--budget", type=int, default=4096, help="tokens of a selection")
-    parser.add_argument("--pool", type=float, default=40.0, help="GiB of random keys and values")
-    parser.add_argument("--seconds", type=float, default=0.15, help="time spent on each measurement")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="verify on small shapes only; runs without a GPU")
-    parser.add_argument("--tune", nargs="*", metavar="KERNEL", help="search launch constants, of all kernels or these")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,10 +12,8 @@ sequence are the stock backend's is said, but proves nothing: random models choo
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,43 +29,41 @@ import torch
 
 from ..errors import ConfigError, PackageError
 from ..plan import HeadPlan
-from . import harness
+from ..results import Result
 from .harness import say
-from .models import MODELS, random_config
+from .models import random_config
+from .settings import SHORT, ServingSettings
 from .workload import Shape, spread_plan
 
-WAYS = ("stock", "hybrid")
 _PLUGIN = "lycheedecode"
 """Name of the entry point by which vLLM finds the plugin."""
-_SHORT = 3
-"""So many times as long as the short generation is the long one."""
 _PAGE = 16
 """Tokens of a page, vLLM's default on a GPU."""
 
 
-def bench_serving(options: argparse.Namespace, device: str) -> dict[str, Any]:
+def run(settings: ServingSettings, device: str) -> dict[str, Any]:
     """Time every case with every way, one engine after the other."""
-    require_vllm("hybrid" in options.ways)
-    cases = sorted(options.cases, key=lambda case: (case[0], case[1]))
+    require_vllm("hybrid" in settings.ways)
+    cases = sorted(settings.pairs)
     config = random_config(
-        options.model,
-        options.layers,
-        max_position_embeddings=max(context for _, context in cases) + options.tokens + 2 * _PAGE,
+        settings.model,
+        settings.layers,
+        max_position_embeddings=max(context for _, context in cases) + settings.tokens + 2 * _PAGE,
         dtype="bfloat16" if device == "cuda" else "float32",
         **({"head_dim": 32} if device == "cpu" else {}),  # the narrowest heads that vLLM has kernels for there
     )
-    plan = plan_of(config, options.tensor_parallel_size)
+    plan = plan_of(config, settings.tensor_parallel_size)
     longest = max(context for _, context in cases)
     texts = torch.randint(4, config.vocab_size, (max(batch for batch, _ in cases), longest)).tolist()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         plan.save(Path(folder) / "plan.json")
-        for way in options.ways:
+        for way in settings.ways:
             began = time.perf_counter()
-            with closing(_engine(folder, way, cases, options, device)) as llm:
+            with closing(_engine(folder, way, cases, settings, device)) as llm:
                 started = time.perf_counter() - began
-                rows += [{**row, "start_seconds": started} for row in _time_cases(llm, way, cases, texts, options)]
+                rows += [{**row, "start_seconds": started} for row in _time_cases(llm, way, cases, texts, settings)]
     return {"plan_retrieval_heads": len(plan.retrieval), "rows": _compared(rows)}
 
 
@@ -111,33 +107,37 @@ def plan_of(config: Any, ranks: int) -> HeadPlan:
     return HeadPlan.from_donors(donors)
 
 
-def _engine(folder: str, way: str, cases: Sequence[tuple[int, int]], options: argparse.Namespace, device: str) -> Any:
+def _engine(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: ServingSettings, device: str) -> Any:
     """vLLM with room for the largest case."""
     from vllm import LLM
 
-    settings: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
+    chosen: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
     if way == "hybrid":
-        own = {"plan": f"{folder}/plan.json", "budget_tokens": options.budget, "block_size": options.block}
-        settings = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}}
-    if options.fill:
+        own = {
+            "plan": f"{folder}/plan.json",
+            "budget_tokens": settings.budget_tokens,
+            "block_size": settings.block_size,
+        }
+        chosen = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}}
+    if settings.fill:
         numbers = {"fill_mean": 0.0, "fill_std": 1.0}
-        settings["kv_transfer_config"] = {
+        chosen["kv_transfer_config"] = {
             "kv_connector": "DecodeBenchConnector", "kv_role": "kv_both", "kv_connector_extra_config": numbers
         }  # fmt: skip
     if device == "cuda":  # no graphs but those that are timed
-        settings["compilation_config"] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in cases})}
+        chosen["compilation_config"] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in cases})}
     return LLM(
         folder,
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=max(context for _, context in cases) + options.tokens + 2 * _PAGE,
+        max_model_len=max(context for _, context in cases) + settings.tokens + 2 * _PAGE,
         max_num_seqs=max(batch for batch, _ in cases),
-        tensor_parallel_size=options.tensor_parallel_size,
-        gpu_memory_utilization=options.memory,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.memory,
         enable_prefix_caching=True,
         enforce_eager=device == "cpu",
-        seed=options.seed,
-        **settings,
+        seed=settings.seed,
+        **chosen,
     )
 
 
@@ -146,13 +146,13 @@ def _time_cases(
     way: str,
     cases: Sequence[tuple[int, int]],
     texts: Sequence[list[int]],
-    options: argparse.Namespace,
+    settings: ServingSettings,
 ) -> Iterator[dict[str, Any]]:
     for batch, context in cases:
         prompts = [{"prompt_token_ids": text[:context]} for text in texts[:batch]]
         prefill, _ = _generate(llm, prompts, 1)
-        _, tokens = _generate(llm, prompts, options.tokens)  # what comes once with decoding has then come
-        times = sorted(_token_ms(llm, prompts, options.tokens) for _ in range(options.repeats))
+        _, tokens = _generate(llm, prompts, settings.tokens)  # what comes once with decoding has then come
+        times = sorted(_token_ms(llm, prompts, settings.tokens) for _ in range(settings.repeats))
         row = {"way": way, "batch": batch, "context": context, "ms": median(times)}
         row |= {"fast_ms": times[0], "slow_ms": times[-1], "prefill_seconds": prefill, "token_ids": tokens}
         say(f"{way} {batch} x {context}: {row['ms']:.3f} ms a token")
@@ -160,7 +160,7 @@ def _time_cases(
 
 
 def _token_ms(llm: Any, prompts: Sequence[Any], count: int) -> float:
-    short = count // _SHORT
+    short = count // SHORT
     few, many = (_generate(llm, prompts, tokens)[0] for tokens in (short, count))
     return (many - few) * 1e3 / (count - short)
 
@@ -192,7 +192,7 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------- what is shown
 
-HEADER = f"{'':7} {'batch':>5} {'context':>8} {'ms':>8} {'fastest':>8} {'slowest':>8} {'vs stock':>8} {'same':>5}"
+HEADER = f"{'':7} {'batch':>5} {'context':>8} {'ms/token':>8} {'fastest':>8} {'slowest':>8} {'vs stock':>8} {'same':>5}"
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -203,44 +203,8 @@ def format_row(row: dict[str, Any]) -> str:
     return f"{row['way']:7} {row['batch']:5} {row['context']:8} {times} {speedup} {same:>5}"
 
 
-def _case(text: str) -> tuple[int, int]:
-    batch, _, context = text.partition("x")
-    if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context) > 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context, like 4x131072")
-    return int(batch), int(context)
-
-
-def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    if options.smoke:
-        options.model, options.cases, options.budget, options.tokens = "tiny", [(1, 100), (2, 100)], 64, 12
-        options.block, options.repeats = 16, 1
-    if options.tokens < _SHORT:
-        raise ConfigError(f"--tokens must be at least {_SHORT}, not {options.tokens}.")
-    result = bench_serving(options, device)
-    print("\n".join([HEADER, *(format_row(row) for row in result["rows"])]))
-    return result
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print; 0 done, 2 bad input."""
-    made = argparse.ArgumentParser(prog="bench serving", description="Time vLLM, stock and with hybrid decoding.")
-    cases = [(1, 1024), (1, 32768), (1, 65536), (1, 131072), (4, 131072)]
-    made.add_argument("--model", choices=MODELS, default="llama-3-8b", help="shape of the model; weights are random")
-    made.add_argument("--layers", type=int, help="of the model, when it is to be cut short")
-    made.add_argument("--cases", nargs="+", type=_case, default=cases, help="BATCHxCONTEXT, like 4x131072")
-    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="attention of vLLM's own, or ours")
-    made.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that share the heads")
-    made.add_argument("--budget", type=int, default=4096, help="tokens of a selection")
-    made.add_argument("--block", type=int, default=32, help="block size of the selections")
-    made.add_argument("--tokens", type=int, default=132, help="tokens of the long generation")
-    made.add_argument("--repeats", type=int, default=3, help="pairs of generations that are timed")
-    made.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory that vLLM may take")
-    made.add_argument("--fill", action="store_true", help="random keys and values, in place of long prefills")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--smoke", action="store_true", help="a tiny model, whatever else is said; runs without a GPU")
-    made.add_argument("--json", type=Path, help="write the result to this file")
-    return harness.main(made, _run, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def lines(result: Result) -> Iterator[str]:
+    """The measurements, a line each."""
+    yield HEADER
+    yield from (format_row(row) for row in result.rows)
+    yield "same: tokens of the first sequence equal to the stock backend's before one differs."

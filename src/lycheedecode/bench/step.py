@@ -8,11 +8,9 @@ the context, as in a generation. The bound is the time to read the weights and w
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -23,25 +21,17 @@ from torch import Tensor, nn
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine, Execution
 from ..engine.memory import free_bytes, slot_bytes
-from ..errors import DeviceError, MismatchError
+from ..errors import MismatchError
 from ..models.shape import ModelShape
-from . import harness
+from ..results import Result
 from .harness import say
 from .models import build, plan_for, random_context, release, weight_bytes
-from .profile import format_kernels, profile_step
+from .settings import FORMS, ModelSettings, StepSettings
 from .timing import read_bandwidth
 from .verify import relative_error
 
-FORMS: dict[str, dict[str, Any] | None] = {
-    "full": None,
-    "hybrid": {},
-    "paper": {"retrieval_attention": "full"},
-    "hybrid+float8": {"scan_keys": "float8"},
-    "hybrid+refresh2": {"refresh_every": 2},
-    "hybrid+centroid": {"completion": "centroid"},
-}
-"""Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
-_ROOM = 512
+ROOM = 512
+"""Tokens that may be decoded after a context."""
 _SPARE_BYTES = 6 << 30
 """What a step may need besides weights and cache."""
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
@@ -81,24 +71,25 @@ class Row:
     first_seconds: float
 
 
-def bench_step(options: argparse.Namespace, device: str) -> dict[str, Any]:
+def run(settings: StepSettings, device: str) -> dict[str, Any]:
     """Verify and time; raises `MismatchError`, and then there are no times."""
-    bandwidth = _bandwidth() if device == "cuda" else None
-    model = build(options.model, options.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows, profiles, left_out = [], [], []
-    for context in options.contexts:
-        for batch in options.batches:
+    speed = bandwidth() if device == "cuda" else None
+    model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    if settings.smoke and device == "cpu":
+        settings = replace(settings, execution="graph")
+    rows, left_out = [], []
+    for context in settings.contexts:
+        for batch in settings.batches:
             missing = _missing_bytes(model, batch, context)
             if missing > 0:
                 left_out.append(f"batch {batch}, context {context}: {missing / 1e9:.0f} GB of memory are missing")
                 say(f"left out: {left_out[-1]}")
                 continue
-            rows += _bench_case(model, batch, context, bandwidth, options, profiles)
+            rows += _bench_case(model, batch, context, speed, settings)
     return {
-        "read_tb_s": bandwidth and bandwidth / 1e12,
+        "read_tb_s": speed and speed / 1e12,
         "weight_bytes": weight_bytes(model),
         "rows": [asdict(row) for row in rows],
-        "profiles": profiles,
         "left_out": left_out,
     }
 
@@ -107,85 +98,50 @@ def _bench_case(
     model: nn.Module,
     batch: int,
     length: int,
-    bandwidth: float | None,
-    options: argparse.Namespace,
-    profiles: list[dict[str, Any]],
+    speed: float | None,
+    settings: StepSettings,
 ) -> Iterator[Row]:
-    context = random_context(model, batch, length, _ROOM)
+    context = random_context(model, batch, length, ROOM)
     full_ms = None
-    for form in options.forms:
-        engine, eager = (make_engine(model, form, options, execution) for execution in (options.execution, "eager"))
+    for form in settings.forms:
+        engine, eager = (make_engine(model, form, settings, execution) for execution in (settings.execution, "eager"))
         began = time.perf_counter()
         error = _verify(engine, eager, context, f"{form} (batch {batch}, context {length})")
         first_seconds = time.perf_counter() - began
-        times = _time(engine, context, options.steps, (FORMS[form] or {}).get("refresh_every", 1))
+        times = step_times(engine, context, settings.steps, (FORMS[form] or {}).get("refresh_every", 1))
         size = weight_bytes(model) + int(context.kv_bytes.sum().item() / context.steps)
         ms = median(times)
         full_ms = ms if form == "full" else full_ms
         row = Row(
             *(form, batch, length, ms, times[len(times) // 10], times[-1 - len(times) // 10], size),
-            share=bandwidth and size / bandwidth * 1e3 / ms,
+            share=speed and size / speed * 1e3 / ms,
             speedup=full_ms and full_ms / ms,
             error=error,
             way=engine.way,
             first_seconds=first_seconds,
         )
         say(format_row(row))
-        if options.profile:
-            kernels = profile_step(engine, context)
-            say(format_kernels(kernels))
-            profiles.append(
-                {"form": form, "batch": batch, "context": length, "kernels": [asdict(kernel) for kernel in kernels]}
-            )
         yield row
         context.rewind()
     del context, engine, eager
     release()
 
 
-def tune(options: argparse.Namespace) -> dict[str, Any]:
-    """Launches of the linear layers for the first context and batch, with the last form of attention."""
-    from ..fusion.triton import Kind, Tuning, tuned
-    from . import linear
-    from .step_tuning import tune_step
-
-    model = build(options.model, options.layers, "cuda", torch.bfloat16)
-    context = random_context(model, options.batches[0], options.contexts[0], _ROOM)
-
-    launches: dict[Kind, Tuning] = {}
-
-    def step_ms() -> float:
-        engine = make_engine(model, options.forms[-1], options, "compiled")
-        with tuned(launches):
-            ms = median(_time(engine, context, options.steps, 1))
-        context.kept_steps.clear()
-        return ms
-
-    def compile_ahead(pairs: list[tuple[Any, Any]]) -> None:
-        linear.compile_ahead([(linear.Projection.of(kind), kind.rows, launch) for kind, launch in pairs])
-
-    step_ms()  # compiles the model, and finds the kinds of layers
-    rows = tune_step(
-        launches, lambda kind: linear.candidates(linear.Projection.of(kind), kind.rows), compile_ahead, step_ms
-    )
-    return {"rows": rows, "launches": {str(tuple(kind)): launch._asdict() for kind, launch in launches.items()}}
-
-
-def make_engine(model: nn.Module, form: str, options: argparse.Namespace, execution: Execution) -> Engine:
+def make_engine(model: nn.Module, form: str, settings: ModelSettings, execution: Execution) -> Engine:
     """An engine whose decode steps have this form of attention."""
-    settings = {"backend": None if options.backend == "ours" else options.backend, "execution": execution}
+    how = {"backend": None if settings.backend == "ours" else settings.backend, "execution": execution}
     form_settings = FORMS[form]
     if form_settings is None:
-        return Engine(model, **settings)
-    config = HybridConfig(budget_tokens=options.budget, block_size=options.block, **form_settings)
-    return Engine(model, plan=plan_for(model), config=config, **settings)
+        return Engine(model, **how)
+    config = HybridConfig(budget_tokens=settings.budget_tokens, block_size=settings.block_size, **form_settings)
+    return Engine(model, plan=plan_for(model), config=config, **how)
 
 
 def _missing_bytes(model: nn.Module, batch: int, length: int) -> int:
     """How much more memory than there is this GPU would need; 0 or less: it fits."""
     if model.device.type != "cuda":
         return 0
-    cache = (length + _ROOM) * slot_bytes(ModelShape.of(model), batch, model.dtype)
+    cache = (length + ROOM) * slot_bytes(ModelShape.of(model), batch, model.dtype)
     return cache + _SPARE_BYTES - free_bytes(model.device)
 
 
@@ -210,7 +166,7 @@ def _same_choice(expected: Tensor, actual: Tensor, tolerance: float) -> bool:
     return bool((expected.amax(-1, keepdim=True) - chosen <= tolerance * expected.std()).all())
 
 
-def _time(engine: Engine, context: Context, steps: int, together: int) -> list[float]:
+def step_times(engine: Engine, context: Context, steps: int, together: int) -> list[float]:
     """Milliseconds of `steps` steps in the middle of a generation, ascending; each the mean of some in a row."""
     context.rewind()
     token_ids = torch.full((len(context.prompt_lengths),), 7, device=engine.device)
@@ -237,14 +193,16 @@ def _now(device: torch.device) -> Any:
     return event
 
 
-def _bandwidth() -> float:
+def bandwidth() -> float:
+    """Bytes a second that this GPU reads."""
     pool = torch.empty(_POOL_BYTES // 4, dtype=torch.int32, device="cuda").random_()
     return read_bandwidth(pool)
 
 
 # ---------------------------------------------------------------------- what is shown
 
-HEADER = f"{'':15} {'batch':>5} {'context':>8} {'ms':>8} {'TB/s':>6} {'of bound':>8} {'vs full':>8} {'error':>8}  way"
+_COLUMNS = f"{'ms/step':>8} {'TB/s':>6} {'of bound':>8} {'vs full':>8} {'error':>8}"
+HEADER = f"{'attention':16} {'batch':>5} {'context':>8} {_COLUMNS}"
 
 
 def format_row(row: Row) -> str:
@@ -252,34 +210,13 @@ def format_row(row: Row) -> str:
     share = f"{row.share:8.1%}" if row.share is not None else " " * 8
     speedup = f"{row.speedup:7.2f}x" if row.speedup is not None else " " * 8
     speed = f"{row.ms:8.3f} {row.bytes / row.ms / 1e9:6.2f} {share} {speedup}"
-    return f"{row.form:15} {row.batch:5} {row.context:8} {speed} {row.error:8.1e}  {row.way}"
+    return f"{row.form:16} {row.batch:5} {row.context:8} {speed} {row.error:8.1e}"
 
 
-def _run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    if options.smoke:
-        options.model, options.contexts, options.budget, options.block, options.steps = "tiny", [300], 64, 16, 4
-        options.execution = "graph" if device == "cpu" else options.execution
-    if options.profile and device == "cpu":
-        raise DeviceError("--profile needs a CUDA GPU: it shows kernels.")
-    if options.tune:
-        if device == "cpu":
-            raise DeviceError("--tune needs a CUDA GPU.")
-        return tune(options)
-    result = bench_step(options, device)
-    print("\n".join([HEADER, *(format_row(Row(**row)) for row in result["rows"])]))
-    return result
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print; 0 verified and timed, 1 a mismatch, 2 bad input."""
-    made = harness.parser("step", "Verify and time whole decode steps.")
-    made.add_argument("--forms", nargs="+", choices=FORMS, default=["full", "hybrid"], help="of decode attention")
-    made.add_argument("--steps", type=int, default=60, help="steps that are timed")
-    made.add_argument("--execution", default="compiled", choices=["compiled", "graph", "eager"], help="of a step")
-    made.add_argument("--tune", action="store_true", help="search launches of the linear layers where they run")
-    made.add_argument("--profile", action="store_true", help="show which kernels a step consists of (GPU only)")
-    return harness.main(made, _run, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def lines(result: Result) -> Iterator[str]:
+    """The measurements, a line each."""
+    yield HEADER
+    yield from (format_row(Row(**row)) for row in result.rows)
+    yield from (f"Left out: {case}." for case in result.summary["left_out"])
+    ways = sorted({row["way"] for row in result.rows})
+    yield f"Steps ran {', '.join(ways)}; the error is that of the logits against an eager step." if ways else ""

@@ -1,19 +1,48 @@
-"""`lycheedecode bench`: verify, then time. Each benchmark is a module of `bench` with a command line of its own."""
+"""`lycheedecode bench`: verify, then time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
+
+from ..bench.settings import BenchSettings, GenerateSettings, OpsSettings, ServingSettings, StepSettings
+from .options import Json, takes
+from .report import check_writable, quiet, save, screen
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-BENCHMARKS = {
-    "ops": "Verify and time the operations of a decode step.",
-    "step": "Verify and time whole decode steps of a model.",
-    "generate": "Time generations, ours and Hugging Face's.",
-    "serving": "Time vLLM, stock and with hybrid decoding.",
+
+_RENAMED = {
+    "--budget": "--budget-tokens",
+    "--block": "--block-size",
+    "--blocks": "--block-sizes",
+    "--pool": "--pool-gib",
 }
+_SEVERAL = ("--batches", "--contexts", "--block-sizes", "--forms", "--ways", "--cases")
+
+
+class _Benchmark(TyperCommand):
+    """Also takes options as they were before 0.2: `--batches 1 4` for `--batches 1,4`, `--budget`, `--block`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        new = as_of_now(args)
+        if new != args:
+            print(f"lycheedecode: this way of writing options will go; write {' '.join(new)}", file=sys.stderr)
+        return super().parse_args(ctx, new)
+
+
+def as_of_now(args: list[str]) -> list[str]:
+    """Options as they are written now."""
+    new: list[str] = []
+    for word in args:
+        if len(new) > 1 and new[-2] in _SEVERAL and not word.startswith("-") and not new[-1].startswith("-"):
+            new[-1] += f",{word}"
+        else:
+            new.append(_RENAMED.get(word, word))
+    return new
 
 
 @app.callback()
@@ -21,13 +50,43 @@ def bench() -> None:
     """Verify, then time."""
 
 
-def _command(name: str) -> Callable[[typer.Context], None]:
-    def run(context: typer.Context) -> None:
-        raise typer.Exit(import_module(f"...bench.{name}", __name__).main(context.args))
+def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = True) -> None:
+    check_writable(json_file)
+    with quiet(verbose=False):
+        module, harness = (import_module(f"...bench.{part}", __name__) for part in (name, "harness"))
+        result = harness.measure(f"bench {name}", settings, module.run, needs_gpu)
+    out = screen(json_file)
+    for line in module.lines(result):
+        out.print(line, soft_wrap=True, markup=False)
+    save(json_file, result)
 
-    return run
+
+@app.command(cls=_Benchmark)
+@takes("given", OpsSettings, panels={})
+def ops(given: dict[str, Any], json_file: Json = None) -> None:
+    """Verify and time the operations of a decode step."""
+    _run("ops", OpsSettings(**given), json_file)
 
 
-for _name, _help in BENCHMARKS.items():
-    _options = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(_name, help=_help, add_help_option=False, context_settings=_options)(_command(_name))
+@app.command(cls=_Benchmark)
+@takes("given", StepSettings, panels={})
+def step(given: dict[str, Any], json_file: Json = None) -> None:
+    """Verify and time whole decode steps of a model."""
+    _run("step", StepSettings(**given), json_file)
+
+
+@app.command(cls=_Benchmark)
+@takes("given", GenerateSettings, panels={})
+def generate(given: dict[str, Any], json_file: Json = None) -> None:
+    """Time generations, ours and Hugging Face's."""
+    settings = GenerateSettings(**given)
+    from ..bench.models import MODELS
+
+    _run("generate", settings, json_file, needs_gpu=settings.model in MODELS)
+
+
+@app.command(cls=_Benchmark)
+@takes("given", ServingSettings, panels={})
+def serving(given: dict[str, Any], json_file: Json = None) -> None:
+    """Time vLLM, stock and with hybrid attention."""
+    _run("serving", ServingSettings(**given), json_file)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -46,13 +46,21 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupt
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath report.")]
 
 
-def takes(name: str, settings: type, leave_out: Sequence[str] = (), **flags: str) -> Callable[[Function], Function]:
+def takes(
+    name: str,
+    settings: type,
+    leave_out: Sequence[str] = (),
+    panels: Mapping[str, str] | None = None,
+    **flags: str,
+) -> Callable[[Function], Function]:
     """Give a command one option for each field of a settings dataclass.
 
     The command's parameter `name` receives a dict of the options that were given; the dataclass knows the defaults.
-    Help comes from its `Attributes` section. `flags` renames the options of single fields.
+    Help comes from its `Attributes` section. Tuples are given with commas, as 1,4. `panels` says under which heading
+    of the help a field stands, `flags` renames the options of single fields.
     """
-    options = _options(name, settings, leave_out, flags)
+    options = _options(name, settings, leave_out, flags, panels)
+    several = {name: kind for name, kind in _several(settings).items() if name in options}
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function, eval_str=True)
@@ -60,7 +68,10 @@ def takes(name: str, settings: type, leave_out: Sequence[str] = (), **flags: str
 
         def command(**arguments: Any) -> Any:
             given = {field: arguments.pop(option.name) for field, option in options.items()}
-            arguments[name] = {field: value for field, value in given.items() if value is not None}
+            given = {field: value for field, value in given.items() if value is not None}
+            for field in several.keys() & given.keys():
+                given[field] = _parts(f"--{field.replace('_', '-')}", given[field], several[field])
+            arguments[name] = given
             return function(**arguments)
 
         parameters = sorted([*own, *options.values()], key=lambda parameter: parameter.kind)
@@ -73,31 +84,56 @@ def takes(name: str, settings: type, leave_out: Sequence[str] = (), **flags: str
 
 
 def _options(
-    name: str, settings: type, leave_out: Sequence[str], flags: dict[str, str]
+    name: str, settings: type, leave_out: Sequence[str], flags: dict[str, str], panels: Mapping[str, str] | None
 ) -> dict[str, inspect.Parameter]:
     """One command parameter for each field; named after both, because two dataclasses may share a field's name."""
     kinds, helps = get_type_hints(settings), _helps(settings)
+    panels = dict.fromkeys(_names(settings), settings.__name__) if panels is None else panels
     options = {}
     for field in fields(settings):
         if field.name in leave_out:
             continue
         kind, flag = _without_none(kinds[field.name]), field.name.replace("_", "-")
-        text = helps.get(field.name, "")
-        if field.default is not MISSING and field.default is not None:
-            text += f" \\[default: {field.default}]"
-        declared = flags.get(field.name, f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}")
-        option = Annotated[kind | None, typer.Option(declared, help=text, rich_help_panel=settings.__name__)]
+        text, metavar, default = helps.get(field.name, ""), None, field.default
+        text = text[:1].upper() + text[1:]
+        if isinstance(default, tuple):
+            kind, metavar = str, "NUMBERS" if get_args(kind)[0] is int else "NAMES"
+            default = ",".join(map(str, default))
+        if default is not MISSING and default is not None and default is not False:
+            text += f" \\[default: {default}]"
+        declared = flags.get(field.name, f"--{flag}/--no-{flag}" if kind is bool and default else f"--{flag}")
+        option = Annotated[
+            kind | None, typer.Option(declared, help=text, metavar=metavar, rich_help_panel=panels.get(field.name))
+        ]
         options[field.name] = inspect.Parameter(
             f"{name}_{field.name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option
         )
     return options
 
 
+def _names(settings: type) -> list[str]:
+    return [field.name for field in fields(settings)]
+
+
+def _several(settings: type) -> dict[str, type]:
+    """Fields that are tuples, and of what."""
+    kinds = get_type_hints(settings)
+    return {name: get_args(kinds[name])[0] for name in _names(settings) if get_origin(kinds[name]) is tuple}
+
+
+def _parts(option: str, text: str, kind: type) -> tuple[Any, ...]:
+    return parse_numbers(option, text) if kind is int else tuple(part.strip() for part in text.split(","))
+
+
 def _helps(settings: type) -> dict[str, str]:
-    """What the dataclass says about its fields."""
-    section = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^ {4}([a-z_, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()).replace("`", "") for names, text in entries for name in names.split(", ")}
+    """What the dataclass and those that it extends say about their fields."""
+    helps: dict[str, str] = {}
+    for one in reversed(settings.__mro__):
+        section = inspect.cleandoc(one.__doc__ or "").partition("Attributes:\n")[2]
+        entries = re.findall(r"^ {4}([a-z_, ]+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+        for names, text in entries:
+            helps |= {name: " ".join(text.split()).replace("`", "") for name in names.split(", ")}
+    return helps
 
 
 def _without_none(kind: Any) -> Any:

@@ -292,7 +292,7 @@ def linear(
 
 @lru_cache(maxsize=1024)
 def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> Tuning:
-    """What was fastest on an H200 within a step; `bench step --tune` measures it."""
+    """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it."""
     far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
     out = sizes[0] if gated else sum(sizes)
     if rows == 1:

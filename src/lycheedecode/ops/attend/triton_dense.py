@@ -92,7 +92,7 @@ def attend(
 
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
-    """What was fastest on an H200; `bench ops --tune` measures it."""
+    """What was fastest on an H200; `python -m experiments tune-ops` measures it."""
     few, early = pairs <= 16, common.starts_early(kv.keys.device)
     tile, stages = (16384, 4) if few else (32768, 3)
     tuning = common.fitting(Tuning(8, common.tile_of(kv, tile), 4, stages, early), kv)

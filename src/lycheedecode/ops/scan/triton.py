@@ -255,7 +255,7 @@ def scan_blocks(
 
 
 def default_tuning(pairs: int, block_size: int, kv: KV, copied: bool = False) -> Tuning:
-    """What was fastest on an H200; `bench ops --tune` measures it. A copy's keys are half as long."""
+    """What was fastest on an H200; `experiments tune-ops` measures it. A copy's keys are half as long."""
     tile = max(common.tile_of(kv, 32768 if copied else 16384), block_size)
     warps = 8 if kv.keys.dtype == torch.float32 else max(tile // 32, 2)  # float32 takes more registers
     splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 256)

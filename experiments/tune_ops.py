@@ -1,4 +1,4 @@
-"""`bench ops --tune`: which launch constants are fastest on this GPU; what wins goes into the kernels by hand.
+"""`python -m experiments tune-ops`: which launches are fastest on this GPU; what wins goes into the kernels by hand.
 
     candidates -> compiled by many processes, into Triton's cache -> each compared with the default, then timed
 
@@ -8,9 +8,8 @@ Only launches that compute the same are timed; one that does not fit the GPU is 
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import HybridConfig
-from ..errors import ConfigError, DeviceError
-from .timing import Call, read_bandwidth, rotations, time_calls
-from .verify import relative_error
-from .workload import ROOM, Shape, Workload, make_pool
+from lycheedecode.bench.harness import say
+from lycheedecode.bench.settings import BenchSettings, check_names
+from lycheedecode.bench.timing import Call, read_bandwidth, rotations, time_calls
+from lycheedecode.bench.verify import relative_error
+from lycheedecode.bench.workload import ROOM, Shape, Workload, make_pool
+from lycheedecode.config import HybridConfig
 
 KERNELS = ("scan", "select", "attend_blocks", "attend")
 
@@ -77,32 +77,47 @@ def candidates(kernel: str, batch: int, block: int, kv_heads: int) -> Iterator[C
                     yield Candidate(kernel, batch, heads, block, s, tile, warps, stages, early)
 
 
-def tune(
-    batches: Sequence[int], contexts: Sequence[int], blocks: Sequence[int], kernels: Sequence[str], budget_tokens: int
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class TuneOpsSettings(BenchSettings):
+    """What `tune-ops` searches.
+
+    Attributes:
+        kernels: of scan, select, attend_blocks, attend.
+        batches: sequences decoded together.
+        contexts: tokens of each sequence.
+        block_sizes: tokens of a block.
+    """
+
+    kernels: tuple[str, ...] = KERNELS
+    batches: tuple[int, ...] = (1, 8)
+    contexts: tuple[int, ...] = (32768, 131072, 524288)
+    block_sizes: tuple[int, ...] = (16, 32, 64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("kernels", self.kernels, KERNELS)
+
+
+@torch.inference_mode()
+def tune(settings: TuneOpsSettings, device: str) -> dict[str, Any]:
     """Time every candidate of the kernels; prints the best few of each workload."""
-    if not torch.cuda.is_available():
-        raise DeviceError("There is no CUDA GPU here: launches can be tuned on one only.")
-    kernels = kernels or KERNELS
-    unknown = sorted(set(kernels) - set(KERNELS))
-    if unknown:
-        raise ConfigError(f"There is no kernel {unknown[0]!r} to tune; there are {', '.join(KERNELS)}.")
-    shape = Shape()
-    workloads = [(kernel, batch, context, block) for kernel in kernels for context in contexts for batch in batches
-                 for block in (blocks if kernel != "attend" else blocks[:1])]  # fmt: skip
+    batches, contexts, blocks = settings.batches, settings.contexts, settings.block_sizes
+    budget_tokens, shape = settings.budget_tokens, Shape()
+    workloads = [(kernel, batch, context, block) for kernel in settings.kernels for context in contexts
+                 for batch in batches for block in (blocks if kernel != "attend" else blocks[:1])]  # fmt: skip
     grids = {work: list(candidates(work[0], work[1], work[3], shape.kv_heads)) for work in workloads}
     _compile_ahead([(c, work[2]) for work, grid in grids.items() for c in grid], budget_tokens)
     pool = make_pool(shape, max(8 * 131072, max(batches) * (max(contexts) + ROOM)), "cuda")
     bandwidth = read_bandwidth(pool)
-    print(f"read bandwidth: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    say(f"read bandwidth: {bandwidth / 1e12:.2f} TB/s")
     found = []
     for (kernel, batch, context, block), grid in grids.items():
         work = Workload(shape, pool, batch, context)
         config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
         for heads in sorted({candidate.heads for candidate in grid}):
             rows, left_out = _time_grid(work, config, [c for c in grid if c.heads == heads], bandwidth)
-            print(f"{kernel}, {heads} heads, batch {batch}, context {context}, blocks of {block}{left_out}", flush=True)
-            print(*map(_format, rows[:6]), sep="\n", flush=True)
+            say(f"{kernel}, {heads} heads, batch {batch}, context {context}, blocks of {block}{left_out}")
+            say("\n".join(map(_format, rows[:6])))
             found += [{"kernel": kernel, "heads": heads, "batch": batch, "context": context, "block": block, **row}
                       for row in rows]  # fmt: skip
     return {"read_tb_s": bandwidth / 1e12, "candidates": found}
@@ -125,7 +140,7 @@ def _time_grid(
             right = result.clone() if right is None else right
             if not difference(result, right) < 1e-2:
                 failed["wrong"] += 1
-                print(f"  {candidate}: wrong by {difference(result, right):.1e}", file=sys.stderr, flush=True)
+                say(f"  {candidate}: wrong by {difference(result, right):.1e}")
                 continue
             ms = time_calls(calls, 0.02).ms
         except Exception as error:  # shared memory or registers that the GPU does not have, as Triton reports them
@@ -145,7 +160,7 @@ def difference(result: Tensor, right: Tensor) -> float:
 
 def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tuple[int, list[Call]]:
     """Bytes that a call must read, and calls in this way of launching; each returns what it computed."""
-    from ..ops.kernel_common import Tuning
+    from lycheedecode.ops.kernel_common import Tuning
 
     make: dict[str, Callable[..., tuple[int, Callable[[int], Tensor]]]] = {
         "scan": _scan, "select": _select, "attend_blocks": _attend_blocks, "attend": _attend,
@@ -159,7 +174,7 @@ def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tupl
 
 
 def _attend_blocks(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.attend.triton_blocks import attend_blocks
+    from lycheedecode.ops.attend.triton_blocks import attend_blocks
 
     selections, rows = work.random_selections(config)
 
@@ -172,13 +187,13 @@ def _attend_blocks(candidate: Candidate, work: Workload, config: HybridConfig, t
 
 
 def _attend(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.attend.triton_dense import attend
+    from lycheedecode.ops.attend.triton_dense import attend
 
     return work.dense_bytes, lambda i: attend(*work.full_inputs(i), work.shape.scale, None, tuning)
 
 
 def _scan(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.scan.triton import scan
+    from lycheedecode.ops.scan.triton import scan
 
     def call(i: int) -> Tensor:
         query, kv = work.inputs(i)
@@ -189,7 +204,7 @@ def _scan(candidate: Candidate, work: Workload, config: HybridConfig, tuning: An
 
 
 def _select(candidate: Candidate, work: Workload, config: HybridConfig, tuning: Any) -> tuple[int, Any]:
-    from ..ops.select.triton import Rule, select_blocks
+    from lycheedecode.ops.select.triton import Rule, select_blocks
 
     kv, rule, out = work.caches[0], Rule.of(config), work.selections(config, candidate.heads)
     shape = (candidate.heads, work.batch, ceil(kv.slots / config.block_size))

@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: its kernels, by name, from a trace of some steps.
+"""`python -m experiments profile`: where the time of a decode step goes, by kernels, from a trace of some steps.
 
 A tracer slows small kernels down, and charges a kernel that starts early while it waits for the one before. So shares
 say where to look; how long a step takes, `bench step` measures without it.
@@ -7,14 +7,19 @@ say where to look; how long a step takes, `bench step` measures without it.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..engine.engine import Context, Engine
+from lycheedecode.bench.harness import say
+from lycheedecode.bench.models import build, random_context, release
+from lycheedecode.bench.settings import StepSettings
+from lycheedecode.bench.step import ROOM, make_engine
+from lycheedecode.engine.engine import Context, Engine
 
 _WARM_UP, _STEPS, _SHOWN = 3, 3, 14
 
@@ -32,6 +37,22 @@ class Kernel:
     name: str
     launches: float
     us: float
+
+
+@torch.inference_mode()
+def run(settings: StepSettings, device: str) -> dict[str, Any]:
+    """The kernels of a step of every form, batch and context."""
+    model, profiles = build(settings.model, settings.layers, device, torch.bfloat16), []
+    for length, batch in product(settings.contexts, settings.batches):
+        context = random_context(model, batch, length, ROOM)
+        for form in settings.forms:
+            kernels = profile_step(make_engine(model, form, settings, settings.execution), context)
+            say(f"{form}, batch {batch}, {length} tokens\n{format_kernels(kernels)}")
+            case = {"form": form, "batch": batch, "context": length}
+            profiles.append({**case, "kernels": [asdict(kernel) for kernel in kernels]})
+        del context
+        release()
+    return {"rows": [], "profiles": profiles}
 
 
 def profile_step(engine: Engine, context: Context) -> list[Kernel]:

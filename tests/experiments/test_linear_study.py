@@ -1,4 +1,4 @@
-"""`bench linear` with tiny projections, without a GPU: what it verifies, times and prints."""
+"""The study of projections with tiny ones, without a GPU: what it verifies, times and prints."""
 
 import json
 import time
@@ -8,7 +8,8 @@ import tiny
 import torch
 
 pytest.importorskip("triton", reason="Launches are described with Triton's kernel.")
-from lycheedecode.bench import linear as bench
+from experiments import linear as bench
+from experiments.__main__ import app
 from lycheedecode.bench.timing import Timing
 from lycheedecode.fusion import reference, triton
 
@@ -35,31 +36,37 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(triton, "linear", lambda *arguments, tuning=None: reference(*arguments))
 
 
+def run(*arguments, status=0):
+    with pytest.raises(SystemExit) as stop:
+        app(arguments, prog_name="experiments")
+    assert stop.value.code == status
+
+
 def test_bench(tmp_path, capsys):
-    assert bench.main(["--batches", "1", "3", "--json", str(tmp_path / "result.json")]) == 0
+    run("linear", "--batches", "1,3", "--json", str(tmp_path / "result.json"))
     rows = json.loads((tmp_path / "result.json").read_text())["result"]["rows"]
     assert len(rows) == 2 * (2 * len(bench.LLAMA_3_8B) + 2)
-    assert "layer" in capsys.readouterr().out
+    assert "layer" in capsys.readouterr().err
 
 
 def test_step(monkeypatch, capsys):
     monkeypatch.setattr(bench, "_random_llama", lambda layers: tiny.model(num_hidden_layers=layers))
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)
-    assert bench.main(["--step", "1", "--batches", "2"]) == 0
-    assert "norms apart" in capsys.readouterr().out
+    run("linear", "--step-layers", "1", "--batches", "2")
+    assert "norms apart" in capsys.readouterr().err
 
 
 def test_wrong_results_are_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(triton, "linear", lambda *arguments, tuning=None: reference(*arguments) * 1.1)
-    assert bench.main(["--batches", "2"]) == 1
+    run("linear", "--batches", "2", status=1)
     assert "differs from the reference" in capsys.readouterr().err
 
 
 def test_tune(monkeypatch, capsys):
     launches = [triton.Tuning(16, 32, 1, 4, stages) for stages in (1, 2, 3)]
     monkeypatch.setattr(bench, "candidates", lambda projection, batch: launches)
-    assert bench.main(["--tune", "--batches", "1", "4", "--names", "qkv", "down"]) == 0
-    out = capsys.readouterr().out
+    run("tune-linear", "--batches", "1,4", "--names", "qkv,down")
+    out = capsys.readouterr().err
     assert out.count("default") == 4
     assert "prefetch 2048" in out
 

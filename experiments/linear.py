@@ -1,17 +1,15 @@
-"""`bench linear`: the projections of a decode step on this GPU, verified first, then timed against the memory's speed.
+"""`python -m experiments linear`: the projections of a decode step, verified, then timed against the memory's speed.
 
     each projection, and the four of a layer in a row, for every batch: cuBLAS, Inductor (if asked for), ours
-    a whole step of a model without a past, compiled with Inductor's backend and with ours (`--step`)
+    a whole step of a model without a past, compiled with Inductor's backend and with ours (`--step-layers`)
 
 Times are those of a CUDA graph's replay over more weights than the L2 holds (see `timing`); bytes are the weights'.
-`--tune` times every launch that might be fast; what wins goes into the kernel by hand.
+`tune-linear` times every launch that might be fast; what wins goes into the kernel by hand.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,19 +17,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import MismatchError
-from ..fusion import backend, reference
-from ..results import Result
-from .step_tuning import evenly, words
-from .timing import Call, read_bandwidth, rotations, time_calls
-from .verify import check_close
+from experiments.tune_step import evenly, words
+from lycheedecode.bench.harness import say
+from lycheedecode.bench.settings import BenchSettings, check_names
+from lycheedecode.bench.timing import Call, read_bandwidth, rotations, time_calls
+from lycheedecode.bench.verify import check_close
+from lycheedecode.fusion import backend, reference
 
 TOLERANCE = 1e-2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU, tests only
@@ -74,6 +71,50 @@ LLAMA_3_8B = {
     "head": Projection((128256,), 4096),
 }
 LAYER = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSettings(BenchSettings):
+    """What `linear` times.
+
+    Attributes:
+        names: of the projections.
+        batches: sequences decoded together.
+        inductor: time what torch.compile makes of them, too.
+        seconds: spent on each measurement.
+        step_layers: time steps of a model with so many layers instead.
+    """
+
+    names: tuple[str, ...] = tuple(LLAMA_3_8B)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    inductor: bool = False
+    seconds: float = 0.05
+    step_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("names", self.names, LLAMA_3_8B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneLinearSettings(BenchSettings):
+    """What `tune-linear` searches.
+
+    Attributes:
+        names: of the projections.
+        batches: sequences decoded together.
+        most: launches of a projection and batch that are timed.
+        limit: seconds that it takes.
+    """
+
+    names: tuple[str, ...] = tuple(LLAMA_3_8B)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    most: int = 32
+    limit: float = 85
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("names", self.names, LLAMA_3_8B)
 
 
 @dataclass
@@ -156,19 +197,27 @@ class Meter:
         us = time_calls(calls, self.seconds).ms * 1e3
         share = size / self.bandwidth * 1e6 / us
         self.rows.append({"projection": name, "batch": batch, "by": by, "us": us, "bytes": size, "share": share})
-        print(f"{name:10} {batch:5} {by:24} {us:8.2f} {size / us / 1e6:6.2f} {share:8.1%}", flush=True)
+        say(f"{name:10} {batch:5} {by:24} {us:8.2f} {size / us / 1e6:6.2f} {share:8.1%}")
 
 
-def bench_linear(names: Sequence[str], batches: Sequence[int], inductor: bool, seconds: float) -> dict[str, Any]:
+@torch.inference_mode()
+def run(settings: LinearSettings, device: str) -> dict[str, Any]:
     """Verify and time; raises `MismatchError`, and then there are no times."""
-    from ..fusion.triton import linear
+    if settings.step_layers:
+        return time_steps(settings.step_layers, settings.batches, settings.seconds)
+    return time_projections(settings.names, settings.batches, settings.inductor, settings.seconds)
+
+
+def time_projections(names: Sequence[str], batches: Sequence[int], inductor: bool, seconds: float) -> dict[str, Any]:
+    """Every projection by everyone who can."""
+    from lycheedecode.fusion.triton import linear
 
     problems = make_problems(names)
     everything = {(name, batch): problems[name].with_batch(batch) for batch in batches for name in names}
     errors = {f"{name}, batch {batch}": verify(problem, f"{name}, batch {batch}", linear)
               for (name, batch), problem in everything.items()}  # fmt: skip
     meter = Meter(measured_bandwidth(), seconds, [])
-    print(f"verified; read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s\n{HEADER}", flush=True)
+    say(f"verified; read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s\n{HEADER}")
     for (name, batch), problem in everything.items():
         size = problem.projection.bytes
         meter.add(name, batch, "cuBLAS, bare product", problem.calls(problem.cublas), size)
@@ -187,7 +236,7 @@ def bench_linear(names: Sequence[str], batches: Sequence[int], inductor: bool, s
     return {"read_tb_s": meter.bandwidth / 1e12, "rows": meter.rows, "errors": errors}
 
 
-def bench_step(layers: int, batches: Sequence[int], seconds: float) -> dict[str, Any]:
+def time_steps(layers: int, batches: Sequence[int], seconds: float) -> dict[str, Any]:
     """A step of a Llama of the 8B shape that attends to one token only: all but the attention of a decode step."""
     meter, errors = Meter(measured_bandwidth(), seconds, []), {}
     model = _random_llama(layers)
@@ -199,7 +248,7 @@ def bench_step(layers: int, batches: Sequence[int], seconds: float) -> dict[str,
         "Inductor": {"options": tuned},
         "ours, norms apart": {"backend": partial(backend, norms=False)},
     }
-    print(f"read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s; {layers} layers\n{HEADER}", flush=True)
+    say(f"read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s; {layers} layers\n{HEADER}")
     for batch in batches:
         ids = torch.arange(batch, device=DEVICE)[:, None]
         right = model(input_ids=ids, use_cache=False).logits
@@ -228,12 +277,12 @@ def measured_bandwidth() -> float:
     return read_bandwidth(torch.empty(1 << 29, dtype=torch.int32, device="cuda").zero_())
 
 
-# ---------------------------------------------------------------------- --tune
+# ---------------------------------------------------------------------- tune-linear
 
 
 def candidates(projection: Projection, batch: int) -> list[Any]:
     """Launches with 40-176 KiB of loads in flight on each of 132 multiprocessors, and about the same work for each."""
-    from ..fusion.triton import Tuning
+    from lycheedecode.fusion.triton import Tuning
 
     out = projection.sizes[0] if projection.gated else sum(projection.sizes)
     plain = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 128), (16, 512)] if batch == 1 else []
@@ -253,13 +302,15 @@ def candidates(projection: Projection, batch: int) -> list[Any]:
     return found
 
 
-def tune(names: Sequence[str], batches: Sequence[int], most: int, limit: float) -> dict[str, Any]:
+@torch.inference_mode()
+def tune(settings: TuneLinearSettings, device: str) -> dict[str, Any]:
     """Time at most `most` launches of every projection, in about `limit` seconds; prints the best few."""
+    names, batches, most, limit = settings.names, settings.batches, settings.most, settings.limit
     began = time.perf_counter()
     grids = {(name, batch): candidates(LLAMA_3_8B[name], batch) for name, batch in product(names, batches)}
     grids = {key: evenly(grid, most) for key, grid in grids.items()}
     compile_ahead([(LLAMA_3_8B[name], batch, t) for (name, batch), grid in grids.items() for t in grid])
-    print(f"compiled {sum(map(len, grids.values()))} launches in {time.perf_counter() - began:.0f} s", flush=True)
+    say(f"compiled {sum(map(len, grids.values()))} launches in {time.perf_counter() - began:.0f} s")
     problems, bandwidth, found = make_problems(names), measured_bandwidth(), []
     for at, ((name, batch), grid) in enumerate(grids.items()):
         now = time.perf_counter()
@@ -270,28 +321,28 @@ def tune(names: Sequence[str], batches: Sequence[int], most: int, limit: float) 
         starts = [{"prefetch": 128}, {"prefetch": 2048}, {"overlap": 4}, {"overlap": 64}, {"prefetch": 0}]
         rows += _time_launches(problem, [t._replace(**new) for new in starts for t in best], bandwidth, until)
         rows.sort(key=lambda row: row["us"])
-        print(f"{name}, batch {batch}: {len(rows)} launches", flush=True)
+        say(f"{name}, batch {batch}: {len(rows)} launches")
         shown = rows[:7] + [row for row in rows[7:] if row["tuning"] is None]
-        print(*(f"  {row['us']:8.2f} us {row['share']:6.1%}  {_words(row['tuning'])}" for row in shown), sep="\n")
+        say("\n".join(f"  {row['us']:8.2f} us {row['share']:6.1%}  {_words(row['tuning'])}" for row in shown))
         found += [{"projection": name, "batch": batch, **row, "tuning": _words(row["tuning"])} for row in rows]
     return {"read_tb_s": bandwidth / 1e12, "candidates": found}
 
 
 def _time_launches(problem: Problem, launches: Sequence[Any], bandwidth: float, until: float) -> list[dict[str, Any]]:
     """Those that are right, fastest first; stops at the time `until`."""
-    from ..fusion.triton import linear
+    from lycheedecode.fusion.triton import linear
 
     rows = []
     for tuning in launches:
         if time.perf_counter() > until:
-            print(f"  out of time after {len(rows)} of {len(launches)}", flush=True)
+            say(f"  out of time after {len(rows)} of {len(launches)}")
             break
         try:
             verify(problem, "it", linear, tuning=tuning)
             calls = problem.calls(lambda i, tuning=tuning: problem.compute(linear, i, tuning=tuning))
             us = time_calls(calls, 0.01).ms * 1e3
         except Exception as error:  # more shared memory than there is, or wrong
-            print(f"  {_words(tuning)}: {str(error)[:100]}", file=sys.stderr, flush=True)
+            say(f"  {_words(tuning)}: {str(error)[:100]}")
             continue
         rows.append({"tuning": tuning, "us": us, "share": problem.projection.bytes / bandwidth * 1e6 / us})
     return sorted(rows, key=lambda row: row["us"])
@@ -309,55 +360,10 @@ def compile_ahead(launches: list[tuple[Projection, int, Any]]) -> None:
 
 
 def _compile_some(launches: list[tuple[Projection, int, Any]]) -> None:
-    from ..fusion.triton import linear
+    from lycheedecode.fusion.triton import linear
 
     for projection, batch, tuning in launches:
         try:
             Problem.random(projection, batch, 1, empty=True).compute(linear, 0, tuning=tuning)
         except Exception as error:
-            print(f"  {projection.sizes}, {tuning}: {type(error).__name__}", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------- python -m lycheedecode.bench.linear
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, print; 0 verified (and timed), 1 a mismatch, 2 bad input."""
-    options = _parser().parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("bench linear: there is no CUDA GPU here.", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    try:
-        with torch.inference_mode():
-            if options.step:
-                result = bench_step(options.step, options.batches, options.seconds)
-            elif options.tune:
-                result = tune(options.names, options.batches, options.most, options.limit)
-            else:
-                result = bench_linear(options.names, options.batches, options.inductor, options.seconds)
-    except MismatchError as error:
-        print(f"bench linear: {error}", file=sys.stderr)
-        return 1
-    if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        Result("bench linear", settings).add(**result).save(options.json)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench linear", description="Verify and time the projections of a step.")
-    parser.add_argument("--names", nargs="+", choices=LLAMA_3_8B, default=list(LLAMA_3_8B), help="which of them")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="sequences decoded together")
-    parser.add_argument("--inductor", action="store_true", help="time what torch.compile makes of them, too")
-    parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each measurement")
-    parser.add_argument("--step", type=int, metavar="LAYERS", help="time steps of a model with so many layers")
-    parser.add_argument("--tune", action="store_true", help="search launch constants")
-    parser.add_argument("--most", type=int, default=32, help="launches of a projection and batch that --tune times")
-    parser.add_argument("--limit", type=float, default=85, help="seconds that --tune takes")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            say(f"  {projection.sizes}, {tuning}: {type(error).__name__}")

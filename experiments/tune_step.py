@@ -1,4 +1,4 @@
-"""`bench step --tune`: launches of the linear layers, judged by the time of the whole step that they are part of.
+"""`python -m experiments tune-step`: launches of the linear layers, judged by the time of the step they are part of.
 
     for every kind of layer     its candidates in turn -> the step captured anew, and timed; the fastest stays
 
@@ -9,12 +9,44 @@ one of them calls into the L2, another may need there. What wins goes into `fusi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from statistics import median
 from typing import Any
 
-from .harness import say
+import torch
+
+from lycheedecode.bench.harness import say
+from lycheedecode.bench.models import build, random_context
+from lycheedecode.bench.settings import StepSettings
+from lycheedecode.bench.step import ROOM, make_engine, step_times
 
 STARTS = ({"prefetch": 128}, {"prefetch": 512}, {"prefetch": 2048}, {"overlap": 4}, {"overlap": 16}, {"overlap": 64})
 """How a launch overlaps with its neighbours; tried without compiling anything."""
+
+
+def tune(settings: StepSettings, device: str) -> dict[str, Any]:
+    """Launches of the linear layers for the first context and batch, with the last form of attention."""
+    from experiments import linear
+    from lycheedecode.fusion.triton import Kind, Tuning, tuned
+
+    model = build(settings.model, settings.layers, device, torch.bfloat16)
+    context = random_context(model, settings.batches[0], settings.contexts[0], ROOM)
+    launches: dict[Kind, Tuning] = {}
+
+    def step_ms() -> float:
+        engine = make_engine(model, settings.forms[-1], settings, "compiled")
+        with tuned(launches):
+            ms = median(step_times(engine, context, settings.steps, 1))
+        context.kept_steps.clear()
+        return ms
+
+    def compile_ahead(pairs: list[tuple[Any, Any]]) -> None:
+        linear.compile_ahead([(linear.Projection.of(kind), kind.rows, launch) for kind, launch in pairs])
+
+    step_ms()  # compiles the model, and finds the kinds of layers
+    rows = tune_step(
+        launches, lambda kind: linear.candidates(linear.Projection.of(kind), kind.rows), compile_ahead, step_ms
+    )
+    return {"rows": rows, "launches": {str(tuple(kind)): launch._asdict() for kind, launch in launches.items()}}
 
 
 def tune_step(
@@ -27,7 +59,7 @@ def tune_step(
     """Better launches, left in `launches`; returns every one that was tried, with the step's time.
 
     Args:
-        launches: the launch of each kind of layer in the step (`fusion.triton.tuned`); read when a step is captured.
+        launches: the launch of each kind of layer in the step, as `fusion.triton.tuned` takes them.
         candidates: other launches of a kind.
         compile_ahead: takes pairs of a kind and a launch.
         step_ms: captures the step with the launches as they are, and times it; raises where one of them cannot run.

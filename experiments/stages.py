@@ -1,0 +1,233 @@
+"""The measurements behind docs/results: every stage, what it needs, and the commands that it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lycheedecode.errors import ConfigError, LycheeError, PackageError
+
+ROOT = Path(__file__).parents[1]
+Command = list[str]
+
+FIDELITY = "evaluate fidelity --dtype float32 --block-size 16"
+"""What the plan that ships is judged on, together with a budget of 512 tokens."""
+BUDGET = f"{FIDELITY} --budget-tokens 512 --prompts 100"
+EQUAL = "--match-bytes --policies hybrid,paper,same-index,kascade,tidaldecode,quest,duo,streaming"
+HARD = "--cells noise:4096:passkey:1 --cells prose:4096:passkey:1"
+RULER = "evaluate tasks --limit 100 --execution graph --block-size 16"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A group of measurements.
+
+    Attributes:
+        makes: what it measures.
+        needs: the machine.
+        minutes: about so many, on an H100 or the CPU that its results were made on.
+        commands: takes the folder of results and the GPU's name, gives the arguments of `lycheedecode`, in which OUT
+            stands for the folder; those that begin with `-m` are modules of their own.
+    """
+
+    makes: str
+    needs: str
+    minutes: int
+    commands: Callable[[Path, str], Iterator[str]]
+
+
+class StageError(LycheeError):
+    """A command of a stage that failed; it has said why."""
+
+    exit_status = 1
+
+
+STAGES: dict[str, Stage] = {}
+
+
+def stage(makes: str, needs: str, minutes: int) -> Callable[[Callable[[Path, str], Iterator[str]]], Stage]:
+    """Declare the stage that a function is named after."""
+
+    def declare(commands: Callable[[Path, str], Iterator[str]]) -> Stage:
+        return STAGES.setdefault(commands.__name__, Stage(makes, needs, minutes, commands))
+
+    return declare
+
+
+@stage("kernels and compiled steps against the reference, and no stray access", "1 GPU, compute-sanitizer", 15)
+def tests(out: Path, gpu: str) -> Iterator[str]:
+    yield "-m pytest -q -n 12 tests/ops tests/engine tests/fusion tests/policies tests/bench"
+    yield "sanitized bench ops --smoke"
+
+
+@stage("operations of a decode step, by block size", "1 GPU", 6)
+def ops(out: Path, gpu: str) -> Iterator[str]:
+    yield f"bench ops --batches 1,8 --contexts 131072 --block-sizes 16,32,64 --json OUT/{gpu}-ops.json"
+
+
+@stage("whole decode steps of models of 8B, and their kernels", "1 GPU of 80 GB or more", 15)
+def step(out: Path, gpu: str) -> Iterator[str]:
+    forms = "--forms full,hybrid,paper,hybrid+float8,hybrid+refresh2"
+    contexts = "--batches 1,4 --contexts 32768,131072,524288"  # 4 x 524288 does not fit, and is left out
+    yield f"bench step {contexts} {forms} --json OUT/{gpu}-step-llama-3-8b.json"
+    yield f"bench step --model qwen3-8b --batches 1,4 --json OUT/{gpu}-step-qwen3-8b.json"
+    yield f"bench step --layers 8 --contexts 1048576 --json OUT/{gpu}-step-1m.json"
+    yield f"-m experiments profile --contexts 131072 {forms} --json OUT/{gpu}-profile-llama-3-8b.json"
+
+
+@stage("generations, ours and Hugging Face's", "1 GPU of 80 GB or more", 5)
+def generate(out: Path, gpu: str) -> Iterator[str]:
+    yield f"bench generate --json OUT/{gpu}-generate.json"
+
+
+@stage("the plan that ships, and one by the paper's own identification, for a model of 8K positions", "1 GPU", 10)
+def plan(out: Path, gpu: str) -> Iterator[str]:
+    common = "--num-retrieval-heads 14 --dtype float32"
+    yield f"identify OUT/plans/smollm2-135m.json {common} --json OUT/identify-smollm2-135m.json"
+    train = "--train prose:1024:passkey:10 --train prose:2048:passkey:10 --train prose:4096:passkey:10"
+    paper = f"--preset paper --steps 1500 {train} --json OUT/identify-paper.json"
+    yield f"identify OUT/plans/paper.json {common} {paper}"
+
+
+@stage("the shipped plan and its controls, and what cuts the scan's bytes further", "1 GPU", 8)
+def fidelity(out: Path, gpu: str) -> Iterator[str]:
+    policies = "hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,random:1,random:2,own-topk"
+    yield f"{BUDGET} --batch-size 50 --policies {policies} --json OUT/fidelity.json"
+
+
+@stage("every peer at hybrid's bytes", "1 GPU", 8)
+def peers(out: Path, gpu: str) -> Iterator[str]:
+    yield f"{BUDGET} --batch-size 50 {EQUAL} --json OUT/peers.json"
+
+
+@stage("the same, from smaller budgets to larger ones", "1 GPU", 6)
+def budgets(out: Path, gpu: str) -> Iterator[str]:
+    sweep = "--prompts 100 --batch-size 50 --budgets 128,256,1024"
+    yield f"{FIDELITY} {sweep} {EQUAL} {HARD} --json OUT/peers-by-budget.json"
+
+
+@stage("after `plan`: the paper's form with roles and donors of its own identification", "1 GPU", 2)
+def paper(out: Path, gpu: str) -> Iterator[str]:
+    own = "--plan OUT/plans/paper.json --policies hybrid,paper"
+    yield f"{BUDGET} --batch-size 50 {own} --json OUT/peers-paper-roles.json"
+
+
+@stage("long answers, token by token, with and without Cache Correction", "1 GPU", 6)
+def long(out: Path, gpu: str) -> Iterator[str]:
+    answers = "--prompts 16 --batch-size 16 --cells prose:2048:long:1536 --temperature 0.7"
+    policies = "--policies hybrid,hybrid+correction,full+correction"
+    yield f"{FIDELITY} --budget-tokens 512 {answers} {policies} --json OUT/long.json"
+
+
+@stage("ways to identify; how stable roles are; budgets by numbers of retrieval heads", "1 GPU", 12)
+def roles(out: Path, gpu: str) -> Iterator[str]:
+    yield "-m experiments.identification --json OUT/identification.json"
+    yield "-m experiments.stability --json OUT/stability.json --plans OUT/plans"
+    found = sorted((out / "plans").glob("*-retrieval-heads.json"))  # they are there when this command is asked for
+    plans = " ".join(f"--plan OUT/plans/{name}" for name in ["seed-0.json", *(path.name for path in found)])
+    sweep = f"--prompts 32 --batch-size 16 --policies hybrid --budgets 128,256,512,1024 {plans}"
+    cells = "--cells noise:4096:passkey:1 --cells prose:4096:passkey:5"
+    yield f"{FIDELITY} {sweep} {cells} --json OUT/heads-by-budget.json"
+
+
+@stage("RULER by budget, at equal bytes and by length; longer items are skipped, and say so", "1 GPU", 10)
+def tasks(out: Path, gpu: str) -> Iterator[str]:
+    several = "--lengths 4096 --batch-size 100 --policies hybrid --budgets 256,512,1024"
+    yield f"{RULER} --tasks ruler_synthetic {several} --json OUT/ruler.json"
+    some = "--tasks niah_single_1,niah_single_2,niah_multikey_1"  # full attention solves about half of each, or more
+    policies = "--policies hybrid,paper,quest,tidaldecode,duo,kascade,streaming"
+    equal = f"--lengths 4096 --batch-size 100 --budgets 128,256,512,1024 --match-bytes 4000 {policies}"
+    yield f"{RULER} {some} {equal} --json OUT/ruler-equal-bytes.json"
+    lengths = "--lengths 2048,8000 --batch-size 50 --policies hybrid --budgets 256,512,1024"
+    yield f"{RULER} {some} {lengths} --json OUT/ruler-lengths.json"
+
+
+@stage("vLLM, stock and with hybrid attention", "1 GPU of 80 GB or more, vLLM", 25)
+def serving(out: Path, gpu: str) -> Iterator[str]:
+    cases = "--fill --cases 1x1024,1x32768,1x131072,4x131072"
+    for model in ("llama-3-8b", "qwen3-8b"):
+        yield f"bench serving --model {model} {cases} --json OUT/{gpu}-serving-{model}.json"
+
+
+@stage("vLLM on one rank and on two: the same tokens, refusals, and times", "2 GPUs of 80 GB, vLLM", 25)
+def parallel(out: Path, gpu: str) -> Iterator[str]:
+    cases, two = "1x32768,4x32768,8x32768,1x131072,3x131072", "--tensor-parallel-size 2"
+    yield f"-m experiments ranks {two} --json OUT/{gpu}x2-ranks.json"
+    yield f"bench serving --fill --cases {cases} --json OUT/{gpu}x2-serving-1-rank.json"
+    more = f"bench serving --fill --cases {cases},4x131072 {two}"  # beyond what one GPU of 80 GB holds
+    yield f"{more} --json OUT/{gpu}x2-serving-2-ranks.json"
+    yield f"{more} --model llama-3-70b --layers 24 --json OUT/{gpu}x2-serving-70b.json"
+
+
+@stage("identification with the model on one GPU and on two", "2 GPUs", 4)
+def spread(out: Path, gpu: str) -> Iterator[str]:
+    common = "--num-retrieval-heads 14 --dtype float32 --calibrate-prompts 32"
+    yield f"identify OUT/plans/gpus.json {common} --json OUT/{gpu}x2-identify.json"
+    both = f"{common} --device-map balanced --json OUT/{gpu}x2-identify-2.json"
+    yield f"identify OUT/plans/gpus-2.json {both}"
+
+
+@stage("generation and fidelity without a GPU", "a quiet CPU", 90)
+def cpu(out: Path, gpu: str) -> Iterator[str]:
+    small = "--model smollm2-135m --contexts 7000 --tokens 64 --budget-tokens 512 --block-size 16"
+    yield f"bench generate {small} --json OUT/cpu-generate.json"
+    cells = "--batch-size 10 --cells noise:2048:passkey:1 --cells prose:2048:passkey:1"
+    policies = "--policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,own-topk"
+    yield f"{BUDGET} {cells} {policies} --json OUT/fidelity-2k-cpu.json"
+    quest = "--policies hybrid,quest --budgets 512,1232 --prompts 12 --batch-size 6"
+    yield f"{FIDELITY} {quest} {HARD} --json OUT/quest-twice-the-bytes-cpu.json"
+
+
+# ---------------------------------------------------------------------- running them
+
+
+def run(name: str, out: Path, gpu: str, dry: bool = False) -> None:
+    """Run a stage, and say how long it took; `dry`: only print its commands."""
+    if name not in STAGES:
+        raise ConfigError(f"There is no stage {name!r}: there are {', '.join(STAGES)}.")
+    began = time.perf_counter()
+    for words in map(str.split, STAGES[name].commands(out, gpu)):
+        command = as_process([word.replace("OUT/", f"{out}/") for word in words])
+        print(" ".join(["python", *command[1:]] if command[0] == sys.executable else command), file=sys.stderr)
+        status = 0 if dry else execute(command)
+        if status:
+            raise StageError(f"{' '.join(words)} ended with status {status}.")
+    print(f"{name} took {time.perf_counter() - began:.0f} s", file=sys.stderr)
+
+
+def execute(command: Command) -> int:
+    """Run a process to its end; its exit status."""
+    return subprocess.run(command, cwd=ROOT, env=_environment()).returncode
+
+
+def as_process(words: Command) -> Command:
+    """The command line of a process."""
+    if words[0] == "-m":
+        return [sys.executable, *words]
+    if words[0] != "sanitized":
+        return [sys.executable, "-m", "lycheedecode", *words]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        raise PackageError("This stage needs compute-sanitizer, which comes with CUDA.")
+    return [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *as_process(words[1:])]
+
+
+def gpu_name() -> str:
+    """What results of this machine's GPU are called: `h100`, `a100`, ...; `cpu` where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    words = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()
+    return words[0].lower()
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,200 @@
+"""What a benchmark may be asked for. Importing this is light: the command line makes its options of these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from ..errors import ConfigError
+
+FORMS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "hybrid": {},
+    "paper": {"retrieval_attention": "full"},
+    "hybrid+float8": {"scan_keys": "float8"},
+    "hybrid+refresh2": {"refresh_every": 2},
+    "hybrid+centroid": {"completion": "centroid"},
+}
+"""Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
+WAYS = (*FORMS, "transformers")
+"""Who generates: our engine with a form of attention, or Hugging Face."""
+SERVERS = ("stock", "hybrid")
+"""Attention in vLLM: its own, or the plugin's."""
+SHORT = 3
+"""So many times as long as the short generation is the long one."""
+
+Settings = TypeVar("Settings", bound="BenchSettings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What all benchmarks may be asked for.
+
+    Attributes:
+        budget_tokens: most tokens of a selection.
+        seed: of random numbers.
+        smoke: run a tiny case, whatever else is said; needs no GPU.
+    """
+
+    budget_tokens: int = 4096
+    seed: int = 0
+    smoke: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name not in ("seed", "smoke") and (value == () or _smallest(value) <= 0):
+                raise ConfigError(f"{name} must be above 0, not {value!r}.")
+
+    def shrunk(self: Settings) -> Settings:
+        """The tiny case of `smoke`."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpsSettings(BenchSettings):
+    """What `bench ops` times.
+
+    Attributes:
+        batches: sequences decoded together.
+        contexts: tokens of each sequence.
+        block_sizes: tokens of a block.
+        pool_gib: GiB of random keys and values to time on.
+        seconds: spent on each measurement.
+    """
+
+    batches: tuple[int, ...] = (1, 8)
+    contexts: tuple[int, ...] = (32768, 131072, 524288)
+    block_sizes: tuple[int, ...] = (16, 32, 64)
+    pool_gib: float = 40.0
+    seconds: float = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(BenchSettings):
+    """What benchmarks of a whole model may be asked for.
+
+    Attributes:
+        model: a shape with random weights (llama-3-8b, qwen3-8b, ...), or a model with a bundled plan (smollm2-135m).
+        layers: so many of the model's, when it is to be cut short.
+        batches: sequences decoded together.
+        contexts: tokens of each sequence.
+        block_size: tokens of a block.
+        backend: of torch.compile: ours or inductor.
+    """
+
+    model: str = "llama-3-8b"
+    layers: int | None = None
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (131072,)
+    block_size: int = 32
+    backend: Literal["ours", "inductor"] = "ours"
+
+    def shrunk(self: Settings) -> Settings:
+        return replace(self, model="tiny", contexts=(300,), budget_tokens=64, block_size=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(ModelSettings):
+    """What `bench step` times.
+
+    Attributes:
+        forms: of attention, of full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid.
+        steps: that are timed.
+        execution: how a step runs.
+    """
+
+    forms: tuple[str, ...] = ("full", "hybrid")
+    steps: int = 60
+    execution: Literal["compiled", "graph", "eager"] = "compiled"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("forms", self.forms, FORMS)
+
+    def shrunk(self) -> StepSettings:
+        return replace(super().shrunk(), steps=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(ModelSettings):
+    """What `bench generate` times.
+
+    Attributes:
+        ways: to generate: a form of attention as in `bench step`, or transformers.
+        tokens: new tokens of each sequence.
+        execution: how our steps run.
+    """
+
+    ways: tuple[str, ...] = ("full", "hybrid", "transformers")
+    tokens: int = 64
+    execution: Literal["auto", "compiled", "graph", "eager"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("ways", self.ways, WAYS)
+
+    def shrunk(self) -> GenerateSettings:
+        return replace(super().shrunk(), tokens=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingSettings(BenchSettings):
+    """What `bench serving` times.
+
+    Attributes:
+        model: shape of the model; weights are random.
+        layers: so many of the model's, when it is to be cut short.
+        cases: batches and contexts, as 1x32768,4x131072.
+        ways: attention of vLLM's own (stock), or the plugin's (hybrid).
+        tensor_parallel_size: ranks that share the heads.
+        block_size: tokens of a block.
+        tokens: of the long generation.
+        repeats: pairs of generations that are timed.
+        memory: share of the GPU's memory that vLLM may take.
+        fill: random keys and values, in place of long prefills.
+    """
+
+    model: str = "llama-3-8b"
+    layers: int | None = None
+    cases: tuple[str, ...] = ("1x1024", "1x32768", "1x65536", "1x131072", "4x131072")
+    ways: tuple[str, ...] = SERVERS
+    tensor_parallel_size: int = 1
+    block_size: int = 32
+    tokens: int = 132
+    repeats: int = 3
+    memory: float = 0.9
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("ways", self.ways, SERVERS)
+        if self.tokens < SHORT:
+            raise ConfigError(f"tokens must be at least {SHORT}, not {self.tokens}.")
+        _ = self.pairs  # refuses what is none
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The cases as numbers."""
+        found = []
+        for case in self.cases:
+            batch, _, context = case.partition("x")
+            if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context) > 1):
+                raise ConfigError(f"{case!r} is not a batch and a context, like 4x131072.")
+            found.append((int(batch), int(context)))
+        return found
+
+    def shrunk(self) -> ServingSettings:
+        small = {"budget_tokens": 64, "block_size": 16, "tokens": 12, "repeats": 1}
+        return replace(self, model="tiny", cases=("1x100", "2x100"), **small)
+
+
+def _smallest(value: Any) -> float:
+    numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, (int, float))]
+    return min((n for n in numbers if not isinstance(n, bool)), default=1)
+
+
+def check_names(name: str, given: tuple[str, ...], known: Any) -> None:
+    """Raise `ConfigError` for a name that is not known."""
+    for one in given:
+        if one not in known:
+            raise ConfigError(f"{name} must be of {', '.join(known)}, not {one!r}.")

@@ -1,0 +1,105 @@
+"""Stages ask for what exists: their commands take the options that they are given."""
+
+import re
+from importlib import import_module
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from experiments import stages
+from experiments.__main__ import TOOLS, app
+from lycheedecode import HeadPlan
+from lycheedecode.cli import app as lycheedecode
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """Command lines that were to be run, in an output folder in which earlier stages have been."""
+    found = []
+    monkeypatch.setattr(stages, "execute", found.append)
+    monkeypatch.setattr(stages.shutil, "which", lambda name: name)
+    for name in ("paper", "seed-0", "14-retrieval-heads"):
+        HeadPlan.load("smollm2-135m").save(tmp_path / "my results" / "plans" / f"{name}.json")
+    return found
+
+
+def help_of(words: list[str], capsys, monkeypatch) -> str:
+    """What the command says of its options; `words` follow `-m`."""
+    wide = {"COLUMNS": "300"}
+    module, *rest = words
+    if module == "lycheedecode":
+        return runner.invoke(lycheedecode, [*rest[: 1 + (rest[0] in ("bench", "evaluate"))], "--help"], env=wide).stdout
+    if module == "experiments":
+        return runner.invoke(app, [rest[0], "--help"], env=wide).stdout
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        import_module(module).main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", stages.STAGES)
+def test_commands_and_their_options_exist(name, asked, tmp_path, capsys, monkeypatch):
+    done = runner.invoke(app, [name, "--out", str(tmp_path / "my results"), "--gpu", "h100"])
+    assert done.exit_code == 0, done.output
+    assert f"{name} took 0 s" in done.stderr
+    assert asked
+
+    def no_model(*_, **__):
+        raise LookupError("no model here")
+
+    monkeypatch.setattr("lycheedecode.cli.evaluate.load_model", no_model)
+    for command in asked:
+        words = command[command.index("-m") + 1 :]
+        if words[0] == "pytest":
+            continue
+        known = help_of(words, capsys, monkeypatch)
+        for option in [word for word in words if word.startswith("--")]:
+            assert re.search(rf"{option}\b", known), (words, option)
+        if words[1:3] == ["evaluate", "fidelity"]:  # its options go together: it comes as far as the model
+            assert "no model here" in runner.invoke(lycheedecode, words[1:]).stderr
+        if words[:3] == ["lycheedecode", "bench", "step"] and not torch.cuda.is_available():
+            assert "There is no CUDA GPU" in runner.invoke(lycheedecode, words[1:]).stderr
+
+
+def test_no_result_is_written_by_two_stages(tmp_path, asked):
+    for name in stages.STAGES:
+        stages.run(name, tmp_path / "my results", "h100")
+    files = [command[command.index("--json") + 1] for command in asked if "--json" in command]
+    assert len(set(files)) == len(files) > 20
+
+
+def test_stages_and_tools_are_listed_with_what_they_need():
+    listed = runner.invoke(app, []).stdout
+    for name, stage in stages.STAGES.items():
+        assert re.search(rf"^{name} +{stage.minutes} +{re.escape(stage.needs)} +{re.escape(stage.makes)}", listed, re.M)
+    assert all(name in listed for name in TOOLS)
+
+
+def test_what_a_stage_would_run_can_be_seen(asked, tmp_path):
+    done = runner.invoke(app, ["generate", "--dry", "--out", str(tmp_path), "--gpu", "h100"])
+    assert f"python -m lycheedecode bench generate --json {tmp_path}/h100-generate.json" in done.stderr
+    assert asked == []
+
+
+def test_a_stage_that_does_not_exist():
+    done = runner.invoke(app, ["fidelty"])
+    assert done.exit_code == 2
+    assert "did you mean fidelity?" in done.stderr
+
+
+def test_a_stage_that_fails_says_which_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "as_process", lambda words: ["false"])
+    done = runner.invoke(app, ["generate", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "bench generate" in done.stderr.splitlines()[-1]
+
+
+def test_a_missing_sanitizer_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "execute", lambda command: 0)
+    monkeypatch.setattr(stages.shutil, "which", lambda name: None)
+    done = runner.invoke(app, ["tests", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "needs compute-sanitizer" in done.stderr

@@ -1,0 +1,88 @@
+"""The search for launches that make a step fast, on a step that is made up; candidates and profiles."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from typer.testing import CliRunner
+
+from experiments.__main__ import app
+from experiments.profile_step import Kernel, add_up, format_kernels
+from experiments.tune_ops import KERNELS, candidates
+from experiments.tune_step import tune_step
+from lycheedecode.results import Result
+
+
+class Launch(NamedTuple):
+    rows: int = 16
+    prefetch: int = 512
+    overlap: int = 16
+
+
+class Kind(NamedTuple):
+    name: str
+
+
+def test_the_fastest_launch_of_every_kind_stays():
+    launches, compiled = {Kind("a"): Launch(), Kind("b"): Launch()}, []
+
+    def step_ms():
+        a, b = launches[Kind("a")], launches[Kind("b")]
+        if 256 in (a.rows, b.rows):
+            raise RuntimeError("out of shared memory")
+        return 1 + abs(a.rows - 64) / 64 + abs(b.rows - 8) / 8 + (a.prefetch != 128) + abs(b.overlap - 4)
+
+    rows = tune_step(
+        launches, lambda kind: [Launch(rows) for rows in (8, 16, 32, 64, 128, 256)], compiled.extend, step_ms, most=6
+    )
+    assert launches == {Kind("a"): Launch(64, prefetch=128), Kind("b"): Launch(8, overlap=4)}
+    assert len(compiled) == 12
+    assert rows[0]["step_ms"] == step_ms() == 1
+    assert len(rows) > 12
+    assert all("256" not in row["launch"] for row in rows)  # that cannot run
+
+
+def test_some_candidates_of_many():
+    launches, tried = {Kind("a"): Launch()}, []
+    tune_step(launches, lambda kind: [Launch(i) for i in range(100)], tried.extend, lambda: 1.0, most=12)
+    assert 10 <= len(tried) <= 12
+    assert launches == {Kind("a"): Launch()}
+
+
+@pytest.mark.parametrize("tool", ["tune-step", "tune-ops", "tune-linear", "profile", "linear"])
+def test_they_need_a_gpu(tool, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = CliRunner().invoke(app, [tool])
+    assert done.exit_code == 2
+    assert "There is no CUDA GPU here" in done.stderr
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_every_kernel_has_candidates(kernel, batch):
+    grid = list(candidates(kernel, batch, 32, 8))
+    assert len(grid) == len(set(grid)) > 4
+    assert len({str(candidate) for candidate in grid if candidate.heads == 8}) > 4
+
+
+def test_profiles_add_up():
+    def event(name, us, device=DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+    events = [event("a", 2.0), event("b", 9.0), event("a", 4.0), event("host", 50.0, DeviceType.CPU)]
+    kernels = add_up(events, 2)
+    assert kernels == [Kernel("b", 0.5, 4.5), Kernel("a", 1.0, 3.0)]
+    assert [line.split()[-1] for line in format_kernels(kernels).splitlines()] == ["b", "a"]
+    many = format_kernels([Kernel(str(i), 1.0, 1.0) for i in range(20)])
+    assert "6.0 others" in many.splitlines()[-1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Kernels run on a GPU.")
+def test_a_profile_is_reported(tmp_path):
+    path = tmp_path / "profile.json"
+    small = ["--model", "tiny", "--contexts", "300", "--budget-tokens", "64", "--block-size", "16", "--forms", "hybrid"]
+    assert CliRunner().invoke(app, ["profile", *small, "--json", str(path)]).exit_code == 0
+    (profile,) = Result.load(path).summary["profiles"]
+    assert any("attend_blocks" in kernel["name"] for kernel in profile["kernels"])
