@@ -14,6 +14,7 @@ from ... import ops
 from ...attention import HybridAttention, HybridState
 from ...engine.engine import Context, Engine
 from ...engine.sampling import Sampling, TokenText
+from ...errors import ConfigError
 from ...ops import KV
 
 
@@ -107,7 +108,7 @@ def watch(
     """
     attention, tokenizer = engine.attention, engine.tokenizer
     if not isinstance(attention, HybridAttention) or tokenizer is None:
-        raise ValueError("Only an engine with a head plan and a tokenizer has selections to show.")
+        raise ConfigError("Only an engine with a head plan and a tokenizer has selections to show.")
     context = engine.prefill([list(prompt_ids)], room=max_new_tokens)
     [made] = engine.generate(context, max_new_tokens, sampling=sampling, stop=stop, ignore_eos=ignore_eos)
     watched = _Watched(attention)
