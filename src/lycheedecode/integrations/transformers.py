@@ -23,7 +23,8 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
 
     Whatever calls the model may be used: `generate` greedily, with sampling, beams or streaming, in batches padded on
     the left, with dynamic or static caches, with a prefix in the cache. Several tokens at once (the prompt,
-    the candidates of assisted decoding) are dense. Compilation of static caches is off inside the context.
+    the candidates of assisted decoding) are dense. Compilation of static caches is off inside the context. Where the
+    plan completes heads, means of chunks are made anew at every step, from all of the cache; `Engine` keeps them.
 
     >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):  # doctest: +SKIP
     ...     model.generate(**inputs, max_new_tokens=100)

@@ -56,8 +56,7 @@ class Selections(NamedTuple):
     Attributes:
         blocks: int32 `[R, B, K]`, block indices in any order; unused entries are -1 and come last.
         counts: int32 `[R, B]`, entries in use; `EVERYTHING`: all blocks are selected, and none is listed.
-        taken: int32 `[R, B, C]`, how many blocks of each chunk are among them; anything beyond a sequence's last
-            block. None where nobody completes.
+        taken: int32 `[R, B, C]`, how many blocks of each chunk are selected; None where nobody completes.
     """
 
     blocks: Tensor

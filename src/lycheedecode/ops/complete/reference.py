@@ -21,7 +21,8 @@ def write_means(kv: KV, chunk: int, keys: Tensor, values: Tensor, first: Tensor 
         page, entry = _places(torch.arange(known[b], chunks, device=keys.device), b, kv, chunk)
         for means, cache in ((keys, kv.keys), (values, kv.values)):
             tokens = _tokens(cache, kv, b, begin, end).unflatten(1, (-1, chunk))  # [Hkv, chunks, chunk, D]
-            means[page, :, entry] = tokens.mean(2, dtype=torch.float32).to(means.dtype).transpose(0, 1)
+            # On a CPU `mean` takes thirty times as long as `sum` here.
+            means[page, :, entry] = (tokens.sum(2, dtype=torch.float32) / chunk).to(means.dtype).transpose(0, 1)
 
 
 def unread(

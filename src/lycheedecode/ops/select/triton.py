@@ -187,20 +187,21 @@ def _search(wanted, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, 
 
 
 @triton.jit
-def _write_taken(taken, C, first, chosen, LANES: tl.constexpr, PER: tl.constexpr):
-    """Store how many of a chunk's `PER` blocks are `chosen [vectors, LANES]`, from vector `first` of the row on."""
-    VECTORS: tl.constexpr = chosen.shape[0]
-    found = tl.sum(tl.reshape(chosen.to(tl.int32), [VECTORS, LANES // PER, PER]), 2)
-    vector = first + tl.arange(0, VECTORS)
-    c = vector[:, None] * (LANES // PER) + tl.arange(0, LANES // PER)[None, :]
-    tl.store(taken + c, found, mask=c < C)
+def _count_taken(taken, C, least, blocks, chosen, PER: tl.constexpr, LANES: tl.constexpr):
+    """Store how many of the `chosen` blocks, which this program has just written, lie in each of `C` chunks,
+    and `least` more."""
+    lane = tl.arange(0, LANES)
+    for c in range(0, C, LANES):
+        tl.store(taken + c + lane, lane * 0 + least, mask=c + lane < C)
+    tl.debug_barrier()
+    for k in range(0, chosen, LANES):
+        here = k + lane < chosen
+        chunk = tl.load(blocks + k + lane, mask=here, other=0) // PER
+        tl.atomic_add(taken + chunk, lane * 0 + 1, mask=here & (chunk < C), sem="relaxed")
 
 
 @triton.jit
-def _write(
-    blocks, taken, C, low, end, keys, row,
-    PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
+def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
     """Store the selected blocks of a row; each lane those it has, one after another."""
     before = 0
     for c in range(_chunks(row, LANES, EACH, HELD)):
@@ -217,15 +218,12 @@ def _write(
         tl.store(blocks + (at + tl.sum(chosen.to(tl.int32), 0))[None, :], n_rest, mask=chosen_rest)
         if not HELD:
             before += tl.sum(mine, 0)
-        if taken is not None:
-            _write_taken(taken, C, c * (EACH + 1), chosen, LANES, PER)
-            _write_taken(taken, C, c * (EACH + 1) + EACH, chosen_rest, LANES, PER)
 
 
 @triton.jit
 def _choose(
-    blocks, taken, C, row, forced, wanted, amount,
-    STRATEGY: tl.constexpr, PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
+    blocks, row, forced, wanted, amount,
+    STRATEGY: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Write the best blocks of a row, at most `wanted`, and return how many."""
     keys = _read(row, 0, LANES, EACH)
@@ -235,7 +233,7 @@ def _choose(
     elif STRATEGY == "top_p":
         wanted = tl.minimum(wanted, _blocks_of_mass(amount, forced, keys, row, LANES, EACH, HELD))
     low, end = _search(wanted, forced, keys, row, LANES, EACH, HELD)
-    _write(blocks, taken, C, low, end, keys, row, PER, LANES, EACH, HELD)
+    _write(blocks, low, end, keys, row, LANES, EACH, HELD)
     return wanted
 
 
@@ -254,8 +252,6 @@ def _select_kernel(
     sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)  # the blocks before it are always selected ..
     recent = tl.maximum(tl.minimum(tl.maximum(count - RECENT, 0) // BLOCK, exist), sinks)  # .. and those from it on
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
-    if taken is not None:
-        taken += r.to(tl.int64) * stride_taken_r + b.to(tl.int64) * stride_taken_b
     scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
     forced = sinks + exist - recent
     wanted = tl.minimum(exist, K)
@@ -270,15 +266,14 @@ def _select_kernel(
     k = tl.arange(0, WIDTH)
     if ((STRATEGY == "top_k") & (wanted == exist)) | everything:  # whatever the scores are
         tl.store(blocks + k, k, mask=k < wanted)
-        if taken is not None:
-            for c in range(0, C, LANES):
-                each = c + tl.arange(0, LANES)
-                tl.store(taken + each, tl.minimum(tl.maximum(exist - each * PER, 0), PER), mask=each < C)
     else:
         row = (scores, N, sinks, recent, exist)
-        wanted = _choose(blocks, taken, C, row, forced, wanted, amount, STRATEGY, PER, LANES, EACH, HELD)
+        wanted = _choose(blocks, row, forced, wanted, amount, STRATEGY, LANES, EACH, HELD)
     tl.store(counts + r * stride_counts_r + b * stride_counts_b, tl.where(everything, -1, wanted))
     tl.store(blocks + k, k * 0 - 1, mask=(k >= wanted) & (k < K))
+    if taken is not None:
+        taken += r.to(tl.int64) * stride_taken_r + b.to(tl.int64) * stride_taken_b
+        _count_taken(taken, C, tl.where(everything, PER, 0), blocks, wanted, PER, LANES)
 
 
 class Rule(NamedTuple):
@@ -304,11 +299,6 @@ class Rule(NamedTuple):
             config.block_size,
             config.chunk_tokens,
         )
-
-    @property
-    def blocks_per_chunk(self) -> int:
-        """Blocks in a chunk of the completion."""
-        return self.chunk_tokens // self.block_size
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -343,9 +333,6 @@ def select_blocks(
     tuning = tuning or default_tuning(num_blocks, scores.device)
     each = common.power_of_two(triton.cdiv(num_blocks, tuning.tile) - 1)
     blocks, counts, taken = out
-    per_chunk = rule.blocks_per_chunk
-    if taken is not None and per_chunk > tuning.tile:  # a chunk beyond what one vector of keys holds
-        taken = None
     with common.on_device(scores):
         _select_kernel[blocks.shape[:2]](
             *(blocks, counts, *blocks.stride()[:2], *counts.stride()),
@@ -353,7 +340,7 @@ def select_blocks(
             scores,
             *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], limits, rule.amount),
             **rule.constants,
-            PER=1 if taken is None else per_chunk,
+            PER=rule.chunk_tokens // rule.block_size,
             LANES=tuning.tile,
             EACH=each if each <= IN_REGISTERS else _READ_AGAIN,
             HELD=each <= IN_REGISTERS,
@@ -361,8 +348,6 @@ def select_blocks(
             maxnreg=_REGISTERS if rule.strategy in ("top_k", "ratio") else None,  # others would spill
             **tuning.launch(kv),
         )
-    if taken is None and out.taken is not None:
-        out.count_taken(per_chunk)
 
 
 def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
