@@ -95,7 +95,7 @@ def test_early_start(compiled, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("dim", "dtype", "page"),
     [(128, torch.bfloat16, 0), (128, torch.bfloat16, 16), (80, torch.float16, 0), (256, torch.bfloat16, 0),
-     (128, torch.float32, 0)],
+     (256, torch.bfloat16, 16), (128, torch.float32, 0)],
     ids=str,
 )  # fmt: skip
 def test_completion(compiled, dim, dtype, page, tmp_path, monkeypatch):

@@ -217,12 +217,13 @@ def extent(b, lengths, starts, slots):
 
 @triton.jit
 def locate(b, slot, exists, page_table, stride_table, PAGE: tl.constexpr):
-    """Page and entry of slots, 64-bit; reads the page table only where the token exists."""
+    """Page and entry of slots, 64-bit; reads the page table only where the token exists (None: everywhere)."""
     if PAGE == 0:
         page = slot.to(tl.int64) * 0 + b
         entry = slot.to(tl.int64)
     else:
-        page = tl.load(page_table + b.to(tl.int64) * stride_table + slot // PAGE, mask=exists, other=0).to(tl.int64)
+        at = page_table + b.to(tl.int64) * stride_table + slot // PAGE
+        page = tl.load(at).to(tl.int64) if exists is None else tl.load(at, mask=exists, other=0).to(tl.int64)
         entry = (slot % PAGE).to(tl.int64)
     return page, entry
 

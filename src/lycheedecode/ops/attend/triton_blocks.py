@@ -102,7 +102,10 @@ def _attend_blocks_kernel(
             unread = MEAN_OF - found * BLOCK
             token = tl.where(is_mean, chunk * MEAN_OF + MEAN_OF - 1, found * BLOCK + at % BLOCK)
             exists = (found >= 0) & tl.where(is_mean, unread > 0, token < count)
-            page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
+            slot = first + token
+            if PAGE > 0:  # any page of the sequence where nothing exists: Triton 3.6 fails at a mask (head dim 256)
+                slot = tl.maximum(tl.minimum(slot, first + count - 1), 0)
+            page, entry = common.locate(b, slot, None, page_table, stride_table, PAGE)
             entry = tl.where(is_mean, chunk if PAGE == 0 else entry // MEAN_OF, entry)
             bias = tl.where(is_mean, tl.log2(tl.maximum(unread, 1).to(tl.float32)) + log_factor, 0.0)
             k = common.load_tokens(
@@ -150,7 +153,7 @@ def attend_blocks(
         raise ValueError(f"out must be contiguous {query.dtype} {shape}, not {output.dtype} {tuple(output.shape)}.")
     if completion is not None and not any(completion.of(heads)):
         completion = None
-    tuning = tuning or default_tuning(batch * len(rows), kv, blocks.shape[2] * block_size)
+    tuning = tuning or default_tuning(batch * len(rows), kv, blocks.shape[2] * block_size, completion is not None)
     space = common.merge_space(batch, len(rows), tuning.splits, group, dim, query.device)
     with common.on_device(query):
         _attend_blocks_kernel[tuning.splits, len(rows), batch](
@@ -203,7 +206,7 @@ def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_h
         raise ValueError(f"selections must have a contiguous last dimension, not strides {blocks.stride()}.")
 
 
-def default_tuning(pairs: int, kv: KV, capacity: int) -> Tuning:
+def default_tuning(pairs: int, kv: KV, capacity: int, completed: bool = False) -> Tuning:
     """What was fastest on an H200, within a step for up to 32 pairs; `experiments tune-ops` measures it by itself."""
     early = common.starts_early(kv.keys.device)
     if pairs <= 16:
@@ -213,5 +216,7 @@ def default_tuning(pairs: int, kv: KV, capacity: int) -> Tuning:
     else:
         programs, tuning = 512, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 2, 2 * early)
     tuning = common.fitting(tuning, kv)
+    if completed and kv.page_table is not None and kv.keys.shape[3] > 128:  # two places of each token, in registers
+        tuning = tuning._replace(tile=max(tuning.tile // 2, 16))
     tiles = triton.cdiv(min(capacity, max(kv.slots, 1)), tuning.tile)
     return tuning._replace(splits=common.even_splits(pairs, tiles, programs, 32))
