@@ -44,7 +44,6 @@ def sentence(error) -> str:
         {"input_ids": torch.tensor(A), "attention_mask": torch.ones(7)},
         [{"input_ids": A}],
     ],
-    ids=str,
 )
 def test_one_prompt_of_token_ids(prompt):
     [row] = encode(prompt)
@@ -67,7 +66,6 @@ def test_one_prompt_of_token_ids(prompt):
         {**tiny.padded([A, B]), "token_type_ids": torch.zeros(2, 7)},
         {"input_ids": [A, B], "attention_mask": None},
     ],
-    ids=str,
 )
 def test_several_prompts_of_token_ids(batch):
     assert encode(batch) == [A, B]
@@ -163,7 +161,6 @@ def test_a_template_that_refuses(byte_tokenizer, monkeypatch):
         ([1 << 70], "token id 1180591620717411303424"),
         ("half \ud83d of a pair", "half a surrogate pair at 5"),
     ],
-    ids=lambda value: str(value)[:40].encode("ascii", "replace").decode(),
 )
 def test_what_is_no_prompt(prompts, said, byte_tokenizer):
     with pytest.raises(PromptError) as caught:
