@@ -202,18 +202,20 @@ class HybridAttention:
         """
         config, roles, selections = self.config, self._layers[layer], state.selections
         more: dict[str, Any] = {"sinks": sinks, "scales": scales}
-        chosen = selections.rows(roles.first_row, len(roles.retrieval))
-        copy = None if state.copy is None else state.copy.of_layer(layer)
-        selecting = {"out": chosen, "copy": copy, "limits": state.limits, **more}
+        selects, own = bool(roles.retrieval) and refresh, {}
+        if selects:
+            chosen = selections.rows(roles.first_row, len(roles.retrieval))
+            copy = None if state.copy is None else state.copy.of_layer(layer)
+            own = {"out": chosen, "copy": copy, "limits": state.limits, **more}
         completion = None
         if layer in self._factors:
             completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
         if config.retrieval_attention == "full" and roles.retrieval:  # the paper's form
-            if refresh and state.limits is None and sinks is None and scales is None:
+            if selects and state.limits is None and sinks is None and scales is None:
                 dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
             else:
-                if refresh:
-                    ops.scan_select(query, kv, roles.retrieval, config, scale, **selecting)
+                if selects:
+                    ops.scan_select(query, kv, roles.retrieval, config, scale, **own)
                 dense = ops.attend(query, kv, scale, roles.retrieval, **more)
             rows = tuple(roles.donor_rows[head] for head in roles.sparse)
             forms = (roles.retrieval, roles.sparse, rows)
@@ -221,8 +223,8 @@ class HybridAttention:
                 query, kv, selections, *forms, config.block_size, scale, dense, completion, **more
             )
             return output if out is None else out.copy_(output)
-        if roles.retrieval and refresh:
-            ops.scan_select(query, kv, roles.retrieval, config, scale, **selecting)
+        if selects:
+            ops.scan_select(query, kv, roles.retrieval, config, scale, **own)
         rows = constant(roles.donor_rows, torch.int64, query.device)
         more["completion"] = completion
         return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out, **more)

@@ -37,12 +37,15 @@ def test_teacher_is_the_model(model, tokenizer):
 
 @pytest.mark.parametrize("form", ["selected", "full"])
 @pytest.mark.parametrize("score", ["mass", "max"])
-def test_student_is_the_step_by_step_decoder(model, lesson, form, score):
+@pytest.mark.parametrize("factors", [None, [[1.0, 0.5], [0.0, 0.75], [0.0, 0.0], [0.25, 1.0]]], ids=["", "completed"])
+def test_student_is_the_step_by_step_decoder(model, lesson, form, score, factors):
     config = HybridConfig(
-        budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=9, retrieval_attention=form, block_score=score
-    )
-    student = replay(model, lesson, Planned(PLAN, config))
-    decoded = _decode(model, lesson, HybridAttention(PLAN, config))
+        budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=9, retrieval_attention=form, block_score=score,
+        completion_chunk=16,
+    )  # fmt: skip
+    plan = replace(PLAN, completion=factors)
+    student = replay(model, lesson, Planned(plan, config))
+    decoded = _decode(model, lesson, HybridAttention(plan, config))
     torch.testing.assert_close(student[lesson.mask], decoded[lesson.mask], atol=2e-4, rtol=1e-3)
     assert (student - lesson.teacher)[lesson.mask].abs().max() > 1e-2  # 64 of 211 tokens cannot be exact
 
@@ -137,6 +140,8 @@ def _decode(model, lesson, attention):
     state = attention.allocate(batch, lesson.prompt_length + steps, "cpu")
 
     def routed(module, query, key, value, mask, scaling, **_):
+        if state.means is not None and module.layer_idx in state.means.layers:
+            state.means.write(module.layer_idx, KV(key, value))
         output = attention(module.layer_idx, query[:, :, 0], KV(key, value), state, scaling)
         return output[:, None], None
 

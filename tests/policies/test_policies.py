@@ -171,7 +171,7 @@ def test_bytes_are_what_the_operations_read(llama, make, name, lengths, monkeypa
 
     monkeypatch.setattr(ops, "attend_blocks", watched(ops.attend_blocks, in_blocks))
     monkeypatch.setattr(ops, "attend", watched(
-        ops.attend, lambda kv, scale, heads=None: 2 * kv.token_counts() * len((0, 1) if heads is None else heads)
+        ops.attend, lambda kv, scale, heads=None, **_: 2 * kv.token_counts() * len((0, 1) if heads is None else heads)
     ))  # fmt: skip
     monkeypatch.setattr(ops, "scan_select", watched(
         ops.scan_select, lambda kv, heads, *_, **__: kv.token_counts() * len(heads)
