@@ -48,6 +48,26 @@ class State:
     def truncate(self, slots: int) -> None:
         """The cache forgets every slot from `slots` on."""
 
+    def follow(
+        self,
+        store_of: Callable[[int], tuple[Tensor, Tensor]],
+        begin: Tensor,
+        end: Tensor,
+        most: int,
+        starts: Tensor | None = None,
+    ) -> None:
+        """A dense pass has written tokens, of every sequence as many as it liked; nothing reaches the host.
+
+        Between passes, steps come without `before_step`.
+
+        Args:
+            store_of: a layer's keys and values, `[B, Hkv, capacity, D]`.
+            begin, end: int32 `[B]`, first slot of each sequence that was written, and the one after those that may be
+                read before the next pass.
+            most: slots from `begin` to `end`, at most.
+            starts: as in `before_step`.
+        """
+
 
 @dataclass(eq=False)
 class HybridState(State):
@@ -81,6 +101,20 @@ class HybridState(State):
         for part in (self.copy, self.means):
             if part is not None:
                 part.truncate(slots)
+
+    def follow(
+        self,
+        store_of: Callable[[int], tuple[Tensor, Tensor]],
+        begin: Tensor,
+        end: Tensor,
+        most: int,
+        starts: Tensor | None = None,
+    ) -> None:
+        """See `State`."""
+        if self.copy is not None:
+            self.copy.follow(store_of, begin, most)
+        if self.means is not None:
+            self.means.follow(store_of, begin, end, most, starts)
 
     def scan_bytes(self, key_bytes: int) -> float:
         """Bytes of a key that is scanned, where the cache's have `key_bytes`."""

@@ -13,8 +13,11 @@ RetrievalAttention = Literal["selected", "full"]
 BlockScore = Literal["mass", "max"]
 ScanKeys = Literal["cache", "float8"]
 Completion = Literal["plan", "centroid", "none"]
+VerifyEvery = int | Literal["auto"]
 
 DEFAULT_BUDGET_TOKENS = 4096
+MOST_DRAFTS = 31
+"""Of a round: the pass that verifies them takes one token more (`ops.attend_tokens`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,10 @@ class HybridConfig:
         correction_every: Cache Correction: after this many decoded tokens a dense pass rewrites their cache entries.
             0 switches it off.
         refresh_every: retrieval heads select anew at every n-th decoded token and keep their selection in between.
+        verify_every: lossless: `Engine.generate` drafts n tokens a round this way, then one dense pass verifies them
+            and keeps those that full attention would have written, too; the text is full attention's. `auto` chooses n
+            while it runs, and drafts nothing where that does not pay. 0 switches it off. In a round, retrieval heads
+            select anew at the first draft and every `refresh_every` after it.
     """
 
     budget_tokens: int | None = None
@@ -65,6 +72,7 @@ class HybridConfig:
     completion_chunk: int = 128
     correction_every: int = 0
     refresh_every: int = 1
+    verify_every: VerifyEvery = 0
 
     def __post_init__(self) -> None:
         if self.selection is None:
@@ -75,6 +83,7 @@ class HybridConfig:
         self._check_choices()
         self._check_numbers()
         self._check_strategy()
+        self._check_rounds()
 
     def _check_choices(self) -> None:
         choices = {
@@ -112,6 +121,13 @@ class HybridConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
                 raise ConfigError(f"{name} must lie in (0, 1], not {value!r}.")
+
+    def _check_rounds(self) -> None:
+        every = self.verify_every
+        if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or not 0 <= every <= MOST_DRAFTS):
+            raise ConfigError(f"verify_every must be 'auto' or a whole number from 0 to {MOST_DRAFTS}, not {every!r}.")
+        if every and self.correction_every:
+            raise ConfigError("verify_every rewrites all entries of the cache already: leave out correction_every.")
 
     def _check_strategy(self) -> None:
         needed = {"ratio": "budget_ratio", "top_p": "top_p", "threshold": "threshold"}

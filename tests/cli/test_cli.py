@@ -81,7 +81,7 @@ def test_the_list_of_commands_says_what_their_own_help_says(name):
 def test_every_setting_has_an_option_with_help():
     text = run("identify", "--help", env={"COLUMNS": "300"}).stdout
     tables = {"config", "train_cells", "calibrate_cells", "texts", "completion_factors"}
-    for settings, left_out in ((HybridConfig, set()), (IdentifySettings, tables)):
+    for settings, left_out in ((HybridConfig, {"verify_every"}), (IdentifySettings, tables)):
         for name in set(settings.__dataclass_fields__) - left_out:
             flag = "--top-p-mass" if name == "top_p" else f"--{name.replace('_', '-')}"
             line = next(line for line in text.splitlines() if f" {flag} " in line)
@@ -201,6 +201,9 @@ def test_compare_shows_both(base, plan_file, tmp_path):
         (["x", "--top-p", "2"], "top_p must lie in (0, 1]"),
         (["x", "--compare", "full", "--temperature", "1"], "leave out --full, --stop and sampling options"),
         (["x", "--full"], "--full decodes without a plan and a budget"),
+        (["x", "--verify-every", "40"], "verify_every must be 'auto' or a whole number from 0 to 31"),
+        (["x", "--lossless", "--correction-every", "8"], "leave out correction_every"),
+        (["x", "--lossless", "--html", "page.html"], "leave out --lossless"),
         (["x", "--stop", ""], "Stop strings must not be empty"),
         (["x", "--prompt-file", "f"], "not both"),
         (["x", "--device", "toaster"], "is not a device"),
@@ -209,6 +212,18 @@ def test_compare_shows_both(base, plan_file, tmp_path):
 )
 def test_generate_refuses_in_one_sentence(base, plan_file, arguments, said):
     assert said in refusal(*base, "--plan", plan_file, *arguments)
+
+
+@pytest.mark.parametrize("drafts", [["--lossless"], ["--verify-every", "3"]], ids=str)
+def test_lossless_generation_is_full_attentions(base, plan_file, drafts, tmp_path):
+    drawing = ["--temperature", "0.9", "--seed", "3", "-n", "30"]
+    expected = run(*base, "--full", *drawing, PROMPT).stdout
+    done = run(*base, "--plan", plan_file, *BUDGET, *drawing, *drafts, "--json", str(tmp_path / "out.json"), PROMPT)
+    assert done.stdout == expected
+    assert "rounds" in done.stderr
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert report["settings"]["config"]["verify_every"] == (3 if len(drafts) > 1 else "auto")
+    assert report["result"]["accepted"] <= report["result"]["drafted"]
 
 
 def test_generate_refuses_files_it_cannot_use(base, model_folder, plan_file, tmp_path):

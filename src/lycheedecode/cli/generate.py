@@ -11,6 +11,7 @@ import typer
 
 from ..config import HybridConfig
 from ..engine.engine import Engine
+from ..engine.generation import Generation
 from ..engine.prompt import encode
 from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
@@ -65,6 +66,12 @@ def generate(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Write what full attention would: one pass of it verifies many drafts.")
+    ] = False,
+    verify_every: Annotated[
+        int | None, typer.Option("--verify-every", metavar="N", help="Drafts that a pass verifies; implies --lossless.")
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write a page that shows what each token of the answer looked at."),
@@ -84,6 +91,10 @@ def generate(
         raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
     if html and (full or against):
         raise ConfigError("--html shows what selections hold: leave out --full and --compare.")
+    if lossless or verify_every is not None:
+        form["verify_every"] = "auto" if verify_every is None else verify_every
+    if html and "verify_every" in form:
+        raise ConfigError("--html shows what selections hold: leave out --lossless.")
     if full and (plan is not None or set(form) - {"correction_every"}):
         raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
     config, sampling = HybridConfig(**form), Sampling(**drawing)
@@ -161,10 +172,15 @@ def _stream(
     errors.print(
         f"{made.prompt_tokens} + {len(made.token_ids)} tokens ({made.finish_reason}); prefill "
         f"{made.prefill_seconds:.2f} s; {made.tokens_per_second:.1f} tokens/s; "
-        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each",
+        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each{_rounds(made)}",
         style="dim",
     )
     return made.to_dict()
+
+
+def _rounds(made: Generation) -> str:
+    """What rounds brought, where there were any."""
+    return f"; {made.rounds} rounds, {made.accepted} of {made.drafted} drafts stood" if made.rounds else ""
 
 
 def _show(comparison: Comparison, console: Console) -> None:

@@ -141,8 +141,11 @@ def _without_none(kind: Any) -> Any:
     return members[0] if type(None) in get_args(kind) and len(members) == 1 else kind
 
 
-takes_form = takes("form", HybridConfig, top_p="--top-p-mass")
-"""The options of a hybrid decode step, given to the command as `form`; `--top-p` is left to sampling."""
+takes_form = takes("form", HybridConfig, leave_out=("verify_every",), top_p="--top-p-mass")
+"""The options of a hybrid decode step, given to the command as `form`; `--top-p` is left to sampling.
+
+Rounds belong to generation, which has options of its own for them.
+"""
 
 
 def load_plan(plan: str | None, model: str) -> HeadPlan:

@@ -177,10 +177,10 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.reserve(slots)
 
-    def advance(self) -> None:
-        """Count a token that was written into the stores."""
+    def advance(self, tokens: int = 1) -> None:
+        """Count tokens that were written into the stores."""
         for layer in self.layers:
-            layer.length += 1
+            layer.length += tokens
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on, and the selections made there."""

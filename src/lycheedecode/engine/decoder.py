@@ -10,8 +10,8 @@ Off a GPU the first two run without a graph: slower than eager, but the same com
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .context import Context
 from .step import FixedStep, FlexibleStep, Forward
 
 Execution = Literal["auto", "compiled", "graph", "eager"]
+Made = TypeVar("Made")
 _WARM_UPS = 2
 
 
@@ -50,8 +51,8 @@ class Decoder:
         if execution not in get_args(Execution):
             raise ConfigError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}.")
         self.attention = attention
-        self._model, self._reaches = model, reaches
-        self._route = steps.route(model)
+        self.model, self.reaches = model, reaches
+        self.route = steps.route(model)
         self._backend = backend
         self._ways = [execution]
         self._may_fall_back = execution == "auto"
@@ -75,35 +76,48 @@ class Decoder:
             replay = self.prepare(context, token_ids)
             if replay is None:
                 return self._flexible(context, token_ids)
-            with self._route:
+            with self.route:
                 logits = replay(token_ids, context.cache.length + 1)
             context.cache.advance()
             return logits
 
     def prepare(self, context: Context, token_ids: Tensor) -> Replay | None:
         """Compile and capture the step to come, unless that is done; None where steps are eager. Arguments as above."""
-        while self.way != "eager":
+        return self.attempt(context, lambda: self._replay(context, token_ids) if self.way != "eager" else None)
+
+    def attempt(self, context: Context, make: Callable[[], Made]) -> Made:
+        """What `make` makes for this context, in the first way that works."""
+        while True:
             try:
-                return self._replay(context, token_ids)
+                return make()
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler can fail in any way; what is wrong with the model fails again
-                if not self._may_fall_back:
+                if not self._may_fall_back or self.way == "eager":
                     raise
                 self._step_down(context, error)
-        return None
+
+    def capture(
+        self, run: Callable[[Forward, nn.Module], Tensor | None], kept: Sequence[Tensor], compiled: bool = True
+    ) -> Captured:
+        """`run`, captured in the way that steps run, but for what is not worth compiling; `kept` as in `Captured`."""
+        forward = self._forward() if compiled else steps.forward
+        with self.route, torch.inference_mode():
+            return Captured(lambda: run(forward, self.model), kept, self.way)
+
+    def _forward(self) -> Forward:
+        return steps.compiled_forward(self._backend) if self.way == "compiled" else steps.forward
 
     def _replay(self, context: Context, token_ids: Tensor) -> Replay:
         cache = context.cache
         state, refresh = cache.state_for(self.attention)
         kept = context.kept_steps
         if (self, refresh) not in kept:
-            with self._route, torch.inference_mode():
-                step = FixedStep(cache, self.attention, self._reaches, state, refresh, context.kv_bytes)
+            with self.route, torch.inference_mode():
+                step = FixedStep(cache, self.attention, self.reaches, state, refresh, context.kv_bytes)
                 step.token_ids.copy_(token_ids)
                 step.filled.fill_(cache.length + 1)
-                forward = steps.forward if self.way == "graph" else steps.compiled_forward(self._backend)
-                kept[self, refresh] = Replay(step, forward, self._model)
+                kept[self, refresh] = Replay(step, self._forward(), self.model, self.way)
         return kept[self, refresh]
 
     def _flexible(self, context: Context, token_ids: Tensor) -> Tensor:
@@ -112,9 +126,9 @@ class Decoder:
         lengths = torch.full_like(token_ids, cache.length + 1, dtype=torch.int32)
         if cache.starts is not None:
             lengths -= cache.starts
-        step = FlexibleStep(cache, self.attention, self._reaches, state, refresh)
-        with self._route, steps.running(step):
-            logits = steps.forward(self._model, token_ids, lengths)
+        step = FlexibleStep(cache, self.attention, self.reaches, state, refresh)
+        with self.route, steps.running(step):
+            logits = steps.forward(self.model, token_ids, lengths)
         self.attention.count_bytes(context.kv_bytes, lengths, state, refresh, cache.key_bytes)
         return logits
 
@@ -129,33 +143,34 @@ class Decoder:
         )
 
 
-class Replay:
-    """A fixed step as a CUDA graph; on other devices the step itself. Compiles and captures when it is made.
+class Captured:
+    """A function over tensors that stay where they are: a CUDA graph of it, or the function itself.
+
+    Compiles and captures when it is made.
 
     Args:
-        step: ready to run, as it is in the middle of a generation.
-        forward, model: what it runs.
+        run: may be called at any time, in the middle of a generation.
+        kept: what it changes, and what making this leaves as it is.
+        way: of a `Decoder`.
     """
 
-    def __init__(self, step: FixedStep, forward: Forward, model: nn.Module) -> None:
-        self._step = step
-        self._run = lambda: step.run(forward, model)
+    def __init__(self, run: Callable[[], Tensor | None], kept: Sequence[Tensor], way: str) -> None:
+        self._run = run
         self._graph: torch.cuda.CUDAGraph | None = None
-        counted = step.kv_bytes.clone()
-        if step.token_ids.is_cuda:
+        before = [tensor.clone() for tensor in kept]
+        if way != "eager" and kept[0].is_cuda:
             self._capture()
-        else:
-            self._run()
-        step.kv_bytes.copy_(counted)
+        elif way != "eager":
+            run()
+        for tensor, value in zip(kept, before, strict=True):
+            tensor.copy_(value)
 
-    def __call__(self, token_ids: Tensor, filled: int) -> Tensor:
-        """Logits `[B, V]`, overwritten by the next call; `filled` counts the slots in use, the new token's included."""
-        self._step.token_ids.copy_(token_ids)
-        self._step.filled.fill_(filled)
+    def __call__(self) -> Tensor | None:
+        """What `run` returns, overwritten by the next call."""
         if self._graph is None:
             return self._run()
         self._graph.replay()
-        return self._logits
+        return self._result
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream()
@@ -166,5 +181,25 @@ class Replay:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._logits = self._run()
+            self._result = self._run()
         self._graph = graph
+
+
+class Replay:
+    """A fixed step, captured.
+
+    Args:
+        step: ready to run, as it is in the middle of a generation.
+        forward, model: what it runs.
+        way: of a `Decoder`.
+    """
+
+    def __init__(self, step: FixedStep, forward: Forward, model: nn.Module, way: str) -> None:
+        self._step = step
+        self._captured = Captured(lambda: step.run(forward, model), [step.kv_bytes], way)
+
+    def __call__(self, token_ids: Tensor, filled: int) -> Tensor:
+        """Logits `[B, V]`, overwritten by the next call; `filled` counts the slots in use, the new token's included."""
+        self._step.token_ids.copy_(token_ids)
+        self._step.filled.fill_(filled)
+        return self._captured()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..config import HybridConfig
 from ..errors import ConfigError, InputError
 from ..models.routing import Reach, supported_shape
 from ..models.versions import cache_argument
+from ..ops.attend import MAX_TOKENS
 from ..plan import HeadPlan
 from . import prefill
 from .cache import KVCache
@@ -29,8 +31,10 @@ from .context import Context
 from .decoder import Decoder, Execution
 from .generation import Coming, Generation, Piece, Progress, refuse_nan, stop_token_ids
 from .memory import prefill_chunk
+from .passes import DensePass
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
 from .sampling import Sampler, Sampling
+from .verify import Rounds, spare_slots
 
 TokenIds = Tensor | Sequence[Sequence[int]]
 """int64 `[B, S]`, or one sequence of token ids for each prompt; lengths may differ."""
@@ -215,41 +219,33 @@ class Engine:
         ends: set[int],
         texts: list[str],
     ) -> Iterator[Piece]:
-        context = prompts if isinstance(prompts, Context) else self.prefill(prompts, room=max_new_tokens)
+        room = max_new_tokens + (spare_slots(self.config) if self.config.verify_every else 0)
+        context = prompts if isinstance(prompts, Context) else self.prefill(prompts, room=room)
         context.rewind()
-        context.cache.reserve(context.cache.length + max_new_tokens)
+        context.cache.reserve(context.cache.length + room)
         rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
-        sampler = Sampler(sampling, self.device)
-        logits, seconds, drawn = context.logits, 0.0, 1
-        next_ids = sampler(logits)
-        self._decoder.prepare(context, next_ids)
-        while True:
-            began = time.perf_counter()
-            coming, following = Coming(next_ids), None
-            if next_ids.is_cuda and drawn < max_new_tokens:  # the GPU need not wait for what the host makes of a token
-                logits = self.decode_one_token(context, next_ids)
-                following, drawn = sampler(logits, positions=drawn), drawn + 1
-            token_ids = coming.tolist()
-            seconds += time.perf_counter() - began
-            for sequence, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
+        source: Rounds | _Steps
+        if self.config.verify_every:
+            source = Rounds.over(self._decoder, self._full, context, sampling, self.config)
+        else:
+            source = _Steps(self, context, sampling, max_new_tokens)
+        for drawn, seconds in source.run():
+            for sequence, (row, token_ids) in enumerate(zip(rows, drawn, strict=True)):
                 if row.finish_reason is not None:
                     continue
-                refuse_nan(token_id, logits[sequence])
-                piece = row.push(token_id)
+                source.check(sequence, token_ids)
+                piece = row.push_all(token_ids)
                 if row.finish_reason is not None:
-                    yield Piece(sequence, piece, self._result(context, sequence, row, seconds))
+                    source.rest(sequence)
+                    yield Piece(sequence, piece, self._result(context, sequence, row, seconds, source))
                 elif piece:
                     yield Piece(sequence, piece)
             if all(row.finish_reason is not None for row in rows):
                 return
-            began = time.perf_counter()
-            if following is None:
-                logits = self.decode_one_token(context, next_ids)
-                following, drawn = sampler(logits, positions=drawn), drawn + 1
-            next_ids = following
-            seconds += time.perf_counter() - began
 
-    def _result(self, context: Context, sequence: int, row: Progress, seconds: float) -> Generation:
+    def _result(
+        self, context: Context, sequence: int, row: Progress, seconds: float, source: Rounds | _Steps
+    ) -> Generation:
         return Generation(
             token_ids=tuple(row.token_ids),
             text=row.text,
@@ -257,7 +253,7 @@ class Engine:
             prompt_tokens=context.prompt_lengths[sequence],
             prefill_seconds=context.prefill_seconds,
             decode_seconds=seconds,
-            kv_bytes_per_token=float(context.kv_bytes[sequence]) / max(context.steps, 1),
+            **source.report(sequence),
         )
 
     # ------------------------------------------------------------------ several tokens at once
@@ -279,12 +275,30 @@ class Engine:
         return output.logits[:, -1].float().clone()  # an ordinary tensor, which callers may change
 
     def _correct(self, context: Context) -> Tensor:
+        """The pass of rounds (`verify`), but nothing is in doubt: every token was taken."""
         cache, tokens = context.cache, torch.stack(context._uncorrected, 1)
         context._uncorrected.clear()
         cache.truncate(cache.length - tokens.shape[1] + 1)  # the newest token has no entry yet
-        logits = self._dense(cache, tokens, context.padding)
-        self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
-        return logits
+        cache.reserve(cache.length + tokens.shape[1])
+        for part in tokens.split(MAX_TOKENS, 1):
+            logits = self._decoder.attempt(context, partial(self._passed, context, part))
+            cache.advance(part.shape[1])
+        return logits[:, -1].clone()
+
+    def _passed(self, context: Context, token_ids: Tensor) -> Tensor:
+        """Logits of a dense pass over tokens `[B, T]` that the cache does not count yet; overwritten by the next."""
+        key, kept = (self, "pass", token_ids.shape[1]), context.kept_steps
+        with torch.inference_mode():
+            one, run = kept.get(key, (None, None))
+            if one is None:
+                one = DensePass(context.cache, token_ids.shape[1], self._full, self._reaches, context.kv_bytes)
+            one.token_ids.copy_(token_ids)
+            one.filled.fill_(context.cache.length + token_ids.shape[1])
+            if run is None:
+                run = self._decoder.capture(one.run, [context.kv_bytes], compiled=False)
+                kept[key] = one, run
+            with self._decoder.route:
+                return run()
 
     def _pad(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
         """Sequences as int64 `[B, longest]` on the model's device, and their lengths."""
@@ -300,3 +314,46 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+class _Steps:
+    """A token a step for every sequence, until nobody asks for more; the alternative to `Rounds`."""
+
+    def __init__(self, engine: Engine, context: Context, sampling: Sampling, most: int) -> None:
+        self._engine, self._context, self._most = engine, context, most
+        self._sampler = Sampler(sampling, engine.device)
+        self._logits = context.logits
+        self._next_ids = self._sampler(self._logits)
+        engine._decoder.prepare(context, self._next_ids)
+
+    def run(self) -> Iterator[tuple[list[list[int]], float]]:
+        """The new token of every sequence, and the seconds until then."""
+        next_ids, seconds, drawn = self._next_ids, 0.0, 1
+        while True:
+            began = time.perf_counter()
+            coming, following = Coming(next_ids), None
+            if next_ids.is_cuda and drawn < self._most:  # the GPU need not wait for what the host makes of a token
+                following, drawn = self._step(next_ids, drawn), drawn + 1
+            token_ids = coming.tolist()
+            seconds += time.perf_counter() - began
+            yield [[token_id] for token_id in token_ids], seconds
+            began = time.perf_counter()
+            if following is None:
+                following, drawn = self._step(next_ids, drawn), drawn + 1
+            next_ids = following
+            seconds += time.perf_counter() - began
+
+    def check(self, sequence: int, token_ids: Sequence[int]) -> None:
+        """Refuse tokens that were drawn from nothing."""
+        refuse_nan(token_ids[-1], self._logits[sequence])
+
+    def rest(self, sequence: int) -> None:
+        """Those that have ended go on, unseen."""
+
+    def report(self, sequence: int) -> dict[str, Any]:
+        """What a `Generation` says of the way it was made."""
+        return {"kv_bytes_per_token": float(self._context.kv_bytes[sequence]) / max(self._context.steps, 1)}
+
+    def _step(self, token_ids: Tensor, drawn: int) -> Tensor:
+        self._logits = self._engine.decode_one_token(self._context, token_ids)
+        return self._sampler(self._logits, positions=drawn)

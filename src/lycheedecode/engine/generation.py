@@ -26,7 +26,10 @@ class Generation:
         prompt_tokens: tokens of the prompt.
         prefill_seconds: time until the first token could be drawn, for the whole batch.
         decode_seconds: time in decode steps until this sequence ended.
-        kv_bytes_per_token: mean bytes of the KV cache that a decode step read for this sequence.
+        kv_bytes_per_token: mean bytes of the KV cache that were read for a token of this sequence, drafts included.
+        rounds: with `verify_every`: passes of full attention that verified drafts of this sequence.
+        drafted: tokens that were drafted in them.
+        accepted: of these, that stood.
     """
 
     token_ids: tuple[int, ...]
@@ -36,6 +39,9 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     kv_bytes_per_token: float
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,6 +76,15 @@ class Progress:
     @property
     def text(self) -> str | None:
         return self._text.text if self._has_text else None
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """`push` for each of them, up to the last."""
+        pieces = []
+        for token_id in token_ids:
+            pieces.append(self.push(token_id))
+            if self.finish_reason is not None:
+                break
+        return "".join(pieces)
 
     def push(self, token_id: int) -> str:
         """Take the next token; returns the text that it settles, and sets `finish_reason` when it is the last."""

@@ -1,10 +1,11 @@
-"""Dense causal attention of a chunk of tokens over everything before it: prompts, and Cache Correction.
+"""Dense causal attention of a chunk of tokens of a prompt over everything before it.
 
     keys     | all earlier tokens          | the chunk's own |
     queries    see them all                  causal            -> two attentions without a mask, merged by their mass
 
 So the chunk costs what a FlashAttention kernel costs, and memory that grows with the chunk alone. Layers that look back
-a limited way go in tiles, whose masks are small. Dimensions as in `ops`; `T` tokens of the chunk, the last of `S`.
+a limited way go in tiles, whose masks are small. On a GPU a chunk of a few tokens is `ops.attend_tokens`, which splits
+the keys. Dimensions as in `ops`; `T` tokens of the chunk, the last of `S`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import ops
 from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
 from ..models.shape import ModelError
+from ..ops import KV
+from ..ops.attend import MAX_TOKENS
+from ..ops.types import constant
 
 _TILE = 1024
 """Queries of a layer with limited reach that share a mask."""
@@ -48,11 +53,17 @@ class ChunkAttention:
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Query `[B, Hq, T, D]` of the last `T` of `S` tokens, keys and values `[B, Hkv, S, D]` -> `[B, Hq, T, D]`."""
         reach = self._reaches[layer]
+        if reach.is_all and query.is_cuda and query.shape[2] <= MAX_TOKENS:
+            kv = KV(keys, values, None, self._starts(query.device))
+            return ops.attend_tokens(query.transpose(1, 2), kv, scale).transpose(1, 2)
         if not reach.is_all:
             return attend_within(query, keys, values, reach, self._padding, scale)
         if self._padding is None:
             return attend_causal(query, keys, values, scale)
         return _each_without_padding(query, keys, values, self._padding, scale)
+
+    def _starts(self, device: torch.device) -> Tensor | None:
+        return None if self._padding is None else constant(tuple(self._padding), torch.int32, device)
 
 
 _passing: ContextVar[ChunkAttention] = ContextVar("lycheedecode_chunk")

@@ -36,7 +36,10 @@ from ..ops.append.rope import Rotation
 from .cache import KVCache
 
 Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""`(model, token ids int64 [B], lengths int32 [B]) -> logits float32 [B, V]`; lengths include the token."""
+"""`(model, token ids int64 [B], lengths int32 [B]) -> logits float32 [B, V]`; lengths include the token.
+
+With several tokens a sequence, `[B, T]`, lengths include all of them, and the logits are `[B, T, V]`.
+"""
 
 
 class Step(Protocol):
@@ -49,6 +52,13 @@ class Step(Protocol):
 
         With a `rotation`, query and key have not passed it yet.
         """
+
+
+class Pass(Protocol):
+    """What the attention layers of an open pass of several tokens a sequence do."""
+
+    def attend_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Take the tokens' keys and values, `[B, T, Hkv, D]`; the output for their queries, both `[B, T, Hq, D]`."""
 
 
 class FlexibleStep:
@@ -101,6 +111,7 @@ class FixedStep:
         cache: its stores are written in place; its length is left to the caller.
         attention, reaches, state, refresh: as in `FlexibleStep`.
         kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
+        starts: int32 `[B]`, in place of the cache's.
     """
 
     def __init__(
@@ -111,6 +122,7 @@ class FixedStep:
         state: State | None,
         refresh: bool,
         kv_bytes: Tensor,
+        starts: Tensor | None = None,
     ) -> None:
         self.stores = [layer.store for layer in cache.layers]
         self.state, self.kv_bytes = state, kv_bytes
@@ -118,7 +130,7 @@ class FixedStep:
         batch, device = kv_bytes.shape[0], kv_bytes.device
         self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = torch.ones(batch, dtype=torch.int32, device=device)
-        self._starts = cache.starts
+        self._starts = cache.starts if starts is None else starts
         self._ends: dict[Reach, tuple[Tensor, Tensor | None]] = {}
 
     def run(self, forward: Forward, model: nn.Module) -> Tensor:
@@ -151,11 +163,11 @@ class FixedStep:
 
 # ---------------------------------------------------------------------- how attention layers find their step
 
-_running: ContextVar[Step] = ContextVar("lycheedecode_step")
+_running: ContextVar[Step | Pass] = ContextVar("lycheedecode_step")
 
 
 @contextmanager
-def running(step: Step) -> Iterator[None]:
+def running(step: Step | Pass) -> Iterator[None]:
     """Attention layers of `route` that this thread passes belong to `step` while this is open."""
     before = _running.set(step)
     try:
@@ -177,19 +189,33 @@ def _attend(
     eps: float = 0.0,
 ) -> Tensor:
     rotation = None if cos is None else Rotation(cos, sin, query_norm, key_norm, eps)
+    return _open_step().attend(layer, query, key, value, scale, rotation)
+
+
+def _attend_tokens(query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
+    return _open_step().attend_tokens(layer, query, key, value, scale)
+
+
+def _open_step() -> Any:
     step = _running.get(None)
     if step is None:
         raise ModelError("An Engine decodes with this model in another thread; it can be called after that.")
-    return step.attend(layer, query, key, value, scale, rotation)
+    return step
 
 
 # It writes the cache behind the compiler's back. That is safe: layers depend on each other through their outputs, so
 # they run in order and none is left out; and no cache is ever copied to keep a graph functional.
 _attend_operator = torch.library.custom_op("lycheedecode::decode_layer", _attend, mutates_args=())
+_attend_tokens_operator = torch.library.custom_op("lycheedecode::pass_layer", _attend_tokens, mutates_args=())
 
 
 @_attend_operator.register_fake
 def _(query, key, value, layer, scale, cos=None, sin=None, query_norm=None, key_norm=None, eps=0.0):
+    return query.new_empty(query.shape)
+
+
+@_attend_tokens_operator.register_fake
+def _(query, key, value, layer, scale):
     return query.new_empty(query.shape)
 
 
@@ -202,9 +228,12 @@ def _attention_layer(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface for one token a sequence; the keys and values are the token's only."""
+    """transformers' attention interface for new tokens; the keys and values are theirs only."""
     refuse_unless_plain(options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.shape[2] > 1:
+        attend = _attend_tokens_operator if is_compiling() else _attend_tokens
+        return attend(*(x.transpose(1, 2) for x in (query, key, value)), module.layer_idx, scale), None
     attend = _attend_operator if is_compiling() else _attend
     return attend(query[:, :, 0], key[:, :, 0], value[:, :, 0], module.layer_idx, scale)[:, None], None
 
@@ -229,14 +258,18 @@ def route(model: nn.Module) -> AttentionRoute:
 
 def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:
     """A `Forward`, eager."""
+    several = token_ids.dim() == 2
+    positions = lengths[:, None].long() - 1
+    if several:
+        positions = positions - torch.arange(token_ids.shape[1] - 1, -1, -1, device=lengths.device)
     output = model(
-        input_ids=token_ids[:, None],
-        position_ids=lengths[:, None].long() - 1,
+        input_ids=token_ids if several else token_ids[:, None],
+        position_ids=positions,
         **cache_argument(_Newest()),
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=0 if several else 1,
     )
-    return output.logits[:, -1].float()
+    return output.logits.float() if several else output.logits[:, -1].float()
 
 
 INDUCTOR = {"coordinate_descent_tuning": True}

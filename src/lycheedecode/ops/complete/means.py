@@ -56,6 +56,21 @@ class ChunkMeans:
                 write_means(KV(keys, values, None, starts), self.chunk, *self.of_layer(layer), first, new)
         self.known = filled
 
+    def follow(
+        self,
+        store_of: Callable[[int], tuple[Tensor, Tensor]],
+        begin: Tensor,
+        end: Tensor,
+        most: int,
+        starts: Tensor | None = None,
+    ) -> None:
+        """Write the means of chunks that end in slots from `begin` to before `end`; see `attention.State.follow`."""
+        first = ((begin if starts is None else begin - starts) // self.chunk).int()
+        lengths = (end if starts is None else end - starts).int()
+        for layer in self.layers:
+            kv = KV(*store_of(layer), lengths, starts)
+            write_means(kv, self.chunk, *self.of_layer(layer), first, most // self.chunk + 1)
+
     def write(self, layer: int, kv: KV) -> None:
         """Write the means of a layer anew, for a cache of which nothing is known."""
         if self.means is None or self.means.shape[2] != kv.batch or self.means.shape[4] < kv.slots // self.chunk:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..reference import write_copy
+from ..reference import write_copy, write_slots_to_copy
 
 
 class KeyCopy:
@@ -58,3 +58,10 @@ class KeyCopy:
             self.known = filled
         if refresh:
             self.known = filled + 1
+
+    def follow(self, store_of: Callable[[int], tuple[Tensor, Tensor]], begin: Tensor, most: int) -> None:
+        """Copy `most` slots of each sequence from `begin` on, int32 `[B]`; nothing reaches the host."""
+        slot = (begin[:, None] + torch.arange(most, device=begin.device)).clamp(max=self.copy.shape[2] - 1).long()
+        for layer, heads in self.heads.items():
+            if heads:
+                write_slots_to_copy(self.of_layer(layer), store_of(layer)[0], heads, slot)

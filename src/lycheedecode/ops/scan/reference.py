@@ -60,10 +60,14 @@ def write_newest_to_copy(copy: Tensor, kv: KV, heads: tuple[int, ...], newest: i
     first = torch.zeros_like(kv.token_counts()) if kv.starts is None else kv.starts
     last = first + kv.token_counts() - 1
     back = torch.arange(newest, device=last.device)
-    slot = (last[:, None] - back).maximum(first[:, None]).long()  # [B, newest]
-    sequence = torch.arange(kv.batch, device=last.device)[:, None]
+    write_slots_to_copy(copy, kv.keys, heads, (last[:, None] - back).maximum(first[:, None]).long())
+
+
+def write_slots_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], slot: Tensor) -> None:
+    """Write slots int64 `[B, n]` of each sequence from a store `[B, Hkv, S, D]` into a copy `[B, R, S, D]`."""
+    sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
     for row, head in enumerate(heads):
-        key = _as_float8(kv.keys[sequence, head, slot])
+        key = _as_float8(keys[sequence, head, slot])
         copy.view(torch.uint8)[sequence, row, slot] = key.view(torch.uint8)  # floats of 8 bits cannot be indexed
 
 

@@ -1,0 +1,86 @@
+"""A dense pass: several tokens of every sequence go through the model at once, and their cache entries are written.
+
+Cache Correction rewrites the entries of tokens that were decoded sparsely; rounds (`verify`) do the same with drafts,
+and look at the logits. Dimensions as in `ops`; `T` tokens a sequence, `V` the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..attention import FullAttention
+from ..models.routing import Reach
+from ..ops import KV
+from .cache import KVCache
+from .step import Forward, running
+
+
+class DensePass:
+    """A pass whose launches are the same at every length, over one cache as large as it is now; a `step.Pass`.
+
+    `filled` and `token_ids` are set before each run. Running a pass twice leaves the cache as running it once does.
+
+    Args:
+        cache: its stores are written in place; its length is left to the caller.
+        tokens: `T`, 1 to `ops.attend.MAX_TOKENS`.
+        full: says how many bytes are read.
+        reaches: of every layer.
+        kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
+        starts: int32 `[B]`, in place of the cache's.
+
+    Attributes:
+        token_ids: int64 `[B, T]`.
+        filled: int32 `[B]`, slots in use, the tokens' own included.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        tokens: int,
+        full: FullAttention,
+        reaches: Sequence[Reach],
+        kv_bytes: Tensor,
+        starts: Tensor | None = None,
+    ) -> None:
+        self.stores = [layer.store for layer in cache.layers]
+        self.kv_bytes = kv_bytes
+        self._full, self._reaches, self._key_bytes = full, reaches, cache.key_bytes
+        batch, device = kv_bytes.shape[0], kv_bytes.device
+        self.token_ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        self.filled = torch.full((batch,), tokens, dtype=torch.int32, device=device)
+        self._starts = cache.starts if starts is None else starts
+        self._before = torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device=device)
+        self._begins: dict[Reach, Tensor | None] = {}
+
+    def run(self, forward: Forward, model: nn.Module) -> Tensor:
+        """Logits float32 `[B, T, V]` of the tokens that follow each."""
+        self._lengths = self.filled if self._starts is None else self.filled - self._starts
+        self._slots = (self.filled[:, None] - self._before).flatten()
+        counts = self._lengths[:, None] - self._before
+        for reach in set(self._reaches):
+            self._begins[reach] = None if reach.is_all else reach.first_slot(counts, torch.zeros_like(counts)).int()
+        with running(self):
+            if self.token_ids.shape[1] > 1:
+                logits = forward(model, self.token_ids, self._lengths)
+            else:
+                logits = forward(model, self.token_ids[:, 0], self._lengths)[:, None]
+        self._full.count_bytes(self.kv_bytes, self._lengths, None, True, self._key_bytes)
+        return logits
+
+    def attend_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `step.Pass`."""
+        keys, values = self.stores[layer]
+        ops.append(keys, values, key.flatten(0, 1), value.flatten(0, 1), self._slots)
+        return ops.attend_tokens(
+            query, KV(keys, values, self._lengths, self._starts), scale, self._begins[self._reaches[layer]]
+        )
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation=None) -> Tensor:
+        """A pass of one token (`step.Step`)."""
+        if rotation is not None:
+            query, key = rotation.of_query(query), rotation.of_key(key)
+        return self.attend_tokens(layer, *(x[:, None] for x in (query, key, value)), scale)[:, 0]

@@ -1,0 +1,303 @@
+"""Lossless decoding: rounds of hybrid drafts, and one dense pass that verifies them all.
+
+    certain token ─> draft ─> draft ─> ... ─> draft          hybrid steps, each over the entries of those before it
+          └────────────┴────────┴──── one dense pass ──┘     full attention's token after each, and its cache entries
+    longest prefix of drafts that full attention chose, too ─> stands; its next token is certain
+
+The pass costs about as much as one full step, since all its tokens share one reading of the cache and the weights. A
+token is a function of logits, seed, sequence and position (`sampling`), for drafts as for the pass: so the text is what
+full attention would have written, with every sampler.
+
+Every sequence advances by itself: where it stands is on the device, and nothing in a round waits for the host, which
+learns of a round's tokens while the next one runs. A sequence that has ended rests: it starts where it ends, so that
+nothing of it is read, and gains nothing. Drafts, pass and full step are captured, each once.
+
+Dimensions as in `ops`; `T` tokens of a pass, one more than drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import DecodeAttention, FullAttention
+from ..config import HybridConfig
+from .context import Context
+from .decoder import Captured, Decoder
+from .generation import Coming, refuse_nan
+from .pace import Pace
+from .passes import DensePass
+from .sampling import Sampler, Sampling
+from .step import FixedStep, Forward
+
+AUTO_DRAFTS = 8
+"""Most drafts of a round where their number is chosen while it runs."""
+
+
+def most_drafts(config: HybridConfig) -> int:
+    """Of a round."""
+    return AUTO_DRAFTS if config.verify_every == "auto" else config.verify_every
+
+
+def spare_slots(config: HybridConfig) -> int:
+    """Slots of a cache beyond those of the tokens that are asked for: of drafts, and of a round that came too late."""
+    return 3 * (most_drafts(config) + 1)
+
+
+@dataclass
+class Tally:
+    """What rounds brought one sequence: rounds, drafts, and how many of them stood."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass
+class _Round:
+    """A round that was given to the device."""
+
+    drafts: int
+    coming: Coming
+    marks: list[Any]
+
+
+class Rounds:
+    """Rounds over the sequences of one context; kept with it, and begun anew for every generation.
+
+    Args:
+        decoder: of the drafts; where its attention is full attention itself, nothing is drafted, and every token comes
+            from the pass.
+        full: full attention.
+        context: prompts, with room for what is to come (`spare_slots`).
+        sampling: how tokens are drawn.
+        config: its `verify_every`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, full: FullAttention, context: Context, sampling: Sampling, config: HybridConfig
+    ) -> None:
+        cache, self._decoder, self._full, self._config = context.cache, decoder, full, config
+        self._context, self._hybrid = context, not isinstance(decoder.attention, FullAttention)
+        self._state, self._place = cache.state_for(decoder.attention)[0], cache.place
+        batch, device, tokens = len(context.prompt_lengths), context.logits.device, most_drafts(config) + 1
+        self._sampler = Sampler(sampling, device)
+        self._sequences = torch.arange(batch, device=device)
+        self._columns = torch.arange(tokens, device=device)
+        numbers = {"dtype": torch.int32, "device": device}
+        self._filled, self._starts, self._known, self._drawn_before, self._active = (
+            torch.zeros(batch, **numbers) for _ in range(5)
+        )
+        self._window = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        self._drafted = torch.zeros(1, dtype=torch.int64, device=device)
+        self._result = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=device)
+        for layer in cache.layers:  # what is not written yet is read by nobody, but sums of chunks go over it
+            for store in layer.store:
+                store[:, :, cache.length :].zero_()
+        self._worst = torch.zeros(batch, device=device)  # a logit of the newest tokens; NaN if all are
+        self._captured: dict[str, Captured] = {}
+
+    @classmethod
+    def over(
+        cls, decoder: Decoder, full: FullAttention, context: Context, sampling: Sampling, config: HybridConfig
+    ) -> Rounds:
+        """Those of the context, made or begun anew."""
+        settings = replace(sampling, seed=None)
+        key = decoder, "rounds", settings, config
+
+        def make() -> Rounds:
+            with torch.inference_mode():
+                context.cache.state_for(decoder.attention)  # may move the buffers
+                kept = context.kept_steps
+                if key not in kept:
+                    kept[key] = cls(decoder, full, context, sampling, config)
+                kept[key]._begin(sampling)
+            kept[key]._capture()
+            return kept[key]
+
+        return decoder.attempt(context, make)
+
+    # ------------------------------------------------------------------ a generation
+
+    def run(self) -> Iterator[tuple[list[list[int]], float]]:
+        """The new tokens of every sequence, a round at a time, and the seconds until then; the prompt's token first."""
+        began = time.perf_counter()
+        yield [[token] for token in self._window[:, 0].tolist()], time.perf_counter() - began
+        seconds, late, coming = 0.0, self._window.is_cuda, None
+        while True:
+            began = time.perf_counter()
+            coming = self._next() if coming is None else coming
+            following = self._next() if late else None
+            tokens = self._learn(coming)
+            seconds += time.perf_counter() - began
+            coming = following
+            yield tokens, seconds
+
+    def check(self, sequence: int, token_ids: Sequence[int]) -> None:
+        """Refuse tokens that were drawn from nothing."""
+        if 0 in token_ids:
+            refuse_nan(0, self._worst[sequence])
+
+    def rest(self, sequence: int) -> None:
+        """Nothing more is wanted of this one."""
+        self._resting.add(sequence)
+        with torch.inference_mode():
+            self._active[sequence] = 0
+            self._starts[sequence] = self._filled[sequence]
+
+    def report(self, sequence: int) -> dict[str, Any]:
+        """What a `Generation` says of the way it was made."""
+        steps = max(int(self._drawn_before[sequence]) - 1, 1)
+        each = float(self._context.kv_bytes[sequence]) / steps
+        return {"kv_bytes_per_token": each, **vars(self._tallies[sequence])}
+
+    def _begin(self, sampling: Sampling) -> None:
+        """As after the prefill."""
+        cache, context = self._context.cache, self._context
+        self._sampler.reseed(sampling)
+        self._filled.fill_(cache.length)
+        self._known.fill_(cache.length)
+        self._starts.zero_()
+        if cache.starts is not None:
+            self._starts.copy_(cache.starts)
+        self._drawn_before.fill_(1)
+        self._active.fill_(1)
+        self._drafted.zero_()
+        self._window.zero_()
+        self._window[:, 0] = self._sampler(context.logits, self._sequences, 0)
+        self._note(context.logits)
+        self._resting: set[int] = set()
+        self._tallies = [Tally() for _ in context.prompt_lengths]
+        self._pace = Pace(most_drafts(self._config) if self._hybrid else 0, self._config.verify_every != "auto")
+
+    # ------------------------------------------------------------------ a round
+
+    def _next(self) -> _Round:
+        """Give the device a round."""
+        with self._decoder.route, torch.inference_mode():
+            drafts, marks = self._pace.next(), [self._now()]
+            for draft in range(drafts):
+                self._captured["keep" if draft % self._decoder.attention.refresh_every else "select"]()
+            marks.append(self._now())
+            self._captured["verify" if drafts or "full" not in self._captured else "full"]()
+            marks.append(self._now())
+            return _Round(drafts, Coming(self._result), marks)
+
+    def _learn(self, one: _Round) -> list[list[int]]:
+        """Wait for a round; its tokens."""
+        rows = one.coming.tolist()
+        tokens = [row[:gained] for *row, gained in rows]
+        going = [i for i in range(len(rows)) if i not in self._resting and rows[i][-1]]
+        for i in going:
+            tally = self._tallies[i]
+            tally.rounds += 1
+            tally.drafted += one.drafts
+            tally.accepted += len(tokens[i]) - 1
+        seconds = [self._between(*pair) for pair in zip(one.marks, one.marks[1:], strict=False)]
+        self._pace.saw(one.drafts, [len(tokens[i]) - 1 for i in going], *seconds)
+        return tokens
+
+    def _now(self) -> Any:
+        if not self._window.is_cuda:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
+
+    # ------------------------------------------------------------------ what is captured
+
+    def _capture(self) -> None:
+        """Whatever is missing; what a round changes stays as it is."""
+        parts: dict[str, Any] = {}
+        if self._hybrid:
+            parts["select"] = self._drafting(True)
+            if self._decoder.attention.refresh_every > 1:
+                parts["keep"] = self._drafting(False)
+            if self._config.verify_every == "auto":
+                parts["full"] = self._full_step()
+        parts["verify"] = self._verifying()
+        kept = [
+            self._window, self._filled, self._known, self._drawn_before, self._drafted, self._result,
+            self._context.kv_bytes,
+        ]  # fmt: skip
+        for name, run in parts.items():
+            if name not in self._captured:
+                self._captured[name] = self._decoder.capture(run, kept)
+
+    def _step(self, attention: DecodeAttention, refresh: bool) -> FixedStep:
+        cache, context = self._context.cache, self._context
+        state = self._state if attention is self._decoder.attention else None
+        return FixedStep(cache, attention, self._decoder.reaches, state, refresh, context.kv_bytes, self._starts)
+
+    def _drafting(self, refresh: bool) -> Any:
+        """A hybrid step from the last draft to the next."""
+        step = self._step(self._decoder.attention, refresh)
+
+        def run(forward: Forward, model: nn.Module) -> None:
+            column = self._drafted.expand(len(self._window), 1)
+            step.token_ids.copy_(self._window.gather(1, column)[:, 0])
+            step.filled.copy_(self._filled + 1 + self._drafted)
+            logits = step.run(forward, model)
+            token_ids = self._sampler(logits, self._sequences, self._drawn_before + self._drafted)
+            self._window.scatter_(1, column + 1, token_ids[:, None])
+            self._drafted += 1
+
+        return run
+
+    def _verifying(self) -> Any:
+        """The pass over the certain token and all drafts."""
+        cache, context, tokens = self._context.cache, self._context, self._window.shape[1]
+        one = DensePass(cache, tokens, self._full, self._decoder.reaches, context.kv_bytes, self._starts)
+
+        def run(forward: Forward, model: nn.Module) -> None:
+            one.token_ids.copy_(self._window)
+            one.filled.copy_(self._filled + tokens)
+            logits = one.run(forward, model)
+            positions = self._drawn_before[:, None] + self._columns
+            self._note(logits[:, 0])
+            token_ids = self._sampler(logits, self._sequences[:, None], positions)
+            stands = (token_ids[:, :-1] == self._window[:, 1:]) & (self._columns[:-1] < self._drafted)
+            self._advance(token_ids, stands.long().cumprod(1).sum(1))
+
+        return run
+
+    def _full_step(self) -> Any:
+        """A step of full attention, where drafting does not pay."""
+        step = self._step(self._full, True)
+
+        def run(forward: Forward, model: nn.Module) -> None:
+            step.token_ids.copy_(self._window[:, 0])
+            step.filled.copy_(self._filled + 1)
+            logits = step.run(forward, model)
+            self._note(logits)
+            token_ids = self._sampler(logits, self._sequences, self._drawn_before)
+            self._advance(token_ids[:, None], torch.zeros_like(token_ids))
+
+        return run
+
+    def _note(self, logits: Tensor) -> None:
+        self._worst.copy_(torch.where(logits.isnan().all(-1), torch.nan, 0.0))
+
+    def _advance(self, token_ids: Tensor, accepted: Tensor) -> None:
+        """Take full attention's tokens `[B, T or 1]`, as far as drafts stood and one more."""
+        gained = (accepted + 1) * self._active
+        self._result[:, : token_ids.shape[1]] = token_ids
+        self._result[:, -1] = gained
+        self._window[:, :1] = token_ids.gather(1, accepted[:, None])
+        self._filled += gained
+        self._drawn_before += gained
+        self._drafted.zero_()
+        if self._state is not None:
+            tokens = self._window.shape[1]
+            layers = self._context.cache.layers
+            end = (self._filled + tokens).clamp(max=layers[0].capacity)
+            self._state.follow(lambda layer: layers[layer].store, self._known, end, 2 * tokens, self._starts)
+        self._known.copy_(self._filled)

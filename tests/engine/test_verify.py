@@ -1,0 +1,323 @@
+"""Lossless decoding writes what full attention writes, token for token, whatever is drafted and whoever samples."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from lycheedecode import Engine, HybridConfig, Sampling, policies
+from lycheedecode.engine import passes
+from lycheedecode.engine.pace import Pace
+from lycheedecode.engine.step import forward
+from lycheedecode.errors import ConfigError
+from lycheedecode.models.shape import ModelShape
+from lycheedecode.ops import KV, reference, write_means
+
+TIGHT = {"budget_tokens": 32, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
+FORMS = {
+    "hybrid": {},
+    "once a round": {"refresh_every": 8},
+    "paper": {"retrieval_attention": "full"},
+    "float8": {"scan_keys": "float8"},
+    "completed": {"completion": "centroid", "completion_chunk": 8},
+    "ratio": {"budget_tokens": None, "budget_ratio": 0.3},
+}
+SAMPLERS = {
+    "greedy": Sampling(),
+    "hot": Sampling(temperature=1.3, seed=1),
+    "top_p": Sampling(temperature=0.8, top_p=0.9, min_p=0.01, seed=2),
+    "top_k": Sampling(temperature=1.0, top_k=20, seed=1 << 45),
+}
+
+
+def lossless(model, every=5, execution="eager", sliding=(), tokenizer=None, **settings):
+    config = HybridConfig(**{**TIGHT, "verify_every": every, **settings})
+    return Engine(model, tokenizer, plan=tiny.plan(sliding), config=config, execution=execution)
+
+
+def tokens(results):
+    return [result.token_ids for result in results]
+
+
+# ---------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("sampling", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_text_is_full_attentions(llama, form, sampling):
+    rows = tiny.prompts(60, 37, 90)
+    expected = Engine(llama).generate(rows, 40, sampling=sampling)
+    results = lossless(llama, **form).generate(rows, 40, sampling=sampling)
+    assert tokens(results) == tokens(expected)
+    for result in results:
+        assert result.drafted == 5 * result.rounds
+        assert 0 < result.accepted < result.drafted  # some stood, and some did not
+        assert result.rounds + result.accepted >= 39
+
+
+@pytest.mark.parametrize(
+    ("execution", "every"), [*(("graph", every) for every in (1, 3, 8, 31, "auto")), ("compiled", 3)]
+)
+def test_captured_rounds_write_the_same(llama, every, execution):
+    """Off a GPU nothing is captured, but it is the same code, and all of it lies on the device."""
+    rows, sampling = tiny.prompts(60, 37), SAMPLERS["top_p"]
+    engine = lossless(llama, every, execution, completion="centroid", completion_chunk=8)
+    if execution == "compiled":
+        engine._decoder._backend = "aot_eager"
+    expected = Engine(llama).generate(rows, 30, sampling=sampling)
+    assert tokens(engine.generate(rows, 30, sampling=sampling)) == tokens(expected)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family(family):
+    """Also layers that look back a limited way."""
+    model, rows = tiny.model(family), tiny.prompts(60, 5, 37)
+    sliding = (1, 3) if family == "gemma3" else ()
+    for sampling in (SAMPLERS["greedy"], SAMPLERS["hot"]):
+        expected = Engine(model).generate(rows, 30, sampling=sampling)
+        assert tokens(lossless(model, sliding=sliding).generate(rows, 30, sampling=sampling)) == tokens(expected)
+
+
+@pytest.mark.parametrize("name", policies.NAMES)
+def test_every_policy_drafts(llama, name):
+    shape, coverage = ModelShape.of(llama), torch.rand(8, 8)
+    config = HybridConfig(**TIGHT)
+    policy = policies.make(name, shape=shape, config=config, plan=tiny.plan(), coverage=coverage)
+    engine = Engine(
+        llama, attention=policy.attention, config=replace(policy.config, verify_every=4, correction_every=0)
+    )
+    rows, sampling = tiny.prompts(60, 37), SAMPLERS["hot"]
+    assert tokens(engine.generate(rows, 20, sampling=sampling)) == tokens(
+        Engine(llama).generate(rows, 20, sampling=sampling)
+    )
+
+
+@pytest.mark.parametrize("budget", [64, 128, 256, 1024])
+def test_every_budget(llama, budget):
+    rows = tiny.prompts(300, 180)
+    config = HybridConfig(budget_tokens=budget, block_size=16, verify_every=6)
+    results = Engine(llama, plan=tiny.plan(), config=config).generate(rows, 50, sampling=SAMPLERS["hot"])
+    assert tokens(results) == tokens(Engine(llama).generate(rows, 50, sampling=SAMPLERS["hot"]))
+    if budget == 1024:  # it covers the context: drafts are full attention's
+        assert all(result.accepted == result.drafted for result in results)
+        assert all(result.rounds == 7 for result in results)
+
+
+def test_full_attention_in_the_shape_of_the_pass(llama):
+    """Without a plan nothing is drafted, and every token comes from the same pass, so also in 16 bits all are equal."""
+    rows = tiny.prompts(60, 37)
+    for model in (llama, tiny.model(dtype=torch.bfloat16)):
+        for sampling in (SAMPLERS["greedy"], SAMPLERS["hot"]):
+            shaped = Engine(model, config=HybridConfig(verify_every=5)).generate(rows, 30, sampling=sampling)
+            assert tokens(lossless(model).generate(rows, 30, sampling=sampling)) == tokens(shaped)
+            assert [(result.rounds, result.drafted) for result in shaped] == [(29, 0)] * 2
+            if model is llama:
+                assert tokens(shaped) == tokens(Engine(model).generate(rows, 30, sampling=sampling))
+
+
+def test_in_16_bits_other_tokens_are_near_ties():
+    """Where a text leaves full attention's, full attention had both tokens within its rounding."""
+    model, rows = tiny.model(dtype=torch.bfloat16), tiny.prompts(60, 37, 21, 90)
+    full, exact = Engine(model), Engine(tiny.model())
+    results = zip(rows, lossless(model).generate(rows, 60), full.generate(rows, 60), strict=True)
+    for row, one, other in results:
+        for t, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=True)):
+            if a != b:
+                fed = row + list(one.token_ids[:t])
+                logits, right = full.prefill([fed]).logits[0], exact.prefill([fed]).logits[0]
+                assert (right[a] - right[b]).abs() <= 4 * (logits - right).abs().max()
+                break
+
+
+# ---------------------------------------------------------------------- where a text ends
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 6, 7])
+def test_most_tokens(llama, most):
+    rows = tiny.prompts(60, 37)
+    expected = Engine(llama).generate(rows, most)
+    results = lossless(llama).generate(rows, most)
+    assert [(r.token_ids, r.finish_reason) for r in results] == [(r.token_ids, "length") for r in expected]
+
+
+def test_the_last_position(llama):
+    rows = tiny.prompts(500, 470)
+    expected = Engine(llama).generate(rows, 100)
+    assert tokens(lossless(llama).generate(rows, 100)) == tokens(expected)
+    assert len(expected[0].token_ids) == 13
+
+
+def test_stop_tokens_and_strings(llama, byte_tokenizer):
+    rows = tiny.prompts(60, 37, 44)
+    free = Engine(llama, byte_tokenizer).generate(rows, 40)
+    for stop in (
+        [free[0].token_ids[7], free[1].token_ids[11]],
+        [free[0].text[3:6], free[2].text[9:12]],
+        [free[1].text[5], free[0].token_ids[20]],
+    ):
+        expected = Engine(llama, byte_tokenizer).generate(rows, 40, stop=stop)
+        results = lossless(llama, tokenizer=byte_tokenizer).generate(rows, 40, stop=stop)
+        for one, other in zip(results, expected, strict=True):
+            assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
+
+
+def test_pieces_are_the_text(llama, byte_tokenizer):
+    engine = lossless(llama, tokenizer=byte_tokenizer)
+    pieces = list(engine.stream(tiny.prompts(60, 37), 30))
+    for sequence in (0, 1):
+        own = [piece for piece in pieces if piece.sequence == sequence]
+        assert "".join(piece.text for piece in own) == own[-1].generation.text
+
+
+def test_who_has_ended_is_not_read_any_more(llama):
+    rows = tiny.prompts(90, 90)
+    [first, _] = Engine(llama).generate(rows, 60)
+    engine = lossless(llama)
+    context = engine.prefill(rows, room=100)
+    engine.generate(context, 60, stop=[first.token_ids[3]])
+    early, late = context.kv_bytes.tolist()
+    assert early < 0.4 * late
+
+
+# ---------------------------------------------------------------------- neighbours, contexts, seeds
+
+
+def test_neighbours_do_not_matter(llama):
+    rows, sampling = tiny.prompts(60, 37, 90), SAMPLERS["hot"]
+    together = tokens(lossless(llama).generate(rows, 30, sampling=sampling))
+    assert tokens(lossless(llama).generate(rows[:1], 30, sampling=sampling)) == together[:1]
+    assert tokens(lossless(llama).generate([rows[2], rows[1]], 30, sampling=sampling))[1] == together[1]
+
+
+def test_one_prefill_serves_many_generations(llama):
+    """Of many engines, with many seeds; what was captured for one generation serves the next."""
+    engine, plain = lossless(llama, scan_keys="float8"), Engine(llama)
+    context = engine.prefill(tiny.prompts(60, 37))
+    for seed in (1, 2, 1):
+        sampling = Sampling(temperature=1.0, seed=seed)
+        expected = tokens(plain.generate(context, 20, sampling=sampling))
+        assert tokens(engine.generate(context, 20, sampling=sampling)) == expected
+    assert tokens(lossless(llama, 3).generate(context, 20)) == tokens(plain.generate(context, 20))
+    context = engine.prefill(tiny.prompts(60, 37), room=60)
+    made = []
+    for seed in (1, 2):
+        engine.generate(context, 20, sampling=Sampling(temperature=1.0, seed=seed))
+        made.append([rounds for key, rounds in context.kept_steps.items() if "rounds" in key])
+    assert len(made[0]) == 1
+    assert made[0] == made[1]
+
+
+def test_without_a_seed_texts_differ(llama):
+    engine, sampling = lossless(llama), Sampling(temperature=1.5)
+    context = engine.prefill(tiny.prompts(60), room=60)
+    assert tokens(engine.generate(context, 20, sampling=sampling)) != tokens(
+        engine.generate(context, 20, sampling=sampling)
+    )
+
+
+# ---------------------------------------------------------------------- what an attention keeps beside the cache
+
+
+def test_what_is_kept_beside_the_cache_follows_it(llama):
+    """Copies of keys and means of chunks are those of the tokens that stood."""
+    settings = {"scan_keys": "float8", "completion": "centroid", "completion_chunk": 8}
+    engine = lossless(llama, 4, **settings)
+    context = engine.prefill(tiny.prompts(60, 37), room=100)
+    engine.generate(context, 40, sampling=SAMPLERS["hot"])
+    [rounds] = [rounds for key, rounds in context.kept_steps.items() if "rounds" in key]
+    state, starts, filled = context.cache.state, context.cache.starts, rounds._known
+    for layer in range(tiny.LAYERS):
+        store = context.cache.layers[layer].store
+        heads = state.copy.heads[layer]
+        if heads:
+            right = torch.zeros(2, len(heads), *store[0].shape[2:]).to(torch.float8_e4m3fn)
+            reference.write_copy(right, store[0], heads, 0, store[0].shape[2])
+        right_means = torch.zeros_like(torch.stack(state.means.of_layer(layer)))
+        write_means(KV(*store, filled - starts, starts), 8, *right_means)
+        for b, end in enumerate(filled.tolist()):
+            begin = int(starts[b])
+            if heads:
+                copy = state.copy.of_layer(layer)
+                assert torch.equal(copy[b, :, begin:end].float(), right[b, :, begin:end].float())
+            chunks = (end - begin) // 8
+            for mean, expected in zip(state.means.of_layer(layer), right_means, strict=True):
+                torch.testing.assert_close(mean[b, :, :chunks], expected[b, :, :chunks])
+
+
+# ---------------------------------------------------------------------- passes
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("many", [1, 7, 32])
+def test_a_pass_is_as_many_steps_of_full_attention(family, many):
+    engine = Engine(tiny.model(family))
+    rows, answers = tiny.prompts(60, 37), torch.tensor(tiny.prompts(many, many))
+    context = engine.prefill(rows, room=40)
+    expected = engine.score(context, answers)
+    stepped = [layer.store[0].clone() for layer in context.cache.layers]
+    with torch.inference_mode(), engine._decoder.route:
+        one = passes.DensePass(context.cache, many, engine._full, engine._reaches, context.kv_bytes)
+        one.token_ids.copy_(answers)
+        one.filled.fill_(context.cache.length + many)
+        logits = one.run(forward, engine.model)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    filled = context.cache.length + many
+    for layer, keys in zip(context.cache.layers, stepped, strict=True):
+        torch.testing.assert_close(layer.store[0][0, :, :filled], keys[0, :, :filled], atol=1e-4, rtol=1e-4)
+
+
+def test_cache_correction_in_longer_stretches_than_a_pass_takes(llama):
+    rows, answers = tiny.prompts(60, 37), torch.tensor(tiny.prompts(45, 45))
+    corrected = Engine(llama, plan=tiny.plan(), config=HybridConfig(**TIGHT, correction_every=45))
+    logits = corrected.score(rows, answers)
+    torch.testing.assert_close(logits[:, -1], Engine(llama).score(rows, answers)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- how many drafts
+
+
+def paced(draft, verify, full, share, rounds=40):
+    """The number of drafts that a pace settles on."""
+    pace, drawn = Pace(8, fixed=False), torch.Generator().manual_seed(0)
+    for _ in range(rounds):
+        drafts = pace.next()
+        stood = [int((torch.rand(drafts, generator=drawn) < share).long().cumprod(0).sum()) for _ in range(4)]
+        pace.saw(drafts, stood, draft * drafts, verify if drafts else full)
+    return drafts
+
+
+def test_drafts_are_as_many_as_pay():
+    assert paced(0.3, 1, 1, 0.97) == 8
+    assert 2 <= paced(0.5, 1, 1, 0.85) <= 5
+    assert paced(0.9, 1.2, 1, 0.9) == 0  # a draft is hardly cheaper than a full step
+    assert paced(0.5, 1, 1, 0.2) == 0
+    assert paced(0.1, 1, 1, 0.5) >= 2
+
+
+def test_drafting_is_tried_again():
+    pace = Pace(8, fixed=False)
+    pace.saw(0, [0], 0.0, 1.0)
+    pace.saw(8, [0], 8.0, 1.0)
+    assert [pace.next() for _ in range(128)].count(0) == 126
+    assert Pace(6, fixed=True).next() == 6
+
+
+def test_auto_without_a_plan_is_full_attention(llama):
+    rows = tiny.prompts(60, 37)
+    results = Engine(llama, config=HybridConfig(verify_every="auto")).generate(rows, 20)
+    assert tokens(results) == tokens(Engine(llama).generate(rows, 20))
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("every", [-1, 32, 2.5, True, "always", None])
+def test_numbers_of_drafts_are_checked(every):
+    with pytest.raises(ConfigError, match=r"verify_every must be 'auto' or a whole number from 0 to 31"):
+        HybridConfig(verify_every=every)
+
+
+def test_cache_correction_is_not_for_rounds():
+    with pytest.raises(ConfigError, match="leave out correction_every"):
+        HybridConfig(verify_every=4, correction_every=32)
