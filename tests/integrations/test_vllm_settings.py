@@ -52,6 +52,7 @@ def test_no_plan(given):
         ({"budget_tokens": -1}, "budget_tokens must be"),
         ({"refresh_every": 2}, "refresh_every must be 1 in vLLM"),
         ({"correction_every": 32}, "correction_every must be 0 in vLLM"),
+        ({"verify_every": 4}, "verify_every must be 0 in vLLM"),
         ({"scan_keys": "float8"}, "scan_keys must be 'cache' in vLLM"),
     ],
     ids=["unknown", "senseless", "refresh", "correction", "8-bit scan"],

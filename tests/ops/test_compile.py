@@ -17,6 +17,7 @@ from lycheedecode.ops import operators as kernels
 from lycheedecode.ops.append.rope import Rotation
 from lycheedecode.ops.append.triton import append
 from lycheedecode.ops.complete.triton import write_means
+from lycheedecode.ops.noise.triton import add_noise
 
 
 def check(compiled, tmp_path, count, spills=8):
@@ -200,6 +201,13 @@ def test_appending(compiled, normed, tmp_path, monkeypatch):
     )
     rotation = Rotation(query[:, 0], query[:, 0], *([query[0, 0]] * 2 if normed else [None] * 2), 1e-5)
     append(cache, cache, key, key, torch.zeros(1, dtype=torch.int32), query, rotation)
+    check(compiled, tmp_path, 1)
+
+
+def test_noise(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    place = torch.zeros(4, dtype=torch.int32)
+    add_noise(torch.empty(4, 128256), place[:2], place, place)
     check(compiled, tmp_path, 1)
 
 

@@ -115,6 +115,54 @@ class StepSettings(ModelSettings):
         return replace(super().shrunk(), steps=4)
 
 
+PARTS = ("attend", "rounds", "real")
+"""What `bench lossless` times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LosslessSettings(ModelSettings):
+    """What `bench lossless` times.
+
+    Attributes:
+        parts: attend: attention of several tokens; rounds: a round of a model with random weights; real: texts.
+        drafts: of a round (rounds).
+        refresh: drafts from one selection to the next (rounds, real).
+        gained: tokens that a round is taken to gain, measured on real models (rounds).
+        steps: that are timed (rounds).
+        tune: try other launches, too (attend).
+        plan: head plan (real).
+        ways: drafts of a round, auto, or hybrid (real).
+        texts: what is continued (real).
+        tokens: new tokens of each text (real).
+        temperature: of sampling; greedy without (real).
+        dtype: of the model (real).
+        execution: how steps run.
+    """
+
+    parts: tuple[str, ...] = ("rounds",)
+    drafts: tuple[int, ...] = (8,)
+    refresh: tuple[int, ...] = (1,)
+    gained: float = 7.4
+    steps: int = 20
+    tune: bool = False
+    plan: str | None = None
+    ways: tuple[str, ...] = ("8", "auto")
+    texts: tuple[str, ...] = ("code", "prose")
+    tokens: int = 256
+    temperature: float | None = None
+    dtype: str = "auto"
+    execution: Literal["auto", "compiled", "graph", "eager"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("parts", self.parts, PARTS)
+        if "real" in self.parts and self.plan is None and not self.smoke:
+            raise ConfigError("parts=real needs a plan.")
+
+    def shrunk(self) -> LosslessSettings:
+        return replace(super().shrunk(), budget_tokens=128, steps=2, parts=("rounds",), execution="graph")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings(ModelSettings):
     """What `bench generate` times.

@@ -9,7 +9,14 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from ..bench.settings import BenchSettings, GenerateSettings, OpsSettings, ServingSettings, StepSettings
+from ..bench.settings import (
+    BenchSettings,
+    GenerateSettings,
+    LosslessSettings,
+    OpsSettings,
+    ServingSettings,
+    StepSettings,
+)
 from .options import Json, takes
 from .report import check_writable, quiet, save, screen
 
@@ -73,6 +80,14 @@ def ops(given: dict[str, Any], json_file: Json = None) -> None:
 def step(given: dict[str, Any], json_file: Json = None) -> None:
     """Verify and time whole decode steps of a model."""
     _run("step", StepSettings(**given), json_file)
+
+
+@app.command()
+@takes("given", LosslessSettings, panels={})
+def lossless(given: dict[str, Any], json_file: Json = None) -> None:
+    """Verify and time rounds of drafts and the pass that verifies them."""
+    settings = LosslessSettings(**given)
+    _run("lossless", settings, json_file, needs_gpu=settings.parts != ("real",))
 
 
 @app.command(cls=_Benchmark)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..checks import check_types
 from ..errors import ConfigError
 
@@ -80,7 +81,7 @@ class Sampler:
 
     def reseed(self, sampling: Sampling) -> None:
         """Take the seed of other settings, which must be the same otherwise."""
-        self._seed.copy_(seed_words(torch.Generator().seed() if sampling.seed is None else sampling.seed))
+        self._seed.copy_(ops.seed_words(torch.Generator().seed() if sampling.seed is None else sampling.seed))
 
     def __call__(self, logits: Tensor, sequences: Tensor | None = None, positions: Tensor | int = 0) -> Tensor:
         """Draw.
@@ -96,55 +97,17 @@ class Sampler:
         """
         if self._greedy:
             return logits.argmax(-1)
+        shape = logits.shape[:-1]
         if sequences is None:
-            sequences = torch.arange(logits.shape[0], device=logits.device)
+            sequences = torch.arange(shape[0], device=logits.device)
+        if not isinstance(positions, Tensor):
+            positions = torch.full((), positions, device=logits.device)
+        places = [place.int().expand(shape).flatten() for place in (sequences, positions)]
         rows = logits.float().flatten(0, -2)
         for keep in self._filters:
             rows = keep(None, rows)
-        drawn = rows.unflatten(0, logits.shape[:-1]) + gumbel(self._seed, sequences, positions, logits.shape[-1])
-        return drawn.argmax(-1)
-
-
-# ---------------------------------------------------------------------- noise
-
-_GOLDEN = 0x9E3779B9
-
-
-def seed_words(seed: int) -> Tensor:
-    """A seed of up to 64 bits, int32 `[2]`."""
-    return torch.tensor([_signed(seed), _signed(seed >> 32)], dtype=torch.int32)
-
-
-def gumbel(seed: Tensor, sequences: Tensor, positions: Tensor | int, vocabulary: int) -> Tensor:
-    """Gumbel noise, float32 `[..., V]`, for the words of a seed, and sequences and positions `[...]` that expand.
-
-    Its 32 random bits are hashed from these numbers by integer operations, the same on every device; the logarithms
-    are taken in float64, so that devices differ by a rounding of float32 at most, and that once in many millions.
-    """
-    where = sequences.int()
-    if isinstance(positions, Tensor) or positions:
-        where, positions = torch.broadcast_tensors(where, torch.as_tensor(positions, device=where.device).int())
-    keys = []
-    for word in seed.unbind():
-        key = _mixed(where * _signed(_GOLDEN) + (word ^ _signed(_GOLDEN >> len(keys))))
-        keys.append(_mixed(key + positions + 1)[..., None])
-    bits = torch.arange(vocabulary, dtype=torch.int32, device=where.device) * _signed(_GOLDEN) + keys[0]
-    bits = _mixed(_mixed(bits) ^ keys[1])
-    uniform = (bits.double() + (2**31 + 0.5)) * 2.0**-32  # in (0, 1), neither end included
-    return uniform.log_().neg_().log_().neg_().float()
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """A hash of 32 bits, one to one: shifts and multiplications, with the constants that C. Wellons' search found."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = (bits ^ ((bits >> shift) & ((1 << 32 - shift) - 1))) * _signed(factor)
-    return bits ^ ((bits >> 16) & 0xFFFF)
-
-
-def _signed(word: int) -> int:
-    """32 bits as the int32 that they are."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
+        drawn = ops.add_noise(rows, self._seed, *places)
+        return drawn.argmax(-1).unflatten(0, shape)
 
 
 # ---------------------------------------------------------------------- text

@@ -112,6 +112,7 @@ class FixedStep:
         attention, reaches, state, refresh: as in `FlexibleStep`.
         kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
         starts: int32 `[B]`, in place of the cache's.
+        looks: whether it may look, on a CPU, where the tokens end, and leave alone what lies behind them.
     """
 
     def __init__(
@@ -123,8 +124,10 @@ class FixedStep:
         refresh: bool,
         kv_bytes: Tensor,
         starts: Tensor | None = None,
+        looks: bool = False,
     ) -> None:
         self.stores = [layer.store for layer in cache.layers]
+        self._looks, self._slots = looks and kv_bytes.device.type == "cpu", None
         self.state, self.kv_bytes = state, kv_bytes
         self._attention, self._reaches, self._refresh, self._key_bytes = attention, reaches, refresh, cache.key_bytes
         batch, device = kv_bytes.shape[0], kv_bytes.device
@@ -143,10 +146,21 @@ class FixedStep:
             else:
                 first = reach.first_slot(self.filled, starts)
                 self._ends[reach] = self.filled - first, first
+        if self._looks:
+            self._look()
         with running(self):
             logits = forward(model, self.token_ids, lengths)
         self._attention.count_bytes(self.kv_bytes, lengths, self.state, self._refresh, self._key_bytes)
         return logits
+
+    def _look(self) -> None:
+        """Where all sequences end in the same slot, nothing has to be masked at the end."""
+        ends = self.filled.tolist()
+        self._slots = max(ends)
+        if min(ends) == self._slots:
+            from_zero = self._starts is None or not self._starts.any()
+            for reach, (_, first) in self._ends.items():
+                self._ends[reach] = None, None if reach.is_all and from_zero else first
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
@@ -155,7 +169,7 @@ class FixedStep:
         keys, values = self.stores[layer]
         query = ops.append(keys, values, key, value, self.filled, query, rotation)
         reach = self._reaches[layer]
-        kv = KV(keys, values, *self._ends[reach])
+        kv = KV(keys[:, :, : self._slots], values[:, :, : self._slots], *self._ends[reach])
         if reach.is_all:
             return self._attention(layer, query, kv, self.state, scale, self._refresh)
         return ops.attend(query, kv, scale)

@@ -77,6 +77,10 @@ class Rounds:
         context: prompts, with room for what is to come (`spare_slots`).
         sampling: how tokens are drawn.
         config: its `verify_every`.
+
+    Attributes:
+        tokens: of a pass.
+        parts: what a round consists of: `select` and `keep`, drafts with and without a new selection, `verify`, `full`.
     """
 
     def __init__(
@@ -85,7 +89,8 @@ class Rounds:
         cache, self._decoder, self._full, self._config = context.cache, decoder, full, config
         self._context, self._hybrid = context, not isinstance(decoder.attention, FullAttention)
         self._state, self._place = cache.state_for(decoder.attention)[0], cache.place
-        batch, device, tokens = len(context.prompt_lengths), context.logits.device, most_drafts(config) + 1
+        batch, device = len(context.prompt_lengths), context.logits.device
+        self.tokens = tokens = most_drafts(config) + 1
         self._sampler = Sampler(sampling, device)
         self._sequences = torch.arange(batch, device=device)
         self._columns = torch.arange(tokens, device=device)
@@ -100,7 +105,7 @@ class Rounds:
             for store in layer.store:
                 store[:, :, cache.length :].zero_()
         self._worst = torch.zeros(batch, device=device)  # a logit of the newest tokens; NaN if all are
-        self._captured: dict[str, Captured] = {}
+        self.parts: dict[str, Captured] = {}
 
     @classmethod
     def over(
@@ -182,9 +187,9 @@ class Rounds:
         with self._decoder.route, torch.inference_mode():
             drafts, marks = self._pace.next(), [self._now()]
             for draft in range(drafts):
-                self._captured["keep" if draft % self._decoder.attention.refresh_every else "select"]()
+                self.parts["keep" if draft % self._decoder.attention.refresh_every else "select"]()
             marks.append(self._now())
-            self._captured["verify" if drafts or "full" not in self._captured else "full"]()
+            self.parts["verify" if drafts or "full" not in self.parts else "full"]()
             marks.append(self._now())
             return _Round(drafts, Coming(self._result), marks)
 
@@ -212,6 +217,24 @@ class Rounds:
     def _between(self, begin: Any, end: Any) -> float:
         return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
+    # ------------------------------------------------------------------ for those who measure
+
+    def clear(self) -> None:
+        """Forget the drafts and tokens so far, so that parts can be called in any order."""
+        self._drafted.zero_()
+        self._filled.fill_(self._context.cache.length)
+        self._known.fill_(self._context.cache.length)
+
+    def logits_of_pass(self, token_ids: Tensor) -> Tensor:
+        """float32 `[B, T, V]` of full attention for tokens `[B, T]` after the prompts, from the pass that verifies."""
+        with torch.inference_mode():
+            self.clear()
+            self._window.copy_(token_ids)
+            self._filled.fill_(self._context.cache.length)
+        with torch.inference_mode(), self._decoder.route:
+            self.parts["verify"]()
+            return self._pass_logits.clone()
+
     # ------------------------------------------------------------------ what is captured
 
     def _capture(self) -> None:
@@ -229,13 +252,14 @@ class Rounds:
             self._context.kv_bytes,
         ]  # fmt: skip
         for name, run in parts.items():
-            if name not in self._captured:
-                self._captured[name] = self._decoder.capture(run, kept)
+            if name not in self.parts:
+                self.parts[name] = self._decoder.capture(run, kept)
 
     def _step(self, attention: DecodeAttention, refresh: bool) -> FixedStep:
         cache, context = self._context.cache, self._context
         state = self._state if attention is self._decoder.attention else None
-        return FixedStep(cache, attention, self._decoder.reaches, state, refresh, context.kv_bytes, self._starts)
+        looks = self._decoder.way == "eager" and getattr(attention, "graph_safe", False)
+        return FixedStep(cache, attention, self._decoder.reaches, state, refresh, context.kv_bytes, self._starts, looks)
 
     def _drafting(self, refresh: bool) -> Any:
         """A hybrid step from the last draft to the next."""
@@ -254,13 +278,13 @@ class Rounds:
 
     def _verifying(self) -> Any:
         """The pass over the certain token and all drafts."""
-        cache, context, tokens = self._context.cache, self._context, self._window.shape[1]
+        cache, context, tokens = self._context.cache, self._context, self.tokens
         one = DensePass(cache, tokens, self._full, self._decoder.reaches, context.kv_bytes, self._starts)
 
         def run(forward: Forward, model: nn.Module) -> None:
             one.token_ids.copy_(self._window)
             one.filled.copy_(self._filled + tokens)
-            logits = one.run(forward, model)
+            logits = self._pass_logits = one.run(forward, model)
             positions = self._drawn_before[:, None] + self._columns
             self._note(logits[:, 0])
             token_ids = self._sampler(logits, self._sequences[:, None], positions)
@@ -296,7 +320,7 @@ class Rounds:
         self._drawn_before += gained
         self._drafted.zero_()
         if self._state is not None:
-            tokens = self._window.shape[1]
+            tokens = self.tokens
             layers = self._context.cache.layers
             end = (self._filled + tokens).clamp(max=layers[0].capacity)
             self._state.follow(lambda layer: layers[layer].store, self._known, end, 2 * tokens, self._starts)

@@ -37,6 +37,11 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
     config = config or HybridConfig()
     if config.correction_every:
         raise ConfigError("Cache Correction (correction_every) rewrites the cache, which only Engine can do.")
+    if config.verify_every:
+        raise ConfigError(
+            "Lossless decoding (verify_every) drafts and verifies over one cache, which only Engine does: generate's "
+            "assisted decoding keeps a cache for the drafts and another for the model."
+        )
     if config.refresh_every > 1:
         raise ConfigError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
     if config.scan_keys != "cache":

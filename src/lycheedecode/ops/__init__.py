@@ -9,6 +9,7 @@
     attend_select   the same for retrieval heads that are dense: attend, and select from the same weights
     write_means     tokens of whole chunks                     -> their mean key and value
     append          the newest token, normed and rotated       -> the cache
+    add_noise       logits, and where their tokens stand       -> logits to take the largest of [rows, V]
     count_bytes     what all of them read of the cache         -> added to a total              [B]
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
@@ -22,6 +23,7 @@ from .attend import attend, attend_blocks, attend_select, attend_tokens
 from .complete import write_means
 from .complete.means import ChunkMeans
 from .count import count_bytes
+from .noise import add_noise, seed_words
 from .scan import has_float8, scan_blocks, scan_select
 from .scan.copy import KeyCopy
 from .select import select_blocks
@@ -34,6 +36,7 @@ __all__ = [
     "Completion",
     "KeyCopy",
     "Selections",
+    "add_noise",
     "append",
     "attend",
     "attend_blocks",
@@ -43,6 +46,7 @@ __all__ = [
     "has_float8",
     "scan_blocks",
     "scan_select",
+    "seed_words",
     "select_blocks",
     "write_means",
 ]

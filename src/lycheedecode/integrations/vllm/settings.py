@@ -89,7 +89,7 @@ def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
     self_check, allow_off = (_switch(given, name) for name in ("self_check", "allow_off"))
     most = given.pop("max_budget_tokens", None)
     config = HybridConfig.from_dict(given)
-    for name, only in (("refresh_every", 1), ("correction_every", 0), ("scan_keys", "cache")):
+    for name, only in (("refresh_every", 1), ("correction_every", 0), ("verify_every", 0), ("scan_keys", "cache")):
         if getattr(config, name) != only:
             raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
     if config.completion == "centroid":

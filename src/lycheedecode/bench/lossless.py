@@ -1,0 +1,317 @@
+"""`bench lossless`: what a round costs, part by part, and what real models gain end to end.
+
+    attend   attention of 1, 5, 9, 16 query tokens over one cache       they should take the time of one
+    rounds   a full step, a draft, the pass, a whole round              random weights say nothing of acceptance: the
+             of a model with random weights                             tokens that a round gains are given
+    real     texts continued by full attention, and losslessly          same tokens? how many drafts stand? how fast?
+
+Passes are verified against full steps before anything is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import takewhile
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import HybridConfig
+from ..engine.context import Context
+from ..engine.engine import Engine
+from ..engine.sampling import Sampling
+from ..engine.verify import Rounds, spare_slots
+from ..errors import ConfigError, DeviceError, MismatchError
+from ..models.load import load_model
+from ..ops import KV
+from ..ops.attend import triton_rows
+from ..ops.kernel_common import Tuning
+from ..plan import HeadPlan
+from ..prompts.text import load_text
+from ..results import Result
+from .harness import say
+from .models import MODELS, build, plan_for, random_context, release
+from .settings import LosslessSettings
+from .timing import read_bandwidth, time_calls
+from .verify import relative_error
+
+TOKENS = 1, 5, 9, 16
+
+
+def run(settings: LosslessSettings, device: str) -> dict[str, Any]:
+    """Verify and time; raises `MismatchError`, and then there are no times."""
+    if "attend" in settings.parts and device == "cpu":
+        raise DeviceError("Attention of several tokens is timed on a CUDA GPU.")
+    parts = {"attend": bench_attend, "rounds": bench_rounds, "real": bench_real}
+    return {"rows": [{"part": part, **row} for part in settings.parts for row in parts[part](settings, device)]}
+
+
+def lines(result: Result) -> Iterator[str]:
+    """The measurements, a line each."""
+    shown = {"attend": format_attend, "rounds": format_round, "real": format_real}
+    yield from (shown[row["part"]](row) for row in result.rows)
+
+
+_ROOM = 128
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Of logits, relative; see `bench.step`."""
+
+
+# ---------------------------------------------------------------------- attention
+
+
+def bench_attend(settings: LosslessSettings, _: str) -> list[dict[str, Any]]:
+    """Times of a layer for every context, batch and number of query tokens, as a share of the read bandwidth."""
+    pool = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
+    bandwidth, rows = read_bandwidth(pool), []
+    del pool
+    shape = MODELS[settings.model][1]
+    heads, kv_heads, dim = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    for context in settings.contexts:
+        for batch in settings.batches:
+            for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+                store = torch.randn(2, batch, kv_heads, context, dim, dtype=torch.bfloat16, device="cuda").to(dtype)
+                kv = KV(store[0], store[1], torch.full((batch,), context, dtype=torch.int32, device="cuda"))
+                for row in _attend_rows(kv, heads, settings.tune):
+                    row |= {"batch": batch, "context": context, "dtype": str(dtype).removeprefix("torch.")}
+                    row |= {"tb_s": store.nbytes / row["ms"] / 1e9, "share": store.nbytes / row["ms"] * 1e3 / bandwidth}
+                    rows.append(row)
+                    say(format_attend(row))
+                del store, kv
+                release()
+    return rows
+
+
+def format_attend(row: dict[str, Any]) -> str:
+    """A line for people."""
+    case = f"{row['op']:9} T {row['tokens']:2} {row['batch']} x {row['context']} {row['dtype']}"
+    return f"{case}: {row['ms']:.4f} ms, {row['tb_s']:.2f} TB/s, {row['share']:.1%}  {row['tuning']}"
+
+
+def _attend_rows(kv: KV, heads: int, tune: bool) -> Iterator[dict[str, Any]]:
+    batch, kv_heads, _, dim = kv.keys.shape
+    eight_bits, scale = kv.keys.dtype == torch.float8_e4m3fn, dim**-0.5
+    scales = (torch.ones(kv_heads, device="cuda"),) * 2 if eight_bits else None
+    if not eight_bits:
+        query = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
+        yield {
+            "op": "one token",
+            "tokens": 1,
+            "tuning": "",
+            "ms": time_calls([lambda: ops.attend(query, kv, scale)]).ms,
+        }
+    for tokens in TOKENS:
+        several = torch.randn(batch, tokens, heads, dim, dtype=torch.bfloat16, device="cuda")
+        usual = triton_rows.default_tuning(batch * kv_heads, tokens * heads // kv_heads, kv)
+        for tuning in _tunings(usual, batch * kv_heads) if tune and tokens == 9 else [usual]:
+            call = partial(triton_rows.attend_tokens, several, kv, scale, None, scales, tuning)
+            try:
+                timing = time_calls([call])
+            except Exception as error:  # a launch that this GPU cannot hold is one less to choose from
+                say(f"{tuple(tuning)}: {type(error).__name__}")
+                continue
+            yield {"op": "several", "tokens": tokens, "tuning": str(tuple(tuning)), "ms": timing.ms}
+
+
+def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
+    """Launches around the usual one."""
+    splits = [8, 16, 32] if pairs <= 16 else [4, 5, 8, 16]
+    shapes = (64, 4, 4), (64, 4, 3), (128, 4, 3), (128, 8, 3), (128, 8, 2), (64, 8, 4), (32, 4, 5)
+    return [usual, *(Tuning(s, *shape, usual.early) for s in splits for shape in shapes)]
+
+
+# ---------------------------------------------------------------------- rounds
+
+
+def bench_rounds(settings: LosslessSettings, device: str) -> list[dict[str, Any]]:
+    """Times of a full step, a draft, a pass and a round; raises `MismatchError`, and then there are no times."""
+    model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = []
+    for length in settings.contexts:
+        for batch in settings.batches:
+            spare = spare_slots(HybridConfig(verify_every=max(settings.drafts)))
+            context = random_context(model, batch, length, _ROOM + spare)
+            full_ms = _full_ms(model, context, settings)
+            for drafts in settings.drafts:
+                for refresh in sorted({min(refresh, drafts) for refresh in settings.refresh}):
+                    row = {"batch": batch, "context": length, "full_ms": full_ms, "drafts": drafts, "refresh": refresh}
+                    rows.append(row | _round(model, context, settings, drafts, refresh, full_ms))
+                    say(format_round(rows[-1]))
+            del context
+            release()
+    return rows
+
+
+def _full_ms(model: nn.Module, context: Context, settings: LosslessSettings) -> float:
+    engine = Engine(model, execution=settings.execution)
+    token_ids = torch.full((len(context.prompt_lengths),), 7, device=engine.device)
+    context.rewind()
+    ms = _ms(lambda: engine.decode_one_token(context, token_ids), settings.steps, engine.device)
+    context.rewind()
+    return ms
+
+
+def _round(
+    model: nn.Module, context: Context, settings: LosslessSettings, drafts: int, refresh: int, full_ms: float
+) -> dict[str, Any]:
+    config = HybridConfig(
+        budget_tokens=settings.budget_tokens, block_size=settings.block_size, refresh_every=refresh, verify_every=drafts
+    )
+    engine = Engine(model, plan=plan_for(model), config=config, execution=settings.execution)
+    context.rewind()
+    began = time.perf_counter()
+    rounds = Rounds.over(engine._decoder, engine._full, context, Sampling(), config)
+    made = time.perf_counter() - began
+    error = _verified(engine, rounds, context)
+    with torch.inference_mode(), engine._decoder.route:
+        parts = {name: _ms(part, settings.steps, engine.device, rounds.clear) for name, part in rounds.parts.items()}
+
+        def whole() -> None:
+            for draft in range(drafts):
+                rounds.parts["keep" if draft % refresh else "select"]()
+            rounds.parts["verify"]()
+
+        round_ms = _ms(whole, max(settings.steps // 4, 2), engine.device, rounds.clear)
+    per_token = round_ms / settings.gained
+    return {
+        **{f"{name}_ms": ms for name, ms in parts.items()},
+        "round_ms": round_ms,
+        "gained": settings.gained,
+        "ms_per_token": per_token,
+        "speedup": full_ms / per_token,
+        "error": error,
+        "way": engine.way,
+        "first_seconds": made,
+    }
+
+
+def _verified(engine: Engine, rounds: Rounds, context: Context) -> float:
+    """Relative error of the logits of a pass against full steps over the same tokens."""
+    full = Engine(engine.model, execution="eager")
+    context.rewind()
+    token_ids = torch.randint(4, 200, (len(context.prompt_lengths), rounds.tokens), device=engine.device)
+    expected = torch.stack([full.decode_one_token(context, one) for one in token_ids.unbind(1)], 1)
+    context.rewind()
+    error = relative_error(rounds.logits_of_pass(token_ids), expected)
+    if not error <= _TOLERANCES[engine.model.dtype]:
+        raise MismatchError(f"the pass of {rounds.tokens} tokens differs from full steps by {error:.2e}.")
+    return error
+
+
+def _ms(run: Callable[[], Any], times: int, device: torch.device, between: Callable[[], Any] | None = None) -> float:
+    """Median milliseconds of a call."""
+    taken = []
+    for i in range(times + 2):
+        if between is not None:
+            between()
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            ms = begin.elapsed_time(end)
+        else:
+            began = time.perf_counter()
+            run()
+            ms = (time.perf_counter() - began) * 1e3
+        if i >= 2:
+            taken.append(ms)
+    return median(taken)
+
+
+def format_round(row: dict[str, Any]) -> str:
+    """A line for people."""
+    keep = f", without scan {row['keep_ms']:.3f}" if "keep_ms" in row else ""
+    return (
+        f"{row['batch']} x {row['context']}, {row['drafts']} drafts, selected every {row['refresh']}: full step "
+        f"{row['full_ms']:.3f} ms, draft {row['select_ms']:.3f}{keep}, pass {row['verify_ms']:.3f}, round "
+        f"{row['round_ms']:.3f}; if {row['gained']} tokens are gained a round: {row['ms_per_token']:.3f} ms a token, "
+        f"{row['speedup']:.2f}x  (error {row['error']:.1e}, {row['way']})"
+    )
+
+
+# ---------------------------------------------------------------------- real models
+
+
+def bench_real(settings: LosslessSettings, device: str) -> list[dict[str, Any]]:
+    """Texts continued by every way; the first one is full attention."""
+    model, tokenizer = load_model(settings.model, device=device, dtype=settings.dtype)
+    plan, rows = HeadPlan.load(settings.plan), []
+    for length in settings.contexts:
+        for batch in settings.batches:
+            prompts = [
+                prompt
+                for i, source in enumerate(settings.texts)
+                for prompt in _slices(tokenizer, source, length, batch * (i + 1) // len(settings.texts)
+                                      - batch * i // len(settings.texts))
+            ]  # fmt: skip
+            rows += _real_case(model, tokenizer, plan, prompts, length, settings)
+    return rows
+
+
+def _slices(tokenizer: Any, source: str, length: int, count: int) -> list[list[int]]:
+    """`count` slices of a text, far from each other."""
+    ids = tokenizer(load_text(source), verbose=False)["input_ids"]
+    if len(ids) < length:
+        raise ConfigError(f"{source} has {len(ids)} tokens, not {length}.")
+    return [ids[begin : begin + length] for begin in (i * (len(ids) - length) // max(count, 1) for i in range(count))]
+
+
+def _real_case(
+    model: nn.Module, tokenizer: Any, plan: HeadPlan, prompts: list[list[int]], length: int, settings: LosslessSettings
+) -> Iterator[dict[str, Any]]:
+    sampling = Sampling(temperature=settings.temperature or 0.0, seed=settings.seed)
+    base = {"budget_tokens": settings.budget_tokens, "block_size": settings.block_size}
+    engines = {"full": Engine(model, tokenizer, execution=settings.execution)}
+    for every in settings.ways:
+        for refresh in settings.refresh if every != "hybrid" else [1]:
+            rounds = {} if every == "hybrid" else {"verify_every": int(every) if every.isdigit() else every}
+            config = HybridConfig(**base, refresh_every=refresh, **rounds)
+            name = f"{every}, selected every {refresh}"
+            engines[name] = Engine(model, tokenizer, plan=plan, config=config, execution=settings.execution)
+    spare = max(spare_slots(engine.config) for engine in engines.values())
+    context = next(iter(engines.values())).prefill(prompts, room=settings.tokens + spare)
+    first: list[Any] = []
+    for name, engine in engines.items():
+        given = {"sampling": sampling, "ignore_eos": True}
+        engine.generate(context, min(settings.tokens, 40), **given)  # compiles and captures
+        results = engine.generate(context, settings.tokens, **given)
+        first = first or results
+        yield _real_row(name, results, first, length)
+        say(format_real(_real_row(name, results, first, length)))
+        context._kept_steps.clear()
+    del context
+    release()
+
+
+def _real_row(name: str, results: list[Any], first: list[Any], length: int) -> dict[str, Any]:
+    seconds = max(result.decode_seconds for result in results)
+    total = sum(len(result.token_ids) - 1 for result in results)
+    speed, base = total / seconds, sum(len(result.token_ids) - 1 for result in first)
+    rounds, drafted, accepted = (sum(getattr(r, n) for r in results) for n in ("rounds", "drafted", "accepted"))
+    same = [
+        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.token_ids, b.token_ids, strict=False)))
+        for a, b in zip(results, first, strict=True)
+    ]
+    return {
+        "way": name, "batch": len(results), "context": length, "tokens": len(results[0].token_ids), "seconds": seconds,
+        "tokens_per_second": speed, "speedup": speed / (base / max(result.decode_seconds for result in first)),
+        "gained": total / rounds if rounds else 1.0, "stood": accepted / drafted if drafted else None,
+        "same": same, "kv_bytes_per_token": sum(r.kv_bytes_per_token for r in results) / len(results),
+    }  # fmt: skip
+
+
+def format_real(row: dict[str, Any]) -> str:
+    """A line for people."""
+    stood = "" if row["stood"] is None else f", {row['gained']:.2f} tokens a round, {row['stood']:.0%} of drafts stood"
+    return (
+        f"{row['way']:28} {row['batch']} x {row['context']}: {row['tokens_per_second']:8.1f} tokens/s, "
+        f"{row['speedup']:.2f}x{stood}; first {min(row['same'])} to {max(row['same'])} of {row['tokens']} tokens are "
+        f"full attention's"
+    )
