@@ -135,7 +135,9 @@ def attend_select(
 
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
-    """Like attention over blocks of few heads; not timed yet."""
-    tuning = Tuning(1, common.tile_of(kv, 32768), 4, 3, common.starts_early(kv.keys.device))
+    """As dense attention, with tiles of which every warp has whole blocks; not timed by itself."""
+    tuning = Tuning(8, common.tile_of(kv, 32768), 4, 3, common.starts_early(kv.keys.device))
     tuning = common.fitting(tuning, kv)
-    return tuning._replace(splits=common.even_splits(pairs, triton.cdiv(kv.slots, tuning.tile), 256, 128))
+    if pairs <= 16:
+        tuning = tuning._replace(splits=common.even_splits(pairs, triton.cdiv(kv.slots, tuning.tile), 128, 64))
+    return tuning
