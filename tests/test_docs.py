@@ -33,16 +33,20 @@ def test_commands_and_their_options_exist(page):
             continue
         words = shlex.split(line, comments=True)
         command = words[1:3] if words[1] in ("evaluate", "bench") else words[1:2]
-        done = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"})
+        help_option = "--help-all" if words[1] == "identify" else "--help"
+        done = CliRunner().invoke(app, [*command, help_option], env={"COLUMNS": "300"})
         assert done.exit_code == 0, line
         for option in [word for word in words if word.startswith("--")]:
             assert f"{option} " in done.stdout, line
 
 
 def test_options_named_in_the_text_exist():
-    known = "".join(
-        CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"}).stdout
-        for command in (["generate"], ["identify"], ["inspect"], ["evaluate", "fidelity"], ["evaluate", "tasks"])
+    known = (
+        "".join(
+            CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"}).stdout
+            for command in (["generate"], ["inspect"], ["evaluate", "fidelity"], ["evaluate", "tasks"])
+        )
+        + CliRunner().invoke(app, ["identify", "--help-all"], env={"COLUMNS": "300"}).stdout
     )
     for page in PAGES:
         for option in re.findall(r"`[^`\n]*?(--[a-z-]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import COMMANDS, app
+from lycheedecode.cli.report import Steps, show_table
 from lycheedecode.errors import MismatchError
 from lycheedecode.identify import IdentifySettings, pipeline
 
@@ -65,7 +68,12 @@ def refusal(*arguments: str, **options) -> str:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([name, "--help"] for name in COMMANDS), ["evaluate", "fidelity", "--help"]],
+    [
+        ["--help"],
+        *([name, "--help"] for name in COMMANDS),
+        ["identify", "--help-all"],
+        ["evaluate", "fidelity", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help(arguments):
@@ -79,12 +87,12 @@ def test_the_list_of_commands_says_what_their_own_help_says(name):
 
 
 def test_every_setting_has_an_option_with_help():
-    text = run("identify", "--help", env={"COLUMNS": "300"}).stdout
+    text = run("identify", "--help-all", env={"COLUMNS": "300"}).stdout
     tables = {"config", "train_cells", "calibrate_cells", "texts", "completion_factors"}
     for settings, left_out in ((HybridConfig, {"verify_every"}), (IdentifySettings, tables)):
         for name in set(settings.__dataclass_fields__) - left_out:
-            flag = "--top-p-mass" if name == "top_p" else f"--{name.replace('_', '-')}"
-            line = next(line for line in text.splitlines() if f" {flag} " in line)
+            flag = f"--{name.replace('_', '-')}"
+            line = next(line for line in text.splitlines() if re.search(rf" {flag}[ ,]", line))
             assert len(line.strip(" │").split()) > 4, line
 
 
@@ -94,6 +102,9 @@ def test_version():
 
 def test_wrong_usage_takes_one_line():
     assert "No such command 'walk'. See: lycheedecode --help" in refusal("walk")
+    assert "No such command 'generat': did you mean generate? See: lycheedecode --help" in refusal("generat")
+    assert "Did you mean 'step'?" in refusal("bench", "stp")
+    assert "Missing argument 'PLAN'. See: lycheedecode identify --help" in refusal("identify")
     assert "--budget" in refusal("generate", "--budget", "5", "x")
     assert "'--block-size'" in refusal("generate", "--block-size", "many", "x")
     assert "'--selection'" in refusal("generate", "--selection", "best", "x")
@@ -152,8 +163,21 @@ def test_generate_prints_what_the_engine_makes(base, model_folder, plan_file, tm
     assert report["environment"]["machine"]["cores"] >= 1
 
 
-def test_a_budget_that_covers_the_context_changes_nothing(base, plan_file):
-    assert run(*base, "--plan", plan_file, PROMPT).stdout == run(*base, "--full", PROMPT).stdout
+def test_a_budget_that_covers_the_context_changes_nothing_and_says_so(base, plan_file):
+    done = run(*base, "--plan", plan_file, PROMPT)
+    assert done.stdout == run(*base, "--full", PROMPT).stdout
+    assert "Nothing is sparse here: 222 tokens, budget 4,096." in done.stderr
+    assert "Nothing is sparse" not in run(*base, "--plan", plan_file, *BUDGET, PROMPT).stderr
+
+
+def test_standard_output_may_take_the_result_alone(base, plan_file):
+    done = run(*base, "--plan", plan_file, *BUDGET, "--json", "-", PROMPT)
+    assert json.loads(done.stdout)["result"]["text"] in done.stderr
+    call = ["evaluate", "fidelity", *base[1:-3], "--plan", plan_file, "--prompts", "1", *BUDGET]
+    done = run(*call, "--cells", "noise:300:passkey:1", "--policies", "hybrid", "--json", "-")
+    assert json.loads(done.stdout)["command"] == "evaluate fidelity"
+    assert "mean KL of the plan" in done.stderr
+    assert json.loads(run("inspect", plan_file, "--json", "-").stdout)["command"] == "inspect"
 
 
 def test_the_prompt_comes_from_wherever_it_is_given(base, tmp_path):
@@ -227,6 +251,7 @@ def test_lossless_generation_is_full_attentions(base, plan_file, drafts, tmp_pat
 
 
 def test_generate_refuses_files_it_cannot_use(base, model_folder, plan_file, tmp_path):
+    name = Path(model_folder).name
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     assert "is not UTF-8 text" in refusal(*base, "--full", "--prompt-file", str(tmp_path / "latin.txt"))
     assert "There is no file" in refusal(*base, "--full", "--prompt-file", str(tmp_path / "missing"))
@@ -237,8 +262,20 @@ def test_generate_refuses_files_it_cannot_use(base, model_folder, plan_file, tmp
     HeadPlan.all_retrieval(4, 3, model={"name": "other"}).save(tmp_path / "other.json")
     said = refusal(*base, "--plan", str(tmp_path / "other.json"), "x")
     assert "This head plan is for other with 3 KV heads per layer; the model has 2" in said
-    assert "give --plan" in refusal(*base, "x")
+    said = refusal(*base, "x")
+    assert f"make one with `lycheedecode identify {name}-plan.json --model {model_folder}` (about 1 min and" in said
+    assert f"on this CPU), then add --plan {name}-plan.json." in said
+    typo = model_folder[:-1] + "_"
+    for full in ([], ["--full"]):
+        said = refusal("generate", "--model", typo, *full, "x")
+        assert f"There is no model at {typo!r}: did you mean {model_folder!r}?" in said
+    assert f"there is no folder {str(tmp_path / 'a')!r}" in refusal("identify", "p", "--model", f"{tmp_path}/a/b")
+    assert "There is no head plan for 'somebody/model': make one with" in refusal(
+        "generate", "-m", "somebody/model", "x"
+    )
     missing = str(tmp_path / "no-model")
+    assert "There is no model at" in refusal("generate", "--model", missing, "--plan", plan_file, "x")
+    Path(missing).mkdir()
     assert "cannot be loaded" in refusal("generate", "--model", missing, "--plan", plan_file, "x")
 
 
@@ -338,6 +375,7 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     call += ["--dtype", "float32", "--prompts", "2", *BUDGET, "--cells", "noise:400:passkey:1"]
     done = run(*call)
     assert "mean KL of the plan: " in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     first = json.loads((tmp_path / "fidelity.json").read_text(encoding="utf-8"))
     [(cell, scores)] = first["result"]["cells"].items()
     assert cell == "400 tokens of noise, 1 passkey"
@@ -423,13 +461,46 @@ def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
     assert "with at least 2 tokens" in refusal(*call, "--cells", "noise:300:long:1")
     assert "do not fit the model's 512 positions" in refusal(*call, "--cells", "noise:300:long:300", "--device", "cpu")
     assert "is about hybrid" in refusal(*call, "--policies", "quest", "--max-kl", "1")
-    assert "needs a budget" in refusal(*call, "--match-bytes", "--selection", "top_p", "--top-p-mass", "0.9")
+    assert "needs a budget" in refusal(*call, "--match-bytes", "--selection", "top_p", "--top-p", "0.9")
     assert "--temperature must be at least 0" in refusal(*call, "--temperature", "-1")
     assert "--resume needs --json FILE" in refusal(*call, "--resume")
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     assert "is not a result file" in refusal(*call, "--resume", "--json", str(tmp_path / "other.json"))
     assert "--prompts must be at least 1" in refusal(*call, "--prompts", "0")
     assert "is not TEXT:TOKENS:TASK:COUNT" in refusal(*call, "--cells", "noise")
+
+
+def test_wide_tables_come_in_parts_and_names_are_kept(capsys):
+    headings = ["", *(f"number\n{i}" for i in range(12))]
+    rows = [[f"a policy with a long name, {i}", *("1234.5678" for _ in range(12))] for i in range(2)]
+    show_table(Console(width=80), "What was found", headings, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("1234.5678") for line in lines) == 24
+    assert "What was found" in lines[0]
+
+
+def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
+    clock = iter([0.0, 100.0, 130.0, 131.0, 200.0, *range(201, 260)])
+    monkeypatch.setattr("lycheedecode.cli.report.time.perf_counter", lambda: next(clock))
+    with Steps("measure") as steps:
+        steps.show("measure", 1, 11)
+        steps.show("measure", 2, 11, "score 0.5")
+        steps.show("measure", 11, 11)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["measure: 1 of 11", "measure: 11 of 11"]
+    assert lines[0].endswith("5 min left")
+
+
+def test_the_harness_knows_the_model_class():
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed.")
+    from lm_eval.api.registry import get_model
+
+    before = list(sys.argv)
+    done = runner.invoke(app, ["evaluate", "harness", "ls", "--help"])
+    assert done.exit_code == 0, done.output
+    assert get_model("lycheedecode").__name__ == "LycheeLM"
+    assert sys.argv == before
 
 
 # ---------------------------------------------------------------------- bench

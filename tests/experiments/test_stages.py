@@ -31,7 +31,11 @@ def help_of(words: list[str], capsys, monkeypatch) -> str:
     wide = {"COLUMNS": "300"}
     module, *rest = words
     if module == "lycheedecode":
-        return runner.invoke(lycheedecode, [*rest[: 1 + (rest[0] in ("bench", "evaluate"))], "--help"], env=wide).stdout
+        return runner.invoke(
+            lycheedecode,
+            [*rest[: 1 + (rest[0] in ("bench", "evaluate"))], "--help-all" if rest[0] == "identify" else "--help"],
+            env=wide,
+        ).stdout
     if module == "experiments":
         return runner.invoke(app, [rest[0], "--help"], env=wide).stdout
     monkeypatch.setattr("sys.argv", [module, "--help"])

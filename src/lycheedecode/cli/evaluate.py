@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +13,7 @@ import typer
 
 from .. import policies as all_policies
 from ..config import HybridConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, PackageError
 from ..evaluate.fidelity import CELLS, Long, measure_fidelity
 from ..evaluate.scores import overall
 from ..evaluate.variants import POLICIES, variants
@@ -33,9 +36,9 @@ from .options import (
     megabytes,
     parse_cell,
     parse_numbers,
-    takes_form,
+    takes_form_with_top_p,
 )
-from .report import Steps, check_writable, errors, progress, quiet, save, screen
+from .report import Steps, check_writable, errors, progress, quiet, save, say_what_is_covered, screen, show_table
 from .resumable import kept_options, resumable
 from .tasks import tasks
 
@@ -46,6 +49,21 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(tasks)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def harness(context: typer.Context) -> None:
+    """Call lm-evaluation-harness, which then knows the model class: evaluate harness run --model lycheedecode ..."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PackageError("This needs the package lm_eval: pip install 'lycheedecode[eval]'.")
+    from lm_eval.__main__ import cli_evaluate
+
+    import_module("...integrations.lm_eval", __name__)
+    before, sys.argv = sys.argv, ["lm_eval", *context.args]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
 @app.callback()
 def evaluate() -> None:
     """Measure what hybrid decoding changes."""
@@ -53,7 +71,7 @@ def evaluate() -> None:
 
 @app.command()
 @resumable(kept_options)
-@takes_form
+@takes_form_with_top_p
 def fidelity(
     options: dict[str, Any],
     form: dict[str, Any],
@@ -129,7 +147,7 @@ def fidelity(
         raise ConfigError(f"--match-bytes needs a budget: what {config.selection} reads is not known beforehand.")
     kinds = tuple(map(_parse_kind, cells)) if cells else CELLS
     texts = {source: load_text(source) for source in sorted({kind.text for kind in kinds})}
-    plans = _plans(plan, model, match_bytes or any(map(all_policies.needs_plan, names)))
+    plans = _plans(plan, model, device, match_bytes or any(map(all_policies.needs_plan, names)))
     compared = variants(names, plans, config, *sweep.values(), match_bytes)
     settings = {
         "model": model, "plan": list(plans), "config": config.to_dict(), "cells": list(map(str, kinds)),
@@ -156,6 +174,8 @@ def fidelity(
                 prompts=prompts, batch_size=batch_size, seed=seed, temperature=temperature, match_bytes=match_bytes,
                 finished=dict(found.summary["cells"]), on_cell=on_cell, report=steps.show,
             )  # fmt: skip
+    if "hybrid" in names and not any(sweep.values()):
+        say_what_is_covered(max(kind.length for kind in kinds), config.budget_tokens)
     means = overall(measured)
     out = screen(json_file)
     for cell, scores in measured.items():
@@ -188,41 +208,36 @@ def _parse_kind(text: str) -> Cell | Long:
     return Long(source, int(numbers[0]), int(numbers[2]))
 
 
-def _plans(given: Sequence[str] | None, model: str, needed: bool) -> dict[str, HeadPlan]:
+def _plans(given: Sequence[str] | None, model: str, device: str, needed: bool) -> dict[str, HeadPlan]:
     """Plans by name; the bundled one of the model where none is given and one is needed or at hand."""
     if not given and not needed and model not in bundled_plans():
         return {}
-    plans = {name or model: load_plan(name, model) for name in given or [None]}
+    plans = {name or model: load_plan(name, model, device) for name in given or [None]}
     short = [Path(name).stem for name in plans]  # results do not say where files lie, unless they must
     return dict(zip(short, plans.values(), strict=True)) if len(set(short)) == len(short) else plans
 
 
-_LEAST_WIDTH = 140
 _COLUMNS = {
-    "kl_mean": ("KL mean", "{:.4f}".format),
-    "kl_p99": ("KL p99", "{:.4f}".format),
-    "top1_agreement": ("top-1", "{:.1%}".format),
-    "first_divergence": ("same for", "{:.1f}".format),
-    "same_answer": ("same answer", "{:.1%}".format),
-    "exact_match": ("exact match", "{:.1%}".format),
-    "budget_tokens": ("budget", str),
-    "kv_bytes_per_token": ("KV per token", megabytes),
+    "kl_mean": ("mean KL\n(nats)", "{:.4f}".format),
+    "kl_p99": ("99% KL\n(nats)", "{:.4f}".format),
+    "top1_agreement": ("same top\ntoken", "{:.1%}".format),
+    "first_divergence": ("tokens\nalike", "{:.1f}".format),
+    "same_answer": ("same\nanswer", "{:.1%}".format),
+    "exact_match": ("right\nanswer", "{:.1%}".format),
+    "budget_tokens": ("budget\n(tokens)", str),
+    "kv_bytes_per_token": ("KV read\na token", megabytes),
 }
+"""Headings and forms of what is shown of a score. Tokens alike: until an answer first differs from full attention's."""
 
 
 def _show(console: Console, title: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=title, title_justify="left")
-    shown = [name for name in _COLUMNS if any(score.get(name) is not None for score in scores.values())]
-    table.add_column("", no_wrap=True, min_width=12)
-    for name in shown:
-        table.add_column(_COLUMNS[name][0], justify="right", no_wrap=True)
     for label, score in scores.items():
         if "left_out" in score:
             errors.print(f"{title}: {label} is left out. {score['left_out']}", style="dim")
-            continue
-        values = ("" if score.get(name) is None else _COLUMNS[name][1](score[name]) for name in shown)
-        table.add_row(label, *values)
-    console.width = max(console.width, _LEAST_WIDTH)  # numbers cut short would be worse than broken lines
-    console.print(table)
+    scores = {label: score for label, score in scores.items() if "left_out" not in score}
+    shown = [name for name in _COLUMNS if any(score.get(name) is not None for score in scores.values())]
+    rows = [
+        [label, *("" if score.get(name) is None else _COLUMNS[name][1](score[name]) for name in shown)]
+        for label, score in scores.items()
+    ]
+    show_table(console, title, ["", *(_COLUMNS[name][0] for name in shown)], rows)

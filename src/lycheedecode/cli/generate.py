@@ -28,12 +28,24 @@ from .options import (
     Plan,
     Revision,
     Verbose,
+    check_model_path,
     load_plan,
     megabytes,
     takes,
     takes_form,
 )
-from .report import Steps, check_writable, errors, progress, quiet, read_text, save, screen, write_text
+from .report import (
+    Steps,
+    check_writable,
+    errors,
+    progress,
+    quiet,
+    read_text,
+    save,
+    say_what_is_covered,
+    screen,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,10 +107,12 @@ def generate(
         form["verify_every"] = "auto" if verify_every is None else verify_every
     if html and "verify_every" in form:
         raise ConfigError("--html shows what selections hold: leave out --lossless.")
+    if full:
+        check_model_path(model)
     if full and (plan is not None or set(form) - {"correction_every"}):
         raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
     config, sampling = HybridConfig(**form), Sampling(**drawing)
-    head_plan = None if full else load_plan(plan, model)
+    head_plan = None if full else load_plan(plan, model, device)
     text = _prompt(prompt, prompt_file)
 
     with quiet(verbose):
@@ -133,6 +147,9 @@ def generate(
         else:
             out = screen(json_file).file
             result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos, out)
+            if not full:
+                tokens = result["prompt_tokens"] + len(result["token_ids"])
+                say_what_is_covered(tokens, config.budget_tokens if config.selection == "top_k" else None)
     known = fingerprint(network, {} if full else {plan or model: head_plan})
     save(json_file, Result("generate", settings, summary=result, fingerprint=known))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from ..config import HybridConfig
 from ..errors import ConfigError, ResumeError
@@ -28,14 +29,45 @@ from .options import (
     Model,
     Revision,
     Verbose,
+    check_model_path,
     parse_cell,
     takes,
-    takes_form,
+    takes_form_with_top_p,
 )
 from .report import Steps, check_writable, progress, quiet, save, screen
 from .resumable import resumable
 
 app = typer.Typer(add_completion=False)
+
+
+class Tiered(TyperCommand):
+    """Help in two tiers: what one decides, and everything."""
+
+    first = (
+        "output model preset text calibrate resume png device device_map dtype json_file help_all help",
+        "changes_num_retrieval_heads changes_batch_size changes_calibrate_prompts",
+        "form_budget_tokens form_block_size form_completion",
+    )
+    """Parameters that `--help` shows."""
+    everything = False
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown = " ".join(self.first).split()
+        hidden = [p for p in self.get_params(ctx) if not (self.everything or p.name in shown)]
+        for parameter in hidden:
+            parameter.hidden = True
+        super().format_help(ctx, formatter)
+        for parameter in hidden:
+            parameter.hidden = False
+
+
+def show_all(context: typer.Context, wanted: bool) -> None:
+    """What `--help-all` does."""
+    if wanted:
+        context.command.everything = True
+        print(context.get_help())
+        context.command.everything = False
+        raise typer.Exit
 
 
 def _state(output: Path) -> Path:
@@ -48,12 +80,12 @@ def _kept(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return Result.load(state / "call.json").options if (state / STATE).is_file() else None
 
 
-@app.command(no_args_is_help=True)
+@app.command(cls=Tiered)
 @resumable(_kept)
 @takes(
     "changes", IdentifySettings, leave_out=("config", "train_cells", "calibrate_cells", "texts", "completion_factors")
 )
-@takes_form
+@takes_form_with_top_p
 def identify(
     output: Annotated[Path, typer.Argument(metavar="PLAN", help="Where the plan goes (JSON).")],
     options: dict[str, Any],
@@ -65,7 +97,7 @@ def identify(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Your own text to continue: a file, FILE.jsonl:COLUMN, ... [default: code "
+            help="Your own text to continue: a file, FILE.jsonl:COLUMN, ... \\[default: code "
             "and prose that come with Python]",
         ),
     ] = None,
@@ -84,9 +116,13 @@ def identify(
     dtype: Dtype = "auto",
     json_file: Json = None,
     verbose: Verbose = False,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", is_eager=True, callback=show_all, help="Show every option, and exit.")
+    ] = False,
 ) -> None:
     """Find the retrieval heads and donors of a model."""
     check_writable(output, png, gates_png, json_file)
+    check_model_path(model)
     settings = _settings(preset, changes, form, text, train, calibrate)
     state = _state(output)
     if (state / STATE).is_file() and not resume:
@@ -105,7 +141,7 @@ def identify(
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         history: list[Progress] = []
         started = time.perf_counter()
-        with Steps() as steps:
+        with Steps("train" if settings.roles == "gates" else "measure") as steps:
 
             def report(progress: Progress) -> None:
                 if progress.stage == "train" and _is_kept(progress):

@@ -16,7 +16,7 @@ from .report import check_writable, progress, save, screen, write_text
 app = typer.Typer(add_completion=False)
 
 
-@app.command(no_args_is_help=True)
+@app.command()
 def inspect(
     plan: Annotated[str, typer.Argument(help="A bundled plan's name, or a file.", metavar="PLAN")],
     gates: Annotated[bool, typer.Option("--gates", help="Show gate means instead of donors.")] = False,

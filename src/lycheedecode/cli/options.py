@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from ..config import HybridConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..plan import HeadPlan, bundled_plans
 
 if TYPE_CHECKING:
@@ -46,12 +49,16 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupt
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath report.")]
 
 
+_TITLES = {"HybridConfig": "Hybrid attention", "IdentifySettings": "Identification", "Sampling": "Sampling"}
+"""Headings of the help."""
+
+
 def takes(
     name: str,
     settings: type,
     leave_out: Sequence[str] = (),
     panels: Mapping[str, str] | None = None,
-    **flags: str,
+    **flags: str | tuple[str, ...],
 ) -> Callable[[Function], Function]:
     """Give a command one option for each field of a settings dataclass.
 
@@ -84,11 +91,11 @@ def takes(
 
 
 def _options(
-    name: str, settings: type, leave_out: Sequence[str], flags: dict[str, str], panels: Mapping[str, str] | None
+    name: str, settings: type, leave_out: Sequence[str], flags: Mapping[str, Any], panels: Mapping[str, str] | None
 ) -> dict[str, inspect.Parameter]:
     """One command parameter for each field; named after both, because two dataclasses may share a field's name."""
     kinds, helps = get_type_hints(settings), _helps(settings)
-    panels = dict.fromkeys(_names(settings), settings.__name__) if panels is None else panels
+    panels = dict.fromkeys(_names(settings), _TITLES[settings.__name__]) if panels is None else panels
     options = {}
     for field in fields(settings):
         if field.name in leave_out:
@@ -102,8 +109,9 @@ def _options(
         if default is not MISSING and default is not None and default is not False:
             text += f" \\[default: {default}]"
         declared = flags.get(field.name, f"--{flag}/--no-{flag}" if kind is bool and default else f"--{flag}")
+        declared = (declared,) if isinstance(declared, str) else declared
         option = Annotated[
-            kind | None, typer.Option(declared, help=text, metavar=metavar, rich_help_panel=panels.get(field.name))
+            kind | None, typer.Option(*declared, help=text, metavar=metavar, rich_help_panel=panels.get(field.name))
         ]
         options[field.name] = inspect.Parameter(
             f"{name}_{field.name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option
@@ -146,15 +154,51 @@ takes_form = takes("form", HybridConfig, leave_out=("verify_every",), top_p="--t
 
 Rounds belong to generation, which has options of its own for them.
 """
+takes_form_with_top_p = takes("form", HybridConfig, leave_out=("verify_every",), top_p=("--top-p", "--top-p-mass"))
+"""The same for commands that sample nothing."""
 
 
-def load_plan(plan: str | None, model: str) -> HeadPlan:
-    """The plan that was asked for, or the bundled one of the model."""
-    if plan is None and model not in bundled_plans():
-        raise ConfigError(
-            f"There is no bundled head plan for {model!r}: give --plan (lycheedecode identify makes one)."
-        )
-    return HeadPlan.load(plan or model)
+def load_plan(plan: str | None, model: str, device: str = "auto") -> HeadPlan:
+    """The plan that was asked for, or the bundled one of the model; else how one is made, and what that takes."""
+    check_model_path(model)
+    if plan is not None or model in bundled_plans():
+        return HeadPlan.load(plan or model)
+    name = f"{Path(model).name.removesuffix('.gguf')}-plan.json"
+    command = f"lycheedecode identify {shlex.quote(name)} --model {shlex.quote(model)}"
+    takes = "" if (found := _estimate(model, device)) is None else f" ({found})"
+    raise ConfigError(f"There is no head plan for {model!r}: make one with `{command}`{takes}, then add --plan {name}.")
+
+
+def check_model_path(model: str) -> None:
+    """Refuse a path to nothing, with what is there instead; other names may be on the hub."""
+    path = Path(model)
+    is_path = model.startswith((".", "~", os.sep)) or len(path.parts) > 2 or path.suffix == ".gguf"
+    if not is_path or path.exists():
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"There is no model at {model!r}: there is no folder {str(folder)!r}.")
+    near = get_close_matches(path.name, (one.name for one in folder.iterdir()), n=1)
+    raise InputError(f"There is no model at {model!r}{f': did you mean {str(folder / near[0])!r}?' if near else '.'}")
+
+
+def _estimate(model: str, device: str) -> str | None:
+    """What an identification would take here; None where the model's config cannot be read at once."""
+    import torch
+    import transformers
+
+    from ..identify import IdentifySettings
+    from ..identify.estimate import estimate
+
+    if not Path(model).is_dir():
+        return None
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        found = estimate(config, IdentifySettings(), torch.device(name))
+    except (OSError, ValueError, RuntimeError):  # loading it will say what is wrong
+        return None
+    return f"{found} on this {'GPU' if name.startswith('cuda') else 'CPU'}"
 
 
 def parse_cell(text: str) -> Cell:

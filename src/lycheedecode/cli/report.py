@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,30 @@ def screen(json_file: Path | None) -> Console:
     return Console(stderr=str(json_file) == "-", highlight=False)
 
 
+def show_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column names the rows; what is wider than the screen comes in several, below each other."""
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = [max(map(len, "\n".join(cells).split("\n"))) for cells in zip(headings, *rows, strict=True)]
+    widths[0] = min(widths[0], max(console.width // 4, 12))
+    parts: list[list[int]] = [[]]
+    for column in range(1, len(headings)):
+        if parts[-1] and widths[0] + sum(widths[i] + 2 for i in (*parts[-1], column)) > console.width:
+            parts.append([])
+        parts[-1].append(column)
+    console.print(Text(title, style="italic"))
+    for part in parts:
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        table.add_column(headings[0], width=widths[0], overflow="fold")
+        for column in part:
+            table.add_column(headings[column], justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(row[i]) for i in (0, *part)))
+        console.print(table)
+    console.print()
+
+
 @contextmanager
 def progress(message: str) -> Iterator[None]:
     """Say on stderr what is going on when it takes longer than a second."""
@@ -91,6 +115,12 @@ def quiet(verbose: bool) -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def say_what_is_covered(tokens: int, capacity: int | None) -> None:
+    """A line where the budget covers the context: nothing is saved there, and nothing lost."""
+    if capacity is not None and tokens <= capacity:
+        errors.print(f"Nothing is sparse here: {tokens:,} tokens, budget {capacity:,}.", style="dim")
+
+
 def read_text(path: Path) -> str:
     """A text file of the user's; `-` is standard input. Raises `ValueError` with one sentence."""
     name = "standard input" if str(path) == "-" else f"the file {str(path)!r}"
@@ -106,18 +136,28 @@ def read_text(path: Path) -> str:
 
 
 class Steps:
-    """Progress of stages with many steps: a bar on a terminal, else a line every ten seconds."""
+    """Progress of stages with many steps: a bar on a terminal at once, else a line after the first step and then one
+    every ten seconds. Both say how long the rest of a stage will take.
 
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    Args:
+        first: the stage that comes first.
+    """
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    def __init__(self, first: str = "") -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=errors, disable=not errors.is_terminal)
         self._tasks: dict[str, Any] = {}
-        self._said = time.perf_counter()
+        self._began: dict[str, tuple[float, int]] = {}
+        self._first = first
+        self._said, self._shown = float("-inf"), time.perf_counter()
 
     def __enter__(self) -> Steps:
+        self._shown = time.perf_counter()
         self._bar.start()
+        if self._first:
+            self._tasks[self._first] = self._bar.add_task(self._first, total=None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,10 +165,21 @@ class Steps:
 
     def show(self, stage: str, step: int, steps: int, text: str = "") -> None:
         """The steps of a stage done so far, and what they led to."""
-        said = f"{stage} {text}".strip()
+        began, done = self._began.setdefault(stage, (self._shown, step - 1))
+        self._shown = time.perf_counter()
+        if step < steps:
+            left = (self._shown - began) / (step - done) * (steps - step)
+            text = f"{text}, {_span(left)} left".removeprefix(", ")
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task("", total=steps)
-        self._bar.update(self._tasks[stage], completed=step, description=said)
-        if not errors.is_terminal and (time.perf_counter() - self._said > 10 or step == steps):
-            self._said = time.perf_counter()
+        self._bar.update(self._tasks[stage], completed=step, total=steps, description=f"{stage} {text}".strip())
+        if not errors.is_terminal and (self._shown - self._said > 10 or step == steps):
+            self._said = self._shown
             errors.print(f"{stage}: {step} of {steps}{f', {text}' if text else ''}", style="dim")
+
+
+def _span(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

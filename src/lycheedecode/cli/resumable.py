@@ -14,7 +14,7 @@ from ..results import Result, same
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_ALWAYS_FREE = {"resume", "json_file", "verbose", "device", "png", "gates_png", "output"}
+_ALWAYS_FREE = {"resume", "json_file", "verbose", "device", "png", "gates_png", "output", "help_all"}
 """Parameters that may change: what is found does not depend on them."""
 
 

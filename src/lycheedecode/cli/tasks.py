@@ -37,9 +37,9 @@ from .options import (
     load_plan,
     megabytes,
     parse_numbers,
-    takes_form,
+    takes_form_with_top_p,
 )
-from .report import Steps, check_writable, errors, progress, quiet, save, screen
+from .report import Steps, check_writable, errors, progress, quiet, save, screen, show_table
 from .resumable import kept_options, resumable
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _FREE = ("tasks", "lengths", "limit", "samples", "text", "data", "policy", "budg
 
 
 @resumable(kept_options, free=_FREE)
-@takes_form
+@takes_form_with_top_p
 def tasks(
     options: dict[str, Any],
     form: dict[str, Any],
@@ -118,7 +118,7 @@ def tasks(
         lengths=parse_numbers("--lengths", lengths), limit=limit, samples=samples, text=text, data=data, seed=seed,
         chat=chat, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
     )  # fmt: skip
-    compared = _variants(policy, budgets, form, plan, model, match_bytes)
+    compared = _variants(policy, budgets, form, plan, model, device, match_bytes)
     if data is not None and not data.is_dir():
         raise ConfigError(f"There is no folder {str(data)!r}.")
     texts = {text: load_text(text)}
@@ -163,7 +163,13 @@ def tasks(
 
 
 def _variants(
-    policy: str, budgets: str | None, form: dict[str, Any], plan: str | None, model: str, match_bytes: int | None
+    policy: str,
+    budgets: str | None,
+    form: dict[str, Any],
+    plan: str | None,
+    model: str,
+    device: str,
+    match_bytes: int | None,
 ) -> list[Variant]:
     names = [name.strip() for name in policy.split(",")]
     for name in names:
@@ -175,7 +181,7 @@ def _variants(
     if match_bytes is not None and (match_bytes < 1 or config.selection not in ("top_k", "ratio")):
         raise ConfigError("--match-bytes needs a number of tokens, and a selection of top_k or ratio.")
     needed = match_bytes is not None or any(map(all_policies.needs_plan, names))
-    plans = {plan or model: load_plan(plan, model)} if needed or plan or model in bundled_plans() else {}
+    plans = {plan or model: load_plan(plan, model, device)} if needed or plan or model in bundled_plans() else {}
     return variants(names, plans, config, several, match_bytes=match_bytes is not None)
 
 
@@ -202,10 +208,10 @@ def _show(out: Console, cells: Sequence[Mapping[str, Any]], means: Mapping[str, 
                 (policy, *_line(entry, entry["metrics"][metric], entry.get("difference") if i == 0 else None))
                 for policy, entry in cell["scores"].items()
             ]
-            columns = ("", "score", "95%", "difference", "items", "tokens", "KV/token")
-            _table(out, f"{title}, {metric}", columns, lines)
+            columns = ("", "score", "95%\ninterval", "against\nfull", "items", "tokens an\nanswer", "KV read\na token")
+            show_table(out, f"{title}, {metric}", columns, lines)
     for group, values in means.items():
-        _table(out, f"mean of {group}", ("", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
+        show_table(out, f"mean of {group}", ("", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
 
 
 def _line(
@@ -219,15 +225,3 @@ def _line(
     read = entry["kv_bytes_per_token"]
     tokens = f"{entry['tokens_per_answer']:.1f}"
     return f"{found['value']:.3f}", span, change, str(entry["items"]), tokens, "" if read is None else megabytes(read)
-
-
-def _table(console: Console, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console.print(title, style="italic")
-    console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ class Stages:
             if kept:
                 noise.set_state(kept[-1]["noise"])
             rows = [batch["table"] for batch in kept]
-            for lesson in self.lessons(cell, skip=len(kept)):
+            done = sum(len(table) for table in rows) // settings.draws
+            for lesson in self.lessons(cell, done):
                 table = measure_sensitivity(
                     self._model, lesson, settings.config, self._reach, settings.draws, noise, settings.factors
                 )
@@ -107,9 +109,11 @@ class Stages:
         for index, cell in enumerate(self._settings.calibrate_cells):
             kept = self._checkpoint.load_all(f"coverage-{index}")
             parts += kept
-            for batch, lesson in enumerate(self.lessons(cell, skip=len(kept)), start=len(kept)):
+            done = sum(int(part["prompts"]) for part in kept)
+            for batch, lesson in enumerate(self.lessons(cell, done), start=len(kept)):
                 mass, tokens = covered_mass(self._model, lesson, self._settings.config, self._reach)
-                parts.append({"mass": mass, "tokens": torch.tensor(tokens)})
+                prompts = torch.tensor(len(lesson.answer_ids))
+                parts.append({"mass": mass, "tokens": torch.tensor(tokens), "prompts": prompts})
                 self._checkpoint.save(f"coverage-{index}-{batch}", parts[-1])
         mass, tokens = (torch.stack([part[name] for part in parts]).sum(0) for name in ("mass", "tokens"))
         return (mass / tokens).float()
@@ -139,8 +143,8 @@ class Stages:
         """All calibration prompts, kept together."""
         return [lesson for cell in self._settings.calibrate_cells for lesson in self.lessons(cell)]
 
-    def lessons(self, cell: Cell, skip: int = 0) -> Iterator[Lesson]:
-        """The calibration prompts of one kind, a batch at a time, without the first `skip` batches."""
+    def lessons(self, cell: Cell, done: int = 0) -> Iterator[Lesson]:
+        """The calibration prompts of one kind, a batch at a time, without the first `done` prompts."""
         settings = self._settings
         if cell.text not in self._makers:
             self._makers |= makers_for(self._tokenizer, (cell,), "identify")
@@ -148,8 +152,8 @@ class Stages:
             self._makers, settings.calibrate_prompts, random.Random(f"{settings.seed}/calibrate/{cell}")
         )
         size, total = self._batch_size(cell), sum(len(self._firsts(each)) for each in settings.calibrate_cells)
-        self._batches += skip
-        for first in self._firsts(cell)[skip:]:
+        self._batches += ceil(done / size)
+        for first in range(done, settings.calibrate_prompts, size):
             yield prepare(self._model, prompts[first : first + size], settings.prefill_chunk)
             self._batches += 1
             self._report(Progress("measure", (self._batches - 1) % total + 1, total))
