@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention import DecodeAttention, State
+from ..models.shape import ModelError
 from ..ops import KV
 
 ROOM = 256
@@ -181,6 +182,15 @@ class KVCache(Cache):
         """Count tokens that were written into the stores."""
         for layer in self.layers:
             layer.length += tokens
+
+    def check_length(self, length: int) -> None:
+        """Raise `ModelError` unless every layer holds `length` tokens: each was stored once, in a slot of its own."""
+        for number, layer in enumerate(self.layers):
+            if layer.length != length:
+                raise ModelError(
+                    f"Layer {number} of this model stored {layer.length} of {length} tokens; Engine needs every token "
+                    "once in every layer."
+                )
 
     def truncate(self, length: int) -> None:
         """Forget every slot from `length` on, and the selections made there."""

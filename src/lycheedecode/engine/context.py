@@ -21,6 +21,8 @@ class Context:
         prefill_seconds: time that the prefill took.
         kv_bytes: float64 `[B]`, bytes of the KV cache that decode steps have read for each sequence.
         steps: decode steps since the prompt.
+        token_ids: int64 `[B, S]`, the padded prompts.
+        is_long: whether the cache was made with the positions of a text past the model's turn (`models.positions`).
     """
 
     cache: KVCache
@@ -29,6 +31,9 @@ class Context:
     prefill_seconds: float
     kv_bytes: Tensor
     steps: int = 0
+    token_ids: Tensor | None = None
+    is_long: bool = False
+    _decoded: list[Tensor] = field(default_factory=list)
     _uncorrected: list[Tensor] = field(default_factory=list)
     _kept_steps: dict[Any, Any] = field(default_factory=dict)
     _place: int = -1
@@ -45,6 +50,7 @@ class Context:
         self.kv_bytes.zero_()
         self.steps = 0
         self._uncorrected.clear()
+        self._decoded.clear()
 
     @property
     def kept_steps(self) -> dict[Any, Any]:

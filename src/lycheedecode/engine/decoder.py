@@ -123,12 +123,14 @@ class Decoder:
     def _flexible(self, context: Context, token_ids: Tensor) -> Tensor:
         cache = context.cache
         state, refresh = cache.state_for(self.attention)
-        lengths = torch.full_like(token_ids, cache.length + 1, dtype=torch.int32)
+        filled = cache.length + 1
+        lengths = torch.full_like(token_ids, filled, dtype=torch.int32)
         if cache.starts is not None:
             lengths -= cache.starts
         step = FlexibleStep(cache, self.attention, self.reaches, state, refresh)
         with self.route, steps.running(step):
-            logits = steps.forward(self.model, token_ids, lengths)
+            logits = steps.forward(self.model, token_ids, lengths, filled)
+        cache.check_length(filled)
         self.attention.count_bytes(context.kv_bytes, lengths, state, refresh, cache.key_bytes)
         return logits
 
@@ -197,6 +199,7 @@ class Replay:
     def __init__(self, step: FixedStep, forward: Forward, model: nn.Module, way: str) -> None:
         self._step = step
         self._captured = Captured(lambda: step.run(forward, model), [step.kv_bytes], way)
+        step.check_layers()
 
     def __call__(self, token_ids: Tensor, filled: int) -> Tensor:
         """Logits `[B, V]`, overwritten by the next call; `filled` counts the slots in use, the new token's included."""

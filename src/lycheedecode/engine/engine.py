@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
 from ..errors import ConfigError, InputError
+from ..models.positions import Positions
 from ..models.routing import Reach, supported_shape
-from ..models.versions import cache_argument
+from ..models.shape import ModelError, inner_model, text_config
 from ..ops.attend import MAX_TOKENS
 from ..plan import HeadPlan
 from . import prefill
@@ -33,6 +34,7 @@ from .generation import Coming, Generation, Piece, Progress, refuse_nan, stop_to
 from .memory import prefill_chunk
 from .passes import DensePass
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
+from .proof import prove
 from .sampling import Sampler, Sampling
 from .verify import Rounds, spare_slots
 
@@ -53,9 +55,11 @@ class Engine:
         execution: `auto`: on a GPU a decode step is compiled and replayed as a CUDA graph, as far as that is possible;
             `compiled`, `graph` or `eager` insist on one way (see `decoder`).
         backend: of `torch.compile`; None: ours, which is faster than "inductor" (`lycheedecode.fusion`).
+        check: run a few tokens through the model as it is and through the engine's own prefill and decode steps, and
+            refuse a model whose logits differ (see `proof`); once for each model object.
 
     Raises:
-        ModelError: the model's attention cannot be replaced.
+        ModelError: the model's attention cannot be replaced, or the engine does not reproduce its logits.
         PlanError: the plan does not fit the model.
     """
 
@@ -70,6 +74,7 @@ class Engine:
         prefill_chunk: int | None = None,
         execution: Execution = "auto",
         backend: Any = None,
+        check: bool = True,
     ) -> None:
         if plan is not None and attention is not None:
             raise ConfigError("Give a plan or an attention, not both.")
@@ -87,15 +92,18 @@ class Engine:
         self._reaches = Reach.of_layers(model, self.shape)
         self._decoder = Decoder(model, self.attention, self._reaches, execution, backend)
         self._route = prefill.route(model)
+        self._positions = Positions.of(text_config(inner_model(model)))
+        if check:
+            prove(model, self.shape, self._reaches)
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return inner_model(self.model).get_input_embeddings().weight.device
 
     @property
     def _vocabulary(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+        return inner_model(self.model).get_input_embeddings().weight.shape[0]
 
     @property
     def way(self) -> str:
@@ -118,19 +126,20 @@ class Engine:
         padded, lengths = self._pad(input_ids)
         longest = padded.shape[1]
         padding = [longest - length for length in lengths] if min(lengths) < longest else None
-        if 0 < self.shape.max_positions < longest:
-            raise InputError(f"The prompt has {longest} tokens; the model has {self.shape.max_positions} positions.")
+        self._check_length(longest)
         starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
         cache = KVCache(self.shape.num_layers, starts)
         cache.reserve(longest + room)
         chunk_tokens = self._prefill_chunk or prefill_chunk(self.model, self.shape, len(lengths), cache.capacity)
+        is_long = 0 < self._positions.turn < longest
+        if is_long:
+            chunk_tokens = longest  # the model looks at the last position of what it reads, and must see the prompt's
         began = self._now()
         for chunk in padded.split(chunk_tokens, dim=1):
             logits = self._dense(cache, chunk, padding)
         seconds = self._now() - began
-        return Context(
-            cache, logits, lengths, seconds, torch.zeros(len(lengths), dtype=torch.float64, device=self.device)
-        )
+        counted = torch.zeros(len(lengths), dtype=torch.float64, device=self.device)
+        return Context(cache, logits, lengths, seconds, counted, token_ids=padded, is_long=is_long)
 
     def decode_one_token(self, context: Context, token_ids: Tensor) -> Tensor:
         """Feed one token a sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the next.
@@ -139,6 +148,10 @@ class Engine:
         their cache entries are rewritten, and the logits come from that pass.
         """
         context.steps += 1
+        if self._positions.turn:
+            context._decoded.append(token_ids.clone())
+            if (context.cache.length >= self._positions.turn) != context.is_long:
+                return self._read_again(context)
         if self.config.correction_every:
             context._uncorrected.append(token_ids.clone())
             if len(context._uncorrected) >= self.config.correction_every:
@@ -207,8 +220,9 @@ class Engine:
         texts, ends = stop_conditions(stop, self.tokenizer)
         if not ignore_eos:
             ends |= stop_token_ids(self.model, self.tokenizer)
-        if self.shape.max_positions:
-            max_new_tokens = max(min(max_new_tokens, self.shape.max_positions - max(lengths, default=0) + 1), 1)
+        most = self._positions.turn if self._positions.kind == "dynamic" else self.shape.max_positions
+        if most:
+            max_new_tokens = max(min(max_new_tokens, most - max(lengths, default=0) + 1), 1)
         return self._stream(prompts, max_new_tokens, sampling or Sampling(), ends, texts)
 
     def _stream(
@@ -260,19 +274,9 @@ class Engine:
 
     def _dense(self, cache: KVCache, token_ids: Tensor, padding: list[int] | None) -> Tensor:
         """Tokens `[B, T]` -> logits float32 `[B, V]` after the last; every layer is dense."""
-        positions = torch.arange(cache.length, cache.length + token_ids.shape[1], device=token_ids.device)[None]
-        if cache.starts is not None:
-            positions = (positions - cache.starts[:, None]).clamp_(min=0)
         chunk = prefill.ChunkAttention(self._reaches, padding)
-        with self._route, prefill.passing(chunk), torch.inference_mode():
-            output = self.model(
-                input_ids=token_ids,
-                position_ids=positions,
-                **cache_argument(cache),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1].float().clone()  # an ordinary tensor, which callers may change
+        logits = prefill.read_chunk(self.model, self._route, chunk, cache, token_ids)
+        return logits[:, -1].clone()  # an ordinary tensor, which callers may change
 
     def _correct(self, context: Context) -> Tensor:
         """The pass of rounds (`verify`), but nothing is in doubt: every token was taken."""
@@ -299,6 +303,35 @@ class Engine:
                 kept[key] = one, run
             with self._decoder.route:
                 return run()
+
+    def _read_again(self, context: Context) -> Tensor:
+        """Prompt and answer so far, the newest token included, with the positions of a text of this length.
+
+        A text that grows past the model's turn has other frequencies from its first token on, and transformers'
+        `generate` reads it again as well; so does one that was rewound to before.
+        """
+        cache, length = context.cache, context.cache.length + 1
+        self._check_length(length)
+        if context.token_ids is None:
+            raise ModelError(f"Only a prompt that this engine read can grow past {self._positions.turn} tokens.")
+        cache.truncate(0)
+        context._uncorrected.clear()
+        context.is_long = length > self._positions.turn
+        logits = self._dense(
+            cache, torch.cat([context.token_ids, torch.stack(context._decoded, 1)], 1), context.padding
+        )
+        self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
+        return logits
+
+    def _check_length(self, tokens: int) -> None:
+        """Refuse texts longer than the model's positions."""
+        if 0 < self.shape.max_positions < tokens:
+            raise InputError(f"The prompt has {tokens} tokens; the model has {self.shape.max_positions} positions.")
+        if self._positions.kind == "dynamic" and tokens > self._positions.turn:
+            raise InputError(
+                f"Dynamic scaling of positions changes with every token past {self._positions.turn}, which Engine "
+                f"cannot follow; this text has {tokens}."
+            )
 
     def _pad(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
         """Sequences as int64 `[B, longest]` on the model's device, and their lengths."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..models.shape import ModelError
+from ..models.shape import ModelError, inner_model
 from .sampling import TokenText
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -128,7 +128,7 @@ def refuse_nan(token_id: int, logits: Tensor) -> None:
 
 def stop_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     """The end tokens of a model and its tokenizer."""
-    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    said = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
     ends = set(said) if isinstance(said, (list, tuple)) else {said}
     ends.add(getattr(tokenizer, "eos_token_id", None))
     return ends - {None}

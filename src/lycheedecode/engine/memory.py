@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import LycheeError
-from ..models.shape import ModelShape
+from ..models.shape import ModelShape, inner_model, text_config
 
 _CPU_CHUNK = 2048
 _STEP = 1024
@@ -35,7 +35,7 @@ def prefill_chunk(model: nn.Module, shape: ModelShape, batch: int, slots: int) -
             f"The KV cache of {batch} x {slots} tokens needs {slots * each / 2**30:.1f} GiB, but "
             f"{free / 2**30:.1f} GiB are free: up to {free // each} tokens a sequence would fit."
         )
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(inner_model(model))
     width = getattr(config, "intermediate_size", 0) + 3 * config.hidden_size
     tokens = int(_SHARE * left) // (4 * width * weight.element_size() * batch)
     return max(tokens // _STEP, 1) * _STEP

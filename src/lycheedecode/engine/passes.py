@@ -65,9 +65,9 @@ class DensePass:
             self._begins[reach] = None if reach.is_all else reach.first_slot(counts, torch.zeros_like(counts)).int()
         with running(self):
             if self.token_ids.shape[1] > 1:
-                logits = forward(model, self.token_ids, self._lengths)
+                logits = forward(model, self.token_ids, self._lengths, self.filled[:1])
             else:
-                logits = forward(model, self.token_ids[:, 0], self._lengths)[:, None]
+                logits = forward(model, self.token_ids[:, 0], self._lengths, self.filled[:1])[:, None]
         self._full.count_bytes(self.kv_bytes, self._lengths, None, True, self._key_bytes)
         return logits
 

@@ -22,11 +22,13 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
-from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
+from ..models.routing import AttentionRoute, Reach, layer_of, refuse_a_mask, refuse_unless_plain
 from ..models.shape import ModelError
+from ..models.versions import cache_argument
 from ..ops import KV
 from ..ops.attend import MAX_TOKENS
 from ..ops.types import constant
+from .cache import KVCache
 
 _TILE = 1024
 """Queries of a layer with limited reach that share a mask."""
@@ -95,11 +97,42 @@ def _attention_layer(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface for several tokens a sequence; the keys and values are all so far."""
     refuse_unless_plain(options)
+    refuse_a_mask(attention_mask)
     chunk = _passing.get(None)
     if chunk is None:
         raise ModelError("An Engine reads a prompt with this model in another thread; it can be called after that.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return chunk.attend(module.layer_idx, query, key, value, scale).transpose(1, 2), None
+    output = chunk.attend(layer_of(module), query, key, value, scale).transpose(1, 2)
+    return output.contiguous(), None  # as transformers' own functions return it: models may ask for a view
+
+
+def read_chunk(
+    model: nn.Module,
+    chunk_route: AttentionRoute,
+    chunk: ChunkAttention,
+    cache: KVCache,
+    token_ids: Tensor,
+    keep: int = 1,
+) -> Tensor:
+    """Append tokens int64 `[B, T]` to a cache; returns logits float32 `[B, keep, V]` of the last ones.
+
+    Raises:
+        ModelError: the model does not store every token once in every layer.
+    """
+    first, tokens = cache.length, token_ids.shape[1]
+    positions = torch.arange(first, first + tokens, device=token_ids.device)[None]
+    if cache.starts is not None:
+        positions = (positions - cache.starts[:, None]).clamp_(min=0)
+    with chunk_route, passing(chunk), torch.inference_mode():
+        output = model(
+            input_ids=token_ids,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=keep,
+            **cache_argument(cache),
+        )
+    cache.check_length(first + tokens)
+    return output.logits[:, -keep:].float()
 
 
 def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -28,17 +28,18 @@ from transformers.cache_utils import Cache
 
 from .. import ops
 from ..attention import DecodeAttention, State
-from ..models.routing import AttentionRoute, Reach, refuse_unless_plain
+from ..models.routing import AttentionRoute, Reach, layer_of, refuse_a_mask, refuse_unless_plain
 from ..models.shape import ModelError
 from ..models.versions import cache_argument
 from ..ops import KV
 from ..ops.append.rope import Rotation
 from .cache import KVCache
 
-Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""`(model, token ids int64 [B], lengths int32 [B]) -> logits float32 [B, V]`; lengths include the token.
+Forward = Callable[[nn.Module, Tensor, Tensor, "Tensor | int"], Tensor]
+"""`(model, token ids int64 [B], lengths int32 [B], filled) -> logits float32 [B, V]`.
 
-With several tokens a sequence, `[B, T]`, lengths include all of them, and the logits are `[B, T, V]`.
+With several tokens a sequence, `[B, T]`, the logits are `[B, T, V]`. `lengths` count the tokens of each sequence, `filled` the slots in use, as a number or int32 `[B]`; both
+with the new tokens. Sequences of one pass whose ends differ have no common number of slots; the first one's is given.
 """
 
 
@@ -134,6 +135,7 @@ class FixedStep:
         self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = torch.ones(batch, dtype=torch.int32, device=device)
         self._starts = cache.starts if starts is None else starts
+        self._runs, self._passed = 0, [0] * len(self.stores)
         self._ends: dict[Reach, tuple[Tensor, Tensor | None]] = {}
 
     def run(self, forward: Forward, model: nn.Module) -> Tensor:
@@ -148,8 +150,9 @@ class FixedStep:
                 self._ends[reach] = self.filled - first, first
         if self._looks:
             self._look()
+        self._runs += 1
         with running(self):
-            logits = forward(model, self.token_ids, lengths)
+            logits = forward(model, self.token_ids, lengths, self.filled)
         self._attention.count_bytes(self.kv_bytes, lengths, self.state, self._refresh, self._key_bytes)
         return logits
 
@@ -162,11 +165,21 @@ class FixedStep:
             for reach, (_, first) in self._ends.items():
                 self._ends[reach] = None, None if reach.is_all and from_zero else first
 
+    def check_layers(self) -> None:
+        """Raise `ModelError` unless every layer attended once in every run so far."""
+        for layer, times in enumerate(self._passed):
+            if times != self._runs:
+                raise ModelError(
+                    f"Layer {layer} of this model attended {times} times in {self._runs} decode steps; Engine needs "
+                    "every token once in every layer."
+                )
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
     ) -> Tensor:
         """See `Step`."""
         keys, values = self.stores[layer]
+        self._passed[layer] += 1
         query = ops.append(keys, values, key, value, self.filled, query, rotation)
         reach = self._reaches[layer]
         kv = KV(keys[:, :, : self._slots], values[:, :, : self._slots], *self._ends[reach])
@@ -244,25 +257,33 @@ def _attention_layer(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface for new tokens; the keys and values are theirs only."""
     refuse_unless_plain(options)
+    refuse_a_mask(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] > 1:
         attend = _attend_tokens_operator if is_compiling() else _attend_tokens
-        return attend(*(x.transpose(1, 2) for x in (query, key, value)), module.layer_idx, scale), None
+        return attend(*(x.transpose(1, 2) for x in (query, key, value)), layer_of(module), scale), None
     attend = _attend_operator if is_compiling() else _attend
-    return attend(query[:, :, 0], key[:, :, 0], value[:, :, 0], module.layer_idx, scale)[:, None], None
+    return attend(query[:, :, 0], key[:, :, 0], value[:, :, 0], layer_of(module), scale)[:, None], None
 
 
 class _Newest(Cache):
-    """What a model may ask of a cache when attention layers append to it: hands the new token through."""
+    """What a model may ask of a cache when attention layers append to it: hands the new token through.
 
-    def __init__(self) -> None:
+    Args:
+        filled: slots in use, the new tokens' included; a number, or int32 `[1]`.
+        tokens: how many of them are new.
+    """
+
+    def __init__(self, filled: Tensor | int, tokens: int) -> None:
         super().__init__(layers=[])
+        self._filled, self._tokens = filled, tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
+    def get_seq_length(self, *_: Any) -> Any:
+        """Slots before the new tokens: a number, or int32 `[]` on the device, which a CUDA graph can hold."""
+        return (self._filled if isinstance(self._filled, int) else self._filled[0]) - self._tokens
 
 
 def route(model: nn.Module) -> AttentionRoute:
@@ -270,7 +291,7 @@ def route(model: nn.Module) -> AttentionRoute:
     return AttentionRoute(model, _attention_layer, masks=False, name="step", brief=True)
 
 
-def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:
+def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor | int) -> Tensor:
     """A `Forward`, eager."""
     several = token_ids.dim() == 2
     positions = lengths[:, None].long() - 1
@@ -279,7 +300,7 @@ def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:
     output = model(
         input_ids=token_ids if several else token_ids[:, None],
         position_ids=positions,
-        **cache_argument(_Newest()),
+        **cache_argument(_Newest(filled, token_ids.shape[1] if several else 1)),
         use_cache=True,
         logits_to_keep=0 if several else 1,
     )
@@ -305,9 +326,9 @@ def compiled_forward(backend: Any = None) -> Forward:
     options = INDUCTOR if backend == "inductor" else None
     run = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, options=options)
 
-    def compiled(model: nn.Module, token_ids: Tensor, lengths: Tensor) -> Tensor:
+    def compiled(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor | int) -> Tensor:
         # Models and batch sizes share one count of compilations; there is nothing wrong with many.
         with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
-            return run(model, token_ids, lengths)
+            return run(model, token_ids, lengths, filled)
 
     return compiled

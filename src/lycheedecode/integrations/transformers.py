@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from ..attention import HybridAttention, HybridState
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.routing import RoutedAttention, route_attention, supported_shape
-from ..models.shape import ModelError
+from ..models.shape import ModelError, inner_model
 from ..ops import KV
 from ..plan import HeadPlan
 
@@ -47,10 +48,10 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
     if config.scan_keys != "cache":
         raise ConfigError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
     shape = supported_shape(model, plan)
-    if getattr(model.config, "output_attentions", False):
+    if getattr(inner_model(model).config, "output_attentions", False):
         raise ModelError("Attention weights (output_attentions) do not exist in hybrid decoding.")
     routed = RoutedAttention(shape, _Steps(HybridAttention(plan, config, shape.global_layers)))
-    with route_attention(model, routed), _without_compilation(model):
+    with route_attention(model, routed), _without_compilation(inner_model(model)), _with_cache(inner_model(model)):
         yield model
 
 
@@ -107,6 +108,22 @@ def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]
     if (last - starts + 1 != lengths).any():
         raise ModelError("Hybrid decoding needs the tokens of a sequence side by side; this attention mask has gaps.")
     return lengths.int(), starts.int()
+
+
+@contextmanager
+def _with_cache(model: nn.Module) -> Iterator[None]:
+    """Refuse passes without a cache: every one of them would read the prompt anew, densely."""
+
+    def refuse(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
+        given = options.get("use_cache")
+        if not (model.config.get_text_config(decoder=True).use_cache if given is None else given):
+            raise ModelError("Hybrid decoding needs the KV cache: leave use_cache=False away.")
+
+    hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

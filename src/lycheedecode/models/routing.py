@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..plan import HeadPlan, PlanError
-from .shape import ModelError, ModelShape
+from .shape import ModelError, ModelShape, inner_model, text_config
 
 Decode = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
 """`(layer, query [B, Hq, D], keys, values [B, Hkv, S, D], mask, scale) -> [B, Hq, D]`."""
@@ -39,7 +39,7 @@ class RoutedAttention:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         self._dense = sdpa_attention_forward
-        self._global_layers = frozenset(shape.global_layers)
+        self._shape, self._global_layers = shape, frozenset(shape.global_layers)
         self.decode = decode
 
     def __call__(
@@ -53,8 +53,9 @@ class RoutedAttention:
         **options: Any,
     ) -> tuple[Tensor, None]:
         refuse_unless_plain(options)
-        if self.decode is None or query.shape[2] != 1 or module.layer_idx not in self._global_layers:
+        if self.decode is None or query.shape[2] != 1 or layer_of(module) not in self._global_layers:
             return self._dense(module, query, key, value, attention_mask, scaling=scaling, **options)
+        self._shape.check_heads(module.layer_idx, query.shape[1], key.shape[1])
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = self.decode(module.layer_idx, query[:, :, 0], key, value, attention_mask, scale)
         return output[:, None], None
@@ -66,6 +67,20 @@ def refuse_unless_plain(options: Mapping[str, Any]) -> None:
         given = options.get(name)
         if given is not None and given is not False:
             raise ModelError(f"LycheeDecode decodes plain softmax attention only, not {what} ({name}).")
+
+
+def refuse_a_mask(mask: Tensor | None) -> None:
+    """Raise `ModelError` when a model brings a mask although none was asked for."""
+    if mask is not None:
+        raise ModelError("This model masks its attention in a way of its own, which Engine cannot follow.")
+
+
+def layer_of(module: nn.Module) -> int:
+    """The number of an attention module's layer; raises `ModelError` where it has none."""
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise ModelError(f"{type(module).__name__} does not say which layer it belongs to (layer_idx).")
+    return layer
 
 
 class Reach(NamedTuple):
@@ -101,7 +116,7 @@ class Reach(NamedTuple):
     @classmethod
     def of_layers(cls, model: nn.Module, shape: ModelShape) -> tuple[Reach, ...]:
         """Of every layer of a model; raises `ModelError` for a kind of layer that has no reach."""
-        config = model.config.get_text_config(decoder=True)
+        config = text_config(inner_model(model))
         spans = {
             "full_attention": 0,
             "sliding_attention": getattr(config, "sliding_window", None),
@@ -126,13 +141,17 @@ def supported_shape(model: nn.Module, plan: HeadPlan | None) -> ModelShape:
             several devices.
         PlanError: the plan does not fit the model.
     """
-    shape = ModelShape.of(model)
-    if not getattr(model, "_supports_attention_backend", False):
+    shape, inner = ModelShape.of(model), inner_model(model)
+    config = text_config(inner)
+    if inner.config.is_encoder_decoder or config.is_encoder_decoder:
+        raise ModelError(f"{shape.architecture} is an encoder and a decoder; only plain decoders can be decoded.")
+    if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None):
+        raise ModelError(f"{shape.architecture} has cross attention; only plain decoders can be decoded.")
+    if not getattr(inner, "_supports_attention_backend", False):
         raise ModelError(f"The attention of {shape.architecture} cannot be replaced (no attention interface).")
-    config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise ModelError(f"{shape.architecture} has multi-head latent attention, which has no KV heads to choose from.")
-    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    devices = sorted({str(device) for device in getattr(inner, "hf_device_map", {}).values()})
     if len(devices) > 1:
         raise ModelError(
             f"{shape.architecture} is spread over devices {', '.join(devices)}; decoding needs one device."
@@ -195,7 +214,7 @@ class AttentionRoute:
 
     Args:
         model: a Hugging Face decoder.
-        function: what attends.
+        function: what attends; None leaves the model's own, but takes the turn.
         masks: give `function` the masks that SDPA would get; otherwise no mask is made, and it gets None.
         name: what `function` is registered as; None makes up a name that no other route has. Compiled code is valid
             for one name. Routes of one name have one function.
@@ -208,7 +227,7 @@ class AttentionRoute:
     def __init__(
         self,
         model: nn.Module,
-        function: Callable[..., Any],
+        function: Callable[..., Any] | None,
         *,
         masks: bool = True,
         name: str | None = None,
@@ -238,8 +257,9 @@ class AttentionRoute:
                 raise
         self._opening = opening
         self._before = [config._attn_implementation for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation = self._name
+        if self._function is not None:
+            for config in self._configs:
+                config._attn_implementation = self._name
 
     def __exit__(self, *_: object) -> None:
         for config, implementation in zip(self._configs, self._before, strict=True):
@@ -251,6 +271,8 @@ class AttentionRoute:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+        if self._function is None:
+            return
         # Masks are made only for names in the class-wide mapping, so assignment to the registry would not do.
         opening.registered = True
         ALL_ATTENTION_FUNCTIONS.register(self._name, self._function)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..errors import LycheeError
+from .positions import Positions
 
 
 class ModelError(LycheeError):
@@ -30,24 +32,58 @@ class ModelShape:
     @classmethod
     def of(cls, model: nn.Module) -> ModelShape:
         """Read the shape off a Hugging Face decoder; raises `ModelError` when it is not a plain decoder."""
-        config = model.config.get_text_config(decoder=True)
+        inner = inner_model(model)
+        config = text_config(inner)
+        name = type(inner).__name__
         try:
             num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
-            num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+            num_kv_heads = _kv_heads(config) or num_heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+            kinds = getattr(config, "layer_types", None)
         except AttributeError as error:
-            raise ModelError(f"{type(model).__name__} is not a decoder with KV heads ({error}).") from None
-        kinds = getattr(config, "layer_types", None)
+            reason = str(error).split(".")[0]
+            raise ModelError(f"{name} is not a decoder with KV heads of one shape ({reason}).") from None
+        sizes = num_layers, num_heads, num_kv_heads, head_dim
+        if not all(isinstance(size, int) for size in sizes):
+            raise ModelError(f"{name} has layers of different shapes, which a head plan cannot describe.")
         if kinds is None:
             # Before `layer_types` a sliding window held for every layer (Mistral).
             kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * num_layers
         return cls(
-            name=str(getattr(model.config, "name_or_path", "") or type(model).__name__),
-            architecture=type(model).__name__,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
+            str(getattr(inner.config, "name_or_path", "") or name),
+            name,
+            *sizes,
+            max_positions=Positions.of(config).longest,
             global_layers=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
         )
+
+    def check_heads(self, layer: int, heads: int, kv_heads: int) -> None:
+        """Raise `ModelError` unless a layer has as many query and KV heads as its model's config says."""
+        if (heads, kv_heads) != (self.num_heads, self.num_kv_heads):
+            raise ModelError(
+                f"Layer {layer} of {self.architecture} has {heads} query and {kv_heads} KV heads, where its config "
+                f"says {self.num_heads} and {self.num_kv_heads}."
+            )
+
+
+def inner_model(model: nn.Module) -> Any:
+    """The transformers model that a wrapper (an adapter's, say) holds; the model itself where it is none.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import PreTrainedModel
+
+    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise ModelError(f"{type(model).__name__} is no transformers model, nor does it hold one.")
+    return found
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the decoder in a transformers model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _kv_heads(config: Any) -> int | None:
+    return 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None)

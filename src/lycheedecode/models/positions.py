@@ -1,0 +1,53 @@
+"""How many positions a model has, and where the length of a text changes what a position means.
+
+transformers scales rotary positions by `rope_parameters`. Two kinds look at the length of what passes through the
+model: `longrope` has frequencies for texts up to the original length and others for longer ones; `dynamic` changes them
+with every token past it, and keeps what the longest text so far asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Positions(NamedTuple):
+    """Of a model.
+
+    Attributes:
+        longest: tokens of the longest text; 0: not known.
+        turn: tokens from which on frequencies are others; 0: they are always the same.
+        kind: of scaling that depends on length, `longrope` or `dynamic`; `` where none does.
+    """
+
+    longest: int = 0
+    turn: int = 0
+    kind: str = ""
+
+    @classmethod
+    def of(cls, config: Any) -> Positions:
+        """Read off a text model's config.
+
+        The longest text is the original length times the factor, whatever the kind, and never below what the config
+        says.
+        """
+        configured = int(getattr(config, "max_position_embeddings", 0) or 0)
+        longest, turn, kind = configured, 0, ""
+        for scaling in _scalings(config):
+            original = scaling.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            original = int(original or configured)
+            longest = max(longest, int(original * float(scaling.get("factor") or 1)))
+            name = str(scaling.get("rope_type") or scaling.get("type") or "default")
+            if name in ("longrope", "dynamic"):
+                turn, kind = original, name
+        return cls(longest, turn, kind)
+
+
+def _scalings(config: Any) -> list[dict[str, Any]]:
+    """Every set of rope parameters: of the model, or of each kind of its layers."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(given, dict):
+        return []
+    nested = [inner for inner in given.values() if isinstance(inner, dict)]
+    return nested or [given]
