@@ -105,8 +105,22 @@ def examine(architecture: str) -> tuple[Outcome, Outcome]:
         model = tiny.make(architecture)
         right = generated(model, prompts()[0])
     except Exception as error:
-        return (Outcome("no model", _brief(error)),) * 2
+        return (_refused_as_it_is(architecture) or Outcome("no model", _brief(error)),) * 2
     return _judged(hybrid_differs, model, right), _judged(engine_differs, model, right)
+
+
+def _refused_as_it_is(architecture: str) -> Outcome | None:
+    """Of a class whose small model does not run: the refusal of a model of its default size, if it is refused."""
+    from lycheedecode.errors import LycheeError
+    from lycheedecode.models.routing import supported_shape
+
+    try:
+        supported_shape(tiny.outline(architecture), None)
+    except LycheeError as error:
+        return Outcome("refused", str(error))
+    except Exception:
+        return None  # then what kept the small one from running says more
+    return None
 
 
 def _judged(differs: Any, model: nn.Module, right: tuple[Tensor, Tensor]) -> Outcome:

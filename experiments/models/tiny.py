@@ -30,9 +30,10 @@ SMALL: dict[str, Any] = {
         ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length"), 512
     ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
     **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size", "local_window_size"), 24),
+    "num_kv_shared_layers": 2,
     "rotary_dim": 8,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -45,27 +46,37 @@ SMALL: dict[str, Any] = {
 }
 """Values of fields, by the names that config classes give them."""
 
-_MLA = {"head_dim": 8}
-_ALTERNATING = {"layer_types": ["linear_attention", "full_attention"] * 2}
 ODD: dict[str, dict[str, Any]] = {
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
     "Mamba2ForCausalLM": {"num_heads": 8},
     "BambaForCausalLM": {"attn_layer_indices": [1, 3]},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": KV_HEADS}},
+    "BailingHybridForCausalLM": {"n_group": 1, "topk_group": 1},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
 }
 """Fields by class of model, that override `SMALL`."""
 
 
-def make(class_name: str) -> nn.Module:
-    """A random model in eval mode, float32, the same one every time, whose attention is sharp."""
+def make(class_name: str, **fields: Any) -> nn.Module:
+    """A random float32 model in eval mode, the same every time, whose attention is sharp; `fields` go to its config."""
     import transformers
 
     torch.manual_seed(0)
     model_class = getattr(transformers, class_name)
-    model = sharpen(model_class(shrunk(model_class.config_class, ODD.get(class_name, {}))))
+    model = sharpen(model_class(shrunk(model_class.config_class, {**ODD.get(class_name, {}), **fields})))
     model.generation_config.eos_token_id = None  # all generations are equally long
     return model.eval().requires_grad_(False)
+
+
+def outline(class_name: str) -> nn.Module:
+    """The model of a class's own default config, without memory for its weights."""
+    import transformers
+
+    model_class = getattr(transformers, class_name)
+    with torch.device("meta"):
+        return model_class(model_class.config_class())
 
 
 def shrunk(config_class: type, odd: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..models.routing import Reach
 from . import step as steps
 from .context import Context
+from .prefill import without_autocast
 from .step import FixedStep, FlexibleStep, Forward
 
 Execution = Literal["auto", "compiled", "graph", "eager"]
@@ -72,7 +73,7 @@ class Decoder:
         Returns:
             float32 `[B, V]`, overwritten by the next step.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), without_autocast(token_ids.device):
             replay = self.prepare(context, token_ids)
             if replay is None:
                 return self._flexible(context, token_ids)
@@ -157,13 +158,13 @@ class Captured:
     """
 
     def __init__(self, run: Callable[[], Tensor | None], kept: Sequence[Tensor], way: str) -> None:
-        self._run = run
+        self._given, self._device = run, kept[0].device
         self._graph: torch.cuda.CUDAGraph | None = None
         before = [tensor.clone() for tensor in kept]
         if way != "eager" and kept[0].is_cuda:
             self._capture()
         elif way != "eager":
-            run()
+            self._run()
         for tensor, value in zip(kept, before, strict=True):
             tensor.copy_(value)
 
@@ -173,6 +174,10 @@ class Captured:
             return self._run()
         self._graph.replay()
         return self._result
+
+    def _run(self) -> Tensor | None:
+        with without_autocast(self._device):
+            return self._given()
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream()

@@ -45,6 +45,8 @@ TokenIds = Tensor | Sequence[Sequence[int]]
 class Engine:
     """Decodes with a Hugging Face model whose attention is ours. The model itself is left as it was between calls.
 
+    It computes in its own dtype: autocast is off inside.
+
     Args:
         model: a causal language model in eval mode.
         tokenizer: needed for text prompts, text results, stop strings and chat templates.

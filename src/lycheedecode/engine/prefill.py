@@ -11,7 +11,7 @@ the keys. Dimensions as in `ops`; `T` tokens of the chunk, the last of `S`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -81,6 +81,13 @@ def passing(chunk: ChunkAttention) -> Iterator[None]:
         _passing.reset(before)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The model computes in its own dtype: casts of single operations would leave keys and values in two."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def route(model: nn.Module) -> AttentionRoute:
     """Attention layers of `model` take part in the passing chunk while the route is open."""
     return AttentionRoute(model, _attention_layer, masks=False, name="chunk", brief=True)
@@ -123,7 +130,7 @@ def read_chunk(
     positions = torch.arange(first, first + tokens, device=token_ids.device)[None]
     if cache.starts is not None:
         positions = (positions - cache.starts[:, None]).clamp_(min=0)
-    with chunk_route, passing(chunk), torch.inference_mode():
+    with chunk_route, passing(chunk), torch.inference_mode(), without_autocast(token_ids.device):
         output = model(
             input_ids=token_ids,
             position_ids=positions,
@@ -153,7 +160,7 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
             return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
     past, past_mass = _with_mass(query, keys[:, :, :earlier], values[:, :, :earlier], scale, causal=False)
     own, own_mass = _with_mass(query, keys[:, :, earlier:], values[:, :, earlier:], scale, causal=True)
-    share = (past_mass - own_mass).sigmoid()[..., None]
+    share = (past_mass - own_mass).sigmoid()[..., None].float()
     return torch.lerp(own.float(), past.float(), share).to(query.dtype)
 
 

@@ -38,8 +38,9 @@ from .cache import KVCache
 Forward = Callable[[nn.Module, Tensor, Tensor, "Tensor | int"], Tensor]
 """`(model, token ids int64 [B], lengths int32 [B], filled) -> logits float32 [B, V]`.
 
-With several tokens a sequence, `[B, T]`, the logits are `[B, T, V]`. `lengths` count the tokens of each sequence, `filled` the slots in use, as a number or int32 `[B]`; both
-with the new tokens. Sequences of one pass whose ends differ have no common number of slots; the first one's is given.
+With several tokens a sequence, `[B, T]`, the logits are `[B, T, V]`. `lengths` count the tokens of each sequence,
+`filled` the slots in use, as a number or int32 `[1]`; both with the new tokens. Where sequences end in different slots,
+there is no such number; the first one's is given.
 """
 
 
@@ -135,6 +136,7 @@ class FixedStep:
         self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = torch.ones(batch, dtype=torch.int32, device=device)
         self._starts = cache.starts if starts is None else starts
+        self._newest = self.filled[:1]  # an object of its own: to the compiler, one tensor given twice is another case
         self._runs, self._passed = 0, [0] * len(self.stores)
         self._ends: dict[Reach, tuple[Tensor, Tensor | None]] = {}
 
@@ -152,7 +154,7 @@ class FixedStep:
             self._look()
         self._runs += 1
         with running(self):
-            logits = forward(model, self.token_ids, lengths, self.filled)
+            logits = forward(model, self.token_ids, lengths, self._newest)
         self._attention.count_bytes(self.kv_bytes, lengths, self.state, self._refresh, self._key_bytes)
         return logits
 

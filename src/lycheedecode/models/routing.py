@@ -55,7 +55,7 @@ class RoutedAttention:
         refuse_unless_plain(options)
         if self.decode is None or query.shape[2] != 1 or layer_of(module) not in self._global_layers:
             return self._dense(module, query, key, value, attention_mask, scaling=scaling, **options)
-        self._shape.check_heads(module.layer_idx, query.shape[1], key.shape[1])
+        self._shape.check_heads(module.layer_idx, key.shape[1])
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = self.decode(module.layer_idx, query[:, :, 0], key, value, attention_mask, scale)
         return output[:, None], None

@@ -40,7 +40,7 @@ class ModelShape:
             num_kv_heads = _kv_heads(config) or num_heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
             kinds = getattr(config, "layer_types", None)
-        except AttributeError as error:
+        except (AttributeError, RuntimeError) as error:  # the latter: transformers' own, of sizes that layers differ in
             reason = str(error).split(".")[0]
             raise ModelError(f"{name} is not a decoder with KV heads of one shape ({reason}).") from None
         sizes = num_layers, num_heads, num_kv_heads, head_dim
@@ -57,12 +57,12 @@ class ModelShape:
             global_layers=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
         )
 
-    def check_heads(self, layer: int, heads: int, kv_heads: int) -> None:
-        """Raise `ModelError` unless a layer has as many query and KV heads as its model's config says."""
-        if (heads, kv_heads) != (self.num_heads, self.num_kv_heads):
+    def check_heads(self, layer: int, kv_heads: int) -> None:
+        """Raise `ModelError` unless a layer has as many KV heads as its model's config says."""
+        if kv_heads != self.num_kv_heads:
             raise ModelError(
-                f"Layer {layer} of {self.architecture} has {heads} query and {kv_heads} KV heads, where its config "
-                f"says {self.num_heads} and {self.num_kv_heads}."
+                f"Layer {layer} of {self.architecture} has {kv_heads} KV heads, where its config says "
+                f"{self.num_kv_heads}."
             )
 
 
