@@ -242,6 +242,7 @@ class Engine:
         rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
         source: Rounds | _Steps
         if self.config.verify_every:
+            self._check_rounds(context, max_new_tokens)
             source = Rounds.over(self._decoder, self._full, context, sampling, self.config)
         else:
             source = _Steps(self, context, sampling, max_new_tokens)
@@ -324,6 +325,22 @@ class Engine:
         )
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
+
+    def _check_rounds(self, context: Context, max_new_tokens: int) -> None:
+        """Refuse rounds (`verify_every`) where tokens of one pass would need positions of different kinds."""
+        turn, first = self._positions.turn, context.cache.length
+        if turn and first <= turn < first + max_new_tokens + spare_slots(self.config):
+            raise ConfigError(
+                f"Positions of {self.shape.architecture} change at {turn} tokens, which verify_every cannot cross: "
+                "leave it away, or stay on one side."
+            )
+        if len(context.prompt_lengths) > 1 and getattr(
+            text_config(inner_model(self.model)), "attn_temperature_tuning", False
+        ):
+            raise ConfigError(
+                f"{self.shape.architecture} scales attention by the length of the whole batch; with verify_every give "
+                "one prompt at a time."
+            )
 
     def _check_length(self, tokens: int) -> None:
         """Refuse texts longer than the model's positions."""
