@@ -1,6 +1,7 @@
 """Fidelity against straightforward recomputation, on tiny models."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.evaluate import fidelity
-from lycheedecode.evaluate.engines import coverage_for
+from lycheedecode.evaluate.engines import Coverage, coverage_for
 from lycheedecode.evaluate.fidelity import Choice, Long, measure_fidelity
 from lycheedecode.evaluate.scores import Sums, overall
 from lycheedecode.evaluate.variants import variants
@@ -20,6 +21,7 @@ CONFIG = HybridConfig(budget_tokens=48, block_size=8, sink_tokens=4, recent_toke
 PLANS = {"tiny": tiny.plan()}
 CELL = Cell("noise", 300)
 LONG = Long("prose", 300, 14)
+CONTINUED = Cell("code", 300, "continuation", 10)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,8 @@ def test_scores_are_what_two_engines_say(llama, tokenizer):
 @pytest.mark.parametrize("cell", [CELL, LONG], ids=["task", "long"])
 def test_batches_change_nothing(llama, tokenizer, cell):
     one, all_three = (
-        measure(llama, tokenizer, ["hybrid", "quest"], [cell], batch_size=size)[str(cell)] for size in (1, 3)
+        measure(llama, tokenizer, ["hybrid", "quest"], [cell], batch_size=size, temperature=0)[str(cell)]
+        for size in (1, 3)
     )
     for label in one:
         for name in ("kl_mean", "kl_p99", "top1_agreement", "first_divergence", "kv_bytes_per_token"):
@@ -82,7 +85,7 @@ def test_batches_change_nothing(llama, tokenizer, cell):
 
 
 def test_a_long_answers_divergence_is_that_of_generating(llama, tokenizer):
-    found = measure(llama, tokenizer, ["hybrid", "hybrid+correction"], [LONG])[str(LONG)]
+    found = measure(llama, tokenizer, ["hybrid", "hybrid+correction"], [LONG], temperature=0)[str(LONG)]
     full, hybrid = engines(llama, tokenizer)
     same = []
     for prompt in drawn(tokenizer, LONG):
@@ -100,7 +103,7 @@ def test_drawn_answers_are_continued_with_the_same_random_numbers(llama, tokeniz
     roomy = HybridConfig(block_size=8, sink_tokens=4, recent_tokens=8)
     compared = variants(["hybrid", "streaming"], PLANS, roomy)
     found = measure_fidelity(llama, tokenizer, compared, [LONG], prompts=2, batch_size=2, temperature=1.5)[str(LONG)]
-    assert [score["same_answer"] for score in found.values()] == [1, 1, 1]
+    assert [score["same_answer"] for score in found.values()] == [1, 1, 1, 1]
 
 
 def test_choices_are_those_of_the_distribution():
@@ -145,10 +148,48 @@ def test_kascade_is_calibrated_on_the_same_kinds_of_prompts(llama, tokenizer):
     compared = variants(["hybrid", "kascade"], PLANS, CONFIG)
     coverage = coverage_for(llama, tokenizer, compared, cells)
     assert coverage_for(llama, tokenizer, compared[:2], cells) is None
-    assert coverage.shape == (8, 8)
-    assert coverage.diagonal().mean() > coverage[6:, :2].mean()
+    table = coverage(CONFIG)
+    assert table.shape == (8, 8)
+    assert table.diagonal().mean() > table[6:, :2].mean()
+    assert coverage(CONFIG) is table
+    assert coverage(replace(CONFIG, budget_tokens=96)).mean() > table.mean()
     found = measure(llama, tokenizer, ["kascade"], cells, prompts=1)
     assert all(scores["kascade"]["kl_mean"] > 0 for scores in found.values())
+
+
+def test_kascade_is_calibrated_at_the_budget_that_decodes(llama, tokenizer, monkeypatch):
+    asked = []
+    measured = Coverage.__call__
+    monkeypatch.setattr(Coverage, "__call__", lambda self, config: asked.append(config) or measured(self, config))
+    found = measure(llama, tokenizer, ["hybrid", "kascade"], [CONTINUED], prompts=1, match_bytes=True)[str(CONTINUED)]
+    assert [config.budget_tokens for config in asked] == [found["kascade"]["budget_tokens"]]
+    assert found["kascade"]["kv_bytes_per_token"] <= found["hybrid"]["kv_bytes_per_token"]
+
+
+def test_continuations_are_drawn_fed_and_accepted(llama, tokenizer):
+    """Against two engines: full attention draws, hybrid is fed."""
+    found = measure(llama, tokenizer, ["hybrid"], [CONTINUED], temperature=0.9)[str(CONTINUED)]
+    full, hybrid = engines(llama, tokenizer)
+    kl, accepted, same = [], [], []
+    for start, prompt in enumerate(drawn(tokenizer, CONTINUED)):
+        context = full.prefill([prompt.prompt_ids], room=10)
+        choose = Choice(0.9, f"fidelity/0/{CONTINUED}/{start}")
+        ids = [int(choose(context.logits, 0))]
+        for step in range(1, 10):
+            ids.append(int(choose(full.decode_one_token(context, torch.tensor(ids[-1:])), step)))
+        p, q = (engine.score([prompt.prompt_ids], [ids[:-1]])[0] for engine in (full, hybrid))
+        kl += (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).tolist()
+        accepted += torch.minimum((p / 0.9).softmax(-1), (q / 0.9).softmax(-1)).sum(-1).tolist()
+        own = [ids[0], *(int(choose(logits[None], step)) for step, logits in enumerate(q, start=1))]
+        same.append(next((i for i, (a, b) in enumerate(zip(own, ids, strict=True)) if a != b), 10))
+    score = found["hybrid"]
+    assert score["kl_mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    assert score["acceptance"] == pytest.approx(sum(accepted) / len(accepted), rel=1e-3)
+    assert score["first_divergence"] == pytest.approx(sum(same) / 3)
+    assert score["exact_match"] is None
+    floor = found[fidelity.ROUNDING]
+    assert floor["kl_mean"] < 1e-5
+    assert floor["acceptance"] == pytest.approx(1, abs=1e-4)
 
 
 def test_finished_cells_are_kept(llama, tokenizer):
@@ -162,7 +203,7 @@ def test_finished_cells_are_kept(llama, tokenizer):
 def test_positions_add_up():
     sums, mask = Sums(), torch.arange(20) < torch.tensor([[20], [7]])
     kl = torch.rand(2, 20)
-    sums.add_tokens(kl, kl < 0.5, mask, [1.0, 3.0])
+    sums.add_tokens(kl, kl < 0.5, 1 - kl, mask, [1.0, 3.0])
     sums.add_answers([20, 3], [20, 7], [True, False])
     score = sums.score()
     assert [(bucket.first, bucket.last, bucket.tokens) for bucket in score.by_position] == [
@@ -178,10 +219,13 @@ def test_positions_add_up():
         2,
     )
     assert score.kl_p99 == pytest.approx(float(kl[mask].double().quantile(0.99)))
+    assert score.acceptance == pytest.approx(1 - score.kl_mean)
+    two = torch.stack([kl[0].mean(), kl[1, :7].mean()]).double()
+    assert score.kl_error == pytest.approx(float(two.std() / 2**0.5))
 
 
 def test_means_are_of_what_was_measured_everywhere():
-    score = {"kl_mean": 1.0, "top1_agreement": 1.0, "same_answer": 1.0, "kv_bytes_per_token": 2.0}
+    score = {"kl_mean": 1.0, "acceptance": 1.0, "top1_agreement": 1.0, "same_answer": 1.0, "kv_bytes_per_token": 2.0}
     measured = {"a": {"x": score, "y": score}, "b": {"x": {**score, "kl_mean": 3.0}, "y": {"left_out": "why"}}}
     assert overall(measured) == {"x": {**score, "kl_mean": 2.0}}
     assert overall({}) == {}

@@ -14,7 +14,7 @@ import typer
 from .. import policies as all_policies
 from ..config import HybridConfig
 from ..errors import ConfigError, PackageError
-from ..evaluate.fidelity import CELLS, Long, measure_fidelity
+from ..evaluate.fidelity import CELLS, TEMPERATURE, Long, measure_fidelity
 from ..evaluate.scores import overall
 from ..evaluate.variants import POLICIES, variants
 from ..identify import Cell
@@ -110,7 +110,7 @@ def fidelity(
     prompts: Annotated[int, typer.Option(help="Prompts of each kind.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the prompts and of drawn tokens.")] = 0,
-    temperature: Annotated[float, typer.Option(help="At which long answers are drawn; 0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="At which answers are drawn; 0 is greedy.")] = TEMPERATURE,
     max_kl: Annotated[
         float | None,
         typer.Option(help="Exit with 1 when the mean KL of hybrid over all kinds of prompts exceeds this."),
@@ -221,6 +221,7 @@ _COLUMNS = {
     "kl_mean": ("mean KL\n(nats)", "{:.4f}".format),
     "kl_p99": ("99% KL\n(nats)", "{:.4f}".format),
     "top1_agreement": ("same top\ntoken", "{:.1%}".format),
+    "acceptance": ("drafts\ntaken", "{:.1%}".format),
     "first_divergence": ("tokens\nalike", "{:.1f}".format),
     "same_answer": ("same\nanswer", "{:.1%}".format),
     "exact_match": ("right\nanswer", "{:.1%}".format),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import policies
+from ..config import HybridConfig
 from ..engine.decoder import Execution
 from ..engine.engine import Engine
 from ..identify import IdentifySettings, Stages
@@ -24,7 +25,7 @@ def make_engines(
     tokenizer: Any,
     variants: Sequence[Variant],
     execution: Execution = "auto",
-    coverage: Tensor | None = None,
+    coverage: Coverage | None = None,
     match_at: int = 0,
     steps: int = policies.STEPS,
 ) -> tuple[dict[str, Engine], dict[str, str]]:
@@ -65,20 +66,34 @@ def make_engines(
     return engines, left_out
 
 
-def coverage_for(model: nn.Module, tokenizer: Any, variants: Sequence[Variant], cells: Iterable[Cell]) -> Tensor | None:
-    """Coverage of heads by heads, if a variant is Kascade's: on a few prompts from the text of identification.
+class Coverage:
+    """Coverage of heads by heads, on a few prompts from the text of identification: at the budget that a policy is
+    judged at, measured when it is asked for, and once.
 
     Args:
         model, tokenizer: what is measured.
-        variants: everything that is compared.
-        cells: texts and lengths of the prompts.
+        cells: kinds of prompts; where full attention makes the answers, texts are continued.
     """
-    calibrated = [variant for variant in variants if variant.policy.startswith("kascade")]
-    if not calibrated:
-        return None
-    shape = ModelShape.of(model)
-    kinds = tuple(dict.fromkeys(Cell(cell.text, cell.length) for cell in cells))
-    settings = IdentifySettings(
-        config=calibrated[0].config, calibrate_cells=kinds, calibrate_prompts=_CALIBRATION_PROMPTS, batch_size=1
-    )
-    return Stages(model, tokenizer, settings, Reach(shape.num_layers, shape.num_kv_heads)).coverage()
+
+    def __init__(self, model: nn.Module, tokenizer: Any, cells: Iterable[Any]) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        kinds = (cell if isinstance(cell, Cell) else Cell(cell.text, cell.length, "continuation", 64) for cell in cells)
+        self._cells = tuple(dict.fromkeys(kinds))
+        self._found: dict[HybridConfig, Tensor] = {}
+
+    def __call__(self, config: HybridConfig) -> Tensor:
+        """float32 `[H, H]`, see `identify.donors.measure_coverage`."""
+        if config not in self._found:
+            settings = IdentifySettings(
+                config=config, calibrate_cells=self._cells, calibrate_prompts=_CALIBRATION_PROMPTS, batch_size=1
+            )
+            reach = Reach.of(ModelShape.of(self._model))
+            self._found[config] = Stages(self._model, self._tokenizer, settings, reach).coverage()
+        return self._found[config]
+
+
+def coverage_for(
+    model: nn.Module, tokenizer: Any, variants: Sequence[Variant], cells: Iterable[Any]
+) -> Coverage | None:
+    """What Kascade is calibrated with, if a variant is Kascade's."""
+    return Coverage(model, tokenizer, cells) if any(variant.is_calibrated for variant in variants) else None

@@ -1,9 +1,9 @@
 """Fidelity: how far policies of decoding stray from full attention, on fresh prompts, through real decode steps.
 
 Each batch of prompts is prefilled once, for all policies. Every policy then decodes the same answer token by token
-(KL, top-1 agreement), and on its own (first divergence, exact match). The answer's first token comes from the prefill
-and is not counted. Prompts with something hidden have a true answer; the answer to other prompts is what full attention
-generates.
+(KL, top-1 agreement, acceptance), and on its own (first divergence, exact match). The answer's first token comes from
+the prefill and is not counted. Prompts with something hidden have a true answer; the answer to other prompts is what
+full attention draws. One more row is full attention by another kernel: what rounding alone does.
 
 A policy that finds every token of an answer most probable while it is fed that answer generates it on its own, too, so
 that is not decoded again; and what it is fed equals what it would generate up to the first token that it would not.
@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import HybridConfig
 from ..engine.engine import Context, Engine
 from ..errors import ConfigError
 from ..prompts.makers import Cell, Prompt, PromptMaker, makers_for
-from .engines import coverage_for, make_engines
+from .engines import Coverage, coverage_for, make_engines
 from .scores import Sums
 from .variants import Variant
 
 CELLS = (
+    Cell("code", 6144, "continuation", 64),
+    Cell("prose", 6144, "continuation", 64),
     Cell("noise", 2048),
     Cell("noise", 4096),
     Cell("noise", 7168),
@@ -35,7 +38,12 @@ CELLS = (
     Cell("prose", 2048, "passkey", 5),
     Cell("prose", 4096, "passkey", 5),
 )
-"""What the shipped plan is judged on."""
+"""What plans are judged on: first what people do, then what is easy to mark."""
+
+TEMPERATURE = 0.7
+"""Of drawn answers, and of the acceptance."""
+ROUNDING = "full, other kernel"
+"""The row of full attention that reads every block as a selected one."""
 
 _WORTH_A_GRAPH = 32
 """Tokens of an answer from which on capturing a step pays: it costs a few steps for every policy and batch."""
@@ -82,7 +90,7 @@ def measure_fidelity(
     prompts: int = 100,
     batch_size: int = 1,
     seed: int = 0,
-    temperature: float = 0.0,
+    temperature: float = TEMPERATURE,
     match_bytes: bool = False,
     finished: dict[str, Scores] | None = None,
     on_cell: Callable[[str, Scores], None] = lambda cell, scores: None,
@@ -99,7 +107,7 @@ def measure_fidelity(
         batch_size: prompts decoded together.
         seed: of the prompts, and of drawn tokens.
         temperature: at which the answers to continuations and long questions are drawn, and continued by every policy
-            with the same random numbers; 0 is greedy.
+            with the same random numbers, and at which drafts are accepted; 0 is greedy.
         match_bytes: give every policy the budget at which it reads as many bytes as `hybrid` does with its plan and
             config while the answer is decoded.
         finished: results of an interrupted call.
@@ -110,6 +118,7 @@ def measure_fidelity(
         `{kind: {label: ...}}`, see `Scores`.
     """
     makers, coverage = makers_for(tokenizer, cells, "evaluate"), coverage_for(model, tokenizer, variants, cells)
+    variants = [variants[0], _rounding(variants[0].config), *variants[1:]]
     results = dict(finished or {})
     for cell in cells:
         if str(cell) in results:
@@ -128,7 +137,7 @@ def measure_fidelity(
                 choose = Choice(temperature, f"{name}/{start}")
                 _decode_long(engines, batch, tokens, choose, sums)
             else:
-                _decode_batch(engines, batch, sums)
+                _decode_batch(engines, batch, temperature, sums)
             report(str(cell), start + len(batch), prompts)
         for label, each in sums.items():
             scores[label] |= asdict(each.score())
@@ -137,8 +146,13 @@ def measure_fidelity(
     return results
 
 
+def _rounding(config: HybridConfig) -> Variant:
+    whole = HybridConfig(budget_tokens=2**30, block_size=config.block_size, completion="none")
+    return Variant(ROUNDING, "own-topk", whole, exact=True)
+
+
 def _engines(
-    model: Any, tokenizer: Any, variants: Sequence[Variant], coverage: Tensor | None, match_at: int, tokens: int
+    model: Any, tokenizer: Any, variants: Sequence[Variant], coverage: Coverage | None, match_at: int, tokens: int
 ) -> tuple[dict[str, Engine], Scores]:
     """What decodes answers of `tokens` tokens, by label, and what it is; bytes are matched from `match_at` on."""
     # Many policies for some tokens each: compiling their steps would take longer than the steps do.
@@ -175,16 +189,16 @@ class Choice:
     """
 
     def __init__(self, temperature: float = 0.0, name: str = "") -> None:
-        self._temperature = temperature
+        self.temperature = temperature
         self._seed = random.Random(name).randrange(2**40)
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """int64 `[B]` from `[B, V]`."""
-        if not self._temperature:
+        if not self.temperature:
             return logits.argmax(-1)
         generator = torch.Generator(logits.device).manual_seed(self._seed + step)
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp_(1e-20, 1 - 1e-7)
-        return (logits / self._temperature - (-uniform.log()).log()).argmax(-1)
+        return (logits / self.temperature - (-uniform.log()).log()).argmax(-1)
 
 
 class _Reference(NamedTuple):
@@ -197,7 +211,9 @@ class _Reference(NamedTuple):
     mask: Tensor
 
 
-def _decode_batch(engines: Mapping[str, Engine], prompts: Sequence[Prompt], sums: Mapping[str, Sums]) -> None:
+def _decode_batch(
+    engines: Mapping[str, Engine], prompts: Sequence[Prompt], temperature: float, sums: Mapping[str, Sums]
+) -> None:
     """Prompts with true answers."""
     full, greedy = engines["full"], Choice()
     lengths = [len(prompt.answer_ids) for prompt in prompts]
@@ -208,7 +224,7 @@ def _decode_batch(engines: Mapping[str, Engine], prompts: Sequence[Prompt], sums
     reference = _Reference(full, answers, list(_feed(full, context, answers)), mask)
     expected: list[list[int]] = []  # what full attention generates
     for label, engine in engines.items():
-        chosen = _compare(engine, context, reference, greedy, sums[label])
+        chosen = _compare(engine, context, reference, greedy, temperature, sums[label])
         if ((chosen == answers)[:, 1:] | ~mask).all() and (chosen[:, 0] == answers[:, 0]).all():
             own = answers
         else:
@@ -233,28 +249,37 @@ def _decode_long(
     reference = _Reference(full, answers, logits, torch.ones_like(answers[:, 1:], dtype=torch.bool))
     expected = answers.tolist()
     for label, engine in engines.items():
-        own = _compare(engine, context, reference, choose, sums[label]).tolist()
+        own = _compare(engine, context, reference, choose, choose.temperature, sums[label]).tolist()
         same = [_same(*pair) for pair in zip(own, expected, strict=True)]
         sums[label].add_answers(same, [tokens] * len(prompts))
     context.rewind()
 
 
-def _compare(engine: Engine, context: Context, reference: _Reference, choose: Choice, sums: Sums) -> Tensor:
+def _compare(
+    engine: Engine, context: Context, reference: _Reference, choose: Choice, temperature: float, sums: Sums
+) -> Tensor:
     """Feed the answers and compare distributions; returns what would have been chosen at every token, `[B, T + 1]`.
 
     Full attention comes first, with `context` as it left it, and is not decoded again.
     """
-    chosen, kl, agreed = [choose(context.logits, 0)], [], []
+    chosen, kl, agreed, accepted = [choose(context.logits, 0)], [], [], []
     first = engine is reference.engine
     found_logits = reference.logits if first else _feed(engine, context, reference.answers)
     for step, (given, logits) in enumerate(zip(reference.logits, found_logits, strict=True), start=1):
         expected, found = given.log_softmax(-1), logits.log_softmax(-1)
         kl.append((expected.exp() * (expected - found)).sum(-1).clamp(min=0))  # rounding can be negative
         agreed.append(expected.argmax(-1) == found.argmax(-1))
+        accepted.append(_acceptance(given, logits, temperature) if temperature else agreed[-1])
         chosen.append(choose(logits, step))
     kv_bytes = (context.kv_bytes / context.steps).tolist()
-    sums.add_tokens(torch.stack(kl, 1), torch.stack(agreed, 1), reference.mask, kv_bytes)
+    sums.add_tokens(torch.stack(kl, 1), torch.stack(agreed, 1), torch.stack(accepted, 1), reference.mask, kv_bytes)
     return torch.stack(chosen, 1)
+
+
+def _acceptance(full: Tensor, policy: Tensor, temperature: float) -> Tensor:
+    """The probability that a token drawn from the policy's logits `[B, V]` stands, `[B]`."""
+    p, q = ((logits / temperature).softmax(-1) for logits in (full, policy))
+    return torch.minimum(p, q).sum(-1)
 
 
 def _feed(engine: Engine, context: Context, answers: Tensor) -> Iterator[Tensor]:

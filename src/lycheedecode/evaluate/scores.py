@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Score:
     Attributes:
         prompts, tokens: how many were decoded.
         kl_mean, kl_p99: KL(full || policy) per answer token, in nats.
+        kl_error: standard error of the mean, from the means of the prompts; None for a single one.
+        acceptance: the share of drafts that full attention would accept, the sum of min(p, q) over the vocabulary, at
+            the temperature of drawn answers (at 0: top-1 agreement).
         top1_agreement: share of answer tokens at which both find the same token most probable.
         first_divergence: answer tokens, on average, until what the policy generates on its own differs from what full
             attention does; the answer's length where it never differs.
@@ -49,7 +53,9 @@ class Score:
     tokens: int
     kl_mean: float
     kl_p99: float
+    kl_error: float | None
     top1_agreement: float
+    acceptance: float
     first_divergence: float
     same_answer: float
     exact_match: float | None
@@ -62,17 +68,21 @@ class Sums:
 
     def __init__(self) -> None:
         self._kl: list[Tensor] = []
+        self._means: list[float] = []
         self._agreed: list[Tensor] = []
+        self._accepted: list[Tensor] = []
         self._position: list[Tensor] = []
         self._same: list[tuple[int, bool]] = []
         self._solved: list[bool] = []
         self._bytes: list[float] = []
 
-    def add_tokens(self, kl: Tensor, agreed: Tensor, mask: Tensor, kv_bytes: Sequence[float]) -> None:
-        """Teacher-forced answers: KL and agreement at each token, `[B, T]`, where `mask` is True; bytes a token."""
-        mask = mask.cpu()
-        self._kl.append(kl.cpu().double()[mask])
+    def add_tokens(self, kl: Tensor, agreed: Tensor, accepted: Tensor, mask: Tensor, kv_bytes: Sequence[float]) -> None:
+        """Teacher-forced answers: KL, agreement and acceptance at each token, `[B, T]`, where `mask` is True; bytes."""
+        mask, kl = mask.cpu(), kl.cpu().double()
+        self._kl.append(kl[mask])
+        self._means += [float(each[inside].mean()) for each, inside in zip(kl, mask, strict=True)]
         self._agreed.append(agreed.cpu()[mask])
+        self._accepted.append(accepted.cpu().double()[mask])
         self._position.append(mask.nonzero()[:, 1])
         self._bytes += kv_bytes
 
@@ -89,7 +99,9 @@ class Sums:
             tokens=len(kl),
             kl_mean=float(kl.mean()),
             kl_p99=_quantile(kl, 0.99),
+            kl_error=stdev(self._means) / len(self._means) ** 0.5 if len(self._means) > 1 else None,
             top1_agreement=float(agreed.mean()),
+            acceptance=float(torch.cat(self._accepted).mean()),
             first_divergence=_mean([number for number, _ in self._same]),
             same_answer=_mean([same for _, same in self._same]),
             exact_match=_mean(self._solved) if self._solved else None,
@@ -100,7 +112,7 @@ class Sums:
 
 def overall(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
     """Means over kinds of prompts, each kind alike, for every policy that was measured on all of them."""
-    names = ("kl_mean", "top1_agreement", "same_answer", "kv_bytes_per_token")
+    names = ("kl_mean", "top1_agreement", "acceptance", "same_answer", "kv_bytes_per_token")
     cells = list(measured.values())
     labels = [label for label in cells[0] if all("kl_mean" in cell.get(label, ()) for cell in cells)] if cells else []
     return {label: {name: _mean([cell[label][name] for cell in cells]) for name in names} for label in labels}

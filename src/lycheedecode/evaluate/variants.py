@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import policies
@@ -27,6 +28,7 @@ class Variant:
         policy: a name that `policies.make` knows.
         config: budget, block size, form.
         plan: roles and donors; `plan_name` says which.
+        exact: it is full attention in another way, whose budget is everything.
     """
 
     label: str
@@ -34,23 +36,36 @@ class Variant:
     config: HybridConfig
     plan: HeadPlan | None = None
     plan_name: str | None = None
+    exact: bool = False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it needs the coverage of calibration prompts."""
+        return self.policy.startswith("kascade")
 
     def make(
         self,
         shape: ModelShape,
-        coverage: Tensor | None = None,
+        coverage: Callable[[HybridConfig], Tensor] | None = None,
         match_at: int = 0,
         steps: int = policies.STEPS,
     ) -> policies.Decoding:
         """What decodes; with `match_at`, at the budget whose bytes in `steps` steps from so many tokens on are those of
-        the plan."""
-        config, given = self.config, {"shape": shape, "plan": self.plan, "coverage": coverage}
-        if match_at and policies.has_budget(self.policy):
-            config = policies.match_bytes(self.policy, config=config, context=match_at, steps=steps, **given)
-        return policies.make(self.policy, config=config, **given)
+        the plan. `coverage` is asked at the budget that decodes."""
+        config, given = self.config, {"shape": shape, "plan": self.plan}
+        if match_at and policies.has_budget(self.policy) and not self.exact:
+            heads = len(shape.global_layers) * shape.num_kv_heads
+            any_anchors = torch.zeros(heads, heads) if self.is_calibrated else None  # all read as much
+            config = policies.match_bytes(
+                self.policy, config=config, context=match_at, steps=steps, coverage=any_anchors, **given
+            )
+        calibrated = coverage(config) if self.is_calibrated and coverage is not None else None
+        return policies.make(self.policy, config=config, coverage=calibrated, **given)
 
     def describe(self, config: HybridConfig) -> dict[str, Any]:
         """What a row of results is about; `config` is the one that decodes."""
+        if self.exact:
+            return {"policy": "full"}
         row: dict[str, Any] = {"policy": self.policy}
         if policies.needs_plan(self.policy):
             row |= {"plan": self.plan_name, "retrieval_heads": len(self.plan.retrieval)}
