@@ -27,6 +27,9 @@ LEVELS = [
     {"__main__", "demo"},
 ]
 """Modules and packages from the bottom up; each may import what lies on lower levels."""
+UPWARD = {"engine/plans.py": "identify"}
+"""`plan="auto"`: whoever makes an engine may ask for an identification in one word, so the engine must find it; the
+import lies in the function that is asked."""
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 OPTIONAL = {"datasets", "gguf", "lm_eval", "matplotlib", "triton", "vllm"}
@@ -72,7 +75,7 @@ def test_every_module_has_a_level():
 def test_imports_point_downward(path):
     unit = unit_of(path)
     for other, line in imported_units(path):
-        allowed = other == unit or LEVEL_OF[other] < LEVEL_OF[unit]
+        allowed = other == unit or LEVEL_OF[other] < LEVEL_OF[unit] or UPWARD.get(path.as_posix()) == other
         assert allowed, f"{path}:{line}: {unit} must not import {other}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,12 +162,15 @@ class HeadPlan:
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str]) -> HeadPlan:
-        """Read a bundled plan by name (`bundled_plans()` lists them) or a JSON file by path."""
+        """Read a JSON file by path, or a bundled plan by its name or that of its model, as `bundled_plan_of` knows it.
+
+        A name is a word, or a hub id of two: anything longer is a path.
+        """
         name = os.fspath(name_or_path)
-        bundled = resources.files("lycheedecode") / "plans" / f"{name}.json"
         path = Path(name)
-        if not path.is_file() and name in bundled_plans():
-            return cls.from_json(bundled.read_text(encoding="utf-8"), source=name)
+        is_name = not path.is_file() and re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+(?<!\.json)", name)
+        if is_name and (bundled := bundled_plan_of(name)) is not None:
+            return bundled
         try:
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
@@ -289,6 +293,20 @@ def bundled_plans() -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def bundled_plan_of(model: str) -> HeadPlan | None:
+    """The plan that ships for a model, by the model's name, hub id, folder or file: `smollm2-135m` is that of
+    `HuggingFaceTB/SmolLM2-135M-Instruct` and of `/models/SmolLM2-135M-Instruct.Q4_1.gguf`. None where there is none.
+
+    Names may lie: whether it fits, `check_fits` says.
+    """
+    said = model.lower().replace("_", "-")
+    for name in sorted(bundled_plans(), key=len, reverse=True):
+        if re.search(rf"(?<![a-z0-9.]){re.escape(name)}(?![a-z0-9])", said):
+            text = (resources.files("lycheedecode") / "plans" / f"{name}.json").read_text(encoding="utf-8")
+            return HeadPlan.from_json(text, source=name)
+    return None
 
 
 def _as_donors(table: Any) -> tuple[tuple[Head, ...], ...]:

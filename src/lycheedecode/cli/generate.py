@@ -17,7 +17,9 @@ from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
 from ..evaluate.answer_view import render, watch
 from ..evaluate.side_by_side import Comparison, compare
+from ..identify.auto import auto_plan
 from ..models.load import DEFAULT_MODEL, load_model
+from ..plan import HeadPlan
 from ..results import Result, fingerprint
 from .options import (
     Device,
@@ -25,7 +27,6 @@ from .options import (
     Dtype,
     Json,
     Model,
-    Plan,
     Revision,
     Verbose,
     check_model_path,
@@ -65,7 +66,15 @@ def generate(
         typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the prompt from a UTF-8 file."),
     ] = None,
     model: Model = DEFAULT_MODEL,
-    plan: Plan = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan",
+            "-p",
+            help="Head plan: a bundled name, a file, or auto, which finds one now unless it is known. "
+            "\\[default: the bundled one of the model]",
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Decode with full attention, without a plan.")] = False,
     against: Annotated[
         Literal["full"] | None,
@@ -112,12 +121,14 @@ def generate(
     if full and (plan is not None or set(form) - {"correction_every"}):
         raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
     config, sampling = HybridConfig(**form), Sampling(**drawing)
-    head_plan = None if full else load_plan(plan, model, device)
+    head_plan = None if full or plan == "auto" else load_plan(plan, model, device)
     text = _prompt(prompt, prompt_file)
 
     with quiet(verbose):
         with progress(f"Loading {model}"):
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
+        if plan == "auto":
+            head_plan = _find(network, tokenizer, config)
         engine = Engine(network, tokenizer, plan=head_plan, config=config)
         if chat is None:
             chat = bool(getattr(tokenizer, "chat_template", None))
@@ -152,6 +163,15 @@ def generate(
                 say_what_is_covered(tokens, config.budget_tokens if config.selection == "top_k" else None)
     known = fingerprint(network, {} if full else {plan or model: head_plan})
     save(json_file, Result("generate", settings, summary=result, fingerprint=known))
+
+
+def _find(network: Any, tokenizer: Any, config: HybridConfig) -> HeadPlan:
+    with Steps() as steps:
+        return auto_plan(
+            network, tokenizer, config,
+            report=lambda progress: steps.show(progress.stage, progress.step, progress.steps),
+            say=lambda sentence: errors.print(sentence, style="dim"),
+        )  # fmt: skip
 
 
 def _prompt(given: str | None, file: Path | None) -> str:

@@ -16,7 +16,7 @@ import typer
 
 from ..config import HybridConfig
 from ..errors import ConfigError, InputError
-from ..plan import HeadPlan, bundled_plans
+from ..plan import HeadPlan, bundled_plan_of
 
 if TYPE_CHECKING:
     from ..identify import Cell
@@ -161,12 +161,16 @@ takes_form_with_top_p = takes("form", HybridConfig, leave_out=("verify_every",),
 def load_plan(plan: str | None, model: str, device: str = "auto") -> HeadPlan:
     """The plan that was asked for, or the bundled one of the model; else how one is made, and what that takes."""
     check_model_path(model)
-    if plan is not None or model in bundled_plans():
-        return HeadPlan.load(plan or model)
+    found = bundled_plan_of(model) if plan is None else HeadPlan.load(plan)
+    if found is not None:
+        return found
     name = f"{Path(model).name.removesuffix('.gguf')}-plan.json"
     command = f"lycheedecode identify {shlex.quote(name)} --model {shlex.quote(model)}"
-    takes = "" if (found := _estimate(model, device)) is None else f" ({found})"
-    raise ConfigError(f"There is no head plan for {model!r}: make one with `{command}`{takes}, then add --plan {name}.")
+    takes = "" if (effort := _estimate(model, device)) is None else f" ({effort})"
+    raise ConfigError(
+        f"There is no head plan for {model!r}: make one with `{command}`{takes}, then add --plan {name}; or generate "
+        "with --plan auto, which finds one and keeps it."
+    )
 
 
 def check_model_path(model: str) -> None:

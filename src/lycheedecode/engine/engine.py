@@ -25,7 +25,6 @@ from ..models.positions import Positions
 from ..models.routing import Reach, supported_shape
 from ..models.shape import ModelError, inner_model, text_config
 from ..ops.attend import MAX_TOKENS
-from ..plan import HeadPlan
 from . import prefill
 from .cache import KVCache
 from .context import Context
@@ -33,6 +32,7 @@ from .decoder import Decoder, Execution
 from .generation import Coming, Generation, Piece, Progress, refuse_nan, stop_token_ids
 from .memory import prefill_chunk
 from .passes import DensePass
+from .plans import PlanLike, plan_from
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
 from .proof import prove
 from .sampling import Sampler, Sampling
@@ -50,7 +50,8 @@ class Engine:
     Args:
         model: a causal language model in eval mode.
         tokenizer: needed for text prompts, text results, stop strings and chat templates.
-        plan: the donor of every KV head; None decodes with full attention.
+        plan: the donor of every KV head; a plan, the name or file of one, or `auto`: the model's, which is found now if
+            nobody has it (`identify.auto`). None decodes with full attention.
         config: how to decode; `correction_every` also holds for full attention.
         attention: decode attention to use instead of a plan's.
         prefill_chunk: prompt tokens that pass through the model at once; None: as many as memory allows.
@@ -70,7 +71,7 @@ class Engine:
         model: nn.Module,
         tokenizer: Any = None,
         *,
-        plan: HeadPlan | None = None,
+        plan: PlanLike = None,
         config: HybridConfig | None = None,
         attention: DecodeAttention | None = None,
         prefill_chunk: int | None = None,
@@ -83,8 +84,9 @@ class Engine:
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk must be at least 1, not {prefill_chunk}.")
         self.model, self.tokenizer = model, tokenizer
-        self.shape = supported_shape(model, plan)
         self.config = config or HybridConfig()
+        plan = plan_from(plan, model, tokenizer, self.config)
+        self.shape = supported_shape(model, plan)
         full = FullAttention(len(self.shape.global_layers), self.shape.num_kv_heads)
         if plan is not None:
             attention = HybridAttention(plan, self.config, self.shape.global_layers)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import HybridAttention, HybridState
 from ..config import HybridConfig
+from ..engine.plans import plan_from
 from ..errors import ConfigError
 from ..models.routing import RoutedAttention, route_attention, supported_shape
 from ..models.shape import ModelError, inner_model
@@ -19,8 +20,13 @@ from ..plan import HeadPlan
 
 
 @contextmanager
-def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None) -> Iterator[nn.Module]:
+def hybrid(
+    model: nn.Module, plan: HeadPlan | str, config: HybridConfig | None = None, *, tokenizer: Any = None
+) -> Iterator[nn.Module]:
     """Decode steps of `model` follow `plan` while the context is open; nothing is left behind when it closes.
+
+    The plan may be the name or file of one, or `auto`: the model's, which is found now if nobody has it; finding needs
+    the tokenizer.
 
     Whatever calls the model may be used: `generate` greedily, with sampling, beams or streaming, in batches padded on
     the left, with dynamic or static caches, with a prefix in the cache. Several tokens at once (the prompt,
@@ -47,6 +53,7 @@ def hybrid(model: nn.Module, plan: HeadPlan, config: HybridConfig | None = None)
         raise ConfigError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
     if config.scan_keys != "cache":
         raise ConfigError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
+    plan = plan_from(plan, model, tokenizer, config)
     shape = supported_shape(model, plan)
     if getattr(inner_model(model).config, "output_attentions", False):
         raise ModelError("Attention weights (output_attentions) do not exist in hybrid decoding.")

@@ -1,0 +1,106 @@
+"""Plans without a plan: bundled, kept, or found now."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from lycheedecode import Engine, HeadPlan, HybridConfig
+from lycheedecode.identify import Cell, IdentifySettings, auto
+from lycheedecode.identify.auto import auto_plan, cache_folder
+from lycheedecode.integrations.transformers import hybrid
+from lycheedecode.plan import bundled_plan_of, bundled_plans
+
+SETTINGS = IdentifySettings(calibrate_cells=(Cell("prose", 150, "continuation", 8),), calibrate_prompts=2, draws=2)
+CONFIG = HybridConfig(budget_tokens=64, block_size=8, sink_tokens=8, recent_tokens=8)
+
+
+@pytest.fixture
+def found(monkeypatch, tmp_path):
+    """Settings that take no time, a cache of our own, and what was identified."""
+    seen, identify = [], auto.identify
+    monkeypatch.setenv("LYCHEEDECODE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(auto, "IdentifySettings", lambda: SETTINGS)
+    monkeypatch.setattr(auto, "identify", lambda *given, **named: seen.append(given) or identify(*given, **named))
+    return seen
+
+
+def test_a_plan_is_found_kept_and_found_again(found, llama, byte_tokenizer, tmp_path, capsys):
+    engine = Engine(llama, byte_tokenizer, plan="auto", config=CONFIG)
+    said = capsys.readouterr().err
+    [path] = (tmp_path / "cache").glob("*.json")
+    assert str(path) in said
+    assert "1 of 1" in said
+    plan = engine.attention.plan
+    assert plan == HeadPlan.load(path)
+    assert plan.provenance["settings"]["config"]["budget_tokens"] == 64
+    assert auto_plan(llama, byte_tokenizer, replace(CONFIG, refresh_every=4)).donors == plan.donors
+    assert len(found) == 1
+    assert capsys.readouterr().err == ""
+    auto_plan(llama, byte_tokenizer, replace(CONFIG, budget_tokens=48))  # for other settings, another plan
+    assert len(found) == 2
+    other = tiny.model()
+    other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    auto_plan(other, byte_tokenizer, CONFIG)  # and for other weights
+    assert len(found) == 3
+
+
+def test_a_spoilt_file_is_made_anew(found, llama, byte_tokenizer, tmp_path):
+    auto_plan(llama, byte_tokenizer, CONFIG)
+    [path] = (tmp_path / "cache").glob("*.json")
+    path.write_text("{", encoding="utf-8")
+    said = []
+    plan = auto_plan(llama, byte_tokenizer, CONFIG, say=said.append)
+    assert "made anew" in said[0]
+    assert HeadPlan.load(path) == plan
+
+
+def test_a_folder_that_cannot_be_written(found, llama, byte_tokenizer, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    said = []
+    plan = auto_plan(llama, byte_tokenizer, CONFIG, folder=tmp_path / "file" / "cache", say=said.append)
+    assert plan.retrieval
+    assert "cannot be kept" in said[-1]
+
+
+def test_hybrid_and_names(found, llama, byte_tokenizer, tmp_path):
+    ids = torch.tensor(tiny.prompts(100))
+    with hybrid(llama, "auto", CONFIG, tokenizer=byte_tokenizer):
+        one = llama.generate(ids, max_new_tokens=4)
+    [path] = (tmp_path / "cache").glob("*.json")
+    with hybrid(llama, str(path), CONFIG):
+        assert torch.equal(llama.generate(ids, max_new_tokens=4), one)
+    with pytest.raises(ValueError, match="give the tokenizer"):
+        auto_plan(llama, None, replace(CONFIG, budget_tokens=72))
+
+
+def test_the_cache_is_where_the_system_wants_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("LYCHEEDECODE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "lycheedecode"
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "/models/SmolLM2-135M.Q4_1.gguf"]
+)
+def test_bundled_plans_are_found_by_the_models_name(name):
+    assert bundled_plan_of(name) == HeadPlan.load("smollm2-135m")
+
+
+@pytest.mark.parametrize("name", ["smollm2-1350m", "asmollm2-135m", "smollm2", "", "/models/plain"])
+def test_other_names_have_none(name):
+    assert bundled_plan_of(name) is None
+
+
+def test_names_of_hubs_load_but_missing_files_do_not(tmp_path):
+    assert HeadPlan.load("HuggingFaceTB/SmolLM2-135M-Instruct") == HeadPlan.load("smollm2-135m")
+    for name in (str(tmp_path / "smollm2-135m"), "smollm2-135m.json"):
+        with pytest.raises(ValueError, match="no head plan file"):
+            HeadPlan.load(name)
+
+
+def test_a_bundled_plan_that_does_not_fit_is_not_taken(found, llama, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(llama.config, "name_or_path", "smollm2-135m", raising=False)
+    assert auto_plan(llama, byte_tokenizer, CONFIG).num_layers == tiny.LAYERS
+    assert "smollm2-135m" in bundled_plans()
