@@ -264,7 +264,7 @@ def test_generate_refuses_files_it_cannot_use(base, model_folder, plan_file, tmp
     assert "This head plan is for other with 3 KV heads per layer; the model has 2" in said
     said = refusal(*base, "x")
     assert f"make one with `lycheedecode identify {name}-plan.json --model {model_folder}` (about 1 min and" in said
-    assert f"on this CPU), then add --plan {name}-plan.json." in said
+    assert f"on this CPU), then add --plan {name}-plan.json; or generate with --plan auto" in said
     typo = model_folder[:-1] + "_"
     for full in ([], ["--full"]):
         said = refusal("generate", "--model", typo, *full, "x")

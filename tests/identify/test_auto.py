@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
+from lycheedecode.cli import app
 from lycheedecode.identify import Cell, IdentifySettings, auto
 from lycheedecode.identify.auto import auto_plan, cache_folder
 from lycheedecode.integrations.transformers import hybrid
@@ -104,3 +106,13 @@ def test_a_bundled_plan_that_does_not_fit_is_not_taken(found, llama, byte_tokeni
     monkeypatch.setattr(llama.config, "name_or_path", "smollm2-135m", raising=False)
     assert auto_plan(llama, byte_tokenizer, CONFIG).num_layers == tiny.LAYERS
     assert "smollm2-135m" in bundled_plans()
+
+
+def test_generate_knows_auto(found, llama, byte_tokenizer, tmp_path):
+    llama.save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    call = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--plan", "auto"]
+    done = CliRunner().invoke(app, [*call, "--budget-tokens", "96", "-n", "4", "A prompt."])
+    assert done.exit_code == 0, done.output
+    assert len(found) == 1
+    assert "one is identified now, and kept in" in " ".join(done.stderr.split())

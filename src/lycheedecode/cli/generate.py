@@ -116,7 +116,7 @@ def generate(
         form["verify_every"] = "auto" if verify_every is None else verify_every
     if html and "verify_every" in form:
         raise ConfigError("--html shows what selections hold: leave out --lossless.")
-    if full:
+    if full or plan == "auto":
         check_model_path(model)
     if full and (plan is not None or set(form) - {"correction_every"}):
         raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
