@@ -430,7 +430,7 @@ def test_fidelity_sweeps_budgets_block_sizes_and_plans(model_folder, plan_file, 
     assert list(passkey) == list(long) == list(result["overall"])
     kinds = [score["policy"] for score in passkey.values()]
     assert {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} == {
-        "full": 1, "hybrid": 8, "full+correction": 1, "tidaldecode": 2, "streaming": 4
+        "full": 1, "rounding": 1, "hybrid": 8, "full+correction": 1, "tidaldecode": 2, "streaming": 4
     }  # fmt: skip
     label = "hybrid, plan all, 64 tokens, blocks of 8"
     assert [passkey[label][name] for name in ("retrieval_heads", "budget_tokens", "block_size")] == [8, 64, 8]

@@ -65,7 +65,7 @@ class Variant:
     def describe(self, config: HybridConfig) -> dict[str, Any]:
         """What a row of results is about; `config` is the one that decodes."""
         if self.exact:
-            return {"policy": "full"}
+            return {"policy": "rounding"}
         row: dict[str, Any] = {"policy": self.policy}
         if policies.needs_plan(self.policy):
             row |= {"plan": self.plan_name, "retrieval_heads": len(self.plan.retrieval)}
