@@ -11,13 +11,13 @@ it has; plans lie beside them.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lycheedecode.config import HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, Stages, settle
 from lycheedecode.identify.donors import Reach
-from lycheedecode.identify.replay import Drawn, Lesson, Planned, prepare, replay
+from lycheedecode.identify.replay import Drawn, Lesson, Planned, full, prepare, replay
 from lycheedecode.identify.sensitivity import Surrogate, gradients, join, measure_changes
 from lycheedecode.models.load import DEFAULT_MODEL, load_model
 from lycheedecode.models.shape import ModelShape
@@ -36,7 +36,7 @@ from lycheedecode.models.versions import cache_argument
 from lycheedecode.plan import HeadPlan
 from lycheedecode.policies.plans import random_roles, same_index
 from lycheedecode.prompts.makers import makers_for
-from lycheedecode.results import describe_environment
+from lycheedecode.results import Result
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Job:
     table: Tensor
     heads: int
     completed: bool = True
-    coupling: float = 0.5
+    coupling: float = 0.2
 
 
 def search(job: Job, reach: Reach, factors: Sequence[float]) -> HeadPlan:
@@ -92,15 +92,16 @@ class Figures:
         self._accepted: list[Tensor] = []
         self._prompts: list[float] = []
 
-    def add(self, expected: Tensor, found: Tensor, temperature: float) -> None:
-        """Logits of full attention and of the student, `[B, T, V]`."""
-        for full, ours in zip(expected, found, strict=True):
-            p, q = full.log_softmax(-1), ours.log_softmax(-1)
+    def add(self, expected: Tensor, found: Tensor, mask: Tensor, temperature: float) -> None:
+        """Logits of full attention and of the student, `[B, T, V]`, where `mask` is True."""
+        for theirs, ours, inside in zip(expected, found, mask, strict=True):
+            theirs, ours = theirs[inside], ours[inside]
+            p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
             kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
             self._kl.append(kl.cpu())
             self._prompts.append(float(kl.mean()))
             self._top1.append((p.argmax(-1) == q.argmax(-1)).cpu())
-            hot = torch.minimum((full / temperature).softmax(-1), (ours / temperature).softmax(-1))
+            hot = torch.minimum((theirs / temperature).softmax(-1), (ours / temperature).softmax(-1))
             self._accepted.append(hot.sum(-1).cpu())
 
     def to_dict(self) -> dict[str, float]:
@@ -111,6 +112,8 @@ class Figures:
             "prompts": len(each),
             "kl_mean": float(kl.mean()),
             "kl_error": error,
+            "kl_median_of_prompts": float(each.median()),
+            "kl_of_prompts": [round(float(kl), 5) for kl in each],
             "kl_p99": float(kl.quantile(0.99)),
             "top1_agreement": float(torch.cat(self._top1).double().mean()),
             "acceptance": float(torch.cat(self._accepted).double().mean()),
@@ -123,8 +126,11 @@ class Study:
     def __init__(self, model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.shape = ModelShape.of(model)
+        self.precise = deepcopy(model).float() if options.float32 else model
         self.began = time.perf_counter()
-        self.results: dict[str, Any] = {"settings": vars(options), "cells": {}, "seconds": {}}
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "plans")}
+        settings["model"] = Path(options.model).name
+        self.result = Result("continuations", settings, summary={"cells": {}, "seconds": {}})
 
     @property
     def seconds(self) -> float:
@@ -180,36 +186,29 @@ class Study:
 
     def students(self, forms: Sequence[Form], tables: dict[str, Tensor]) -> list[Student]:
         """What is compared: ours in every form, and policies that are plans."""
-        main, joined = forms[0], [form for form in forms if form.joined]
+        options, main, found = self.options, forms[0], []
+        joined = [form for form in forms if form.joined]
         jobs = {f"{form.name}-{heads}": Job(tables[form.name], heads) for form in forms for heads in form.heads}
-        table = tables[main.name]
+        table = torch.cat([tables[form.name] for form in joined])
         for heads in main.heads:
-            jobs[f"{main.name}-{heads}-uncompleted"] = Job(table, heads, completed=False)
-            if len(joined) > 1:
-                jobs[f"joined-{heads}"] = Job(torch.cat([tables[form.name] for form in joined]), heads)
-        if heads := self.options.ablate:
-            size = self.options.draws * self.options.batch_size
-            half = table[torch.arange(len(table)) // size % 2 == 0]
-            ablated = {
-                "half": Job(half, heads), "coupling-1": Job(table, heads, coupling=1.0),
-                "coupling-0.2": Job(table, heads, coupling=0.2),
-            }  # fmt: skip
-            jobs |= {f"{main.name}-{heads}-{name}": job for name, job in ablated.items()}
+            for coupling in options.couplings:
+                jobs[f"joined-{heads}-coupling-{coupling}"] = Job(table, heads, coupling=coupling)
+            if not options.few:
+                jobs[f"{main.name}-{heads}-uncompleted"] = Job(tables[main.name], heads, completed=False)
         plans = self.find(jobs)
-        found = []
         own = HeadPlan.all_retrieval(self.shape.num_layers, self.shape.num_kv_heads)
         for form in forms:
             none, ones = (replace(form.config, completion=kind) for kind in ("none", "centroid"))
-            found.append(Student(f"{form.name}-own", own, none))
-            found.append(Student(f"{form.name}-own-completed", own, ones))
+            found += [Student(f"{form.name}-own", own, none), Student(f"{form.name}-own-completed", own, ones)]
             for name, plan in plans.items():
                 if name.startswith(f"{form.name}-") or (form.joined and name.startswith("joined-")):
                     label = name.replace("joined", f"{form.name}-joined")
                     found.append(Student(label, plan, none if name.endswith("uncompleted") else form.config))
                 if form is main and name.endswith("uncompleted"):
                     found += self._compared(name, plan, none)
-                if form is main and name in {f"{form.name}-{heads}" for heads in form.heads}:
-                    found.append(Student(f"{name}-factor-1", plan, ones))
+            for name in options.plan if form.joined else ():
+                plan = HeadPlan.load(name)
+                found.append(Student(f"{form.name}-plan-{Path(name).stem}", plan, form.config))
         return found
 
     def _compared(self, name: str, plan: HeadPlan, none: HybridConfig) -> list[Student]:
@@ -232,8 +231,19 @@ class Study:
         random.Random(0).shuffle(prompts)  # cut short, they still come from all over the text
         for first in range(0, len(prompts), options.evaluate_batch):
             batch = prompts[first : first + options.evaluate_batch]
-            drawn = Drawn(cell.count, options.temperature, options.seed + first)
-            yield prepare(self.model, batch, options.prefill_chunk, drawn)
+            drawn = (
+                Drawn(cell.count, options.temperature, options.seed + first) if cell.task == "continuation" else None
+            )
+            yield self._precise(prepare(self.model, batch, options.prefill_chunk, drawn))
+
+    def _precise(self, lesson: Lesson) -> Lesson:
+        """A lesson for the model in float32, if that is wanted."""
+        if self.precise is self.model:
+            return lesson
+        prefix = tuple((keys.float(), values.float()) for keys, values in lesson.prefix)
+        lesson = replace(lesson, prefix=prefix)
+        with torch.no_grad():
+            return replace(lesson, teacher=replay(self.precise, lesson, full))
 
     def evaluate(self, students: Sequence[Student]) -> None:
         """Every student on every kind, a batch of each kind in turn, until the time is over."""
@@ -246,18 +256,19 @@ class Study:
                     del running[name]
                     continue
                 self._judge(lesson, students, figures.setdefault(name, {}))
-                self.results["cells"][name] = {label: each.to_dict() for label, each in figures[name].items()}
-                self.write()
+                scores = {label: each.to_dict() for label, each in figures[name].items()}
+                self.keep(cells={**self.result.summary["cells"], name: scores})
 
     @torch.no_grad()
     def _judge(self, lesson: Lesson, students: Iterable[Student], figures: dict[str, Figures]) -> None:
-        head = self.model.get_output_embeddings()
+        head, mask = self.precise.get_output_embeddings(), lesson.mask
         expected = head(lesson.teacher).float()
         floor = head(self._by_another_kernel(lesson)).float()
-        figures.setdefault("full attention by another kernel", Figures()).add(expected, floor, self.options.temperature)
+        temperature = self.options.temperature
+        figures.setdefault("full attention by another kernel", Figures()).add(expected, floor, mask, temperature)
         for student in students:
-            states = replay(self.model, lesson, Planned(student.plan, student.config))
-            figures.setdefault(student.label, Figures()).add(expected, head(states).float(), self.options.temperature)
+            states = replay(self.precise, lesson, Planned(student.plan, student.config))
+            figures.setdefault(student.label, Figures()).add(expected, head(states).float(), mask, temperature)
 
     def _by_another_kernel(self, lesson: Lesson) -> Tensor:
         """Full attention as transformers computes it: the floor that rounding sets."""
@@ -266,17 +277,15 @@ class Study:
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(lesson.prefix):
             cache.update(keys, values, layer)
-        return self.model.base_model(input_ids=lesson.answer_ids, **cache_argument(cache)).last_hidden_state
+        return self.precise.base_model(input_ids=lesson.answer_ids, **cache_argument(cache)).last_hidden_state
 
-    def write(self) -> None:
-        """What there is so far."""
-        self.results |= {"environment": describe_environment(), "total_seconds": round(self.seconds, 1)}
-        path = self.options.json
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.results, indent=1, default=str), encoding="utf-8")
+    def keep(self, **found: Any) -> None:
+        """Write what there is so far."""
+        self.result = self.result.add(**found, total_seconds=round(self.seconds, 1))
+        self.result.save(self.options.json)
 
     def _say(self, what: str) -> None:
-        self.results["seconds"][what] = round(self.seconds, 1)
+        self.keep(seconds={**self.result.summary["seconds"], what: round(self.seconds, 1)})
         print(f"{self.seconds:7.1f} s  {what}", flush=True)
 
 
@@ -310,16 +319,18 @@ def main() -> None:
     add("--temperature", type=float, default=0.7)
     add("--seed", type=int, default=0)
     add("--minutes", type=float, default=60)
-    add("--ablate", type=int, metavar="HEADS", help="also half the calibration, and other couplings, in the first form")
+    add("--couplings", type=float, nargs="+", default=[0.2], help="of the plans that have to serve all budgets")
+    add("--plan", nargs="*", default=[], help="plans that were found before")
+    add("--few", action="store_true", help="without other people's policies")
+    add("--float32", action="store_true", help="answers pass through the model in float32, over the same prefill")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     model, tokenizer = load_model(options.model)
     study = Study(model, tokenizer, options)
     forms = [Form.parse(text, options.block_size) for text in options.forms]
     students = study.students(forms, study.measure(forms))
-    study.write()
     study.evaluate(students)
-    for name, cell in study.results["cells"].items():
+    for name, cell in study.result.summary["cells"].items():
         for label, each in cell.items():
             print(f"{name}  {label:55}  {each['kl_mean']:.5f} +- {each['kl_error']:.5f}  p99 {each['kl_p99']:.4f}")
 

@@ -188,8 +188,8 @@ def _random_roles(reach: Reach, number: int, seed: int) -> list[tuple[int, int]]
 
 
 def uncompleted(settings: IdentifySettings) -> IdentifySettings:
-    """What is compared here are roles and donors, so nothing is completed."""
-    return replace(settings, config=replace(settings.config, completion="none"))
+    """What is compared here are roles and donors at one budget, so nothing is completed."""
+    return replace(settings, config=replace(settings.config, completion="none"), budget_scales=(1.0,))
 
 
 def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Lesson]:

@@ -88,7 +88,7 @@ def test_the_list_of_commands_says_what_their_own_help_says(name):
 
 def test_every_setting_has_an_option_with_help():
     text = run("identify", "--help-all", env={"COLUMNS": "300"}).stdout
-    tables = {"config", "train_cells", "calibrate_cells", "texts", "completion_factors"}
+    tables = {"config", "train_cells", "calibrate_cells", "texts", "completion_factors", "budget_scales"}
     for settings, left_out in ((HybridConfig, {"verify_every"}), (IdentifySettings, tables)):
         for name in set(settings.__dataclass_fields__) - left_out:
             flag = f"--{name.replace('_', '-')}"
@@ -451,7 +451,7 @@ def test_fidelity_matches_bytes_or_says_why_not(model_folder, plan_file, tmp_pat
     [scores] = result["cells"].values()
     assert scores["hybrid"]["budget_tokens"] == 64 < scores["streaming"]["budget_tokens"]
     assert scores["streaming"]["kv_bytes_per_token"] == pytest.approx(scores["hybrid"]["kv_bytes_per_token"], rel=0.1)
-    assert list(result["overall"]) == ["full", "hybrid", "streaming"]
+    assert list(result["overall"]) == ["full", "full, other kernel", "hybrid", "streaming"]
 
 
 def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):

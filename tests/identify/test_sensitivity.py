@@ -14,7 +14,7 @@ from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.objective import token_kl
 from lycheedecode.identify.replay import full, prepare, replay
 from lycheedecode.identify.search import Judge
-from lycheedecode.identify.sensitivity import Surrogate, gradients, in_units, measure_sensitivity
+from lycheedecode.identify.sensitivity import Surrogate, gradients, in_units, join, measure_sensitivity
 from lycheedecode.models.routing import check_plan
 from lycheedecode.models.shape import ModelShape
 from lycheedecode.prompts.makers import PromptMaker
@@ -40,7 +40,7 @@ def lesson(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def table(model, lesson):
-    return measure_sensitivity(model, lesson, CONFIG, REACH, 256, torch.Generator().manual_seed(0), FACTORS)
+    return measure_sensitivity(model, lesson, [CONFIG], REACH, 256, torch.Generator().manual_seed(0), FACTORS)[0]
 
 
 def test_shape_and_reach(table):
@@ -113,6 +113,26 @@ def test_assigned_options_cannot_be_improved_one_by_one(table):
 def test_units(table):
     surrogate = Surrogate(in_units(table), REACH, 1.0, FACTORS)
     assert surrogate.cost(surrogate.own()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_tables_of_several_budgets_are_those_of_each(model, lesson, table):
+    wide = replace(CONFIG, budget_tokens=128)
+    noise = torch.Generator().manual_seed(0)
+    both = measure_sensitivity(model, lesson, [CONFIG, wide], REACH, 256, noise, FACTORS)
+    torch.testing.assert_close(both[0], table)
+    assert both[1].square().mean() < both[0].square().mean()
+    whole = torch.zeros_like(table)  # a budget that holds everything has nothing to say
+    assert torch.equal(join([table, whole]), join([table]))
+    assert torch.equal(join([whole]), whole)
+
+
+def test_forms_are_the_config_at_every_budget():
+    settings = IdentifySettings(config=CONFIG, budget_scales=(1, 2))
+    assert [form.budget_tokens for form in settings.forms] == [64, 128]
+    ratio = replace(settings, config=HybridConfig(budget_ratio=0.3), budget_scales=(1, 4, 8))
+    assert [form.budget_ratio for form in ratio.forms] == [0.3, 1.0]
+    mass = HybridConfig(selection="top_p", top_p=0.9)
+    assert replace(settings, config=mass).forms == (mass,)
 
 
 def test_identify_end_to_end(model, tokenizer):

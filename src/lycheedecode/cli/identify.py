@@ -40,6 +40,10 @@ from .resumable import resumable
 app = typer.Typer(add_completion=False)
 
 
+_TABLES = ("config", "train_cells", "calibrate_cells", "texts", "completion_factors", "budget_scales")
+"""Settings that are no single value; what of them a command line should say has options of its own."""
+
+
 class Tiered(TyperCommand):
     """Help in two tiers: what one decides, and everything."""
 
@@ -82,9 +86,7 @@ def _kept(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 @app.command(cls=Tiered)
 @resumable(_kept)
-@takes(
-    "changes", IdentifySettings, leave_out=("config", "train_cells", "calibrate_cells", "texts", "completion_factors")
-)
+@takes("changes", IdentifySettings, leave_out=_TABLES)
 @takes_form_with_top_p
 def identify(
     output: Annotated[Path, typer.Argument(metavar="PLAN", help="Where the plan goes (JSON).")],

@@ -87,8 +87,8 @@ def cache_folder() -> Path:
 
 
 def _form(config: HybridConfig) -> HybridConfig:
-    """What a plan depends on: everything but how often a step selects or corrects, and from which copy of the keys."""
-    return replace(config, refresh_every=1, correction_every=0, scan_keys="cache")
+    """What a plan depends on: not how often a step selects, corrects or verifies, nor which copy of the keys it scans."""
+    return replace(config, refresh_every=1, correction_every=0, verify_every=0, scan_keys="cache")
 
 
 def _fits(plan: HeadPlan, model: nn.Module) -> bool:

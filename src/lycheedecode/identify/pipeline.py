@@ -92,15 +92,15 @@ class Stages:
             kept = self._checkpoint.load_all(name)
             if kept:
                 noise.set_state(kept[-1]["noise"])
-            rows = [batch["table"] for batch in kept]
-            done = sum(len(table) for table in rows) // settings.draws
+            rows = [batch["tables"] for batch in kept]
+            done = sum(found.shape[1] for found in rows) // settings.draws
             for lesson in self.lessons(cell, done):
-                table = measure_sensitivity(
-                    self._model, lesson, settings.config, self._reach, settings.draws, noise, settings.factors
+                found = measure_sensitivity(
+                    self._model, lesson, settings.forms, self._reach, settings.draws, noise, settings.factors
                 )
-                rows.append(table.cpu())  # the search takes many small steps, for which a GPU is slow
-                self._checkpoint.save(f"{name}-{len(rows) - 1}", {"table": rows[-1], "noise": noise.get_state()})
-            tables.append(torch.cat(rows))
+                rows.append(found.cpu())  # the search takes many small steps, for which a GPU is slow
+                self._checkpoint.save(f"{name}-{len(rows) - 1}", {"tables": rows[-1], "noise": noise.get_state()})
+            tables += torch.cat(rows, 1).unbind(0)
         return join(tables)
 
     def coverage(self) -> Tensor:

@@ -28,17 +28,18 @@ from .replay import Lesson, Parts, Seen, choose_blocks, full, in_parts, replay
 def measure_sensitivity(
     model: nn.Module,
     lesson: Lesson,
-    config: HybridConfig,
+    configs: Sequence[HybridConfig],
     reach: Reach,
     draws: int,
     generator: torch.Generator,
     factors: Sequence[float] = (0.0,),
 ) -> Tensor:
-    """The table `a` of one lesson, float32 `[draws * B, H, H, F]`, `[n, head, donor, factor]`.
+    """The tables `a` of one lesson, float32 `[configs, draws * B, H, H, F]`, each `[n, head, donor, factor]`.
 
     Scaled so that half the mean square is KL per answer token; 0 where `reach` forbids the donor.
     """
-    return measure_changes(model, lesson, config, reach, gradients(model, lesson, draws, generator), factors)
+    gradient = gradients(model, lesson, draws, generator)
+    return torch.stack([measure_changes(model, lesson, config, reach, gradient, factors) for config in configs])
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def measure_changes(
     gradient: Mapping[int, Tensor],
     factors: Sequence[float],
 ) -> Tensor:
-    """The table for given `gradients`, which serve any number of configs."""
+    """The table of one config for given `gradients`."""
     draws, batch = next(iter(gradient.values())).shape[:2]
     width, size = reach.num_kv_heads, len(reach.heads())
     table = torch.zeros(draws, batch, size, size, len(factors), device=lesson.answer_ids.device)
@@ -116,8 +117,11 @@ def gradients(model: nn.Module, lesson: Lesson, draws: int, generator: torch.Gen
 def in_units(table: Tensor) -> Tensor:
     """A table in units of what every head's own selection costs with the first factor, so that easy and hard kinds of
     prompts count alike."""
-    own = 0.5 * table[..., 0].diagonal(dim1=1, dim2=2).sum(-1).square().mean()
-    return table / own.clamp(min=1e-8).sqrt()
+    return table / _own_cost(table).clamp(min=1e-8).sqrt()
+
+
+def _own_cost(table: Tensor) -> Tensor:
+    return 0.5 * table[..., 0].diagonal(dim1=1, dim2=2).sum(-1).square().mean()
 
 
 class Surrogate:
@@ -232,5 +236,14 @@ class Surrogate:
 
 
 def join(tables: Sequence[Tensor]) -> Tensor:
-    """Tables of several kinds of prompts as one, each in its own units."""
-    return torch.cat([in_units(table) for table in tables])
+    """Tables of several kinds of prompts and budgets as one, each in its own units.
+
+    Where the budget holds nearly all that is asked for, a table says what rounding does: it is left out, unless all are
+    like that.
+    """
+    told = [table for table in tables if float(_own_cost(table)) > _ROUNDING] or tables
+    return torch.cat([in_units(table) for table in told])
+
+
+_ROUNDING = 1e-6
+"""KL in nats that 16-bit arithmetic makes by itself."""

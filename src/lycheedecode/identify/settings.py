@@ -27,6 +27,8 @@ class IdentifySettings:
     Attributes:
         num_retrieval_heads: retrieval heads of the plan, the first layer's included; None: an eighth of all.
         config: the decode form that the plan is made for.
+        budget_scales: multiples of the config's budget at which the plan has to serve. Changes are smaller with a
+            larger budget, and the second-order model surer of them: plans for 1 and 4 together are better at 1, too.
         roles: how heads are chosen: by the `sensitivity` of the answers to every possible donor (a second-order model
             of the KL, searched), by trained `gates` (the paper), or greedily by the `coverage` of attention mass.
         donors: `remapped` to the donor that the measure of `roles` finds best (for gates: coverage), or of the
@@ -58,14 +60,15 @@ class IdentifySettings:
 
     num_retrieval_heads: int | None = None
     config: HybridConfig = field(default_factory=lambda: HybridConfig(budget_tokens=512, block_size=16))
+    budget_scales: tuple[float, ...] = (1.0, 4.0)
     roles: Roles = "sensitivity"
     donors: Donors = "remapped"
     calibrate_cells: tuple[Cell, ...] | None = None
     texts: tuple[str, ...] = ("code", "prose")
     calibrate_prompts: int = 24
     draws: int = 8
-    completion_factors: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    coupling: float = 0.5
+    completion_factors: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+    coupling: float = 0.2
     same_layer: bool = True
     shards: int = 1
     stages: int = 1
@@ -103,12 +106,25 @@ class IdentifySettings:
             raise ConfigError(f"coupling must lie in [0, 1], not {self.coupling}.")
         if not self.completion_factors or self.completion_factors[0] or min(self.completion_factors) < 0:
             raise ConfigError("completion_factors must begin with 0, and none may be negative.")
+        if not self.budget_scales or min(self.budget_scales) <= 0:
+            raise ConfigError("budget_scales must be positive.")
         if self.calibrate_cells == () or not self.texts or not self.train_cells:
             raise ConfigError("Identification needs at least one kind of prompt to train on and one to calibrate on.")
         if self.exchange_rounds and self.donors == "same_index":
             raise ConfigError("The exchange of retrieval heads needs remapped donors.")
         if self.config.refresh_every != 1:
             raise ConfigError("Identification selects at every token: refresh_every must be 1.")
+
+    @property
+    def forms(self) -> tuple[HybridConfig, ...]:
+        """`config` at every budget of `budget_scales`; alone where it has none."""
+        config, found = self.config, []
+        for scale in self.budget_scales:
+            if config.budget_tokens is not None:
+                found.append(replace(config, budget_tokens=max(int(config.budget_tokens * scale), 1)))
+            elif config.budget_ratio is not None:
+                found.append(replace(config, budget_ratio=min(config.budget_ratio * scale, 1.0)))
+        return tuple(dict.fromkeys(found)) or (config,)
 
     @property
     def factors(self) -> tuple[float, ...]:
