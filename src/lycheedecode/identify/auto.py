@@ -87,7 +87,7 @@ def cache_folder() -> Path:
 
 
 def _form(config: HybridConfig) -> HybridConfig:
-    """What a plan depends on: not how often a step selects, corrects or verifies, nor which copy of the keys it scans."""
+    """What a plan depends on: not how often a step selects, corrects or verifies, nor which keys it scans."""
     return replace(config, refresh_every=1, correction_every=0, verify_every=0, scan_keys="cache")
 
 
