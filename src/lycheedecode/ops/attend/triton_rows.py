@@ -158,11 +158,16 @@ def most_rows(kv: KV) -> int:
 
 
 def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
-    """As for one token (`triton_dense`); results of more than 64 rows take twice the warps to hold."""
-    few, early = pairs <= 16, common.starts_early(kv.keys.device)
+    """What was fastest on an H200 (`bench lossless --parts attend --tune`).
+
+    Rows beyond 16 take registers from the loads in flight: a stage less lets two programs share a processor, and few
+    pairs are cut into twice as many programs. Results of more than 64 rows take twice the warps to hold.
+    """
+    few, early, many = pairs <= 16, common.starts_early(kv.keys.device), rows > 16
     held = min(common.power_of_two(rows), most_rows(kv)) * common.power_of_two(kv.keys.shape[3])
     warps = 8 if held > 64 * 128 or kv.keys.dtype == torch.float32 else 4
-    tuning = common.fitting(Tuning(8, min(common.tile_of(kv, 16384), 64), warps, 4, early), kv)
+    tuning = common.fitting(Tuning(8, min(common.tile_of(kv, 16384), 64), warps, 3 if many else 4, early), kv)
     if few:
-        tuning = tuning._replace(splits=common.even_splits(pairs, triton.cdiv(max(kv.slots, 1), tuning.tile), 128, 64))
+        tiles = triton.cdiv(max(kv.slots, 1), tuning.tile)
+        tuning = tuning._replace(splits=common.even_splits(pairs, tiles, 256 if many else 128, 64))
     return tuning
