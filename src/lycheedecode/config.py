@@ -54,7 +54,7 @@ class HybridConfig:
         verify_every: lossless: `Engine.generate` drafts n tokens a round this way, then one dense pass verifies them
             and keeps those that full attention would have written, too; the text is full attention's. `auto` chooses n
             while it runs, and drafts nothing where that does not pay. 0 switches it off. In a round, retrieval heads
-            select anew at the first draft and every `refresh_every` after it.
+            select anew at the first draft and every `refresh_every` after it; `auto` also tries once a round.
     """
 
     budget_tokens: int | None = None

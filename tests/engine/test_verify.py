@@ -8,7 +8,7 @@ import torch
 
 from lycheedecode import Engine, HybridConfig, Sampling, policies
 from lycheedecode.engine import passes
-from lycheedecode.engine.pace import Pace
+from lycheedecode.engine.pace import Pace, Plan
 from lycheedecode.engine.step import forward
 from lycheedecode.errors import ConfigError
 from lycheedecode.models.shape import ModelShape
@@ -300,30 +300,43 @@ def test_cache_correction_in_longer_stretches_than_a_pass_takes(llama):
 # ---------------------------------------------------------------------- how many drafts
 
 
-def paced(draft, verify, full, share, rounds=40):
-    """The number of drafts that a pace settles on."""
-    pace, drawn = Pace(8, fixed=False), torch.Generator().manual_seed(0)
+def paced(select, keep, verify, full, shares, rounds=60):
+    """What a pace settles on, in seconds of its parts, where such shares of drafts stand for each refresh."""
+    pace, drawn = Pace(8, fixed=False, refreshes=tuple(shares)), torch.Generator().manual_seed(0)
     for _ in range(rounds):
-        drafts = pace.next()
+        plan = pace.next()
+        share, drafts = shares[plan.refresh], plan.drafts
         stood = [int((torch.rand(drafts, generator=drawn) < share).long().cumprod(0).sum()) for _ in range(4)]
-        pace.saw(drafts, stood, draft * drafts, verify if drafts else full)
-    return drafts
+        drafting = [keep if j % plan.refresh else select for j in range(drafts)]
+        pace.saw(plan, stood, drafting, verify if drafts else full)
+    return tuple(plan)
 
 
 def test_drafts_are_as_many_as_pay():
-    assert paced(0.3, 1, 1, 0.97) == 8
-    assert 2 <= paced(0.5, 1, 1, 0.85) <= 5
-    assert paced(0.9, 1.2, 1, 0.9) == 0  # a draft is hardly cheaper than a full step
-    assert paced(0.5, 1, 1, 0.2) == 0
-    assert paced(0.1, 1, 1, 0.5) >= 2
+    assert paced(0.3, 0.3, 1, 1, {1: 0.97}) == (8, 1)
+    assert 2 <= paced(0.5, 0.5, 1, 1, {1: 0.85})[0] <= 5
+    assert paced(0.9, 0.9, 1.2, 1, {1: 0.9})[0] == 0  # a draft is hardly cheaper than a full step
+    assert paced(0.5, 0.5, 1, 1, {1: 0.2})[0] == 0
+    assert paced(0.1, 0.1, 1, 1, {1: 0.5})[0] >= 2
+
+
+def test_selections_are_made_as_often_as_pays():
+    assert paced(0.5, 0.2, 1, 1, {1: 0.97, 8: 0.94})[1] == 8
+    assert paced(0.3, 0.28, 1, 1, {1: 0.97, 8: 0.7})[1] == 1
 
 
 def test_drafting_is_tried_again():
     pace = Pace(8, fixed=False)
-    pace.saw(0, [0], 0.0, 1.0)
-    pace.saw(8, [0], 8.0, 1.0)
-    assert [pace.next() for _ in range(128)].count(0) == 126
-    assert Pace(6, fixed=True).next() == 6
+    pace.saw(Plan(0, 1), [0], [], 1.0)
+    pace.saw(Plan(8, 1), [0], [1.0] * 8, 1.0)
+    assert [pace.next().drafts for _ in range(128)].count(0) == 126
+    assert Pace(6, fixed=True, refreshes=(3,)).next() == (6, 3)
+
+
+def test_auto_selects_once_a_round_where_the_budget_has_room():
+    assert lossless(tiny.model(), "auto", budget_tokens=64).attention.refresh_every == 8
+    assert lossless(tiny.model(), "auto", budget_tokens=12).attention.refresh_every == 1
+    assert lossless(tiny.model(), 8, budget_tokens=64).attention.refresh_every == 1
 
 
 def test_auto_without_a_plan_is_full_attention(llama):

@@ -36,7 +36,7 @@ from .plans import PlanLike, plan_from
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
 from .proof import prove
 from .sampling import Sampler, Sampling
-from .verify import Rounds, spare_slots
+from .verify import Rounds, draft_config, spare_slots
 
 TokenIds = Tensor | Sequence[Sequence[int]]
 """int64 `[B, S]`, or one sequence of token ids for each prompt; lengths may differ."""
@@ -89,7 +89,7 @@ class Engine:
         self.shape = supported_shape(model, plan)
         full = FullAttention(len(self.shape.global_layers), self.shape.num_kv_heads)
         if plan is not None:
-            attention = HybridAttention(plan, self.config, self.shape.global_layers)
+            attention = HybridAttention(plan, draft_config(self.config), self.shape.global_layers)
         self.attention: DecodeAttention = attention or full
         self._full = full
         self._prefill_chunk = prefill_chunk

@@ -45,7 +45,7 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decode steps a second; the first token comes from the prefill and does not count."""
+        """New tokens a second; the first one comes from the prefill and does not count."""
         return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:

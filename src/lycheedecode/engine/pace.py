@@ -1,14 +1,23 @@
-"""How many drafts a round should have, from what rounds have brought and how long they took."""
+"""How many drafts a round has, and how often they select, from what rounds have brought and how long they took."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _PRIOR = 0.9, 8.0
 """Share of drafts that stand, before any was seen, and how many seen ones outweigh it."""
-_FADE, _BLEND = 0.9, 0.3
+_FADE, _SLOWER, _FASTER = 0.9, 0.2, 0.7
+"""Of what was seen, that a round leaves; how far a slower and a faster time move the one that is known."""
 _WAIT = 64
-"""Rounds without drafts before some are tried again."""
+"""Rounds before something is tried again that did not pay."""
+
+
+class Plan(NamedTuple):
+    """Of a round: its drafts, and how many there are from one selection to the next. Without drafts: a full step."""
+
+    drafts: int
+    refresh: int
 
 
 class Pace:
@@ -17,50 +26,68 @@ class Pace:
     Args:
         most: drafts of a round.
         fixed: whether every round has that many.
+        refreshes: that may be chosen; if `fixed`, one.
     """
 
-    def __init__(self, most: int, fixed: bool) -> None:
-        self.most, self._fixed = most, fixed
-        self._stood, self._tried = _PRIOR[0] * _PRIOR[1], _PRIOR[1]
+    def __init__(self, most: int, fixed: bool, refreshes: Sequence[int] = (1,)) -> None:
+        self.most, self._fixed, self._refreshes = most, fixed, tuple(refreshes)
+        self._stood = dict.fromkeys(refreshes, _PRIOR[0] * _PRIOR[1])
+        self._tried = dict.fromkeys(refreshes, _PRIOR[1])
         self._seconds: dict[str, float] = {}
+        self._unseen = list(refreshes) if most else []
         self._waited = 0
 
-    def next(self) -> int:
-        """Drafts of the next round; 0: a full step in its place."""
+    def next(self) -> Plan:
+        """The next round."""
         if self._fixed:
-            return self.most
-        if "full" not in self._seconds:
-            return 0
-        if "draft" not in self._seconds:
-            return self.most
-        drafts = max(range(1, self.most + 1), key=self.speed)
-        if self.speed(drafts) > 1 / self._seconds["full"]:
-            self._waited = 0
-            return drafts
+            return Plan(self.most, self._refreshes[0])
+        if not self.most or "full" not in self._seconds:
+            return Plan(0, 1)
+        if self._unseen:
+            return Plan(self.most, self._unseen[-1])
+        best = {refresh: self._best(refresh) for refresh in self._refreshes}
+        ranked = sorted(best.values(), key=self.speed)
         self._waited += 1
-        return drafts if self._waited % _WAIT == 0 else 0
+        again = self._waited % _WAIT == 0
+        if self.speed(ranked[-1]) > 1 / self._seconds["full"]:
+            return ranked[0] if again else ranked[-1]
+        return ranked[-1] if again else Plan(0, 1)
 
-    def speed(self, drafts: int) -> float:
-        """Tokens a second that a sequence gains in rounds of so many drafts."""
-        share = self.share
+    def _best(self, refresh: int) -> Plan:
+        return max((Plan(drafts, refresh) for drafts in range(1, self.most + 1)), key=self.speed)
+
+    def speed(self, plan: Plan) -> float:
+        """Tokens a second that a sequence gains in such rounds."""
+        drafts, share = plan.drafts, self.share(plan.refresh)
         gained = drafts + 1 if share == 1 else (1 - share ** (drafts + 1)) / (1 - share)
-        return gained / (drafts * self._seconds["draft"] + self._seconds["verify"])
+        selecting = -(-drafts // plan.refresh)
+        seconds = selecting * self._seconds["select"] + self._seconds["verify"]
+        if drafts > selecting:
+            seconds += (drafts - selecting) * self._seconds["keep"]
+        return gained / seconds
 
-    @property
-    def share(self) -> float:
+    def share(self, refresh: int) -> float:
         """Of drafts, that stand where all before them in the round do."""
-        return min(self._stood / self._tried, 1.0)
+        return min(self._stood[refresh] / self._tried[refresh], 1.0)
 
-    def saw(self, drafts: int, accepted: Sequence[int], drafting: float, passing: float) -> None:
-        """A round ended: how many drafts of each sequence stood, and the seconds of the drafts and of the pass."""
+    def saw(self, plan: Plan, accepted: Sequence[int], drafting: Sequence[float], passing: float) -> None:
+        """A round ended: how many drafts of each sequence stood, and the seconds of each draft and of the pass."""
+        drafts, refresh = plan
         if not drafts:
-            return self._time("full", passing)
-        self._stood = self._stood * _FADE + sum(accepted)
-        self._tried = self._tried * _FADE + sum(min(count + 1, drafts) for count in accepted)
-        self._time("draft", drafting / drafts)
+            self._time("full", passing)
+            return
+        self._stood[refresh] = self._stood[refresh] * _FADE + sum(accepted)
+        self._tried[refresh] = self._tried[refresh] * _FADE + sum(min(count + 1, drafts) for count in accepted)
+        for what, times in (
+            ("select", drafting[::refresh]),
+            ("keep", [t for j, t in enumerate(drafting) if j % refresh]),
+        ):
+            if times:
+                self._time(what, sum(times) / len(times))
         self._time("verify", passing)
-        return None
+        if refresh in self._unseen:
+            self._unseen.remove(refresh)
 
     def _time(self, what: str, seconds: float) -> None:
-        known = self._seconds.get(what)
-        self._seconds[what] = seconds if known is None else min(known + _BLEND * (seconds - known), 2 * known)
+        known = self._seconds.get(what, seconds)
+        self._seconds[what] = known + (_SLOWER if seconds > known else _FASTER) * (min(seconds, 2 * known) - known)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 
 from ..attention import DecodeAttention, FullAttention
 from ..config import HybridConfig
+from ..errors import ConfigError
 from .context import Context
 from .decoder import Captured, Decoder
 from .generation import Coming, refuse_nan
-from .pace import Pace
+from .pace import Pace, Plan
 from .passes import DensePass
 from .sampling import Sampler, Sampling
 from .step import FixedStep, Forward
@@ -42,6 +44,16 @@ AUTO_DRAFTS = 8
 def most_drafts(config: HybridConfig) -> int:
     """Of a round."""
     return AUTO_DRAFTS if config.verify_every == "auto" else config.verify_every
+
+
+def draft_config(config: HybridConfig) -> HybridConfig:
+    """Of the attention that drafts: `auto` may select once a round, if the budget has room for the round's tokens."""
+    if config.verify_every != "auto" or config.refresh_every > 1:
+        return config
+    try:
+        return replace(config, refresh_every=AUTO_DRAFTS)
+    except ConfigError:
+        return config
 
 
 def spare_slots(config: HybridConfig) -> int:
@@ -62,7 +74,7 @@ class Tally:
 class _Round:
     """A round that was given to the device."""
 
-    drafts: int
+    plan: Plan
     coming: Coming
     marks: list[Any]
 
@@ -178,20 +190,22 @@ class Rounds:
         self._note(context.logits)
         self._resting: set[int] = set()
         self._tallies = [Tally() for _ in context.prompt_lengths]
-        self._pace = Pace(most_drafts(self._config) if self._hybrid else 0, self._config.verify_every != "auto")
+        fixed, every = self._config.verify_every != "auto", self._decoder.attention.refresh_every
+        refreshes = sorted({every} if fixed else {1, every})
+        self._pace = Pace(most_drafts(self._config) if self._hybrid else 0, fixed, refreshes)
 
     # ------------------------------------------------------------------ a round
 
     def _next(self) -> _Round:
         """Give the device a round."""
         with self._decoder.route, torch.inference_mode():
-            drafts, marks = self._pace.next(), [self._now()]
-            for draft in range(drafts):
-                self.parts["keep" if draft % self._decoder.attention.refresh_every else "select"]()
+            plan, marks = self._pace.next(), [self._now()]
+            for draft in range(plan.drafts):
+                self.parts["keep" if draft % plan.refresh else "select"]()
+                marks.append(self._now())
+            self.parts["verify" if plan.drafts or "full" not in self.parts else "full"]()
             marks.append(self._now())
-            self.parts["verify" if drafts or "full" not in self.parts else "full"]()
-            marks.append(self._now())
-            return _Round(drafts, Coming(self._result), marks)
+            return _Round(plan, Coming(self._result), marks)
 
     def _learn(self, one: _Round) -> list[list[int]]:
         """Wait for a round; its tokens."""
@@ -201,10 +215,10 @@ class Rounds:
         for i in going:
             tally = self._tallies[i]
             tally.rounds += 1
-            tally.drafted += one.drafts
+            tally.drafted += one.plan.drafts
             tally.accepted += len(tokens[i]) - 1
-        seconds = [self._between(*pair) for pair in zip(one.marks, one.marks[1:], strict=False)]
-        self._pace.saw(one.drafts, [len(tokens[i]) - 1 for i in going], *seconds)
+        *drafting, passing = (self._between(*pair) for pair in pairwise(one.marks))
+        self._pace.saw(one.plan, [len(tokens[i]) - 1 for i in going], drafting, passing)
         return tokens
 
     def _now(self) -> Any:
