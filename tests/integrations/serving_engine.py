@@ -77,7 +77,7 @@ def groups(llm):
 
     def find(worker):
         found = [group for groups in worker.model_runner.attn_groups for group in groups]
-        return [group.get_metadata_builder().hybrid for group in found]
+        return [getattr(group.get_metadata_builder(), "hybrid", None) for group in found]
 
     return [group for group in llm.collective_rpc(find)[0] if group is not None]
 

@@ -31,14 +31,12 @@ def server(folder, own, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (tmp_path / "metrics").mkdir()
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_LOG_STATS_INTERVAL": "1",
-        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics"),
     }
     # `vllm serve` wants a distribution named vllm, which the one for CPUs is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
@@ -75,7 +73,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-async def complete(client, model, prompt, hang_up_after=None):
+async def complete(client, model, prompt, hang_up_after=None, **asked):
     """Token ids as they stream in; hangs up after so many."""
     stream = await client.completions.create(
         model=model,
@@ -83,7 +81,7 @@ async def complete(client, model, prompt, hang_up_after=None):
         max_tokens=COUNT,
         temperature=0,
         stream=True,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
+        extra_body={"ignore_eos": True, "return_token_ids": True, **asked},
     )
     tokens = []
     async for chunk in stream:
@@ -96,7 +94,7 @@ async def complete(client, model, prompt, hang_up_after=None):
 
 def test_sixteen_at_once_some_of_which_hang_up(folder, tmp_path):
     """Whoever stays gets the tokens that Engine chooses for the prompt alone."""
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, BadRequestError
 
     prompts = tiny.prompts(*LENGTHS)
     hang_up = [i for i in range(len(prompts)) if i % 4 == 1]
@@ -106,11 +104,20 @@ def test_sixteen_at_once_some_of_which_hang_up(folder, tmp_path):
             tasks = [complete(client, str(folder), p, 3 if i in hang_up else None) for i, p in enumerate(prompts)]
             results = await asyncio.gather(*tasks)
             await asyncio.sleep(1.1)
-            return results, await complete(client, str(folder), prompts[0])
+            asked = {
+                "model": str(folder),
+                "prompt": prompts[0],
+                "extra_body": {"vllm_xargs": {"lycheedecode": "budget_tokens=9999"}},
+            }
+            with pytest.raises(BadRequestError) as refused:
+                await client.completions.create(**asked)
+            off = await complete(client, str(folder), prompts[1], vllm_xargs={"lycheedecode": "off"})
+            await asyncio.sleep(1.1)
+            return results, await complete(client, str(folder), prompts[0]), off, refused.value
 
     with server(folder, {"lycheedecode": {"plan": str(folder / "plan.json"), **CONFIG}}, tmp_path) as (*running, log):
         wait_until_healthy(*running, log)
-        results, alone = asyncio.run(load(running[1]))
+        results, alone, off, refused = asyncio.run(load(running[1]))
         with urllib.request.urlopen(f"{running[1]}/metrics") as page:
             metrics = page.read().decode()
     engine = Engine(tiny.model("llama", head_dim=32), plan=tiny.plan(), config=HybridConfig(**CONFIG))
@@ -119,12 +126,21 @@ def test_sixteen_at_once_some_of_which_hang_up(folder, tmp_path):
         assert tokens == (expected[: len(tokens)] if i in hang_up else expected)
         assert len(tokens) >= 3
     assert alone == results[0]
-    assert "LycheeDecode: " in log.read_text()
-    [counted] = [line for line in metrics.splitlines() if line.startswith("lycheedecode_hybrid_tokens_total")]
-    assert float(counted.split()[-1]) > COUNT
+    full = Engine(
+        tiny.model("llama", head_dim=32), plan=tiny.plan(), config=HybridConfig(**{**CONFIG, "budget_tokens": 512})
+    )
+    assert off == list(full.generate([prompts[1]], COUNT, ignore_eos=True)[0].token_ids) != results[1]
+    assert refused.status_code == 400
+    assert "budget_tokens must lie between 12 and 16, not be 9999." in refused.message
+    lines = [line for line in log.read_text().splitlines() if "LycheeDecode: " in line]
+    assert "LycheeDecode: 4 of 8 KV heads retrieve, budget 16 of up to 256 tokens." in lines[0]
+    assert any("of what full attention reads" in line for line in lines[1:])
+    for name in ("hybrid", "off"):
+        [counted] = [line for line in metrics.splitlines() if line.startswith(f"lycheedecode_{name}_tokens_total")]
+        assert float(counted.split()[-1]) >= COUNT - 1
 
 
 def test_the_server_does_not_start_without_a_plan(folder, tmp_path):
     with server(folder, {}, tmp_path) as (process, _, log):
         assert process.wait(120) != 0
-        assert "The attention backend CUSTOM needs a head plan: --additional-config" in log.read_text()
+        assert "The attention backend CUSTOM needs a head plan: --additional-config" in log.read_text().splitlines()[-1]

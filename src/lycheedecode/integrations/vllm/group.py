@@ -129,6 +129,11 @@ class Group:
         self._state.limits.fill_(self._default)
         self._some_ask = False
 
+    def forget_step(self) -> None:
+        """Nobody was served by the step just made."""
+        self.reset_limits()
+        self._bytes.zero_()
+
     def begin_step(self, rows: int, tokens: int) -> None:
         """Give rows what their requests ask for; count `tokens` of them, and now and then say so."""
         asked = self.requests.take(rows)
@@ -225,11 +230,11 @@ def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | N
         return "context parallelism divides the tokens of a sequence"
     if parallel.enable_dbo:
         return "dual batch overlap cuts batches in two"
-    if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
+    if type(spec) is not FullAttentionSpec or spec.attention_chunk_size:  # of a window every layer says itself
         return "they do not look at the whole context"
     cache = vllm_config.cache_config
     if cache.cache_dtype in FLOAT8:
-        if cache.calculate_kv_scales:
+        if getattr(cache, "calculate_kv_scales", False):  # up to 0.27
             return "the scales of the KV cache are found while it is filled"
         if not has_float8(device):
             return "this GPU has no 8-bit floats"

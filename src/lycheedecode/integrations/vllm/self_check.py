@@ -53,7 +53,7 @@ def check(builder: Any, modules: dict[str, Any], device: torch.device) -> None:
                 layer.impl.forward(layer, given, *new, cache, of, output)
             right = _defined(layer, query, cache, metadata.hybrid, outputs[1])
             _compare(name, outputs[0], right, cache.dtype.itemsize, device)
-        group.reset_limits()
+        group.forget_step()
 
 
 def _few(group: Any) -> int:

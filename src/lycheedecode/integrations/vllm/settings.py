@@ -72,10 +72,12 @@ def read(vllm_config: Any) -> Settings:
     """
     config, limits, self_check = read_config(vllm_config)
     plan, model = HeadPlan.load(_given(vllm_config)["plan"]), vllm_config.model_config
+    # A decoder within a multimodal model goes by the wrapper's name here, and by its own where plans are made.
+    is_wrapped = getattr(model, "hf_text_config", model.hf_config) is not model.hf_config
     plan.check_fits(
         num_layers=model.get_total_num_hidden_layers(),
         num_kv_heads=model.get_total_num_kv_heads(),
-        architecture=next(iter(model.hf_config.architectures or ()), None),
+        architecture=None if is_wrapped else next(iter(model.hf_config.architectures or ()), None),
     )
     if plan.completion is not None and config.completion == "plan":
         warnings.warn("vLLM's pages have no means yet: the head plan's completion is left out.", stacklevel=2)
