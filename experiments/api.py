@@ -20,9 +20,15 @@ _SECTIONS = {"Args:", "Attributes:", "Raises:", "Returns:", "Yields:", "Example:
 def render() -> str:
     """The page as Markdown."""
     names = [name for name in lycheedecode.__all__ if not name.startswith("_")]
-    sections = [_section(name, getattr(lycheedecode, name)) for name in names]
+    sections = [_section(name, _exported(name)) for name in names]
     listed = "\n".join(f"- [`{name}`](#{name.lower()})" for name in names)
     return "\n".join([INTRODUCTION, listed, "", *sections])
+
+
+def _exported(name: str) -> Any:
+    """What a name means; of a package that can be called, the function."""
+    what = getattr(lycheedecode, name)
+    return getattr(what, name) if inspect.ismodule(what) else what
 
 
 def _section(name: str, what: Any) -> str:

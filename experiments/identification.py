@@ -63,7 +63,7 @@ GATES: dict[str, dict[str, Any]] = {
 """What each training changes; the paper's form trains and decodes with donors of the same index."""
 
 
-class Comparison:
+class WaysStudy:
     """Runs variants one after the other and keeps their results in one JSON file."""
 
     def __init__(self, model: Any, tokenizer: Any, base: IdentifySettings, held_out: HeldOut, path: Path) -> None:
@@ -150,7 +150,7 @@ class Comparison:
         return HeadPlan.from_donors(self.results[name]["donors"])
 
 
-def compare(comparison: Comparison, random_plans: int) -> None:
+def compare(comparison: WaysStudy, random_plans: int) -> None:
     """All variants, in the order of the table that is made of them."""
     add, earlier = comparison.add, Reach(comparison.layers, comparison.width, same_layer=False)
     own = HeadPlan.all_retrieval(comparison.layers, comparison.width)
@@ -240,7 +240,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer, base = open_model(arguments)
     base = replace(base, steps=arguments.steps, batch_size=arguments.batch_size)
-    comparison = Comparison(model, tokenizer, base, HeldOut(arguments.prompts), arguments.json)
+    comparison = WaysStudy(model, tokenizer, base, HeldOut(arguments.prompts), arguments.json)
     compare(comparison, arguments.random_plans)
 
 

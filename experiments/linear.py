@@ -118,7 +118,7 @@ class TuneLinearSettings(BenchSettings):
 
 
 @dataclass
-class Problem:
+class LinearProblem:
     """A projection on a batch, with several sets of weights; arguments as `linear` takes them."""
 
     projection: Projection
@@ -128,7 +128,7 @@ class Problem:
     residual: Tensor | None
 
     @classmethod
-    def random(cls, projection: Projection, batch: int, sets: int, empty: bool = False) -> Problem:
+    def random(cls, projection: Projection, batch: int, sets: int, empty: bool = False) -> LinearProblem:
         def numbers(*shape: int, scale: float = 1.0) -> Tensor:
             tensor = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
             return tensor if empty else tensor.normal_(0, scale)
@@ -143,10 +143,10 @@ class Problem:
             numbers(batch, 1, width) if projection.residual else None,
         )
 
-    def with_batch(self, batch: int) -> Problem:
+    def with_batch(self, batch: int) -> LinearProblem:
         """The same weights, other inputs."""
-        new = Problem.random(self.projection, batch, 0)
-        return Problem(self.projection, new.inputs, self.fused, self.norm, new.residual)
+        new = LinearProblem.random(self.projection, batch, 0)
+        return LinearProblem(self.projection, new.inputs, self.fused, self.norm, new.residual)
 
     def weights(self, i: int) -> list[Tensor]:
         return list(self.fused[i % len(self.fused)].split(self.projection.sizes))
@@ -166,18 +166,18 @@ class Problem:
         return [lambda i=i: run(i) for i in range(count)]
 
 
-def make_problems(names: Sequence[str]) -> dict[str, Problem]:
+def make_problems(names: Sequence[str]) -> dict[str, LinearProblem]:
     """Weights for each projection; random ones, more than the L2 holds."""
     sizes = {name: LLAMA_3_8B[name] for name in names}
-    return {name: Problem.random(p, 1, rotations(p.bytes, 2, 16)) for name, p in sizes.items()}
+    return {name: LinearProblem.random(p, 1, rotations(p.bytes, 2, 16)) for name, p in sizes.items()}
 
 
-def verify(problem: Problem, what: str, run: Callable[..., Tensor], **more: Any) -> float:
+def verify(problem: LinearProblem, what: str, run: Callable[..., Tensor], **more: Any) -> float:
     """The relative error of the first result; raises `MismatchError` if it is large."""
     return check_close(what, problem.compute(run, 0, **more), problem.compute(reference, 0), TOLERANCE)
 
 
-def layer(problems: dict[str, Problem], run: Callable[..., Tensor], i: int) -> Tensor:
+def layer(problems: dict[str, LinearProblem], run: Callable[..., Tensor], i: int) -> Tensor:
     """Four projections in a row, each reading what the one before it wrote."""
     x = problems["qkv"].compute(run, i)[..., : LLAMA_3_8B["o"].columns]
     x = problems["o"].compute(run, i, x)
@@ -186,7 +186,7 @@ def layer(problems: dict[str, Problem], run: Callable[..., Tensor], i: int) -> T
 
 
 @dataclass
-class Meter:
+class LinearMeter:
     """Times calls on a GPU of known read bandwidth, and prints and keeps what it finds."""
 
     bandwidth: float
@@ -216,7 +216,7 @@ def time_projections(names: Sequence[str], batches: Sequence[int], inductor: boo
     everything = {(name, batch): problems[name].with_batch(batch) for batch in batches for name in names}
     errors = {f"{name}, batch {batch}": verify(problem, f"{name}, batch {batch}", linear)
               for (name, batch), problem in everything.items()}  # fmt: skip
-    meter = Meter(measured_bandwidth(), seconds, [])
+    meter = LinearMeter(measured_bandwidth(), seconds, [])
     say(f"verified; read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s\n{HEADER}")
     for (name, batch), problem in everything.items():
         size = problem.projection.bytes
@@ -238,7 +238,7 @@ def time_projections(names: Sequence[str], batches: Sequence[int], inductor: boo
 
 def time_steps(layers: int, batches: Sequence[int], seconds: float) -> dict[str, Any]:
     """A step of a Llama of the 8B shape that attends to one token only: all but the attention of a decode step."""
-    meter, errors = Meter(measured_bandwidth(), seconds, []), {}
+    meter, errors = LinearMeter(measured_bandwidth(), seconds, []), {}
     model = _random_llama(layers)
     head, embedding = model.lm_head.weight, model.get_input_embeddings().weight
     size = 2 * (sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel()))
@@ -282,7 +282,7 @@ def measured_bandwidth() -> float:
 
 def candidates(projection: Projection, batch: int) -> list[Any]:
     """Launches with 40-176 KiB of loads in flight on each of 132 multiprocessors, and about the same work for each."""
-    from lycheedecode.fusion.triton import Tuning
+    from lycheedecode.fusion.triton import LinearTuning
 
     out = projection.sizes[0] if projection.gated else sum(projection.sizes)
     plain = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 128), (16, 512)] if batch == 1 else []
@@ -298,7 +298,7 @@ def candidates(projection: Projection, batch: int) -> list[Any]:
             programs <= 600 and not projection.gated and projection.columns % (depth * splits) == 0
         )
         if splits_well and 40 << 10 <= in_flight <= 176 << 10 and 180 <= programs <= 4096:
-            found.append(Tuning(rows, depth, splits, 8 if rows * depth > 8192 else 4, stages, dot, prefetch=512))
+            found.append(LinearTuning(rows, depth, splits, 8 if rows * depth > 8192 else 4, stages, dot, prefetch=512))
     return found
 
 
@@ -328,7 +328,9 @@ def tune(settings: TuneLinearSettings, device: str) -> dict[str, Any]:
     return {"read_tb_s": bandwidth / 1e12, "candidates": found}
 
 
-def _time_launches(problem: Problem, launches: Sequence[Any], bandwidth: float, until: float) -> list[dict[str, Any]]:
+def _time_launches(
+    problem: LinearProblem, launches: Sequence[Any], bandwidth: float, until: float
+) -> list[dict[str, Any]]:
     """Those that are right, fastest first; stops at the time `until`."""
     from lycheedecode.fusion.triton import linear
 
@@ -364,6 +366,6 @@ def _compile_some(launches: list[tuple[Projection, int, Any]]) -> None:
 
     for projection, batch, tuning in launches:
         try:
-            Problem.random(projection, batch, 1, empty=True).compute(linear, 0, tuning=tuning)
+            LinearProblem.random(projection, batch, 1, empty=True).compute(linear, 0, tuning=tuning)
         except Exception as error:
             say(f"  {projection.sizes}, {tuning}: {type(error).__name__}")

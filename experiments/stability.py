@@ -42,7 +42,7 @@ COMMAND = "experiments stability"
 
 
 @dataclass(frozen=True)
-class Variant:
+class StabilityVariant:
     """One identification: its name, the group of those like it, and its settings."""
 
     name: str
@@ -50,21 +50,21 @@ class Variant:
     settings: IdentifySettings
 
 
-def variants(base: IdentifySettings, seeds: int, numbers: Sequence[int]) -> list[Variant]:
+def variants(base: IdentifySettings, seeds: int, numbers: Sequence[int]) -> list[StabilityVariant]:
     """Other seeds, one kind of text only, one kind of task only, other numbers of heads."""
     cells = base.calibrate_cells
-    found = [Variant(f"seed {seed}", "seeds", replace(base, seed=seed)) for seed in range(seeds)]
+    found = [StabilityVariant(f"seed {seed}", "seeds", replace(base, seed=seed)) for seed in range(seeds)]
     for text in sorted({cell.text for cell in cells}):
         own = tuple(cell for cell in cells if cell.text == text)
-        found.append(Variant(f"{text} only", "texts", replace(base, calibrate_cells=own)))
+        found.append(StabilityVariant(f"{text} only", "texts", replace(base, calibrate_cells=own)))
     places = dict.fromkeys((cell.text, cell.length) for cell in cells)
     hops = tuple(Cell(text, length, "multi_hop", HOPS) for text, length in places)
     keys = tuple(cell for cell in cells if cell.task == "passkey")
-    found.append(Variant("passkeys only", "tasks", replace(base, calibrate_cells=keys)))
-    found.append(Variant("hops only", "tasks", replace(base, calibrate_cells=hops)))
+    found.append(StabilityVariant("passkeys only", "tasks", replace(base, calibrate_cells=keys)))
+    found.append(StabilityVariant("hops only", "tasks", replace(base, calibrate_cells=hops)))
     for number in numbers:
         settings = replace(base, num_retrieval_heads=number)
-        found.append(Variant(f"{number} retrieval heads", "numbers", settings))
+        found.append(StabilityVariant(f"{number} retrieval heads", "numbers", settings))
     return found
 
 
@@ -100,7 +100,7 @@ class Stability:
         lessons = held_out_lessons(self._model, self._tokenizer, self._held_out)
         return Judge(self._model, lessons, self._base.config, self._reach)
 
-    def add(self, variant: Variant) -> None:
+    def add(self, variant: StabilityVariant) -> None:
         """Find a plan, compare it with the first one, judge it, write it down."""
         if variant.name not in self.donors:
             plan = self._find(variant.settings)

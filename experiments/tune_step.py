@@ -26,11 +26,11 @@ STARTS = ({"prefetch": 128}, {"prefetch": 512}, {"prefetch": 2048}, {"overlap": 
 def tune(settings: StepSettings, device: str) -> dict[str, Any]:
     """Launches of the linear layers for the first context and batch, with the last form of attention."""
     from experiments import linear
-    from lycheedecode.fusion.triton import Kind, Tuning, tuned
+    from lycheedecode.fusion.triton import Kind, LinearTuning, tuned
 
     model = build(settings.model, settings.layers, device, torch.bfloat16)
     context = random_context(model, settings.batches[0], settings.contexts[0], ROOM)
-    launches: dict[Kind, Tuning] = {}
+    launches: dict[Kind, LinearTuning] = {}
 
     def step_ms() -> float:
         engine = make_engine(model, settings.forms[-1], settings, "compiled")

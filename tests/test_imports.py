@@ -1,6 +1,7 @@
 """Imports point downward only, and importing the package does next to nothing."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,3 +112,44 @@ def test_public_names_exist():
     assert set(lycheedecode.__all__) <= set(dir(lycheedecode))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lycheedecode.nothing
+
+
+def test_what_one_needs_first_is_at_the_top():
+    from lycheedecode.engine.sampling import Sampling
+    from lycheedecode.identify import IdentifySettings, identify
+    from lycheedecode.models.load import load_model
+
+    assert lycheedecode.load_model is load_model
+    assert lycheedecode.Sampling is Sampling
+    assert lycheedecode.IdentifySettings is IdentifySettings
+    assert inspect.signature(lycheedecode.identify) == inspect.signature(identify)
+
+
+def test_identify_can_be_called_and_remains_a_package(monkeypatch):
+    code = (
+        "from lycheedecode import identify; import lycheedecode.identify.settings as settings; import lycheedecode; "
+        "assert lycheedecode.identify is identify and callable(identify); "
+        "assert identify.settings is settings and identify.identify.__name__ == 'identify'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    called = []
+    monkeypatch.setattr("lycheedecode.identify.identify", lambda *a, **k: called.append((a, k)))
+    lycheedecode.identify("model", "tokenizer", folder="f")
+    assert called == [(("model", "tokenizer"), {"folder": "f"})]
+
+
+def test_no_two_classes_of_one_name():
+    """The CPU and CUDA twins of the plugin aside."""
+    found: dict[str, list[str]] = {}
+    for folder in (ROOT, ROOT.parents[1] / "experiments"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault(node.name, []).append(path.as_posix())
+    twins = {"cpu.py", "cuda.py"}
+    several = {
+        name: paths
+        for name, paths in found.items()
+        if len(paths) > 1 and {Path(path).name for path in paths if "integrations/vllm/" in path} != twins
+    }
+    assert several == {}

@@ -4,6 +4,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from .config import HybridConfig
+from .errors import LycheeError
 from .plan import HeadPlan, PlanError
 
 try:
@@ -14,14 +15,30 @@ except metadata.PackageNotFoundError:  # a source tree that is not installed
 # These need transformers, whose import takes seconds, so they are looked up when they are first asked for.
 _LATER = {
     "Engine": ".engine",
+    "IdentifySettings": ".identify",
     "Sampling": ".engine.sampling",
     "hybrid": ".integrations.transformers",
+    "load_model": ".models",
 }
 
-__all__ = ["Engine", "HeadPlan", "HybridConfig", "PlanError", "Sampling", "__version__", "hybrid"]
+__all__ = [
+    "Engine",
+    "HeadPlan",
+    "HybridConfig",
+    "IdentifySettings",
+    "LycheeError",
+    "PlanError",
+    "Sampling",
+    "__version__",
+    "hybrid",
+    "identify",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "identify":  # a package that can be called, so that importing it changes nothing
+        return import_module(".identify", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name], __name__), name)

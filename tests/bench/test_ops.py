@@ -159,10 +159,10 @@ def test_rotations_exceed_the_l2(monkeypatch):
 
 
 def test_rows_line_up():
-    row = bench.Row("attend", 8, 131072, 32, 0.0321, 1.01, 134217728, 0.899, 28.9)
+    row = bench.OpRow("attend", 8, 131072, 32, 0.0321, 1.01, 134217728, 0.899, 28.9)
     line = bench.format_row(row)
     assert "4.18" in line
     assert "89.9%" in line
     assert line.endswith("28.90x")
     assert len(line) == len(bench.HEADER)
-    assert bench.format_row(bench.Row("select", 1, 1024, 32, 0.005, 1.0, 0, None, None)).endswith("0.0050")
+    assert bench.format_row(bench.OpRow("select", 1, 1024, 32, 0.005, 1.0, 0, None, None)).endswith("0.0050")

@@ -5,12 +5,12 @@ import torch
 
 from lycheedecode.engine import prefill as dense
 from lycheedecode.engine.prefill import ChunkAttention, attend_causal
-from lycheedecode.models.routing import Reach
+from lycheedecode.models.routing import Window
 from lycheedecode.models.shape import ModelShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
-REACHES = [Reach(), Reach("sliding_attention", 7), Reach("chunked_attention", 8)]
+REACHES = [Window(), Window("sliding_attention", 7), Window("chunked_attention", 8)]
 
 
 def tensors(tokens, slots, batch=2, dtype=torch.float32):
@@ -76,4 +76,4 @@ def test_layers_of_unknown_kind_are_refused(llama):
     model = deepcopy(llama)
     model.config.layer_types = ["full_attention", "linear_attention"] * 2
     with pytest.raises(ModelError, match="layers of the kind linear_attention, which Engine cannot decode"):
-        Reach.of_layers(model, ModelShape.of(model))
+        Window.of_layers(model, ModelShape.of(model))

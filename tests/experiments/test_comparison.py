@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 
-from experiments.identification import GATES, Comparison, HeldOut, compare
+from experiments.identification import GATES, HeldOut, WaysStudy, compare
 from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.errors import ResumeError
 from lycheedecode.identify import Cell, IdentifySettings
@@ -26,7 +26,7 @@ SETTINGS = IdentifySettings(
 
 def test_all_variants(model, tokenizer, tmp_path):
     path = tmp_path / "new" / "identification.json"
-    compare(Comparison(model, tokenizer, SETTINGS, HeldOut(2, (CELL, Cell("noise", 300, "multi_hop", 2))), path), 1)
+    compare(WaysStudy(model, tokenizer, SETTINGS, HeldOut(2, (CELL, Cell("noise", 300, "multi_hop", 2))), path), 1)
     variants = Result.load(path).summary["variants"]
     assert {"sensitivity", "coverage", "gates, exchange", "random 0", "random 0, remapped", *GATES} <= set(variants)
     for name, found in variants.items():
@@ -40,11 +40,11 @@ def test_all_variants(model, tokenizer, tmp_path):
 
 def test_finished_variants_are_kept(model, tokenizer, tmp_path):
     path = tmp_path / "identification.json"
-    Comparison(model, tokenizer, SETTINGS, HeldOut(1, (CELL,)), path).add("x", lambda: HeadPlan.all_retrieval(4, 2))
-    again = Comparison(model, tokenizer, SETTINGS, HeldOut(1, (CELL,)), path)
+    WaysStudy(model, tokenizer, SETTINGS, HeldOut(1, (CELL,)), path).add("x", lambda: HeadPlan.all_retrieval(4, 2))
+    again = WaysStudy(model, tokenizer, SETTINGS, HeldOut(1, (CELL,)), path)
     again.add("x", lambda: 1 / 0)
     assert list(again.results) == ["x"]
     with pytest.raises(ResumeError, match="another seed"):
-        Comparison(model, tokenizer, replace(SETTINGS, seed=1), HeldOut(1, (CELL,)), path)
+        WaysStudy(model, tokenizer, replace(SETTINGS, seed=1), HeldOut(1, (CELL,)), path)
     with pytest.raises(ResumeError, match="another held_out_prompts"):
-        Comparison(model, tokenizer, SETTINGS, HeldOut(2, (CELL,)), path)
+        WaysStudy(model, tokenizer, SETTINGS, HeldOut(2, (CELL,)), path)

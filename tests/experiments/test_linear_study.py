@@ -63,7 +63,7 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys):
 
 
 def test_tune(monkeypatch, capsys):
-    launches = [triton.Tuning(16, 32, 1, 4, stages) for stages in (1, 2, 3)]
+    launches = [triton.LinearTuning(16, 32, 1, 4, stages) for stages in (1, 2, 3)]
     monkeypatch.setattr(bench, "candidates", lambda projection, batch: launches)
     run("tune-linear", "--batches", "1,4", "--names", "qkv,down")
     out = capsys.readouterr().err

@@ -11,7 +11,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="The kernel needs Triton.")
 
 from lycheedecode.fusion import reference  # noqa: E402
-from lycheedecode.fusion.triton import Tuning, default_tuning, linear  # noqa: E402
+from lycheedecode.fusion.triton import LinearTuning, default_tuning, linear  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter reads the bits of a bfloat16 as an integer when it multiplies matrices.
@@ -69,8 +69,8 @@ def test_gated(rows, columns):
 
 
 @pytest.mark.parametrize("tuning", [
-    Tuning(16, 32, 1, 2, 1, 0), Tuning(32, 64, 3, 4, 2, 0, EARLY), Tuning(16, 128, 4, 4, 3, 8),
-    Tuning(64, 32, 5, 4, 4, 16, EARLY), Tuning(128, 64, 2, 8, 2, 8, EARLY),
+    LinearTuning(16, 32, 1, 2, 1, 0), LinearTuning(32, 64, 3, 4, 2, 0, EARLY), LinearTuning(16, 128, 4, 4, 3, 8),
+    LinearTuning(64, 32, 5, 4, 4, 16, EARLY), LinearTuning(128, 64, 2, 8, 2, 8, EARLY),
 ])  # fmt: skip
 def test_every_way_of_cutting_the_work(tuning):
     dtype = torch.bfloat16 if GPU else torch.float32
@@ -82,7 +82,7 @@ def test_every_way_of_cutting_the_work(tuning):
 def test_splits_need_no_atomic_sums():
     """The same bits every time."""
     x, weight = random(4, 4096), random(64, 4096)
-    results = [linear(x, [weight], tuning=Tuning(16, 64, 8, 4, 2)) for _ in range(3)]
+    results = [linear(x, [weight], tuning=LinearTuning(16, 64, 8, 4, 2)) for _ in range(3)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

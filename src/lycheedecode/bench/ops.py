@@ -27,7 +27,7 @@ from .workload import ROOM, Shape, Workload, make_pool
 
 
 @dataclass(frozen=True)
-class Row:
+class OpRow:
     """One measurement.
 
     Attributes:
@@ -57,17 +57,17 @@ class Meter:
 
     bandwidth: float
     seconds: float
-    rows: list[Row]
+    rows: list[OpRow]
 
     def add(
         self, op: str, work: Workload, block: int, calls: Sequence[Call], size: int, full_ms: float | None = None
-    ) -> Row:
+    ) -> OpRow:
         """Time calls that each must read `size` bytes; `full_ms`: the same work by full attention."""
         timing = time_calls(calls, self.seconds)
         share = size / self.bandwidth * 1e3 / timing.ms if size else None
         speedup = None if full_ms is None else full_ms / timing.ms
         spread = timing.slow_ms / timing.fast_ms
-        row = Row(op, work.batch, work.context, block, timing.ms, spread, size, share, speedup)
+        row = OpRow(op, work.batch, work.context, block, timing.ms, spread, size, share, speedup)
         self.rows.append(row)
         say(format_row(row))
         return row
@@ -180,7 +180,7 @@ HEADER = (
 )
 
 
-def format_row(row: Row) -> str:
+def format_row(row: OpRow) -> str:
     """A line of the table under `HEADER`."""
     speed = f"{row.bytes / row.ms / 1e9:6.2f}" if row.bytes else " " * 6
     share = f"{row.share:8.1%}" if row.share is not None else " " * 8
@@ -196,7 +196,7 @@ def lines(result: Result) -> Iterator[str]:
         return
     yield f"This GPU reads {result.summary['read_tb_s']:.2f} TB/s."
     yield HEADER
-    yield from (format_row(Row(**row)) for row in result.rows)
+    yield from (format_row(OpRow(**row)) for row in result.rows)
     yield from result.summary["notes"]
 
 

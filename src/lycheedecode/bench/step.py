@@ -42,7 +42,7 @@ _POOL_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Row:
+class StepRow:
     """One measurement.
 
     Attributes:
@@ -100,7 +100,7 @@ def _bench_case(
     length: int,
     speed: float | None,
     settings: StepSettings,
-) -> Iterator[Row]:
+) -> Iterator[StepRow]:
     context = random_context(model, batch, length, ROOM)
     full_ms = None
     for form in settings.forms:
@@ -112,7 +112,7 @@ def _bench_case(
         size = weight_bytes(model) + int(context.kv_bytes.sum().item() / context.steps)
         ms = median(times)
         full_ms = ms if form == "full" else full_ms
-        row = Row(
+        row = StepRow(
             *(form, batch, length, ms, times[len(times) // 10], times[-1 - len(times) // 10], size),
             share=speed and size / speed * 1e3 / ms,
             speedup=full_ms and full_ms / ms,
@@ -205,7 +205,7 @@ _COLUMNS = f"{'ms/step':>8} {'TB/s':>6} {'of bound':>8} {'vs full':>8} {'error':
 HEADER = f"{'attention':16} {'batch':>5} {'context':>8} {_COLUMNS}"
 
 
-def format_row(row: Row) -> str:
+def format_row(row: StepRow) -> str:
     """A line of the table under `HEADER`."""
     share = f"{row.share:8.1%}" if row.share is not None else " " * 8
     speedup = f"{row.speedup:7.2f}x" if row.speedup is not None else " " * 8
@@ -216,7 +216,7 @@ def format_row(row: Row) -> str:
 def lines(result: Result) -> Iterator[str]:
     """The measurements, a line each."""
     yield HEADER
-    yield from (format_row(Row(**row)) for row in result.rows)
+    yield from (format_row(StepRow(**row)) for row in result.rows)
     yield from (f"Left out: {case}." for case in result.summary["left_out"])
     ways = sorted({row["way"] for row in result.rows})
     yield f"Steps ran {', '.join(ways)}; the error is that of the logits against an eager step." if ways else ""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention import DecodeAttention
 from ..errors import ConfigError
-from ..models.routing import Reach
+from ..models.routing import Window
 from . import step as steps
 from .context import Context
 from .prefill import without_autocast
@@ -45,7 +45,7 @@ class Decoder:
         self,
         model: nn.Module,
         attention: DecodeAttention,
-        reaches: Sequence[Reach],
+        reaches: Sequence[Window],
         execution: Execution = "auto",
         backend: Any = None,
     ) -> None:

@@ -22,14 +22,14 @@ from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..config import HybridConfig
 from ..errors import ConfigError, InputError
 from ..models.positions import Positions
-from ..models.routing import Reach, supported_shape
+from ..models.routing import Window, supported_shape
 from ..models.shape import ModelError, inner_model, text_config
 from ..ops.attend import MAX_TOKENS
 from . import prefill
 from .cache import KVCache
 from .context import Context
 from .decoder import Decoder, Execution
-from .generation import Coming, Generation, Piece, Progress, refuse_nan, stop_token_ids
+from .generation import Coming, Generation, Piece, SequenceState, refuse_nan, stop_token_ids
 from .memory import prefill_chunk
 from .passes import DensePass
 from .plans import PlanLike, plan_from
@@ -93,7 +93,7 @@ class Engine:
         self.attention: DecodeAttention = attention or full
         self._full = full
         self._prefill_chunk = prefill_chunk
-        self._reaches = Reach.of_layers(model, self.shape)
+        self._reaches = Window.of_layers(model, self.shape)
         self._decoder = Decoder(model, self.attention, self._reaches, execution, backend)
         self._route = prefill.route(model)
         self._positions = Positions.of(text_config(inner_model(model)))
@@ -241,7 +241,7 @@ class Engine:
         context = prompts if isinstance(prompts, Context) else self.prefill(prompts, room=room)
         context.rewind()
         context.cache.reserve(context.cache.length + room)
-        rows = [Progress(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
+        rows = [SequenceState(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
         source: Rounds | _Steps
         if self.config.verify_every:
             self._check_rounds(context, max_new_tokens)
@@ -263,7 +263,7 @@ class Engine:
                 return
 
     def _result(
-        self, context: Context, sequence: int, row: Progress, seconds: float, source: Rounds | _Steps
+        self, context: Context, sequence: int, row: SequenceState, seconds: float, source: Rounds | _Steps
     ) -> Generation:
         return Generation(
             token_ids=tuple(row.token_ids),

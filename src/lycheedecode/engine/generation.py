@@ -62,7 +62,7 @@ class Piece:
     generation: Generation | None = None
 
 
-class Progress:
+class SequenceState:
     """One sequence while it is generated."""
 
     def __init__(self, tokenizer: Any, ends: set[int], stop: Sequence[str], max_new_tokens: int) -> None:

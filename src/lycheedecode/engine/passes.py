@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..attention import FullAttention
-from ..models.routing import Reach
+from ..models.routing import Window
 from ..ops import KV
 from .cache import KVCache
 from .step import Forward, running
@@ -42,7 +42,7 @@ class DensePass:
         cache: KVCache,
         tokens: int,
         full: FullAttention,
-        reaches: Sequence[Reach],
+        reaches: Sequence[Window],
         kv_bytes: Tensor,
         starts: Tensor | None = None,
     ) -> None:
@@ -54,7 +54,7 @@ class DensePass:
         self.filled = torch.full((batch,), tokens, dtype=torch.int32, device=device)
         self._starts = cache.starts if starts is None else starts
         self._before = torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device=device)
-        self._begins: dict[Reach, Tensor | None] = {}
+        self._begins: dict[Window, Tensor | None] = {}
 
     def run(self, forward: Forward, model: nn.Module) -> Tensor:
         """Logits float32 `[B, T, V]` of the tokens that follow each."""

@@ -22,7 +22,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
-from ..models.routing import AttentionRoute, Reach, layer_of, refuse_a_mask, refuse_unless_plain
+from ..models.routing import AttentionRoute, Window, layer_of, refuse_a_mask, refuse_unless_plain
 from ..models.shape import ModelError
 from ..models.versions import cache_argument
 from ..ops import KV
@@ -49,7 +49,7 @@ class ChunkAttention:
         padding: unused slots before each sequence; None where there are none.
     """
 
-    def __init__(self, reaches: Sequence[Reach], padding: Sequence[int] | None = None) -> None:
+    def __init__(self, reaches: Sequence[Window], padding: Sequence[int] | None = None) -> None:
         self._reaches, self._padding = reaches, padding
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -181,7 +181,7 @@ def _with_mass(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal
 
 
 def attend_within(
-    query: Tensor, keys: Tensor, values: Tensor, reach: Reach, padding: Sequence[int] | None, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, reach: Window, padding: Sequence[int] | None, scale: float
 ) -> Tensor:
     """`attend_causal` of a layer with limited reach, after `padding` unused slots."""
     tokens, slots = query.shape[2], keys.shape[2]

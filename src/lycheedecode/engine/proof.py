@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..attention import FullAttention
 from ..errors import LycheeError
-from ..models.routing import AttentionRoute, Reach
+from ..models.routing import AttentionRoute, Window
 from ..models.shape import ModelError, ModelShape, inner_model, text_config
 from . import prefill
 from .cache import KVCache
@@ -35,7 +35,7 @@ _proved: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """Models that passed, with what they were then. Only saves time: a verdict depends on the model alone."""
 
 
-def prove(model: nn.Module, shape: ModelShape, reaches: Sequence[Reach]) -> None:
+def prove(model: nn.Module, shape: ModelShape, reaches: Sequence[Window]) -> None:
     """Raise `ModelError`, in one sentence, unless the engine reproduces the model's logits.
 
     Args:
@@ -116,7 +116,7 @@ def _as_it_is(model: nn.Module, shape: ModelShape, tokens: Tensor) -> Tensor:
         ) from error
 
 
-def _by_engine(model: nn.Module, shape: ModelShape, reaches: Sequence[Reach], tokens: Tensor) -> Tensor:
+def _by_engine(model: nn.Module, shape: ModelShape, reaches: Sequence[Window], tokens: Tensor) -> Tensor:
     """The same by the engine, where the second sequence begins `_SHORTER` slots later, after padding."""
     prompt, padding = _FIRST + _SECOND, [0, _SHORTER]
     slots = torch.stack([tokens[0], tokens[1].roll(_SHORTER)])

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 
 from .. import ops
 from ..attention import DecodeAttention, State
-from ..models.routing import AttentionRoute, Reach, layer_of, refuse_a_mask, refuse_unless_plain
+from ..models.routing import AttentionRoute, Window, layer_of, refuse_a_mask, refuse_unless_plain
 from ..models.shape import ModelError
 from ..models.versions import cache_argument
 from ..ops import KV
@@ -78,7 +78,7 @@ class FlexibleStep:
         self,
         cache: KVCache,
         attention: DecodeAttention,
-        reaches: Sequence[Reach],
+        reaches: Sequence[Window],
         state: State | None,
         refresh: bool,
     ) -> None:
@@ -121,7 +121,7 @@ class FixedStep:
         self,
         cache: KVCache,
         attention: DecodeAttention,
-        reaches: Sequence[Reach],
+        reaches: Sequence[Window],
         state: State | None,
         refresh: bool,
         kv_bytes: Tensor,
@@ -138,7 +138,7 @@ class FixedStep:
         self._starts = cache.starts if starts is None else starts
         self._newest = self.filled[:1]  # an object of its own: to the compiler, one tensor given twice is another case
         self._runs, self._passed = 0, [0] * len(self.stores)
-        self._ends: dict[Reach, tuple[Tensor, Tensor | None]] = {}
+        self._ends: dict[Window, tuple[Tensor, Tensor | None]] = {}
 
     def run(self, forward: Forward, model: nn.Module) -> Tensor:
         """Logits float32 `[B, V]` of the next token."""

@@ -30,7 +30,7 @@ PROGRAMS = 396
 """Programs that an H200's 132 multiprocessors hold at once, three each: one wave, whose loads keep the memory busy."""
 
 
-class Tuning(NamedTuple):
+class LinearTuning(NamedTuple):
     """How the kernel cuts its work; never changes what it computes.
 
     Attributes:
@@ -67,11 +67,11 @@ class Kind(NamedTuple):
     residual: bool = False
 
 
-_launches: ContextVar[MutableMapping[Kind, Tuning] | None] = ContextVar("lycheedecode_launches", default=None)
+_launches: ContextVar[MutableMapping[Kind, LinearTuning] | None] = ContextVar("lycheedecode_launches", default=None)
 
 
 @contextmanager
-def tuned(launches: MutableMapping[Kind, Tuning]) -> Iterator[None]:
+def tuned(launches: MutableMapping[Kind, LinearTuning]) -> Iterator[None]:
     """Layers that this thread computes while this is open take their launches from `launches`.
 
     Kinds of layers that it lacks are added to it, with their default.
@@ -83,7 +83,7 @@ def tuned(launches: MutableMapping[Kind, Tuning]) -> Iterator[None]:
         _launches.reset(before)
 
 
-def _launch_of(kind: Kind) -> Tuning:
+def _launch_of(kind: Kind) -> LinearTuning:
     launches = _launches.get()
     if launches is None:
         return default_tuning(*kind[:5])
@@ -236,7 +236,7 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
-    tuning: Tuning | None = None,
+    tuning: LinearTuning | None = None,
 ) -> Tensor:
     """See `linear.linear`."""
     check(x, weights, biases, residual, norm, gated)
@@ -291,31 +291,31 @@ def linear(
 
 
 @lru_cache(maxsize=1024)
-def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> Tuning:
+def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> LinearTuning:
     """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it."""
     far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
     out = sizes[0] if gated else sum(sizes)
     if rows == 1:
         if gated:
-            return Tuning(rows=16, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+            return LinearTuning(rows=16, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
         if out >= 32 * PROGRAMS and dtype.itemsize == 2:
-            return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=near)
+            return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=near)
         if columns > 8192:
-            return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=far)
+            return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=far)
         if out <= 4096:
-            return Tuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
-        return Tuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+            return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
+        return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
     if gated:
-        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
+        return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
     tiles = sum(-(-size // 64) for size in sizes)
     if tiles >= PROGRAMS:
-        return Tuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=far)
+        return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=far)
     splits = min(power_of_two(PROGRAMS // tiles), max(columns // 128, 1))
     if columns > 8192:
-        return Tuning(rows=32, depth=256, splits=2, warps=4, stages=5, prefetch=far)
+        return LinearTuning(rows=32, depth=256, splits=2, warps=4, stages=5, prefetch=far)
     if out <= 4096:
-        return Tuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
-    return Tuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
+        return LinearTuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
+    return LinearTuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
 
 
 def check(

@@ -5,12 +5,15 @@ prompts -> lessons -> sensitivity | gates | coverage -> roles -> donors -> HeadP
 
 from __future__ import annotations
 
+import inspect
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -123,3 +126,15 @@ def _provenance(settings: IdentifySettings, plan: HeadPlan, seconds: float) -> d
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+class _CallablePackage(ModuleType):
+    """`lycheedecode.identify(...)` is `identify` of this package, whether or not somebody has imported the package."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> HeadPlan:
+        return identify(*arguments, **options)
+
+
+_package = sys.modules[__name__]
+_package.__class__ = _CallablePackage
+_package.__signature__ = inspect.signature(identify)  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ from ..plan import HeadPlan
 from ..prompts.makers import Prompt
 
 
-class Means(NamedTuple):
+class LessonMeans(NamedTuple):
     """Chunks of a layer's tokens, each as one token.
 
     Attributes:
@@ -63,7 +63,7 @@ class Seen:
     query: Tensor
     log_sum: Tensor
 
-    def means(self, chunk: int) -> Means:
+    def means(self, chunk: int) -> LessonMeans:
         """Of the chunks of `chunk` tokens from the first on, as many as are full."""
         whole = self.keys.shape[2] // chunk * chunk
         keys, values = (
@@ -71,7 +71,7 @@ class Seen:
             for tokens in (self.keys, self.values)
         )
         logits = (self.query @ keys.mT).float().unflatten(2, self.weights.shape[2:4])
-        return Means((logits - self.log_sum).exp(), values.float())
+        return LessonMeans((logits - self.log_sum).exp(), values.float())
 
     def heads(self, heads: Sequence[int]) -> Seen:
         """Of some KV heads."""
@@ -263,7 +263,7 @@ def over_blocks(seen: Seen, chosen: Tensor, block_size: int) -> Tensor:
     return in_parts(seen, chosen, block_size).output()
 
 
-def in_parts(seen: Seen, chosen: Tensor, block_size: int, chunk: int = 0, means: Means | None = None) -> Parts:
+def in_parts(seen: Seen, chosen: Tensor, block_size: int, chunk: int = 0, means: LessonMeans | None = None) -> Parts:
     """Attention over chosen blocks `[B, Hkv, T, N]`, and over what they leave of chunks of `chunk` tokens.
 
     Args:

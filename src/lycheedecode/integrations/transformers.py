@@ -57,12 +57,12 @@ def hybrid(
     shape = supported_shape(model, plan)
     if getattr(inner_model(model).config, "output_attentions", False):
         raise ModelError("Attention weights (output_attentions) do not exist in hybrid decoding.")
-    routed = RoutedAttention(shape, _Steps(HybridAttention(plan, config, shape.global_layers)))
+    routed = RoutedAttention(shape, _MaskedSteps(HybridAttention(plan, config, shape.global_layers)))
     with route_attention(model, routed), _without_compilation(inner_model(model)), _with_cache(inner_model(model)):
         yield model
 
 
-class _Steps(threading.local):
+class _MaskedSteps(threading.local):
     """Finds out, from the masks alone, where the tokens of each sequence lie; once a step, not once a layer.
 
     Every thread that calls the model has steps of its own.

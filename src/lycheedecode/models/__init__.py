@@ -1,7 +1,7 @@
 """Models of Hugging Face transformers: loading them, their shape, and how our attention gets into them."""
 
 from .load import DEFAULT_MODEL, load_model, load_tokenizer
-from .routing import AttentionRoute, Reach, RoutedAttention, check_plan, route_attention, supported_shape
+from .routing import AttentionRoute, RoutedAttention, Window, check_plan, route_attention, supported_shape
 from .shape import ModelError, ModelShape
 
 __all__ = [
@@ -9,8 +9,8 @@ __all__ = [
     "AttentionRoute",
     "ModelError",
     "ModelShape",
-    "Reach",
     "RoutedAttention",
+    "Window",
     "check_plan",
     "load_model",
     "load_tokenizer",

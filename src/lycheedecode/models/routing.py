@@ -83,7 +83,7 @@ def layer_of(module: nn.Module) -> int:
     return layer
 
 
-class Reach(NamedTuple):
+class Window(NamedTuple):
     """How far back a layer looks.
 
     Attributes:
@@ -114,7 +114,7 @@ class Reach(NamedTuple):
         return start
 
     @classmethod
-    def of_layers(cls, model: nn.Module, shape: ModelShape) -> tuple[Reach, ...]:
+    def of_layers(cls, model: nn.Module, shape: ModelShape) -> tuple[Window, ...]:
         """Of every layer of a model; raises `ModelError` for a kind of layer that has no reach."""
         config = text_config(inner_model(model))
         spans = {

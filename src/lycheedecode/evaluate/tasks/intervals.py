@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 _RESAMPLES = 2000
 
 
-class Score(NamedTuple):
+class ScoreInterval(NamedTuple):
     """A score and its 95% confidence interval, which is None where the items have no spread to tell it from."""
 
     value: float
@@ -19,14 +19,14 @@ class Score(NamedTuple):
     high: float | None
 
 
-def score(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] = fmean, seed: int = 0) -> Score:
+def score(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], float] = fmean, seed: int = 0) -> ScoreInterval:
     """The aggregate of items and its interval: Wilson's for accuracies, else a bootstrap over the items."""
     found = float(aggregate(values))
     if len(values) < 2:
-        return Score(found, None, None)
+        return ScoreInterval(found, None, None)
     if all(isinstance(value, Real) and value in (0, 1) for value in values) and found == fmean(values):
-        return Score(found, *wilson(found, len(values)))
-    return Score(found, *bootstrap(values, aggregate, seed))
+        return ScoreInterval(found, *wilson(found, len(values)))
+    return ScoreInterval(found, *bootstrap(values, aggregate, seed))
 
 
 def wilson(share: float, number: int) -> tuple[float, float]:
@@ -58,7 +58,7 @@ def _of_a_mean(values: Sequence[float], seed: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def difference(values: Sequence[float], base: Sequence[float], seed: int = 0) -> Score:
+def difference(values: Sequence[float], base: Sequence[float], seed: int = 0) -> ScoreInterval:
     """The mean difference between two policies on the same items."""
     paired = [one - other for one, other in zip(values, base, strict=True)]
-    return Score(fmean(paired), *(bootstrap(paired, fmean, seed) if len(paired) > 1 else (None, None)))
+    return ScoreInterval(fmean(paired), *(bootstrap(paired, fmean, seed) if len(paired) > 1 else (None, None)))

@@ -30,7 +30,7 @@ from .parts import (
 )
 
 
-class Step(NamedTuple):
+class BatchStep(NamedTuple):
     """What the layers of a group need at one step.
 
     Attributes:
@@ -58,7 +58,7 @@ class HybridBuilder:
         self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device, self.obstacle())
         if self.hybrid is not None:
             self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
-            self.supports_update_block_table = False  # the page table is in `Step`, too
+            self.supports_update_block_table = False  # the page table is in `BatchStep`, too
         self._is_all = self.hybrid is not None and len(self.hybrid.layers) == len(layer_names)
         if self.hybrid is not None and self.hybrid.settings.self_check:
             self_check.check(self, get_layers_from_vllm_config(vllm_config, Attention, layer_names), device)
@@ -99,7 +99,7 @@ class HybridBuilder:
         metadata.hybrid = self._step(common, rows) if rows else None
         return metadata
 
-    def _step(self, common: CommonAttentionMetadata, rows: int) -> Step:
+    def _step(self, common: CommonAttentionMetadata, rows: int) -> BatchStep:
         others = None
         if rows < common.num_reqs:
             # Planning ahead would overwrite the plan for the layers that treat all sequences alike.
@@ -107,7 +107,7 @@ class HybridBuilder:
         table = common.block_table_tensor[:rows]
         if not table.is_cuda:  # launches need not have the same shape every time
             table = table[:, : -(-common.max_seq_len // self.kv_cache_spec.block_size)]
-        return Step(self.hybrid, rows, common.seq_lens[:rows], table, self.hybrid.state(rows), others)
+        return BatchStep(self.hybrid, rows, common.seq_lens[:rows], table, self.hybrid.state(rows), others)
 
 
 class HybridLayer:
@@ -152,7 +152,9 @@ class HybridLayer:
         output: Tensor,
         **scales: Any,
     ) -> Tensor:
-        step: Step | None = getattr(attn_metadata, "hybrid", None)  # None without metadata: a run that only profiles
+        step: BatchStep | None = getattr(
+            attn_metadata, "hybrid", None
+        )  # None without metadata: a run that only profiles
         index = None if step is None else step.group.layers.get(layer.layer_name)
         if index is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
