@@ -90,6 +90,16 @@ def test_bundled_plans_are_found_by_the_models_name(name):
     assert bundled_plan_of(name) == HeadPlan.load("smollm2-135m")
 
 
+def test_plans_that_ship_say_how_they_were_made_and_how_faithful_they_are():
+    plan = HeadPlan.load("Qwen/Qwen2.5-Coder-1.5B-Instruct")
+    plan.check_fits(num_layers=28, num_kv_heads=2, architecture="Qwen2ForCausalLM")
+    assert len(plan.retrieval) == 14
+    assert plan.completion is not None
+    assert plan.provenance["command"].startswith("python -m experiments.continuations")
+    assert all(score["kl_mean"] < 0.02 for score in plan.provenance["fidelity"].values() if isinstance(score, dict))
+    assert bundled_plan_of("Qwen/Qwen2.5-1.5B-Instruct") is None
+
+
 @pytest.mark.parametrize("name", ["smollm2-1350m", "asmollm2-135m", "smollm2", "", "/models/plain"])
 def test_other_names_have_none(name):
     assert bundled_plan_of(name) is None
