@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, T5GemmaConfig, T5GemmaForConditionalGeneration
 
-from experiments.models import tiny as any_class
+from experiments.models_sweep import tiny as any_class
 from lycheedecode import Engine, HybridConfig, hybrid
 from lycheedecode.engine import proof
 from lycheedecode.models.shape import ModelError

@@ -1,4 +1,4 @@
-"""python -m experiments.models: every causal class of the installed transformers, exact or refused.
+"""python -m experiments.models_sweep: every causal class of the installed transformers, exact or refused.
 
 Each class gets a tiny random model, in a process of its own with a time limit. The right logits are those of its own
 `generate`; `hybrid` and `Engine` must give the same with a budget that covers the context: for one prompt, and
@@ -110,16 +110,23 @@ def examine(architecture: str) -> tuple[Outcome, Outcome]:
 
 
 def _refused_as_it_is(architecture: str) -> Outcome | None:
-    """Of a class whose small model does not run: the refusal of a model of its default size, if it is refused."""
+    """Of a class whose small model does not generate by itself: the refusal of one of its default size, or of it."""
+    from lycheedecode import Engine
     from lycheedecode.errors import LycheeError
     from lycheedecode.models.routing import supported_shape
 
-    try:
-        supported_shape(tiny.outline(architecture), None)
-    except LycheeError as error:
-        return Outcome("refused", str(error))
-    except Exception:
-        return None  # then what kept the small one from running says more
+    for build in (tiny.outline, tiny.make):
+        try:
+            model = build(architecture)
+            supported_shape(model, None)
+            if build is tiny.make:
+                Engine(model)
+        except LycheeError as error:
+            return Outcome("refused", str(error))
+        except ImportError as error:
+            return Outcome("refused", f"transformers needs another package ({_brief(error)}).")
+        except Exception:  # then what kept the small one from running says more
+            continue
     return None
 
 

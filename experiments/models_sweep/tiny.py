@@ -52,8 +52,24 @@ ODD: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1, 3]},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": KV_HEADS}},
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": KV_HEADS, "clip_qkv": 8.0}},
     "BailingHybridForCausalLM": {"n_group": 1, "topk_group": 1},
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "CohereCompassForCausalLM": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "Gemma4AssistantForCausalLM": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "ReformerModelWithLMHead": {"axial_pos_embds": False},
+    "XmodForCausalLM": {"default_language": "en_XX"},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
 }
 """Fields by class of model, that override `SMALL`."""
@@ -88,14 +104,15 @@ def shrunk(config_class: type, odd: dict[str, Any]) -> Any:
         values["head_dim"] = SMALL["qk_rope_head_dim"]
     if "sliding_window" in fields and not fields.get("layer_types"):
         values["sliding_window"] = None  # it would hold for every layer
-    layers = _of_layers(fields)
+    layers, nested = _of_layers(fields), set()
     for name, value in fields.items():
         inner = getattr(default, name, None) if isinstance(value, dict) else None
         if hasattr(inner, "model_type"):
             values[name] = shrunk(type(inner), odd.get(name, {}))
+            nested.add(name)
         elif layers and isinstance(value, list) and len(value) == layers:
             values[name] = _few(value)
-    return config_class(**{**values, **{k: v for k, v in odd.items() if not isinstance(v, dict)}})
+    return config_class(**{**values, **{k: v for k, v in odd.items() if k not in nested}})
 
 
 def _of_layers(fields: dict[str, Any]) -> int:
