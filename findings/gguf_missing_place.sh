@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Software: transformers 5.24.0 (5.23.0 and 5.17.0 alike), gguf 0.19.0, accelerate 1.15.0, torch 2.13.0.
+# Software: transformers 5.24.0, gguf 0.19.0, accelerate 1.15.0, torch 2.13.0.
 # Input: a valid GGUF file of a tiny Llama with a bias of its query projection (`blk.0.attn_q.bias`), as llama.cpp
 #   writes and reads it for Llama models with attention biases.
 # One would guess: the model has the bias, or loading fails, or at least `output_loading_info` names the tensor.

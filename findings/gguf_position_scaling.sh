@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Software: transformers 5.24.0 (5.23.0 and 5.17.0 alike), gguf 0.19.0, accelerate 1.15.0, torch 2.13.0.
+# Software: transformers 5.24.0, gguf 0.19.0, accelerate 1.15.0, torch 2.13.0.
 # Input: a valid GGUF file of a tiny Llama whose metadata say `rope.scaling.type` = linear, `rope.scaling.factor` = 4,
 #   and one with the tensor `rope_freqs.weight` that llama.cpp writes for Llama 3.1 to 3.3.
 # One would guess: the loaded model scales its positions as the file says, or loading fails.
