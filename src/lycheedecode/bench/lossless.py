@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import takewhile
-from statistics import median
 from typing import Any
 
 import torch
@@ -120,8 +119,8 @@ def _attend_rows(kv: KV, heads: int, tune: bool) -> Iterator[dict[str, Any]]:
 
 def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
     """Launches around the usual one."""
-    splits = [8, 16, 32] if pairs <= 16 else [4, 5, 8, 16]
-    shapes = (64, 4, 4), (64, 4, 3), (128, 4, 3), (128, 8, 3), (128, 8, 2), (64, 8, 4), (32, 4, 5)
+    splits = [16, 33, 50, 66] if pairs <= 16 else [4, 8, 12, 16]
+    shapes = (64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 4), (32, 4, 3), (128, 4, 2)
     return [usual, *(Tuning(s, *shape, usual.early) for s in splits for shape in shapes)]
 
 
@@ -204,25 +203,25 @@ def _verified(engine: Engine, rounds: Rounds, context: Context) -> float:
 
 
 def _ms(run: Callable[[], Any], times: int, device: torch.device, between: Callable[[], Any] | None = None) -> float:
-    """Median milliseconds of a call."""
-    taken = []
-    for i in range(times + 2):
-        if between is not None:
-            between()
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+    """Mean milliseconds of calls in a row, so that the host is ahead as in a generation."""
+
+    def several(count: int) -> None:
+        for _ in range(count):
+            if between is not None:
+                between()
             run()
-            end.record()
-            end.synchronize()
-            ms = begin.elapsed_time(end)
-        else:
-            began = time.perf_counter()
-            run()
-            ms = (time.perf_counter() - began) * 1e3
-        if i >= 2:
-            taken.append(ms)
-    return median(taken)
+
+    several(3)
+    if device.type != "cuda":
+        began = time.perf_counter()
+        several(times)
+        return (time.perf_counter() - began) * 1e3 / times
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    several(times)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / times
 
 
 def format_round(row: dict[str, Any]) -> str:

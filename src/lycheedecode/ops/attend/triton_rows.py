@@ -13,6 +13,7 @@ A cache in 8-bit floats is widened to float16 in registers.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -158,16 +159,29 @@ def most_rows(kv: KV) -> int:
 
 
 def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
-    """What was fastest on an H200 (`bench lossless --parts attend --tune`).
+    """What was fastest on an H200; `bench lossless --parts attend --tune` measures it.
 
-    Rows beyond 16 take registers from the loads in flight: a stage less lets two programs share a processor, and few
-    pairs are cut into twice as many programs. Results of more than 64 rows take twice the warps to hold.
+    A single token is read as by `triton_dense`. With more rows a tile's arithmetic takes half as long as its bytes: two
+    programs a processor, of three stages, so that one computes while the other waits.
     """
-    few, early, many = pairs <= 16, common.starts_early(kv.keys.device), rows > 16
+    early, tile = common.starts_early(kv.keys.device), min(common.tile_of(kv, 16384), 64)
+    tiles = triton.cdiv(max(kv.slots, 1), tile)
+    if rows <= 16:
+        tuning = common.fitting(Tuning(8, tile, 4, 4, early), kv)
+        return tuning._replace(splits=common.even_splits(pairs, tiles, 128, 64)) if pairs <= 16 else tuning
     held = min(common.power_of_two(rows), most_rows(kv)) * common.power_of_two(kv.keys.shape[3])
     warps = 8 if held > 64 * 128 or kv.keys.dtype == torch.float32 else 4
-    tuning = common.fitting(Tuning(8, min(common.tile_of(kv, 16384), 64), warps, 3 if many else 4, early), kv)
-    if few:
-        tiles = triton.cdiv(max(kv.slots, 1), tuning.tile)
-        tuning = tuning._replace(splits=common.even_splits(pairs, tiles, 256 if many else 128, 64))
-    return tuning
+    places = 2 * _processors(kv.keys.device)
+    return common.fitting(Tuning(min(_splits(pairs, places), max(tiles, 1)), tile, warps, 3, early), kv)
+
+
+def _splits(pairs: int, places: int) -> int:
+    """Of every pair, so that programs fill the places in which they run at once, and as few of them as that takes."""
+    least = max(min(places // pairs, 64), 1)
+    return max(range(least, max(least, 8) + 1), key=lambda splits: pairs * splits / ceil(pairs * splits / places))
+
+
+@lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    """Of a GPU; an H200's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
