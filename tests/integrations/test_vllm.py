@@ -126,7 +126,7 @@ def test_smollm2(tmp_path):
 
 RANKS = {
     "heads": (HeadPlan.same_index([(1, 0), (3, 1)], tiny.LAYERS, tiny.KV_HEADS), {"tensor_parallel_size": 2}),
-    "layers": (  # vLLM's CPU backend runs stages only where the model is compiled; the variable below makes that short
+    "layers": (  # vLLM's CPU backend runs stages only where the model is compiled
         HeadPlan.from_donors([[(0, 0), (0, 1)], [(1, 0), (0, 0)], [(2, 0), (2, 0)], [(2, 0), (3, 1)]]),
         {"pipeline_parallel_size": 2, "enforce_eager": False},
     ),
@@ -136,7 +136,6 @@ RANKS = {
 @pytest.fixture
 def _two_cores(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
 
 
 @pytest.mark.usefixtures("_two_cores")

@@ -65,6 +65,11 @@ def test_engines_that_do_not_use_the_plugin_do_not_look(folder):
         assert generate(llm, PROMPTS[:1], asked=["nonsense"]) == stock == ours("llama", tiny.plan(), ROOMY, PROMPTS[:1])
 
 
+def test_the_self_check_needs_no_more_room_than_there_is(folder):
+    with serving(folder, tiny.plan(), TIGHT, max_num_seqs=1) as llm:
+        assert generate(llm, PROMPTS[:2]) == ours("llama", tiny.plan(), TIGHT, PROMPTS[:2])
+
+
 def test_it_does_not_serve_what_it_gets_wrong(folder, monkeypatch):
     """Here vLLM is made to be wrong."""
     monkeypatch.setattr(self_check, "_TOLERANCES", {4: 0.0})

@@ -32,15 +32,16 @@ def check(builder: Any, modules: dict[str, Any], device: torch.device) -> None:
         device: where the cache lies.
     """
     group, spec = builder.hybrid, builder.kv_cache_spec
-    lengths = [2 * spec.block_size + 3, 2, 3 * spec.block_size]
-    table = [[5, 1, 4], [3, 0, 0], [2, 6, 7]]
+    rows = min(3, builder.vllm_config.scheduler_config.max_num_seqs)  # buffers hold no more
+    lengths = [2 * spec.block_size + 3, 2, 3 * spec.block_size][:rows]
+    table = [[5, 1, 4], [3, 0, 0], [2, 6, 7]][:rows]
     common = _batch(lengths, table, spec.block_size, device)
     shape = (8, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
     made = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        limits = group.limits_of(3)
-        limits.copy_(torch.tensor([EVERYTHING, EVERYTHING, _few(group)], dtype=torch.int32))
-        metadata = builder._build(3, 0, common, False)
+        limits = torch.tensor([EVERYTHING, EVERYTHING, _few(group)], dtype=torch.int32)
+        group.limits_of(rows).copy_(limits[:rows])
+        metadata = builder._build(rows, 0, common, False)
         stock = copy.copy(metadata)
         stock.hybrid = None
         for name in sorted(group.layers, key=group.layers.get):
@@ -95,9 +96,10 @@ def _fill(
         pages[t // size] * size + t % size for pages, length in zip(table, lengths, strict=True) for t in range(length)
     ]
     heads, dim = spec.num_kv_heads, spec.head_size
-    numbers = torch.randn(2 * len(slots) * heads + 3 * layer.num_heads, dim, generator=made).to(device, dtype)
+    asked = len(lengths) * layer.num_heads
+    numbers = torch.randn(2 * len(slots) * heads + asked, dim, generator=made).to(device, dtype)
     keys, values = numbers[: 2 * len(slots) * heads].view(2, len(slots), heads, dim)
-    query = numbers[2 * len(slots) * heads :].view(3, layer.num_heads, dim)
+    query = numbers[2 * len(slots) * heads :].view(len(lengths), layer.num_heads, dim)
     layer.impl.do_kv_cache_update(layer, keys, values, cache, torch.tensor(slots, device=device))
     newest = torch.tensor(lengths).cumsum(0) - 1
     return query, (keys[newest], values[newest])
