@@ -23,6 +23,8 @@ if torch.cuda.is_available():
 CONFIG = {"budget_tokens": 16, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
 LENGTHS = [5, 90, 23, 60, 37, 120, 14, 70] * 2
 COUNT = 24
+CLASSES = {"hybrid": {}, "off": {"budget_tokens": 512}, "budget_tokens=12": {"budget_tokens": 12}}
+"""What requests ask for, and how Engine does the same."""
 
 
 @contextmanager
@@ -93,15 +95,19 @@ async def complete(client, model, prompt, hang_up_after=None, **asked):
 
 
 def test_sixteen_at_once_some_of_which_hang_up(folder, tmp_path):
-    """Whoever stays gets the tokens that Engine chooses for the prompt alone."""
+    """Whoever stays gets the tokens that Engine chooses for the prompt alone, with the attention that it asked for."""
     from openai import AsyncOpenAI, BadRequestError
 
     prompts = tiny.prompts(*LENGTHS)
     hang_up = [i for i in range(len(prompts)) if i % 4 == 1]
+    kinds = [list(CLASSES)[i % 3] for i in range(len(prompts))]
 
     async def load(address):
         async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
-            tasks = [complete(client, str(folder), p, 3 if i in hang_up else None) for i, p in enumerate(prompts)]
+            tasks = [
+                complete(client, str(folder), p, 3 if i in hang_up else None, vllm_xargs={"lycheedecode": kinds[i]})
+                for i, p in enumerate(prompts)
+            ]
             results = await asyncio.gather(*tasks)
             await asyncio.sleep(1.1)
             asked = {
@@ -120,16 +126,16 @@ def test_sixteen_at_once_some_of_which_hang_up(folder, tmp_path):
         results, alone, off, refused = asyncio.run(load(running[1]))
         with urllib.request.urlopen(f"{running[1]}/metrics") as page:
             metrics = page.read().decode()
-    engine = Engine(tiny.model("llama", head_dim=32), plan=tiny.plan(), config=HybridConfig(**CONFIG))
+    engines = {
+        kind: Engine(tiny.model("llama", head_dim=32), plan=tiny.plan(), config=HybridConfig(**{**CONFIG, **budget}))
+        for kind, budget in CLASSES.items()
+    }
     for i, (prompt, tokens) in enumerate(zip(prompts, results, strict=True)):
-        expected = list(engine.generate([prompt], COUNT, ignore_eos=True)[0].token_ids)
+        expected = list(engines[kinds[i]].generate([prompt], COUNT, ignore_eos=True)[0].token_ids)
         assert tokens == (expected[: len(tokens)] if i in hang_up else expected)
         assert len(tokens) >= 3
     assert alone == results[0]
-    full = Engine(
-        tiny.model("llama", head_dim=32), plan=tiny.plan(), config=HybridConfig(**{**CONFIG, "budget_tokens": 512})
-    )
-    assert off == list(full.generate([prompts[1]], COUNT, ignore_eos=True)[0].token_ids) != results[1]
+    assert off == list(engines["off"].generate([prompts[1]], COUNT, ignore_eos=True)[0].token_ids)
     assert refused.status_code == 400
     assert "budget_tokens must lie between 12 and 16, not be 9999." in refused.message
     lines = [line for line in log.read_text().splitlines() if "LycheeDecode: " in line]

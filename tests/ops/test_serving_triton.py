@@ -225,3 +225,25 @@ def test_bytes():
         totals.append(torch.zeros(len(LENGTHS), dtype=torch.float64, device=DEVICE))
         module.count_bytes(totals[-1], lengths, selections, costs, 4, 32, None, numbers(LIMITS))
     assert totals[0].tolist() == totals[1].tolist()
+
+
+@pytest.mark.skipif(RUNS_KERNELS, reason="Where kernels run, they compile.")
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize("case", ["16 bits", "8 bits"])
+def test_kernels_compile_for_hopper(compiled, monkeypatch, case, page):
+    """All that servers ask for at once, with bfloat16 queries."""
+    from lycheedecode.ops import operators as kernels
+    from lycheedecode.ops.count import triton as count
+    from lycheedecode.ops.types import constant
+
+    query, kv = make(page, torch.float8_e4m3fn if case == "8 bits" else torch.bfloat16)
+    query, config, out = query.bfloat16(), config_of(CONFIGS["top_k"]), room(taken=False)
+    more = {"sinks": SINKS, "scales": SCALES if case == "8 bits" else None}
+    rows = torch.tensor([1, 0])
+    kernels.scan_select(query, kv, (1,), config, SCALE, out.rows(0, 1), limits=numbers(LIMITS), **more)
+    kernels.attend_blocks(query, kv, out, rows, 4, SCALE, **more)
+    kernels.attend(query, kv, SCALE, **more)
+    total = torch.zeros(5, dtype=torch.float64)
+    costs = constant((3.0, 5.0, 7.0), torch.float64, total.device)
+    count.count_bytes(total, numbers(LENGTHS), out, costs, 4, 32, None, numbers(LIMITS))
+    assert len(compiled) == 6
