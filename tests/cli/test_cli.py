@@ -550,3 +550,26 @@ def test_an_interrupted_process_says_so(base):
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert (out, errors) == ("", "lycheedecode: interrupted.\n")
+
+
+def test_generate_from_host_memory(base, plan_file, tmp_path):
+    """The same tokens; the result says where the cache lies."""
+    outs = []
+    for place in ("resident", "host"):
+        path = tmp_path / f"{place}.json"
+        done = run(*base, "--plan", plan_file, *BUDGET, "--cache", place, "--json", str(path), PROMPT)
+        outs.append(json.loads(path.read_text(encoding="utf-8")))
+        assert ("in host memory" in done.stderr) == (place == "host")
+    resident, host = (out["result"] for out in outs)
+    assert host["token_ids"] == resident["token_ids"]
+    assert host["bytes_on_host"] == resident["bytes_on_gpu"] > 0
+    assert outs[1]["settings"]["cache"] == "host"
+
+
+def test_what_host_memory_does_not_go_with(base, plan_file):
+    sentence = refusal(*base, "--cache", "host", "--full", PROMPT)
+    assert "--cache is for hybrid decoding alone" in sentence
+    sentence = refusal(*base, "--plan", plan_file, "--cache", "host", "--store-ratio", "0.5", PROMPT)
+    assert "store_ratio must be at least 1" in sentence
+    sentence = refusal(*base, "--plan", plan_file, "--cache", "host", "--lossless", PROMPT)
+    assert "verify_every reads the whole cache" in sentence

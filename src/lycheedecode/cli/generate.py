@@ -93,6 +93,13 @@ def generate(
     verify_every: Annotated[
         int | None, typer.Option("--verify-every", metavar="N", help="Drafts that a pass verifies; implies --lossless.")
     ] = None,
+    cache: Annotated[
+        Literal["resident", "host", "auto"],
+        typer.Option(help="Where keys and values lie: on the device, in host memory, or there if they do not fit."),
+    ] = "resident",
+    store_ratio: Annotated[
+        float, typer.Option(metavar="X", help="With the cache in host memory, blocks kept on the device, in budgets.")
+    ] = 2.0,
     html: Annotated[
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write a page that shows what each token of the answer looked at."),
@@ -116,6 +123,8 @@ def generate(
         form["verify_every"] = "auto" if verify_every is None else verify_every
     if html and "verify_every" in form:
         raise ConfigError("--html shows what selections hold: leave out --lossless.")
+    if cache != "resident" and (full or against or html):
+        raise ConfigError("--cache is for hybrid decoding alone: leave out --full, --compare and --html.")
     if full or plan == "auto":
         check_model_path(model)
     if full and (plan is not None or set(form) - {"correction_every"}):
@@ -129,13 +138,15 @@ def generate(
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         if plan == "auto":
             head_plan = _find(network, tokenizer, config)
-        engine = Engine(network, tokenizer, plan=head_plan, config=config)
+        place = {"cache": cache, "store_ratio": store_ratio}
+        engine = Engine(network, tokenizer, plan=head_plan, config=config, **place)
         if chat is None:
             chat = bool(getattr(tokenizer, "chat_template", None))
         settings = {
             "model": model, "plan": None if full else plan or model, "config": config.to_dict(), "chat": chat,
             "dtype": str(network.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
             "sampling": vars(sampling), "stop": stop or [], "ignore_eos": ignore_eos, "compare": against,
+            **place,
         }  # fmt: skip
         if against:
             [prompt_ids] = encode(text, tokenizer, chat)
@@ -209,10 +220,20 @@ def _stream(
     errors.print(
         f"{made.prompt_tokens} + {len(made.token_ids)} tokens ({made.finish_reason}); prefill "
         f"{made.prefill_seconds:.2f} s; {made.tokens_per_second:.1f} tokens/s; "
-        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each{_rounds(made)}",
+        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each{_rounds(made)}{_place(made)}",
         style="dim",
     )
     return made.to_dict()
+
+
+def _place(made: Generation) -> str:
+    """Where the cache lies, unless it lies where the model is."""
+    if not made.bytes_on_host:
+        return ""
+    return (
+        f"; {megabytes(made.bytes_on_host)} of it in host memory, {megabytes(made.bytes_on_gpu)} beside the model, "
+        f"{made.miss_rate:.1%} of selected blocks fetched"
+    )
 
 
 def _rounds(made: Generation) -> str:

@@ -65,8 +65,8 @@ class GrowingLayer(CacheLayerMixin):
         """Make room for `slots` tokens in all; moves the cache only when there is none."""
         self.reserved = max(self.reserved, ceil(slots / ROOM) * ROOM)
         if self.is_initialized and slots > self._keys.shape[2]:
-            grown = max(self.reserved, ceil(self._keys.shape[2] * _GROWTH / ROOM) * ROOM)
-            self._keys, self._values = self._moved(self._keys, grown), self._moved(self._values, grown)
+            more = max(self.reserved, grown(slots, self._keys.shape[2]))
+            self._keys, self._values = self._moved(self._keys, more), self._moved(self._values, more)
 
     def _moved(self, store: Tensor, slots: int) -> Tensor:
         batch, heads, _, dim = store.shape
@@ -162,6 +162,11 @@ class KVCache(Cache):
         return self.layers[0].capacity
 
     @property
+    def layers_in_prefill(self) -> int:
+        """Layers whose tokens lie on the device while a prompt is read."""
+        return len(self.layers)
+
+    @property
     def key_bytes(self) -> int:
         """Bytes of one key of one KV head."""
         keys, _ = self.layers[0].store
@@ -211,7 +216,7 @@ class KVCache(Cache):
         owner = attention, self.capacity
         if self._owner != owner:
             self.place += 1
-            self.state = attention.allocate(self.layers[0].batch_size, self.capacity, self.layers[0].device)
+            self.state = self._allocate(attention)
             self._owner, self.selected_at = owner, None
         if self.selected_at is None:
             self.selected_at = position
@@ -219,6 +224,17 @@ class KVCache(Cache):
         if self.state is not None:
             self.state.before_step(lambda layer: self.layers[layer].store, position, refresh, self.starts)
         return self.state, refresh
+
+    def _allocate(self, attention: DecodeAttention) -> State | None:
+        return attention.allocate(self.layers[0].batch_size, self.capacity, self.layers[0].device)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the KV cache on the device that attends, and in host memory beside it."""
+        return sum(part.nbytes for layer in self.layers for part in layer.store), 0
+
+    def fetches(self, sequence: int) -> tuple[float, float]:
+        """Blocks that steps asked for, and those of them that had to come from elsewhere."""
+        return 0.0, 0.0
 
     def forget_state(self) -> None:
         """Make the next step select anew, into buffers of its own."""
@@ -245,6 +261,11 @@ class KVCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
+
+
+def grown(slots: int, capacity: int) -> int:
+    """Slots of a store with room for `slots` that has `capacity` of them so far."""
+    return max(ceil(slots / ROOM), ceil(capacity * _GROWTH / ROOM)) * ROOM
 
 
 def _room_for(states: Tensor, slots: int) -> Tensor:

@@ -52,6 +52,12 @@ class Context:
         self._uncorrected.clear()
         self._decoded.clear()
 
+    def memory(self, sequence: int) -> dict[str, Any]:
+        """What a `Generation` says of where the cache lies."""
+        near, far = self.cache.memory()
+        asked, missed = self.cache.fetches(sequence)
+        return {"bytes_on_gpu": near, "bytes_on_host": far, "miss_rate": missed / asked if asked else 0.0}
+
     @property
     def kept_steps(self) -> dict[Any, Any]:
         """What engines keep of their steps over the cache's buffers, as long as these stay where they are."""

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from ..attention import DecodeAttention
+from ..attention import DecodeAttention, State
 from ..errors import ConfigError
 from ..models.routing import Window
 from . import step as steps
 from .context import Context
+from .offload import HostCache, OffloadStep
 from .prefill import without_autocast
 from .step import FixedStep, FlexibleStep, Forward
 
@@ -115,15 +116,28 @@ class Decoder:
         kept = context.kept_steps
         if (self, refresh) not in kept:
             with self.route, torch.inference_mode():
-                step = FixedStep(cache, self.attention, self.reaches, state, refresh, context.kv_bytes)
+                step = self._fixed(context, state, refresh)
                 step.token_ids.copy_(token_ids)
                 step.filled.fill_(cache.length + 1)
                 kept[self, refresh] = Replay(step, self._forward(), self.model, self.way)
         return kept[self, refresh]
 
+    def _fixed(self, context: Context, state: State | None, refresh: bool) -> FixedStep:
+        make = OffloadStep if isinstance(context.cache, HostCache) else FixedStep
+        return make(context.cache, self.attention, self.reaches, state, refresh, context.kv_bytes)
+
     def _flexible(self, context: Context, token_ids: Tensor) -> Tensor:
         cache = context.cache
         state, refresh = cache.state_for(self.attention)
+        if isinstance(cache, HostCache):  # there is one way to decode from there
+            step = self._fixed(context, state, refresh)
+            step.token_ids.copy_(token_ids)
+            step.filled.fill_(cache.length + 1)
+            with self.route:
+                logits = step.run(steps.forward, self.model)
+            step.check_layers()
+            cache.advance()
+            return logits
         filled = cache.length + 1
         lengths = torch.full_like(token_ids, filled, dtype=torch.int32)
         if cache.starts is not None:
@@ -203,7 +217,7 @@ class Replay:
 
     def __init__(self, step: FixedStep, forward: Forward, model: nn.Module, way: str) -> None:
         self._step = step
-        self._captured = Captured(lambda: step.run(forward, model), [step.kv_bytes], way)
+        self._captured = Captured(lambda: step.run(forward, model), step.counters, way)
         step.check_layers()
 
     def __call__(self, token_ids: Tensor, filled: int) -> Tensor:

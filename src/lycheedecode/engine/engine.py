@@ -31,6 +31,8 @@ from .context import Context
 from .decoder import Decoder, Execution
 from .generation import Coming, Generation, Piece, SequenceState, refuse_nan, stop_token_ids
 from .memory import prefill_chunk
+from .offload import OffloadedAttention
+from .offload.choice import CachePlace, check_place, new_cache
 from .passes import DensePass
 from .plans import PlanLike, plan_from
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
@@ -60,6 +62,10 @@ class Engine:
         backend: of `torch.compile`; None: ours, which is faster than "inductor" (`lycheedecode.fusion`).
         check: run a few tokens through the model as it is and through the engine's own prefill and decode steps, and
             refuse a model whose logits differ (see `proof`); once for each model object.
+        cache: where keys and values lie: `resident` on the model's device; `host`: in host memory, except what a plan's
+            retrieval heads scan and the blocks that are selected again and again (`offload`); `auto`: resident where
+            they fit.
+        store_ratio: with a cache in host memory, how many blocks of each head stay on the device, in selections.
 
     Raises:
         ModelError: the model's attention cannot be replaced, or the engine does not reproduce its logits.
@@ -78,6 +84,8 @@ class Engine:
         execution: Execution = "auto",
         backend: Any = None,
         check: bool = True,
+        cache: CachePlace = "resident",
+        store_ratio: float = 2.0,
     ) -> None:
         if plan is not None and attention is not None:
             raise ConfigError("Give a plan or an attention, not both.")
@@ -88,8 +96,11 @@ class Engine:
         plan = plan_from(plan, model, tokenizer, self.config)
         self.shape = supported_shape(model, plan)
         full = FullAttention(len(self.shape.global_layers), self.shape.num_kv_heads)
-        if plan is not None:
+        self._place = check_place(cache, plan, self.config, store_ratio, self.device.type == "cuda")
+        if plan is not None and self._place == "resident":
             attention = HybridAttention(plan, draft_config(self.config), self.shape.global_layers)
+        elif plan is not None:
+            attention = OffloadedAttention(plan, self.config, self.shape.global_layers, store_ratio)
         self.attention: DecodeAttention = attention or full
         self._full = full
         self._prefill_chunk = prefill_chunk
@@ -132,9 +143,9 @@ class Engine:
         padding = [longest - length for length in lengths] if min(lengths) < longest else None
         self._check_length(longest)
         starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
-        cache = KVCache(self.shape.num_layers, starts)
-        cache.reserve(longest + room)
-        chunk_tokens = self._prefill_chunk or prefill_chunk(self.model, self.shape, len(lengths), cache.capacity)
+        asked = (self.model, self.shape, len(lengths))
+        cache = new_cache(self._place, *asked, longest + room, self._reaches, starts)
+        chunk_tokens = self._prefill_chunk or prefill_chunk(*asked, cache.capacity, cache.layers_in_prefill)
         is_long = 0 < self._positions.turn < longest
         if is_long:
             chunk_tokens = longest  # the model looks at the last position of what it reads, and must see the prompt's
@@ -273,6 +284,7 @@ class Engine:
             prefill_seconds=context.prefill_seconds,
             decode_seconds=seconds,
             **source.report(sequence),
+            **context.memory(sequence),
         )
 
     # ------------------------------------------------------------------ several tokens at once

@@ -30,6 +30,9 @@ class Generation:
         rounds: with `verify_every`: passes of full attention that verified drafts of this sequence.
         drafted: tokens that were drafted in them.
         accepted: of these, that stood.
+        bytes_on_gpu: of the batch's KV cache and all that is kept beside it, on the device that attends.
+        bytes_on_host: of the batch's KV cache, in host memory beside a device.
+        miss_rate: share of selected blocks, counted for every head that reads them, that came from there.
     """
 
     token_ids: tuple[int, ...]
@@ -42,6 +45,9 @@ class Generation:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    bytes_on_gpu: int = 0
+    bytes_on_host: int = 0
+    miss_rate: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -18,8 +18,10 @@ class CacheMemoryError(LycheeError):
     """A KV cache that does not fit; the message says how much is needed and what would fit."""
 
 
-def prefill_chunk(model: nn.Module, shape: ModelShape, batch: int, slots: int) -> int:
+def prefill_chunk(model: nn.Module, shape: ModelShape, batch: int, slots: int, layers: int | None = None) -> int:
     """Tokens of each sequence that may pass through the model at once, next to a cache of `slots` slots.
+
+    `layers`: how many layers' caches the GPU holds meanwhile; None: all.
 
     Raises:
         CacheMemoryError: the cache does not fit.
@@ -27,7 +29,8 @@ def prefill_chunk(model: nn.Module, shape: ModelShape, batch: int, slots: int) -
     weight = next(model.parameters())
     if not weight.is_cuda:
         return _CPU_CHUNK
-    each = slot_bytes(shape, batch, weight.dtype)
+    layers = shape.num_layers if layers is None else layers
+    each = slot_bytes(shape, batch, weight.dtype) * layers // shape.num_layers
     free = free_bytes(weight.device)
     left = free - slots * each
     if left < 0:

@@ -107,7 +107,8 @@ class FlexibleStep:
 class FixedStep:
     """A step whose launches are the same at every length, over one cache as large as it is now.
 
-    `filled` and `token_ids` are set before each run. Running a step twice leaves the cache as running it once does.
+    `filled` and `token_ids` are set before each run. Running a step twice leaves the cache as running it once does, but
+    for its `counters`.
 
     Args:
         cache: its stores are written in place; its length is left to the caller.
@@ -130,7 +131,7 @@ class FixedStep:
     ) -> None:
         self.stores = [layer.store for layer in cache.layers]
         self._looks, self._slots = looks and kv_bytes.device.type == "cpu", None
-        self.state, self.kv_bytes = state, kv_bytes
+        self.state, self.kv_bytes, self.counters = state, kv_bytes, [kv_bytes]
         self._attention, self._reaches, self._refresh, self._key_bytes = attention, reaches, refresh, cache.key_bytes
         batch, device = kv_bytes.shape[0], kv_bytes.device
         self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -59,15 +59,18 @@ class Tuning(NamedTuple):
 # ---------------------------------------------------------------------- before a launch
 
 
-def cache_arguments(kv: KV) -> tuple[Any, ...]:
-    """The cache as kernels take it: `keys, values, lengths, starts, page_table`, strides, slots, page."""
+def cache_arguments(kv: KV, slots: int | None = None) -> tuple[Any, ...]:
+    """The cache as kernels take it: `keys, values, lengths, starts, page_table`, strides, slots, page.
+
+    `slots`: in place of those that the cache has.
+    """
     table = kv.page_table
     return (
         *(kv.keys, kv.values, kv.lengths, kv.starts, table),
         *kv.keys.stride()[:3],
         *kv.values.stride()[:3],
         0 if table is None else table.stride(0),
-        kv.slots,
+        kv.slots if slots is None else slots,
         0 if table is None else kv.keys.shape[2],
     )
 

@@ -74,13 +74,14 @@ def attend_blocks(
     completion: Completion | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     if not is_compiling():
-        more = {"completion": completion, "sinks": sinks, "scales": scales}
+        more = {"completion": completion, "sinks": sinks, "scales": scales, "places": places}
         return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out, **more)
     means = (None, None, 0, ()) if completion is None else completion
-    more = (*means, sinks, *(scales or (None, None)))
+    more = (*means, sinks, *(scales or (None, None)), places)
     result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads, *more)
     return result if out is None else out.copy_(result)
 
@@ -202,10 +203,12 @@ def _attend_blocks(
     sinks: Tensor | None,
     key_scales: Tensor | None,
     value_scales: Tensor | None,
+    places: Tensor | None,
 ) -> Tensor:
     kv, selections = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
     completion = None if mean_keys is None else Completion(mean_keys, mean_values, chunk, tuple(factors))
-    more = {"completion": completion, "sinks": sinks, "scales": _pair(key_scales, value_scales)}
+    scales = _pair(key_scales, value_scales)
+    more = {"completion": completion, "sinks": sinks, "scales": scales, "places": places}
     return attend_sparsely(query, kv, selections, rows, block_size, scale, _as_tuple(heads), **more)
 
 

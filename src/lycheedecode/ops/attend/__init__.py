@@ -29,6 +29,7 @@ def attend_blocks(
     completion: Completion | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Attention of KV heads, each over the blocks of one row of the selections; reads nothing else.
 
@@ -49,23 +50,28 @@ def attend_blocks(
         sinks: float32 `[Hq]`, a logit of each query head that takes its part of the softmax and stands for no token.
         scales: float32 `[Hkv]` of keys and of values, which then are float8_e4m3fn: what they stand for is their
             product.
+        places: int32 `[R, B, K]`, where `kv`, whose sequences then have lengths and start at 0, holds the selected
+            blocks: the tokens of block `blocks[r, b, k]` are its slots from `places[r, b, k] * block_size` on. No
+            sequence may have everything selected. None: block n lies at place n.
 
     Returns:
         `[B, H * G, D]` in the dtype of `query`; zeros for a sequence of length 0.
     """
     check(query, kv, sinks, scales)
+    if places is not None:
+        _check_places(places, kv, selections)
     if completion is not None:
         if scales is not None:
             raise ValueError("a completion does not go with keys and values in 8 bits.")
-        _check_completion(completion, selections, kv, block_size)
+        _check_completion(completion, selections, kv, block_size, places is not None)
     arguments = (query, kv, selections, rows, block_size, scale, heads)
     kernels = kernels_for(query)
     if kernels is not None:
-        return kernels.attend_blocks(*arguments, out, completion, sinks, scales)
-    if query.device.type == "cpu" and sinks is None and scales is None:
+        return kernels.attend_blocks(*arguments, out, completion, sinks, scales, places)
+    if query.device.type == "cpu" and sinks is None and scales is None and places is None:
         result = cpu.attend_blocks(*arguments, completion)
     else:
-        result = reference.attend_blocks(*arguments, completion, sinks, scales)
+        result = reference.attend_blocks(*arguments, completion, sinks, scales, places)
     return result if out is None else out.copy_(result)
 
 
@@ -144,7 +150,18 @@ def _named(cache: Tensor, query: Tensor) -> Tensor:
     return torch.empty(1, dtype=query.dtype, device=query.device).expand(cache.shape)
 
 
-def _check_completion(completion: Completion, selections: Selections, kv: KV, block_size: int) -> None:
+def _check_places(places: Tensor, kv: KV, selections: Selections) -> None:
+    if places.dtype != torch.int32 or places.shape != selections.blocks.shape:
+        raise ValueError(
+            f"places must be int32 {tuple(selections.blocks.shape)}, not {places.dtype} {tuple(places.shape)}."
+        )
+    if kv.lengths is None or kv.starts is not None or kv.page_table is not None:
+        raise ValueError("where blocks have places, sequences have lengths, and neither starts nor pages.")
+
+
+def _check_completion(
+    completion: Completion, selections: Selections, kv: KV, block_size: int, placed: bool = False
+) -> None:
     keys, values, chunk, factors = completion
     if keys.shape != values.shape or keys.stride() != values.stride() or {keys.dtype, values.dtype} != {kv.keys.dtype}:
         raise ValueError("mean keys and mean values must have one shape, the same strides, and the cache's dtype.")
@@ -157,5 +174,5 @@ def _check_completion(completion: Completion, selections: Selections, kv: KV, bl
         raise ValueError(f"chunk must be a power of two and whole blocks of {block_size}, not {chunk}.")
     if selections.taken is None or selections.taken.shape[:2] != selections.blocks.shape[:2]:
         raise ValueError("a completion needs selections that count what was taken of each chunk.")
-    if kv.page_table is None and keys.shape[2] < (kv.slots - 1) // chunk:
+    if kv.page_table is None and keys.shape[2] < (kv.slots - 1) // chunk and not placed:
         raise ValueError(f"there are means of {keys.shape[2]} chunks for a cache of {kv.slots} slots.")

@@ -37,6 +37,7 @@ def attend_blocks(
     completion: Completion | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     grouped = by_kv_head(query, kv, heads)  # [B, H, G, D]
     blocks = _listed(selections, kv, block_size).index_select(0, rows).transpose(0, 1)  # [B, H, K]
@@ -44,13 +45,17 @@ def attend_blocks(
     token = (blocks[..., None] * block_size + within).flatten(-2)  # [B, H, K * block_size]
     lengths = kv.slots if kv.lengths is None and kv.starts is None else kv.token_counts()[:, None, None]
     chosen = (token >= 0) & (token < lengths)
+    if places is not None:  # from here on the token's number in `kv`
+        placed = places.index_select(0, rows).transpose(0, 1)
+        token = (placed[..., None] * block_size + within).flatten(-2)
     token = token.masked_fill(~chosen, 0)
     keys = some_tokens(kv.keys, kv, token, heads).float()
     # A weight of 0 does not silence a NaN that was read on behalf of an unused entry.
     values = some_tokens(kv.values, kv, token, heads).float().masked_fill_(~chosen[..., None], 0.0)
     logits = (scaled(grouped, scale, kv, scales, heads) @ keys.mT).masked_fill_(~chosen[:, :, None], -inf)
     if completion is not None:
-        rest = unread(grouped, kv, selections, rows, block_size, scale, heads, completion)
+        most = None if places is None else completion.keys.shape[2]
+        rest = unread(grouped, kv, selections, rows, block_size, scale, heads, completion, most)
         if rest is not None:
             logits, values = torch.cat((logits, rest[0]), -1), torch.cat((values, rest[1]), -2)
     logits = with_sinks(logits, sinks, kv, heads)

@@ -26,6 +26,9 @@ from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
 from ..types import KV, Completion, Selections, constant
 
+_ANY_LENGTH = 1 << 30
+"""Slots of sequences whose blocks have places: the tokens they may have."""
+
 
 @triton.jit
 def _look_up(tile, tiles, blocks, K, everything, taken, complete, BLOCK: tl.constexpr, TILE: tl.constexpr):
@@ -44,10 +47,17 @@ def _look_up(tile, tiles, blocks, K, everything, taken, complete, BLOCK: tl.cons
     return found
 
 
+@triton.jit
+def _place(tile, tiles, places, K, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Of each token of a tile, the place of its block; see `ops.attend_blocks`."""
+    place = (tile * TILE + tl.arange(0, TILE)) // BLOCK
+    return tl.load(places + place, mask=(place < K) & (tile < tiles), other=0)
+
+
 @triton.jit(do_not_specialize=["slots", "K"])
 def _attend_blocks_kernel(
     output, partial, sums, arrivals, query, heads, scale, stride_qb, stride_qh,
-    rows, blocks, counts, K, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
+    rows, blocks, places, counts, K, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
     mean_keys, mean_values, stride_mp, stride_mh, stride_ms, log_factors, taken, stride_taken_r, stride_taken_b,
     sinks, key_scales, value_scales,
     keys, values, lengths, starts, page_table,
@@ -69,6 +79,8 @@ def _attend_blocks_kernel(
     everything = chosen < 0
     chosen = tl.where(everything, tl.cdiv(count, BLOCK), chosen)
     blocks += row * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
+    if places is not None:
+        places += row * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
     q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
 
     acc = tl.zeros([GP, DP], tl.float32)
@@ -87,11 +99,16 @@ def _attend_blocks_kernel(
         complete = tl.where(some, tl.maximum(count - 1, 0) // MEAN_OF, 0)
         end += tl.cdiv(complete, TILE)
     found = _look_up(split, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
+    placed = found
+    if places is not None:
+        placed = _place(split, tiles, places, K, BLOCK, TILE)
     for tile in range(split, end, SPLITS):
         at = tile * TILE + tl.arange(0, TILE)
         if taken is None:
             token = found * BLOCK + at % BLOCK
             exists = (found >= 0) & (token < count)
+            if places is not None:
+                token = placed * BLOCK + at % BLOCK
             page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
             k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
             v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
@@ -103,6 +120,8 @@ def _attend_blocks_kernel(
             token = tl.where(is_mean, chunk * MEAN_OF + MEAN_OF - 1, found * BLOCK + at % BLOCK)
             exists = (found >= 0) & tl.where(is_mean, unread > 0, token < count)
             slot = first + token
+            if places is not None:
+                slot = tl.where(is_mean, slot, placed * BLOCK + at % BLOCK)
             if PAGE > 0:  # any page of the sequence where nothing exists: Triton 3.6 fails at a mask (head dim 256)
                 slot = tl.maximum(tl.minimum(slot, first + count - 1), 0)
             page, entry = common.locate(b, slot, None, page_table, stride_table, PAGE)
@@ -120,6 +139,8 @@ def _attend_blocks_kernel(
         if key_scales is not None:
             k, v = k.to(q.dtype), v.to(q.dtype)
         found = _look_up(tile + SPLITS, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
+        if places is not None:
+            placed = _place(tile + SPLITS, tiles, places, K, BLOCK, TILE)
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale, bias)
 
     if value_scales is not None:
@@ -141,9 +162,12 @@ def attend_blocks(
     completion: Completion | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     common.check_strides(query, kv)
+    if places is not None and places.stride() != selections.blocks.stride():
+        raise ValueError(f"places have strides {places.stride()}, but blocks {selections.blocks.stride()}.")
     _check_selections(query, selections, rows, kv.keys.shape[1] if heads is None else len(heads))
     batch, num_query_heads, dim = query.shape
     group, blocks, counts = num_query_heads // kv.keys.shape[1], selections.blocks, selections.counts
@@ -158,11 +182,11 @@ def attend_blocks(
     with common.on_device(query):
         _attend_blocks_kernel[tuning.splits, len(rows), batch](
             *(output, *space, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
-            *(rows, blocks, counts, blocks.shape[2]),
+            *(rows, blocks, places, counts, blocks.shape[2]),
             *(blocks.stride(0), blocks.stride(1), counts.stride(0), counts.stride(1)),
             *_completion_arguments(completion, selections, heads),
             *(sinks, *(scales or (None, None))),
-            *common.cache_arguments(kv),
+            *common.cache_arguments(kv, None if places is None else _ANY_LENGTH),
             **common.padded(group, dim),
             BLOCK=block_size,
             MEAN_OF=1 if completion is None else completion.chunk,

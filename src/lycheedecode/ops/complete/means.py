@@ -20,14 +20,15 @@ class ChunkMeans:
     Args:
         layers: that have them.
         chunk: tokens per chunk.
+        device: where they lie; None: beside the cache.
 
     Attributes:
         means: `[2, layers, B, Hkv, C, D]`, keys and values; None before the first step.
         known: slots whose complete chunks have their means.
     """
 
-    def __init__(self, layers: Sequence[int], chunk: int) -> None:
-        self.layers, self.chunk = tuple(layers), chunk
+    def __init__(self, layers: Sequence[int], chunk: int, device: torch.device | None = None) -> None:
+        self.layers, self.chunk, self._device = tuple(layers), chunk, device
         self.means: Tensor | None = None
         self.known = 0
         self._starts = [0]
@@ -40,6 +41,12 @@ class ChunkMeans:
     def truncate(self, slots: int) -> None:
         """The cache forgets every slot from `slots` on."""
         self.known = min(self.known, slots)
+
+    def has_new(self, filled: int) -> bool:
+        """Whether `before_step` will read the cache."""
+        return self.means is None or any(
+            self._chunks(filled, start) > self._chunks(self.known, start) for start in self._starts
+        )
 
     def before_step(
         self, store_of: Callable[[int], tuple[Tensor, Tensor]], filled: int, starts: Tensor | None = None
@@ -91,4 +98,5 @@ class ChunkMeans:
         batch, heads, capacity, dim = keys.shape
         chunks = max(max(capacity, slots) // self.chunk, 1)
         with torch.inference_mode(False):  # a step may be prepared outside of that mode, and write it there
-            self.means = keys.new_empty((2, len(self.layers), batch, heads, chunks, dim))
+            shape = 2, len(self.layers), batch, heads, chunks, dim
+            self.means = torch.empty(shape, dtype=keys.dtype, device=self._device or keys.device)

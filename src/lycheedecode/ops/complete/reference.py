@@ -34,13 +34,15 @@ def unread(
     scale: float,
     heads: tuple[int, ...] | None,
     completion: Completion,
+    most: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """What a head's unread tokens add to its softmax: logits `[B, H, G, C]` and mean values `[B, H, C, D]`, float32.
 
     Logits are -inf where nothing is unread, and values 0. None where no chunk is complete. `query` is `[B, H, G, D]`;
-    other arguments as in `ops.attend_blocks`.
+    other arguments as in `ops.attend_blocks`. `most`: chunks of a sequence, where the slots of `kv` do not say.
     """
-    chunks = min(selections.taken.shape[-1], (kv.slots - 1) // completion.chunk)
+    most = (kv.slots - 1) // completion.chunk if most is None else most
+    chunks = min(selections.taken.shape[-1], most)
     if chunks <= 0:
         return None
     chunk = torch.arange(chunks, device=query.device)

@@ -1,0 +1,192 @@
+"""Hybrid attention whose cache lies in host memory, what it keeps on the GPU, and its decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...attention import HybridAttention, HybridState
+from ...config import HybridConfig
+from ...errors import ConfigError
+from ...ops import KV, ChunkMeans, Completion, Selections
+from ...ops.append.rope import Rotation
+from ...ops.fetch import newest_keys
+from ...ops.types import constant
+from ...plan import HeadPlan
+from ..step import FixedStep, Forward
+from .cache import HostCache
+from .store import BlockStore, ScanKeys, readers_of
+
+
+@dataclass(eq=False)
+class OffloadedState(HybridState):
+    """What `OffloadedAttention` keeps on the GPU.
+
+    Attributes:
+        store: blocks at hand.
+        scanned: keys that retrieval heads scan.
+    """
+
+    store: BlockStore | None = None
+    scanned: ScanKeys | None = None
+
+    def before_step(
+        self,
+        store_of: Callable[[int], tuple[Tensor, Tensor]],
+        filled: int,
+        refresh: bool,
+        starts: Tensor | None = None,
+    ) -> None:
+        """See `State`."""
+        self.store.before_step(filled, now=self.means is not None and self.means.has_new(filled))
+        self.scanned.before_step(store_of, filled)
+        if self.means is not None:
+            self.means.before_step(store_of, filled, starts)
+
+    def truncate(self, slots: int) -> None:
+        """See `State`."""
+        for part in (self.store, self.scanned, self.means):
+            if part is not None:
+                part.truncate(slots)
+
+    def write_back(self, filled: int) -> None:
+        """Bring host memory up to date."""
+        self.store.write_back(filled)
+
+    def scan_bytes(self, key_bytes: int) -> float:
+        """See `HybridState`."""
+        return self.scanned.keys.shape[-1] * self.scanned.keys.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """On the GPU."""
+        means = 0 if self.means is None or self.means.means is None else self.means.means.nbytes
+        chosen = sum(part.nbytes for part in self.selections if part is not None)
+        return self.store.nbytes + self.scanned.keys.nbytes + means + chosen
+
+
+class OffloadedAttention(HybridAttention):
+    """`HybridAttention` that can also decode over a `HostCache`.
+
+    Args:
+        plan, config, layers: as there; of a config that `refuse_unfit` lets pass.
+        store_ratio: blocks of a head that are kept at hand, in selections.
+    """
+
+    def __init__(self, plan: HeadPlan, config: HybridConfig, layers: Sequence[int], store_ratio: float) -> None:
+        super().__init__(plan, config, layers)
+        self._global, self._ratio = tuple(layers), store_ratio
+
+    def allocate_offloaded(self, cache: HostCache) -> OffloadedState:
+        """What it keeps of the batch of a cache in host memory."""
+        config, slots, device = self.config, cache.capacity, cache.layers[self._global[0]].device
+        blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
+        chunks = max(slots // config.chunk_tokens, 1) if self._factors else 0
+        size = len(self.plan.retrieval), cache.batch, config.capacity_blocks(blocks)
+        selections = Selections.allocate(*size, device, chunks)
+        readers, rows = readers_of(self.plan, cache.position)
+        shape = config.block_size, blocks, self._ratio, config.refresh_every
+        store = BlockStore(cache.tokens, readers, rows, selections, *shape, cache.starts, device)
+        keys = cache.tokens.keys
+        dtype = torch.float8_e4m3fn if config.scan_keys == "float8" else keys.dtype
+        heads = {layer: mine for layer, mine in self._scanned.items() if mine}
+        scanned = ScanKeys(heads, dtype, cache.batch, slots, keys.shape[-1], device)
+        means = ChunkMeans(tuple(self._factors), config.chunk_tokens, device) if self._factors else None
+        self._position = cache.position
+        return OffloadedState(selections, None, means, None, store, scanned)
+
+    def attend_offloaded(
+        self,
+        layer: int,
+        query: Tensor,
+        kv: KV,
+        state: OffloadedState,
+        scale: float,
+        refresh: bool,
+        scanned: KV,
+        filled: Tensor,
+    ) -> Tensor:
+        """Attention output `[B, Hq, D]` of one layer for one new token a sequence.
+
+        Args:
+            layer, query, state, scale, refresh: as in `__call__`.
+            kv: of the layer's pools, the new token in their tails.
+            scanned: `lengths` and `starts` are those of the sequences in the keys to scan.
+            filled: int32 `[B]`, slots in use.
+        """
+        config, roles, store = self.config, self._layers[layer], state.store
+        if roles.retrieval:
+            copy = state.scanned.of_layer(layer)
+            asking = newest_keys(query, kv.keys, store.at, filled, roles.retrieval, copy)
+        if roles.retrieval and refresh:
+            chosen = state.selections.rows(roles.first_row, len(roles.retrieval))
+            heads, scales = tuple(range(len(roles.retrieval))), state.scanned.scales(layer)
+            seen = scanned._replace(keys=copy, values=copy)
+            ops.scan_select(asking, seen, heads, config, scale, out=chosen, scales=scales)
+            store.take(self._position[layer])
+        completion = None
+        if layer in self._factors:
+            completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
+        rows = constant(roles.donor_rows, torch.int64, query.device)
+        more: dict[str, Any] = {"completion": completion, "places": store.known.places}
+        return ops.attend_blocks(query, kv, state.selections, rows, config.block_size, scale, **more)
+
+
+def refuse_unfit(config: HybridConfig, store_ratio: float) -> None:
+    """Raise `ConfigError` where a cache in host memory does not go with how to decode."""
+    if isinstance(store_ratio, bool) or not isinstance(store_ratio, (int, float)) or not 1 <= store_ratio < 1e6:
+        raise ConfigError(
+            f"store_ratio must be at least 1, so that the store holds a whole selection, not {store_ratio!r}."
+        )
+    reads_all = {
+        "retrieval_attention='full'": config.retrieval_attention == "full",
+        "correction_every": config.correction_every,
+        "verify_every": getattr(config, "verify_every", 0),
+    }
+    for name, given in reads_all.items():
+        if given:
+            raise ConfigError(
+                f"{name} reads the whole cache again and again, which is too slow from host memory: leave it out, or "
+                "decode with cache='resident'."
+            )
+
+
+class OffloadStep(FixedStep):
+    """A `FixedStep` over a `HostCache`; layers with limited reach are those of a `FixedStep`."""
+
+    _cache: HostCache
+
+    def __init__(self, cache: HostCache, *arguments: Any) -> None:
+        super().__init__(cache, *arguments)
+        self._position = cache.position
+        self.counters = [self.kv_bytes, self.state.store.missed, self.state.store.asked]
+
+    def run(self, forward: Forward, model: nn.Module) -> Tensor:
+        """Logits float32 `[B, V]` of the next token."""
+        self._lengths = self.filled if self._starts is None else self.filled - self._starts
+        self.state.store.begin(self._lengths, self._refresh)
+        logits = super().run(forward, model)
+        if self._refresh:
+            self.state.store.count()
+        return logits
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
+        """See `Step`."""
+        if layer not in self._position:
+            return super().attend(layer, query, key, value, scale, rotation)
+        self._passed[layer] += 1
+        store = self.state.store
+        kv = store.kv(self._position[layer], self._lengths)
+        query = ops.append(kv.keys, kv.values, key, value, store.at, query, rotation)
+        scanned = KV(kv.keys, kv.values, self._lengths, self._starts)
+        return self._attention.attend_offloaded(
+            layer, query, kv, self.state, scale, self._refresh, scanned, self.filled
+        )

@@ -1,0 +1,243 @@
+"""The cache itself: one tensor of keys and one of values in host memory, a view of them for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention import DecodeAttention, State
+from ...errors import ConfigError
+from ...models.routing import Window
+from ...models.shape import ModelShape
+from ...ops.fetch import Tokens
+from ..cache import GrowingLayer, KVCache, grown
+from .pinned import HostMemoryError, free_host_bytes, pin, wait_for
+
+
+class HostLayer(GrowingLayer):
+    """Keys and values of one layer with full attention, `[B, Hkv, capacity, D]` in host memory.
+
+    While a prompt passes, the layer's tokens so far stand in a buffer on the device that attends, which all layers
+    share: they come from host memory, the chunk's own join them, and go there.
+    """
+
+    def __init__(self, cache: HostCache, index: int) -> None:
+        super().__init__()
+        self._cache, self._index = cache, index
+
+    @property
+    def store(self) -> tuple[Tensor, Tensor]:
+        """In host memory."""
+        keys, values = self._cache.tokens
+        return keys[self._index], values[self._index]
+
+    @property
+    def _keys(self) -> Tensor:
+        return self.store[0]
+
+    @property
+    def _values(self) -> Tensor:
+        return self.store[1]
+
+    @property
+    def batch_size(self) -> int:
+        return self._cache.batch
+
+    @property
+    def capacity(self) -> int:
+        return self._cache.slots
+
+    def reserve(self, slots: int) -> None:
+        """Of all layers: they lie in one tensor."""
+        self._cache.grow(slots)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append `[B, Hkv, T, D]` tokens; returns all tokens so far, valid until the next layer's."""
+        self._cache.append_densely(self.length, self.length + key_states.shape[2])
+        if not self._cache.is_staged:
+            return super().update(key_states, value_states)
+        begin, end = self.length, self.length + key_states.shape[2]
+        self.reserve(end)
+        self.lazy_initialization(key_states, value_states)
+        staged = self._cache.staging(key_states, end)
+        for buffer, states, whole in zip(staged, (key_states, value_states), self.store, strict=True):
+            buffer[:, :, begin:end] = states
+            # A head of a sequence at a time: pieces that lie in one stretch of memory do not make the host wait.
+            for b in range(buffer.shape[0]):
+                for head in range(buffer.shape[1]):
+                    buffer[b, head, :begin].copy_(whole[b, head, :begin], non_blocking=True)
+                    whole[b, head, begin:end].copy_(buffer[b, head, begin:end], non_blocking=True)
+        self.length = end
+        return staged
+
+
+class HostCache(KVCache):
+    """The cache of a batch whose layers with full attention lie in host memory; the others stay on the device.
+
+    Args:
+        shape: of the model.
+        batch: sequences.
+        dtype, device: of keys and values, and where steps run.
+        reaches: of every layer.
+        starts: as in `KVCache`.
+
+    Attributes:
+        tokens: of the layers with full attention, `[L, B, Hkv, capacity, D]`; pinned where the device is a GPU, whose
+            kernels then read and write it where it lies.
+        position: index of each of these layers in it.
+        is_staged: whether prompts pass through a buffer on the device; otherwise this memory is the device's own.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        reaches: Sequence[Window],
+        starts: Tensor | None = None,
+    ) -> None:
+        super().__init__(len(reaches), starts)
+        self.position = {layer: i for i, layer in enumerate(i for i, reach in enumerate(reaches) if reach.is_all)}
+        self.batch, self.tokens = batch, None
+        self._shape = len(self.position), batch, shape.num_kv_heads, 0, shape.head_dim
+        self._dtype, self._device = dtype, device
+        self._staged: Tensor | None = None
+        self._unpin: Callable[[], Any] = lambda: None
+        self.is_staged = device.type != "cpu"
+        for layer, i in self.position.items():
+            self.layers[layer] = HostLayer(self, i)
+
+    @property
+    def capacity(self) -> int:
+        """See `KVCache`."""
+        return self.slots
+
+    @property
+    def layers_in_prefill(self) -> int:
+        """See `KVCache`: those with limited reach, and room for the one that attends."""
+        return len(self.layers) - len(self.position) + 1
+
+    @property
+    def slots(self) -> int:
+        """Slots there is room for in host memory."""
+        return 0 if self.tokens is None else self.tokens.keys.shape[3]
+
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` slots; moves the cache when there is none.
+
+        Raises:
+            HostMemoryError: host memory does not hold it.
+        """
+        if slots <= self.slots:
+            return
+        self._settle()
+        before, filled = self.tokens, max(layer.length for layer in self.layers)
+        *tokens, unpin = self._allocate_tokens(grown(slots, self.slots))
+        self.tokens = Tokens(*tokens)
+        if before is not None:
+            for new, old in zip(self.tokens, before, strict=True):
+                new[:, :, :, :filled] = old[:, :, :, :filled]
+        unpin()
+
+    def _allocate_tokens(self, slots: int) -> tuple[Tensor, Tensor, Callable[[], Any]]:
+        """Keys and values of so many slots, and what to call when those before are no longer needed."""
+        layers, batch, heads, _, dim = self._shape
+        shape = layers, batch, heads, slots, dim
+        needed = 2 * layers * batch * heads * slots * dim * self._dtype.itemsize
+        free = free_host_bytes()
+        if needed > free:
+            raise HostMemoryError(
+                f"A KV cache of {batch} x {slots} tokens in host memory needs {needed / 2**30:.1f} GiB, but "
+                f"{free / 2**30:.1f} GiB are free: give fewer sequences or shorter ones."
+            )
+        with torch.inference_mode(False):  # steps may make it grow in that mode, and it is written outside
+            keys, values = (torch.empty(shape, dtype=self._dtype) for _ in range(2))
+        unpin, self._unpin = self._unpin, lambda: None
+        if self._device.type == "cuda":
+            self._unpin = pin(self, keys, values)
+        return keys, values, unpin
+
+    def append_densely(self, filled: int, end: int) -> None:
+        """Slots `filled` to `end - 1` of a layer come to host memory without a step."""
+        if self.state is not None:
+            self.state.store.append_densely(filled, end)
+
+    def staging(self, states: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Room for a layer's keys and values of `slots` slots on the device of `states`; shared by all layers."""
+        batch, heads, _, dim = states.shape
+        room = 2, batch, heads, slots, dim
+        size = 2 * batch * heads * max(slots, self.slots) * dim
+        if self._staged is None or self._staged.numel() < size:
+            self._staged = states.new_empty(size)
+        keys, values = self._staged[: 2 * batch * heads * slots * dim].view(room)
+        return keys, values
+
+    # ------------------------------------------------------------------ what the state knows better
+
+    def state_for(self, attention: DecodeAttention) -> tuple[State | None, bool]:
+        """See `KVCache`; only attention that can read from host memory has a state here."""
+        if not hasattr(attention, "allocate_offloaded"):
+            raise ConfigError(
+                "The cache of this context lies in host memory: only an Engine with a head plan and cache='host' or "
+                "'auto' decodes from there; prefill with cache='resident' for others."
+            )
+        self._staged = None  # no prompt passes any more
+        if self._owner[0] is not attention:
+            self._settle()
+        return super().state_for(attention)
+
+    def _allocate(self, attention: Any) -> State | None:
+        return attention.allocate_offloaded(self)
+
+    def _settle(self) -> None:
+        """Bring host memory up to date: the state's pools are about to be left alone."""
+        if self.state is not None:
+            self.state.write_back(self.length)
+        wait_for(self._device)  # the host is going to read what kernels and copies wrote
+
+    def forget_state(self) -> None:
+        """See `KVCache`."""
+        if getattr(self, "state", None) is not None:
+            self._settle()
+        super().forget_state()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, in that order; they may repeat."""
+        self._settle()
+        for layer in self.layers:
+            if not isinstance(layer, HostLayer):
+                layer.batch_select_indices(indices)
+        before, self.batch = self.tokens, len(indices)
+        self._shape = (self._shape[0], self.batch, *self._shape[2:])
+        *tokens, unpin = self._allocate_tokens(self.slots)
+        self.tokens = Tokens(*tokens)
+        for new, old in zip(self.tokens, before, strict=True):
+            torch.index_select(old, 1, indices.to(old.device), out=new)
+        unpin()
+        if self.starts is not None:
+            self.starts = self.starts[indices.to(self.starts.device)]
+        self.state = None
+        self.forget_state()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the KV cache on the device that attends, and in host memory."""
+        near = sum(2 * layer.store[0].nbytes for layer in self.layers if not isinstance(layer, HostLayer))
+        near += 0 if self.state is None else self.state.nbytes
+        return near, sum(part.nbytes for part in self.tokens)
+
+    def fetches(self, sequence: int) -> tuple[float, float]:
+        """See `KVCache`."""
+        if self.state is None:
+            return 0.0, 0.0
+        return float(self.state.store.asked[sequence]), float(self.state.store.missed[sequence])

@@ -1,0 +1,89 @@
+"""Where the KV cache of a batch lies: on the device that attends, or in host memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from ...config import HybridConfig
+from ...errors import ConfigError
+from ...models.routing import Window
+from ...models.shape import ModelShape
+from ...plan import HeadPlan
+from ..cache import KVCache
+from ..memory import free_bytes, slot_bytes
+from .attention import refuse_unfit
+from .cache import HostCache
+
+CachePlace = Literal["resident", "host", "auto"]
+
+
+def check_place(place: str, plan: HeadPlan | None, config: HybridConfig, store_ratio: float, on_gpu: bool) -> str:
+    """The place that an engine can really choose: `auto` is `resident` where nothing else goes.
+
+    Raises:
+        ConfigError: the cache cannot lie in host memory.
+    """
+    if place not in get_args(CachePlace):
+        raise ConfigError(f"cache must be one of {', '.join(get_args(CachePlace))}, not {place!r}.")
+    if place == "resident":
+        return place
+    if place == "auto":
+        try:
+            refuse_unfit(config, store_ratio)
+        except ConfigError:
+            return "resident"
+        return "auto" if plan is not None and on_gpu else "resident"
+    if plan is None:
+        raise ConfigError(
+            "cache='host' needs a head plan: attention that reads the whole cache at every token is too slow from host "
+            "memory."
+        )
+    refuse_unfit(config, store_ratio)
+    if not on_gpu:
+        warnings.warn(
+            "Without a GPU the KV cache lies in host memory anyway: cache='host' works, and gains nothing.",
+            stacklevel=3,
+        )
+    return place
+
+
+def new_cache(
+    place: str,
+    model: nn.Module,
+    shape: ModelShape,
+    batch: int,
+    slots: int,
+    reaches: Sequence[Window],
+    starts: Tensor | None,
+) -> KVCache:
+    """An empty cache with room for `slots` slots of `batch` sequences, where `place` says.
+
+    Raises:
+        HostMemoryError: host memory does not hold it.
+    """
+    cache = KVCache(shape.num_layers, starts)
+    if _is_in_host_memory(place, model, shape, batch, slots):
+        weight = next(model.parameters())
+        cache = HostCache(shape, batch, weight.dtype, weight.device, reaches, starts)
+    cache.reserve(slots)
+    return cache
+
+
+def _is_in_host_memory(place: str, model: nn.Module, shape: ModelShape, batch: int, slots: int) -> bool:
+    """Says so where that was left open."""
+    if place != "auto":
+        return place == "host"
+    weight = next(model.parameters())
+    needed, free = slots * slot_bytes(shape, batch, weight.dtype), free_bytes(weight.device)
+    if needed <= free:
+        return False
+    warnings.warn(
+        f"The KV cache of {batch} x {slots} tokens ({needed / 2**30:.1f} GiB) goes to host memory: "
+        f"{free / 2**30:.1f} GiB of the GPU's are free.",
+        stacklevel=4,
+    )
+    return True

@@ -1,0 +1,239 @@
+"""What a batch has on the GPU beside the cache in host memory: pools of blocks, their map, and keys to scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from ...ops import KV, Selections
+from ...ops.fetch import BlockMap, Tokens, fetch, plan_fetch, write_back
+from ...plan import HeadPlan
+from .pinned import wait_for
+
+
+class BlockStore:
+    """Blocks of the cache that are at hand, for one attention; see `ops.fetch` for how a pool is laid out.
+
+    Args:
+        source: the cache in host memory.
+        readers: layer (as in `source`) and head of every head that attends over each row of the selections.
+        rows: the rows that each layer writes, as first and number.
+        selections: of the attention.
+        block_size: tokens per block.
+        blocks: of a sequence, at most.
+        ratio: slots of a head, in selections.
+        refresh_every: steps from one selection to the next.
+        starts: as in `KVCache`.
+        device: of the pools.
+    """
+
+    def __init__(
+        self,
+        source: Tokens,
+        readers: Sequence[Sequence[tuple[int, int]]],
+        rows: Mapping[int, tuple[int, int]],
+        selections: Selections,
+        block_size: int,
+        blocks: int,
+        ratio: float,
+        refresh_every: int,
+        starts: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        num_rows, batch, capacity = selections.blocks.shape
+        self.source, self.selections, self.block_size = source, selections, block_size
+        self.slots = min(ceil(ratio * capacity), max(blocks, capacity))
+        # The newest block is being filled, the one before it may not be in host memory yet; and while a selection
+        # stands, more may follow, which must not take the place of those that it knows.
+        self.tail_blocks = 2 + ceil((refresh_every - 1) / block_size)
+        self._ahead = refresh_every - 1
+        layers, _, heads, _, dim = source.keys.shape
+        shape = layers, batch, heads, (self.slots + self.tail_blocks) * block_size, dim
+        with torch.inference_mode(False):  # steps may be prepared outside of that mode, and write these there
+            self.pool = Tokens(*(torch.empty(shape, dtype=source.keys.dtype, device=device) for _ in range(2)))
+            self.known = BlockMap.allocate(num_rows, batch, blocks, self.slots, capacity, device)
+            self.clock = torch.zeros(1, dtype=torch.int32, device=device)
+            self.fresh = torch.ones(1, dtype=torch.int32, device=device)
+            self.missed, self.asked = (torch.zeros(batch, dtype=torch.float64, device=device) for _ in range(2))
+            self._weights = torch.tensor([len(row) for row in readers], dtype=torch.float64, device=device)
+        self._rows, self._starts = dict(rows), starts
+        self._first = [0] * batch if starts is None else starts.tolist()
+        self._readers = {layer: self._tables(layer, readers, device) for layer in self._rows}
+        self.written = -1
+        self._has_tail = False
+
+    def _tables(
+        self, layer: int, readers: Sequence[Sequence[tuple[int, int]]], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Who reads what a layer selects: in the layer itself, and in later ones, as `ops.fetch.fetch` takes them."""
+        first, count = self._rows[layer]
+        mine = readers[first : first + count]
+        parts = [[[pair for pair in row if (pair[0] == layer) == same] for row in mine] for same in (True, False)]
+        tables = []
+        for part in parts:
+            most = max(map(len, part), default=0)
+            filled = [[*row, *([(-1, -1)] * (most - len(row)))] for row in part]
+            tables.append(torch.tensor(filled, dtype=torch.int32, device=device).view(count, most, 2))
+        return tables[0], tables[1]
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        return sum(part.nbytes for part in (*self.pool, *self.known))
+
+    # ------------------------------------------------------------------ between steps
+
+    def before_step(self, filled: int, now: bool) -> None:
+        """Slots up to `filled` are in use; `now`: host memory has to know all of them."""
+        if self.written < 0:
+            self.written = filled  # the cache was complete when this store was made
+        if not self._has_tail:
+            self.write_back(filled)
+            self._load_tail(filled)
+        if now or filled - self.written >= self.block_size:
+            self.write_back(filled)
+
+    def write_back(self, filled: int) -> None:
+        """Bring host memory up to date."""
+        if 0 <= self.written < filled:
+            place = self.slots * self.block_size, self.tail_blocks * self.block_size
+            write_back(self.pool, self.source, self.written, filled, self._starts, *place)
+            self.written = filled
+
+    def append_densely(self, filled: int, end: int) -> None:
+        """Slots `filled` to `end - 1` come to host memory from elsewhere, a layer at a time."""
+        if self.written < end:
+            self.write_back(filled)
+            self.written, self._has_tail = end, False
+
+    def truncate(self, slots: int) -> None:
+        """The cache forgets every slot from `slots` on."""
+        self.write_back(slots)
+        self.written = min(self.written, slots)
+        self._has_tail = False
+        first = torch.tensor([(slots - start) // self.block_size for start in self._first], device=self.clock.device)
+        self.known.forget(first)
+        self.fresh.fill_(1)
+        self.missed.zero_()
+        self.asked.zero_()
+
+    def _load_tail(self, filled: int) -> None:
+        size = self.block_size
+        wait_for(self.clock.device)
+        for b, start in enumerate(self._first):
+            length = filled - start
+            begin = max((max(length - 1, 0) // size - self.tail_blocks + 1) * size, 0)
+            token = torch.arange(begin, length, device=self.clock.device)
+            entry = self.slots * size + token % (self.tail_blocks * size)
+            for mine, whole in zip(self.pool, self.source, strict=True):
+                mine[:, b, :, entry] = whole[:, b, :, start + begin : start + length].to(mine.device)
+        self._has_tail = True
+
+    # ------------------------------------------------------------------ in a step: no number reaches the host
+
+    def begin(self, lengths: Tensor, refresh: bool) -> None:
+        """A step with sequences of `lengths` tokens, int32 `[B]`, the new ones included."""
+        size = self.block_size
+        self.at = self.slots * size + (lengths - 1) % (self.tail_blocks * size) + 1
+        self._newest = (lengths + (self._ahead - 1)) // size
+        if refresh:
+            self.clock.add_(1)
+
+    def kv(self, layer: int, lengths: Tensor) -> KV:
+        """What attention reads of a layer, through `places`."""
+        keys, values = self.pool
+        return KV(keys[layer], values[layer], lengths)
+
+    def take(self, layer: int) -> None:
+        """A layer has selected: fetch what its own heads and those of later layers lack."""
+        first, count = self._rows[layer]
+        known, chosen = self.known.rows(first, count), self.selections.rows(first, count)
+        plan_fetch(chosen.blocks, known, self._newest, self.clock, self.tail_blocks)
+        for readers in self._readers[layer]:
+            fetch(self.source, self.pool, known, readers, self._starts, self.block_size)
+
+    def count(self) -> None:
+        """Count what the selections of this step asked for, and what was missing; not for the first of them."""
+        weights = self._weights[:, None] * (1 - self.fresh)
+        self.missed.add_((self.known.misses * weights).sum(0))
+        self.asked.add_((self.selections.counts * weights).sum(0))
+        self.fresh.zero_()
+
+
+def readers_of(
+    plan: HeadPlan, layers: Mapping[int, int]
+) -> tuple[list[list[tuple[int, int]]], dict[int, tuple[int, int]]]:
+    """Who reads each row of the selections, and the rows that each layer writes; layers as `layers` numbers them."""
+    readers: list[list[tuple[int, int]]] = [[] for _ in plan.retrieval]
+    for layer, number in layers.items():
+        for head, row in enumerate(plan.donor_rows(layer)):
+            readers[row].append((number, head))
+    rows = {
+        number: (plan.first_row(layer), len(plan.retrieval_heads(layer)))
+        for layer, number in layers.items()
+        if plan.retrieval_heads(layer)
+    }
+    return readers, rows
+
+
+class ScanKeys:
+    """The keys that retrieval heads scan, on the GPU.
+
+    Args:
+        heads: retrieval heads of every layer.
+        dtype: of the copy; the cache's or float8_e4m3fn.
+        batch, slots, dim: of the cache.
+        device: of the copy.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[int, tuple[int, ...]],
+        dtype: torch.dtype,
+        batch: int,
+        slots: int,
+        dim: int,
+        device: torch.device,
+    ) -> None:
+        self._first, rows = {}, 0
+        for layer, mine in heads.items():
+            self._first[layer], rows = rows, rows + len(mine)
+        self._heads = dict(heads)
+        with torch.inference_mode(False):
+            self.keys = torch.empty((rows, batch, slots, dim), dtype=dtype, device=device)
+            self.ones = torch.ones(rows, dtype=torch.float32, device=device)
+        self.known = 0
+
+    def of_layer(self, layer: int) -> Tensor:
+        """`[B, R, S, D]`."""
+        first = self._first[layer]
+        return self.keys[first : first + len(self._heads[layer])].transpose(0, 1)
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """What the operations want beside keys in 8 bits."""
+        if self.keys.dtype != torch.float8_e4m3fn:
+            return None
+        ones = self.ones[: len(self._heads[layer])]
+        return ones, ones
+
+    def truncate(self, slots: int) -> None:
+        """The cache forgets every slot from `slots` on."""
+        self.known = min(self.known, slots)
+
+    def before_step(self, store_of: Callable[[int], tuple[Tensor, Tensor]], filled: int) -> None:
+        """Copy what is new in host memory; the step itself writes the key of its token."""
+        if self.known < filled:
+            for layer, heads in self._heads.items():
+                keys = store_of(layer)[0]
+                for row, head in enumerate(heads):
+                    for b in range(keys.shape[0]):
+                        new = keys[b, head, self.known : filled].to(self.keys.device, non_blocking=True)
+                        mine = self.keys[self._first[layer] + row, b, self.known : filled]
+                        if self.keys.dtype == torch.float8_e4m3fn:
+                            most = torch.finfo(self.keys.dtype).max
+                            new = new.float().clamp(-most, most).to(self.keys.dtype)
+                        mine.copy_(new)
+        self.known = filled + 1

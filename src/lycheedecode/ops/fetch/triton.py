@@ -1,0 +1,231 @@
+"""Blocks from host memory into their slots, planned and copied without the host.
+
+    plan         a program for each row and sequence: look up, find the slots used least recently, write the map
+    fetch        a few programs with many lanes, which take turns in (missing block, head that reads it)
+    write_back   a program for each token, sequence and layer
+    newest_keys  a program for each head and sequence
+
+Host memory is pinned, so kernels read and write it where it lies. A few programs keep the link busy and leave the other
+processors to the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import kernel_common as common
+from ..kernel_common import Tuning
+from ..types import constant
+
+if TYPE_CHECKING:
+    from . import BlockMap, Tokens
+
+_PROGRAMS, _WARPS = 32, 16
+
+
+@triton.jit(do_not_specialize=["N", "M", "K"])
+def _plan_kernel(
+    blocks, stride_r, stride_b, slot_of, block_of, used, places, missing, misses, order, newest, clock, N, M, K,
+    TAIL: tl.constexpr, KP: tl.constexpr, MP: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    b, r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    common.wait_for_inputs(EARLY)
+    pair = r * tl.num_programs(0) + b
+    slot_of += pair * N
+    block_of += pair * M
+    used += pair * M
+    order += pair * M
+    now = tl.load(clock)
+    k, m = tl.arange(0, KP), tl.arange(0, MP)
+    block = tl.load(blocks + r * stride_r + b * stride_b + k, mask=k < K, other=-1)
+    tail = (block >= 0) & (block > tl.load(newest + b) - TAIL)
+    stored = (block >= 0) & (tail == 0)
+    here = tl.load(slot_of + block, mask=stored, other=-1)
+    hit, miss = stored & (here >= 0), stored & (here < 0)
+    tl.store(used + here, now, mask=hit)
+    tl.debug_barrier()  # the next load reads what other threads of the program wrote
+    last = tl.load(used + m, mask=m < M, other=0x7FFFFFFF).to(tl.int64)
+    oldest = tl.sort((last << 32) + m) & 0x7FFFFFFF
+    tl.store(order + m, oldest.to(tl.int32), mask=m < M)
+    tl.debug_barrier()
+    number = tl.cumsum(miss.to(tl.int32), 0) - 1
+    slot = tl.load(order + number, mask=miss, other=0)
+    evicted = tl.load(block_of + slot, mask=miss, other=-1)
+    tl.store(slot_of + evicted, -1, mask=miss & (evicted >= 0))
+    tl.store(slot_of + block, slot, mask=miss)
+    tl.debug_barrier()  # each slot's block has been read
+    tl.store(block_of + slot, block, mask=miss)
+    tl.store(used + slot, now, mask=miss)
+    place = tl.where(tail, M + block % TAIL, tl.where(hit, here, slot))
+    tl.store(places + pair * K + k, tl.where(block < 0, -1, place), mask=k < K)
+    total = tl.sum(miss.to(tl.int32), 0)
+    tl.store(missing + pair * K + k, -1, mask=(k < K) & (k >= total))
+    tl.store(missing + pair * K + number, block, mask=miss)
+    tl.store(misses + pair, total)
+
+
+def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, tail_blocks: int) -> None:
+    """See `ops.fetch`; here the map is contiguous, and selections have a contiguous last dimension."""
+    if blocks.stride(-1) != 1 or not all(part.is_contiguous() for part in known):
+        raise ValueError("the map must be contiguous, and selections must have a contiguous last dimension.")
+    rows, batch, capacity = blocks.shape
+    slots = known.block_of.shape[-1]
+    width = common.power_of_two(slots)
+    tuning = Tuning(1, width, min(max(width // 256, 1), 16), 1, common.starts_early(blocks.device))
+    with common.on_device(blocks):
+        _plan_kernel[batch, rows](
+            *(blocks, *blocks.stride()[:2], *known, newest, clock, known.slot_of.shape[-1], slots, capacity),
+            TAIL=tail_blocks,
+            KP=common.power_of_two(capacity),
+            MP=width,
+            **tuning.options,
+        )
+
+
+@triton.jit(do_not_specialize=["S", "P", "N", "K", "pairs"])
+def _fetch_kernel(
+    keys, values, source_keys, source_values, slot_of, missing, misses, readers, starts, S, P, N, K, pairs, batch,
+    HEADS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    common.wait_for_inputs(EARLY)
+    w = tl.arange(0, WIDTH)
+    count = tl.load(misses + w, mask=w < pairs, other=0)
+    end = tl.cumsum(count, 0)
+    i = tl.arange(0, ROOM)
+    dim = SIZE // BLOCK
+    for item in range(tl.program_id(0), tl.sum(count, 0) * Q, tl.num_programs(0)):
+        miss = item // Q
+        pair = tl.sum((end <= miss).to(tl.int32), 0)
+        number = miss - tl.sum(tl.where(w < pair, count, 0), 0)
+        b = (pair % batch).to(tl.int64)
+        reader = readers + (pair // batch * Q + item % Q) * 2
+        layer, head = tl.load(reader).to(tl.int64), tl.load(reader + 1)
+        block = tl.load(missing + pair.to(tl.int64) * K + number).to(tl.int64)
+        slot = tl.load(slot_of + pair.to(tl.int64) * N + block).to(tl.int64)
+        first = block * BLOCK
+        if starts is not None:
+            first += tl.load(starts + b)
+        row = (layer * batch + b) * HEADS + head
+        here = (i < SIZE) & (layer >= 0)
+        k = tl.load(source_keys + (row * S + first) * dim + i, mask=here)
+        v = tl.load(source_values + (row * S + first) * dim + i, mask=here)
+        at = (row * P + slot * BLOCK) * dim + i
+        tl.store(keys + at, k, mask=here)
+        tl.store(values + at, v, mask=here)
+
+
+def fetch(
+    source: Tokens, pool: Tokens, known: BlockMap, readers: Tensor, starts: Tensor | None, block_size: int
+) -> None:
+    """See `ops.fetch`."""
+    _check_tokens(source, pool)
+    _, batch, heads, entries, dim = pool.keys.shape
+    size, pairs = block_size * dim, known.misses.numel()
+    with common.on_device(pool.keys):
+        _fetch_kernel[_PROGRAMS,](
+            *(*pool, *source, known.slot_of, known.missing, known.misses, readers, starts),
+            *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1], pairs, batch),
+            HEADS=heads,
+            Q=readers.shape[1],
+            SIZE=size,
+            WIDTH=common.power_of_two(pairs),
+            ROOM=common.power_of_two(size),
+            BLOCK=block_size,
+            **Tuning(1, size, _WARPS, 1, common.starts_early(pool.keys.device)).options,
+        )
+
+
+@triton.jit(do_not_specialize=["begin", "S", "P", "slots"])
+def _write_back_kernel(
+    keys, values, target_keys, target_values, starts, begin, S, P, slots, batch,
+    HEADS: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, TAIL: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    slot = begin + tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
+    common.wait_for_inputs(EARLY)
+    token = slot
+    if starts is not None:
+        token -= tl.load(starts + pair % batch)
+    h, d = tl.arange(0, HP)[:, None], tl.arange(0, DP)[None, :]
+    here = (h < HEADS) & (d < D) & (token >= 0)
+    at = ((pair * HEADS + h) * P + slots + tl.maximum(token, 0) % TAIL) * D + d
+    to = ((pair * HEADS + h) * S + slot) * D + d
+    tl.store(target_keys + to, tl.load(keys + at, mask=here), mask=here)
+    tl.store(target_values + to, tl.load(values + at, mask=here), mask=here)
+
+
+def write_back(
+    pool: Tokens, target: Tokens, begin: int, end: int, starts: Tensor | None, slots: int, tail: int
+) -> None:
+    """See `ops.fetch`."""
+    _check_tokens(target, pool)
+    layers, batch, heads, entries, dim = pool.keys.shape
+    with common.on_device(pool.keys):
+        _write_back_kernel[end - begin, layers * batch](
+            *(*pool, *target, starts, begin, target.keys.shape[3], entries, slots, batch),
+            HEADS=heads,
+            D=dim,
+            HP=common.power_of_two(heads),
+            DP=common.power_of_two(dim),
+            TAIL=tail,
+            **Tuning(1, 1, 2, 1, common.starts_early(pool.keys.device)).options,
+        )
+
+
+@triton.jit
+def _newest_kernel(
+    out, query, keys, copy, at, filled, heads, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks,
+    stride_cb, stride_ch, stride_cs,
+    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, EIGHT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = tl.load(heads + r).to(tl.int64)
+    common.wait_for_inputs(EARLY)
+    d = tl.arange(0, DP)
+    entry, slot = tl.load(at + b).to(tl.int64) - 1, tl.load(filled + b).to(tl.int64) - 1
+    key = tl.load(keys + b * stride_kb + head * stride_kh + entry * stride_ks + d, mask=d < D)
+    if EIGHT:
+        key = tl.clamp(key.to(tl.float32), -448.0, 448.0)
+    to = copy + b * stride_cb + r.to(tl.int64) * stride_ch + slot * stride_cs + d
+    tl.store(to, key.to(copy.dtype.element_ty), mask=d < D)
+    q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
+    g = tl.arange(0, GP)[:, None]
+    line = (b * tl.num_programs(0) + r) * G + g
+    tl.store(out + line * D + d[None, :], q, mask=(g < G) & (d < D)[None, :])
+
+
+def newest_keys(
+    query: Tensor, keys: Tensor, at: Tensor, filled: Tensor, heads: tuple[int, ...], copy: Tensor
+) -> Tensor:
+    """See `ops.fetch`; here every tensor has a contiguous last dimension."""
+    if not query.stride(-1) == keys.stride(-1) == copy.stride(-1) == 1:
+        raise ValueError("query, keys and copy must have a contiguous last dimension.")
+    batch, dim = query.shape[0], query.shape[2]
+    group = query.shape[1] // keys.shape[1]
+    out = torch.empty((batch, len(heads) * group, dim), dtype=query.dtype, device=query.device)
+    with common.on_device(query):
+        _newest_kernel[len(heads), batch](
+            *(out, query, keys, copy, at, filled, constant(heads, torch.int32, query.device)),
+            *query.stride()[:2],
+            *keys.stride()[:3],
+            *copy.stride()[:3],
+            G=group,
+            D=dim,
+            GP=common.power_of_two(group),
+            DP=common.power_of_two(dim),
+            EIGHT=copy.dtype == torch.float8_e4m3fn,
+            **Tuning(1, 1, 1, 1, common.starts_early(query.device)).options,
+        )
+    return out
+
+
+def _check_tokens(whole: Tokens, pool: Tokens) -> None:
+    for part in (*whole, *pool):
+        if not part.is_contiguous():
+            raise ValueError(f"pools and what lies in host memory must be contiguous, not strides {part.stride()}.")

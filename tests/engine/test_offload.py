@@ -1,0 +1,322 @@
+"""A cache in host memory: the tokens of a resident one, and what the store holds after anything may happen to it."""
+
+from math import nan
+
+import pytest
+import tiny
+import torch
+
+from lycheedecode import Engine, HybridConfig
+from lycheedecode.engine.offload import HostCache, HostMemoryError, pinned
+from lycheedecode.engine.offload import cache as host
+from lycheedecode.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Without a GPU")
+SETTINGS = {"budget_tokens": 24, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
+CASES = {
+    "plain": {},
+    "every third token selects": {"refresh_every": 3, "budget_tokens": 32},
+    "every seventh": {"refresh_every": 7, "budget_tokens": 40},
+    "completed": {"completion": "centroid", "completion_chunk": 8},
+    "top-p": {"selection": "top_p", "top_p": 0.8},
+    "a ratio": {"budget_tokens": None, "budget_ratio": 0.4},
+    "8-bit keys": {"scan_keys": "float8"},
+    "blocks of one token": {"block_size": 1, "budget_tokens": 16},
+}
+cases = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+batches = pytest.mark.parametrize("lengths", [(60,), (60, 37, 9)], ids=["one", "ragged batch"])
+
+
+def engine_of(model, changes=None, family="llama", **options):
+    plan = tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
+    return Engine(model, plan=plan, config=HybridConfig(**{**SETTINGS, **(changes or {})}), **options)
+
+
+def decode(engine, context, answers):
+    return torch.stack([engine.decode_one_token(context, ids) for ids in torch.tensor(answers).unbind(1)], 1)
+
+
+def spoil(engine, context):
+    """NaN wherever nothing may be read: host memory behind the last token, the whole store before its first fetch."""
+    cache = context.cache
+    for part in cache.tokens:
+        part[:, :, :, cache.length :] = nan
+    store = cache.state_for(engine.attention)[0].store
+    for part in store.pool:
+        part[:, :, :, : store.slots * store.block_size] = nan
+    return context
+
+
+def compare(one, two, answers, resident, offloaded):
+    expected, found = decode(resident, one, answers), decode(offloaded, two, answers)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(two.kv_bytes, one.kv_bytes)
+
+
+def check_store(context):
+    """Blocks of the store and of the tail are those of the cache, which the pools bring up to date first."""
+    cache = context.cache
+    cache.state.write_back(cache.length)
+    store, size = cache.state.store, cache.state.store.block_size
+    starts = [0] * cache.batch if cache.starts is None else cache.starts.tolist()
+    readers = [
+        (layer, *pair) for layer, tables in store._readers.items() for table in tables for pair in table.tolist()
+    ]
+    assert readers
+    for first, tables in ((store._rows[layer][0], tables) for layer, tables in store._readers.items()):
+        for table in tables:
+            for r, heads in enumerate(table.tolist()):
+                for layer, head in (pair for pair in heads if pair[0] >= 0):
+                    for b, start in enumerate(starts):
+                        held = store.known.block_of[first + r, b].tolist()
+                        for slot, block in enumerate(held):
+                            if block < 0:
+                                continue
+                            assert store.known.slot_of[first + r, b, block] == slot
+                            begin = start + block * size
+                            for mine, whole in zip(store.pool, store.source, strict=True):
+                                here = mine[layer, b, head, slot * size : (slot + 1) * size]
+                                assert torch.equal(here, whole[layer, b, head, begin : begin + size])
+
+
+@cases
+@batches
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_logits_are_those_of_a_resident_cache(llama, changes, lengths, execution):
+    rows, answers = tiny.prompts(*lengths), tiny.prompts(*[40] * len(lengths))
+    resident, offloaded = (
+        engine_of(llama, changes, cache=place, execution=execution) for place in ("resident", "host")
+    )
+    one, two = resident.prefill(rows), offloaded.prefill(rows)
+    assert isinstance(two.cache, HostCache)
+    torch.testing.assert_close(two.logits, one.logits, rtol=0, atol=0)
+    compare(one, spoil(offloaded, two), answers, resident, offloaded)
+    check_store(two)
+    asked, missed = two.cache.fetches(0)
+    assert 0 < missed < asked
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family(family):
+    """Layers with a sliding window keep their tokens on the device."""
+    model, rows, answers = tiny.model(family), tiny.prompts(60, 37), tiny.prompts(30, 30)
+    engines = [engine_of(model, family=family, cache=place) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows) for engine in engines)
+    compare(one, spoil(engines[1], two), answers, *engines)
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, 4, 100])
+@pytest.mark.parametrize("changes", [{}, {"refresh_every": 5, "budget_tokens": 32}], ids=["", "refresh"])
+def test_the_size_of_the_store_changes_no_token(llama, ratio, changes):
+    rows, answers = tiny.prompts(60, 37, 80), tiny.prompts(30, 30, 30)
+    engines = [engine_of(llama, changes, cache=place, store_ratio=ratio) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows) for engine in engines)
+    compare(one, spoil(engines[1], two), answers, *engines)
+    if ratio == 100:  # a store of everything misses what it forgot, blocks of the answer
+        first = two.cache.fetches(2)[1]
+        two.rewind()
+        decode(engines[1], two, answers)
+        assert two.cache.fetches(2)[1] < first
+
+
+@batches
+@pytest.mark.parametrize("changes", [{}, {"completion": "centroid", "completion_chunk": 8}, {"scan_keys": "float8"}],
+                         ids=["plain", "completed", "8 bits"])  # fmt: skip
+def test_rewinding_and_truncating(llama, lengths, changes):
+    """At any length, again and again, with other tokens each time."""
+    rows = tiny.prompts(*lengths)
+    engines = [engine_of(llama, changes, cache=place) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows) for engine in engines)
+    spoil(engines[1], two)
+    generator = torch.Generator().manual_seed(3)
+    for keep in (None, 3, 11, 12, 0, 20, None, 17):
+        answers = torch.randint(4, 260, (len(lengths), 21), generator=generator).tolist()
+        for context in (one, two):
+            if keep is None:
+                context.rewind()
+            else:
+                context.cache.truncate(max(lengths) + keep)
+                context.kv_bytes.zero_()
+        compare(one, two, answers, *engines)
+        check_store(two)
+
+
+def test_engines_of_other_plans_and_budgets_share_a_context(llama):
+    rows, answers = tiny.prompts(60, 37), tiny.prompts(7, 7)
+    first, second = {"budget_tokens": 24}, {"budget_tokens": 32, "block_size": 8, "completion": "centroid"}
+    settings = [{**one, "completion_chunk": 8} for one in (first, second)]
+    resident, offloaded = ([engine_of(llama, one, cache=place) for one in settings] for place in ("resident", "host"))
+    one, two = resident[0].prefill(rows), offloaded[0].prefill(rows)
+    for turn in (0, 1, 1, 0, 1):
+        compare(one, two, answers, resident[turn], offloaded[turn])
+    torch.testing.assert_close(offloaded[0].score(two, answers), resident[0].score(one, answers), atol=2e-4, rtol=1e-4)
+
+
+def test_a_cache_that_outgrows_its_room_and_loses_sequences(llama):
+    rows, answers = tiny.prompts(250, 100, 30), tiny.prompts(20, 20, 20)
+    engines = [engine_of(llama, cache=place) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows) for engine in engines)
+    compare(one, two, answers, *engines)
+    assert two.cache.capacity == one.cache.capacity > 256
+    for context in (one, two):
+        context.cache.batch_select_indices(torch.tensor([2, 0]))
+        context.kv_bytes = torch.zeros(2, dtype=torch.float64)
+    compare(one, two, tiny.prompts(9, 9), *engines)
+
+
+def test_generation_is_the_same_and_says_where_the_cache_lies(llama, byte_tokenizer):
+    prompts = ["abc " * 30, "what is it that is here " * 4, "x"]
+    resident, offloaded = (engine_of(llama, tokenizer=byte_tokenizer, cache=place) for place in ("resident", "host"))
+    expected, found = (engine.generate(prompts, 40, ignore_eos=True) for engine in (resident, offloaded))
+    for one, two in zip(expected, found, strict=True):
+        assert one.token_ids == two.token_ids
+        assert one.text == two.text
+        assert (one.bytes_on_host, one.miss_rate) == (0, 0.0)
+        assert two.bytes_on_host == one.bytes_on_gpu == 2 * 4 * 3 * 2 * 256 * 16 * 4
+        assert 0 <= two.miss_rate < 1
+        assert two.to_dict()["bytes_on_gpu"] == two.bytes_on_gpu
+    assert found[0].miss_rate > 0
+    assert 0 < found[0].bytes_on_gpu < found[0].bytes_on_host
+
+
+def test_long_contexts_need_less_of_the_gpu(llama):
+    """What stays is a quarter of keys (two retrieval heads of eight), and the store."""
+    model = tiny.model(max_position_embeddings=8192)
+    engine = engine_of(model, cache="host")
+    context = engine.prefill(tiny.prompts(4000), room=8)
+    engine.decode_one_token(context, torch.tensor([5]))
+    near, far = context.cache.memory()
+    scanned = 4 * 4096 * 16 * 4
+    assert scanned < near < far / 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cache": "disk"}, "cache must be one of resident, host, auto, not 'disk'"),
+        ({"cache": "host", "plan": None}, "cache='host' needs a head plan"),
+        ({"cache": "host", "retrieval_attention": "full"}, "retrieval_attention='full' reads the whole cache"),
+        ({"cache": "host", "correction_every": 8}, "correction_every reads the whole cache"),
+        ({"cache": "host", "store_ratio": 0.5}, "store_ratio must be at least 1"),
+        ({"cache": "host", "store_ratio": nan}, "store_ratio must be at least 1"),
+        ({"cache": "host", "store_ratio": "2"}, "store_ratio must be at least 1"),
+    ],
+)
+def test_what_does_not_go_is_one_sentence(llama, options, words):
+    changes = {name: options.pop(name) for name in ("retrieval_attention", "correction_every") if name in options}
+    plan = options.pop("plan", tiny.plan())
+    with pytest.raises(ConfigError, match=words):
+        Engine(llama, plan=plan, config=HybridConfig(**SETTINGS, **changes), **options)
+
+
+def test_attention_that_reads_everything_does_not_decode_from_there(llama):
+    context = engine_of(llama, cache="host").prefill(tiny.prompts(20))
+    for other in (Engine(llama), engine_of(llama)):
+        with pytest.raises(ConfigError, match="The cache of this context lies in host memory"):
+            other.decode_one_token(context, torch.tensor([5]))
+
+
+def test_too_little_host_memory(llama, monkeypatch):
+    engine = engine_of(llama, cache="host")
+    monkeypatch.setattr(host, "free_host_bytes", lambda: 1000)
+    with pytest.raises(HostMemoryError, match=r"2 x 256 tokens in host memory needs 0\.0 GiB, but 0\.0 GiB are free"):
+        engine.prefill(tiny.prompts(20, 30))
+
+
+def test_without_a_gpu_it_says_that_it_gains_nothing(llama):
+    with pytest.warns(UserWarning, match="Without a GPU .* gains nothing"):
+        engine_of(llama, cache="host")
+
+
+def test_auto_is_resident_where_nothing_is_gained(llama):
+    for changes in ({}, {"retrieval_attention": "full"}):
+        context = engine_of(llama, changes, cache="auto").prefill(tiny.prompts(20))
+        assert not isinstance(context.cache, HostCache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prompts_pass_through_a_buffer_that_all_layers_share(family, monkeypatch):
+    """As they do beside a GPU: chunk by chunk, what came before comes back from host memory."""
+    monkeypatch.setattr(HostCache, "is_staged", property(lambda cache: True, lambda cache, value: None), raising=False)
+    model, rows, answers = tiny.model(family), tiny.prompts(60, 37), tiny.prompts(9, 9)
+    engines = [engine_of(model, family=family, cache=place, prefill_chunk=23) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows) for engine in engines)
+    torch.testing.assert_close(two.logits, one.logits, rtol=0, atol=0)
+    for layer, number in two.cache.position.items():
+        for whole, right in zip(two.cache.tokens, one.cache.layers[layer].store, strict=True):
+            assert torch.equal(whole[number, :, :, :60], right[:, :, :60])
+    compare(one, two, answers, *engines)
+    assert two.cache._staged is None
+
+
+@batches
+def test_tokens_that_a_chunk_appends_between_steps(llama, lengths):
+    rows, answers, between = (
+        tiny.prompts(*lengths),
+        tiny.prompts(*[9] * len(lengths)),
+        tiny.prompts(*[11] * len(lengths)),
+    )
+    engines = [engine_of(llama, {"completion": "centroid"}, cache=place) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows) for engine in engines)
+    spoil(engines[1], two)
+    for turn in range(3):
+        compare(one, two, answers, *engines)
+        for engine, context in zip(engines, (one, two), strict=True):
+            if turn == 1:
+                context.cache.truncate(max(lengths) - 4)
+            engine._dense(context.cache, torch.tensor(between), context.padding)
+    compare(one, two, answers, *engines)
+    check_store(two)
+
+
+def test_a_compiled_step(llama):
+    rows, answers = tiny.prompts(60, 37), tiny.prompts(9, 9)
+    options = {"execution": "compiled", "backend": "aot_eager"}
+    engines = [engine_of(llama, cache=place, **options) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows) for engine in engines)
+    compare(one, spoil(engines[1], two), answers, *engines)
+
+
+def test_lossless_decoding_does_not_go_there(llama):
+    with pytest.raises(ConfigError, match="verify_every reads the whole cache"):
+        engine_of(llama, {"verify_every": 4}, cache="host")
+    context = engine_of(llama, cache="host").prefill(tiny.prompts(20))
+    with pytest.raises(ConfigError, match="The cache of this context lies in host memory"):
+        engine_of(llama, {"verify_every": 4}).generate(context, 8)
+
+
+class Runtime:
+    """What CUDA does about pinned memory, without it."""
+
+    def __init__(self, most):
+        self.most, self.pinned, self.waited = most, {}, 0
+
+    def cudaHostRegister(self, pointer, size, flags):
+        if sum(self.pinned.values()) + size > self.most:
+            return 2
+        self.pinned[pointer] = size
+        return 0
+
+    def cudaHostUnregister(self, pointer):
+        del self.pinned[pointer]
+
+
+def test_pinned_memory_is_given_back(monkeypatch):
+    runtime = Runtime(1 << 20)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    class Owner:
+        pass
+
+    owner, tensors = Owner(), [torch.zeros(1000) for _ in range(2)]
+    unpin = pinned.pin(owner, *tensors)
+    assert list(runtime.pinned.values()) == [4000, 4000]
+    unpin()
+    assert not runtime.pinned
+    pinned.pin(owner, *tensors)
+    del owner
+    assert not runtime.pinned
+    with pytest.raises(HostMemoryError, match=r"pin 0\.0 GiB of host memory \(CUDA error 2\).*ulimit -l"):
+        pinned.pin(Runtime(0), torch.zeros(200_000), torch.zeros(200_000))
+    assert not runtime.pinned
