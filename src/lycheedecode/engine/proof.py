@@ -23,9 +23,9 @@ from .cache import KVCache
 from .context import Context
 from .decoder import Decoder
 
-_FIRST, _SECOND, _STEPS = 12, 8, 3
+_FIRST, _SECOND, _STEPS = 6, 4, 2
 """Tokens of two chunks of a prompt, and decode steps after it."""
-_SHORTER = 3
+_SHORTER = 2
 """Tokens that the second sequence has fewer, and is padded by."""
 _MARGIN = 1.7
 """Times the square root of the rounding error: what sums in another order may differ by, as a share of the logits' own
