@@ -27,8 +27,8 @@ class IdentifySettings:
     Attributes:
         num_retrieval_heads: retrieval heads of the plan, the first layer's included; None: an eighth of all.
         config: the decode form that the plan is made for.
-        budget_scales: multiples of the config's budget at which the plan has to serve. Changes are smaller with a
-            larger budget, and the second-order model surer of them: plans for 1 and 4 together are better at 1, too.
+        budget_scales: multiples of the config's budget at which the plan has to serve; each is measured anew. Plans for
+            1 and 4 together were better at 1, too; how much of that is the second measurement alone is not known.
         roles: how heads are chosen: by the `sensitivity` of the answers to every possible donor (a second-order model
             of the KL, searched), by trained `gates` (the paper), or greedily by the `coverage` of attention mass.
         donors: `remapped` to the donor that the measure of `roles` finds best (for gates: coverage), or of the
