@@ -45,8 +45,8 @@ MADE = {
 CASES = {
     "mixtral": ("mixtral", 4, {"block_size": 32}),
     "qwen3-moe": ("qwen3-moe", 4, {"block_size": 32}),
-    "gpt-oss": ("gpt-oss", 2, {"block_size": 32}),
-    "qwen3-next": ("qwen3-next", 2, {"dtype": "bfloat16"}),
+    "gpt-oss": ("gpt-oss", 2, {"dtype": "bfloat16", "block_size": 32}),
+    "qwen3-next": ("qwen3-next", 2, {"dtype": "bfloat16", "mamba_ssm_cache_dtype": "float32"}),
     "gemma3 in one cache group": ("gemma3", 2, {"disable_hybrid_kv_cache_manager": True}),
     "llama with a cache in 8 bits": ("llama", 4, {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "block_size": 32}),
 }
