@@ -62,6 +62,19 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
+    """The config of a model, without its weights; arguments and errors as of `load_model`."""
+    name = os.fspath(name)
+    file = _gguf_file(name)
+    if file is None:
+        return _from_pretrained("AutoConfig", name, name, revision=revision)
+    header = read_header(file)
+    with parsed_once():
+        config = _from_pretrained("AutoConfig", name, file.parent, gguf_file=file.name)
+    complete(config, header)
+    return config
+
+
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None, cache: bool = True) -> Any:
     """The tokenizer of a model; arguments and errors as of `load_model`."""
     name = os.fspath(name)

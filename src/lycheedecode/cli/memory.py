@@ -1,0 +1,156 @@
+"""`lycheedecode memory`: what fits where, from a model's config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import typer
+
+from ..config import HybridConfig
+from ..engine.offload.attention import refuse_unfit
+from ..engine.offload.size import CacheSize, offloaded_size, resident_size
+from ..errors import ConfigError
+from ..models.shape import ModelShape
+from ..plan import HeadPlan
+from ..results import Result
+from .options import Json, Revision, check_model_path, takes_form
+from .report import check_writable, save, screen, show_table
+
+app = typer.Typer(add_completion=False)
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to decode, and the options that ask for it."""
+
+    name: str
+    options: str
+    size: CacheSize
+
+
+@app.command(no_args_is_help=False)
+@takes_form
+def memory(
+    form: dict[str, Any],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="A shape (llama-3-8b, llama-3-70b, qwen3-8b), a directory, or a hub id."),
+    ],
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of each sequence, prompt and answer.")],
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences at once.")] = 1,
+    plan: Annotated[
+        str | None, typer.Option("--plan", "-p", help="Head plan. \\[default: an eighth of the heads retrieve]")
+    ] = None,
+    store_ratio: Annotated[float, typer.Option(metavar="X", help="Blocks kept on the GPU, in budgets.")] = 2.0,
+    gpu: Annotated[float, typer.Option(metavar="GIB", help="Memory of the GPU.")] = 80.0,
+    host: Annotated[float, typer.Option(metavar="GIB", help="Host memory.")] = 128.0,
+    revision: Revision = None,
+    json_file: Json = None,
+) -> None:
+    """Say what a KV cache needs on the GPU and in host memory, and which setting makes it fit."""
+    check_writable(json_file)
+    if context < 1 or batch < 1:
+        raise ConfigError("--context and --batch must be at least 1.")
+    if not (0 < gpu < 1e9 and 0 <= host < 1e9):
+        raise ConfigError("--gpu and --host are memory in GiB, more than nothing.")
+    config, head_plan = HybridConfig(**form), None if plan is None else HeadPlan.load(plan)
+    refuse_unfit(config, store_ratio)
+    if head_plan is not None and head_plan.completion is None and config.completion == "plan":
+        config = replace(config, completion="none")  # the plan completes nothing
+    shape, weights = _model(model, revision)
+    retrieval = _retrieval(shape, head_plan)
+    ways = list(_ways(shape, batch, context, config, retrieval, store_ratio))
+    rows = [_row(way, weights, gpu, host) for way in ways]
+    cells = [[row["way"], *(_gib(row[name]) for name in ("gpu_bytes", "total_bytes", "host_bytes")),
+              "yes" if row["fits"] else "no"] for row in rows]  # fmt: skip
+    console = screen(json_file)
+    title = f"{model}, {batch} x {context} tokens: GiB of {gpu:g} on the GPU, {host:g} of host memory"
+    heads = ["", "cache", "and weights", "in host memory", "fits"]
+    show_table(console, title, heads, cells)
+    found = next((way for way, row in zip(ways, rows, strict=True) if row["fits"]), None)
+    most = _most(shape, context, config, retrieval, store_ratio, weights, gpu, host)
+    if found is None:
+        advice = f"Nothing fits: {most} sequences of {context} tokens would." if most else "Not even one sequence fits."
+    else:
+        advice = f"Fits: {found.name}{f' ({found.options})' if found.options else ''}."
+    console.print(advice)
+    settings = {"model": model, "context": context, "batch": batch, "plan": plan, "config": config.to_dict(),
+                "store_ratio": store_ratio, "gpu_gib": gpu, "host_gib": host}  # fmt: skip
+    summary = {"weight_bytes": weights, "retrieval_heads": retrieval, "fits": found and found.name, "most": most}
+    save(json_file, Result("memory", settings, rows=rows, summary=summary))
+    if found is None:
+        raise typer.Exit(1)
+
+
+def _ways(
+    shape: ModelShape, batch: int, slots: int, config: HybridConfig, retrieval: int, ratio: float
+) -> Iterator[Way]:
+    """From the one that keeps most on the GPU to the one that keeps least."""
+    yield Way("full attention", "--full", resident_size(shape, batch, slots, 2))
+    yield Way("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval))
+    forms = [("host", config, ratio)]
+    if config.scan_keys != "float8":
+        forms.append(("host, 8-bit scan", replace(config, scan_keys="float8"), ratio))
+    if ratio > 1:
+        forms.append(("host, least", replace(config, scan_keys="float8"), 1.0))
+    for name, form, kept in forms:
+        options = "--cache host"
+        options += " --scan-keys float8" if form.scan_keys == "float8" else ""
+        options += f" --store-ratio {kept:g}" if kept != 2 else ""
+        yield Way(name, options, offloaded_size(shape, batch, slots, 2, form, retrieval, kept))
+
+
+def _row(way: Way, weights: int, gpu: float, host: float) -> dict[str, Any]:
+    total = weights + way.size.gpu
+    fits = total <= gpu * GIB and way.size.host <= host * GIB
+    return {"way": way.name, "options": way.options, "gpu_bytes": way.size.gpu, "host_bytes": way.size.host,
+            "total_bytes": total, "fits": fits, **asdict(way.size)}  # fmt: skip
+
+
+def _most(
+    shape: ModelShape,
+    slots: int,
+    config: HybridConfig,
+    retrieval: int,
+    ratio: float,
+    weights: int,
+    gpu: float,
+    host: float,
+) -> int:
+    """Most sequences of so many tokens that fit in any of the ways."""
+    one = [way.size for way in _ways(shape, 1, slots, config, retrieval, ratio)]
+    counts = [min((gpu * GIB - weights) // size.gpu, host * GIB // size.host if size.host else 2**31) for size in one]
+    return max(int(max(counts)), 0)
+
+
+def _model(name: str, revision: str | None) -> tuple[ModelShape, int]:
+    """Shape, and the bytes of 16-bit weights, of a model of which only the config is read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..bench.models import MODELS, random_config
+    from ..models.load import load_config
+
+    if name in MODELS:
+        config = random_config(name)
+    else:
+        check_model_path(name)
+        config = load_config(name, revision=revision)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    return ModelShape.of(network), 2 * sum(weight.numel() for weight in network.parameters())
+
+
+def _retrieval(shape: ModelShape, plan: HeadPlan | None) -> int:
+    """Retrieval heads in layers with full attention."""
+    if plan is None:
+        return max(len(shape.global_layers) * shape.num_kv_heads // 8, 1)
+    plan.check_fits(num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, architecture=shape.architecture)
+    return sum(len(plan.retrieval_heads(layer)) for layer in shape.global_layers)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

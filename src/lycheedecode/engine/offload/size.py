@@ -1,0 +1,106 @@
+"""What a KV cache needs, resident or in host memory, from the shape of a model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from ...config import HybridConfig
+from ...models.shape import ModelShape
+from ..cache import grown
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of a batch's KV cache and of all that is kept beside it.
+
+    Attributes:
+        pools: blocks at hand of layers with full attention.
+        scanned: keys that retrieval heads scan.
+        means: of the completion.
+        limited: layers with limited reach, which stay on the GPU.
+        tables: selections, and which blocks lie where.
+        host: in host memory.
+    """
+
+    pools: int = 0
+    scanned: int = 0
+    means: int = 0
+    limited: int = 0
+    tables: int = 0
+    host: int = 0
+
+    @property
+    def gpu(self) -> int:
+        """On the GPU."""
+        return self.pools + self.scanned + self.means + self.limited + self.tables
+
+
+def resident_size(
+    shape: ModelShape, batch: int, slots: int, itemsize: int, config: HybridConfig | None = None, retrieval: int = 0
+) -> CacheSize:
+    """Of a cache on the GPU.
+
+    Args:
+        shape: of the model.
+        batch, slots: sequences, and the tokens of the longest.
+        itemsize: bytes of a number in the cache.
+        config: of hybrid decoding; None: full attention.
+        retrieval: retrieval heads in layers with full attention.
+    """
+    slots, all_layers = grown(slots, 0), _token_bytes(shape, itemsize) * shape.num_layers
+    cache = batch * slots * all_layers
+    if config is None:
+        return CacheSize(pools=cache)
+    eight = config.scan_keys == "float8"
+    return CacheSize(
+        pools=cache,
+        scanned=retrieval * batch * slots * shape.head_dim if eight else 0,
+        means=_means(shape, batch, slots, itemsize, config),
+        tables=4 * retrieval * batch * _selection_numbers(slots, config),
+    )
+
+
+def offloaded_size(
+    shape: ModelShape,
+    batch: int,
+    slots: int,
+    itemsize: int,
+    config: HybridConfig,
+    retrieval: int,
+    store_ratio: float = 2.0,
+) -> CacheSize:
+    """Of a cache in host memory; arguments as of `resident_size` and `Engine`."""
+    slots, layers = grown(slots, 0), len(shape.global_layers)
+    blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
+    capacity = config.capacity_blocks(blocks)
+    held = min(ceil(store_ratio * capacity), max(blocks, capacity))
+    tail = 2 + ceil((config.refresh_every - 1) / config.block_size)
+    token = _token_bytes(shape, itemsize)
+    known = blocks + 3 * held + 2 * capacity + 1
+    return CacheSize(
+        pools=layers * batch * (held + tail) * config.block_size * token,
+        scanned=retrieval * batch * slots * shape.head_dim * (1 if config.scan_keys == "float8" else itemsize),
+        means=_means(shape, batch, slots, itemsize, config),
+        limited=(shape.num_layers - layers) * batch * slots * token,
+        tables=4 * retrieval * batch * (known + _selection_numbers(slots, config)),
+        host=layers * batch * slots * token,
+    )
+
+
+def _token_bytes(shape: ModelShape, itemsize: int) -> int:
+    """Keys and values of a token in one layer."""
+    return 2 * shape.num_kv_heads * shape.head_dim * itemsize
+
+
+def _chunks(slots: int, config: HybridConfig) -> int:
+    return 0 if config.completion == "none" else max(slots // config.chunk_tokens, 1)
+
+
+def _means(shape: ModelShape, batch: int, slots: int, itemsize: int, config: HybridConfig) -> int:
+    return len(shape.global_layers) * batch * _chunks(slots, config) * _token_bytes(shape, itemsize)
+
+
+def _selection_numbers(slots: int, config: HybridConfig) -> int:
+    blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
+    return config.capacity_blocks(blocks) + 1 + _chunks(slots, config)

@@ -1,0 +1,102 @@
+"""`lycheedecode memory`: its numbers are those of a cache that is made; what it advises fits."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from lycheedecode import Engine, HybridConfig
+from lycheedecode.cli import app
+from lycheedecode.engine.offload.size import offloaded_size, resident_size
+
+LLAMA = ["memory", "--model", "llama-3-8b"]
+
+
+def run(*arguments, status=0):
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == status, done.output
+    return done
+
+
+def found(*arguments, status=0):
+    return json.loads(run(*arguments, "--json", "-", status=status).stdout)["result"]
+
+
+@pytest.mark.filterwarnings("ignore:Without a GPU")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scan_keys": "float8"}, {"completion": "centroid", "completion_chunk": 8}, {"refresh_every": 7},
+     {"budget_tokens": None, "budget_ratio": 0.3}],
+    ids=["plain", "8 bits", "completed", "refresh", "ratio"],
+)  # fmt: skip
+def test_sizes_are_those_of_a_cache(family, changes):
+    model, plan = tiny.model(family), tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
+    config = HybridConfig(**{**{"budget_tokens": 64, "block_size": 4, "completion": "none"}, **changes})
+    engine = Engine(model, plan=plan, config=config, cache="host", store_ratio=1.5)
+    context = engine.prefill(tiny.prompts(60, 37), room=9)
+    engine.decode_one_token(context, torch.tensor([5, 6]))
+    retrieval = sum(len(plan.retrieval_heads(layer)) for layer in engine.shape.global_layers)
+    size = offloaded_size(engine.shape, 2, 69, 4, config, retrieval, 1.5)
+    rows = 4 * 2 * (len(plan.retrieval) - retrieval)  # layers with a window have rows that nobody writes
+    assert size.limited == (0 if family == "llama" else 2 * 2 * 2 * 2 * 256 * 16 * 4)
+    near, far = context.cache.memory()
+    assert far == size.host
+    assert near - size.gpu == rows * (size.tables // (4 * 2 * retrieval))
+    full = Engine(model)
+    context = full.prefill(tiny.prompts(60, 37), room=9)
+    assert context.cache.memory() == (resident_size(full.shape, 2, 69, 4).gpu, 0)
+
+
+def test_the_numbers_of_llama():
+    result = found(*LLAMA, "--context", "131072", "--batch", "3", "--budget-tokens", "4096", "--completion", "none")
+    ways = {row["way"]: row for row in result["rows"]}
+    cache = 3 * 131072 * 131072  # 128 KiB for a token
+    assert ways["full attention"]["gpu_bytes"] == ways["host"]["host_bytes"] == cache
+    assert ways["host"]["gpu_bytes"] < cache / 7.5
+    assert ways["host, 8-bit scan"]["gpu_bytes"] < cache / 10
+    assert result["weight_bytes"] == 2 * 8030261248
+    assert (result["retrieval_heads"], result["fits"]) == (32, "full attention")
+
+
+def test_it_says_which_setting_fits():
+    six = [*LLAMA, "--context", "131072", "--batch", "6"]
+    done = run(*six)
+    assert "Fits: host (--cache host)." in done.stdout
+    assert found(*six, "--gpu", "26")["fits"] == "host, 8-bit scan"
+    result = found(*six, "--gpu", "17", status=1)
+    assert (result["fits"], result["most"]) == (None, 1)
+    assert "Nothing fits: 1 sequences of 131072 tokens would." in run(*six, "--gpu", "17", status=1).stdout
+    assert "Not even one sequence fits." in run(*LLAMA, "--context", "1000", "--gpu", "8", status=1).stdout
+    assert found(*six, "--host", "64", "--gpu", "30", status=1)["most"] > 0
+
+
+def test_a_config_is_enough(tmp_path):
+    tiny.model().config.save_pretrained(tmp_path)
+    plan = tmp_path / "plan.json"
+    tiny.plan().save(plan)
+    result = found("memory", "--model", str(tmp_path), "--context", "5000", "--plan", str(plan))
+    assert result["retrieval_heads"] == 4
+    result = found("memory", "--model", "smollm2-135m", "--context", "5000", "--plan", "smollm2-135m")
+    assert 2 * 130e6 < result["weight_bytes"] < 2 * 140e6
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--context", "0"], "--context and --batch must be at least 1"),
+        (["--context", "9", "--batch", "0"], "--context and --batch must be at least 1"),
+        (["--context", "9", "--gpu", "-1"], "--gpu and --host are memory in GiB"),
+        (["--context", "9", "--gpu", "nan"], "--gpu and --host are memory in GiB"),
+        (["--context", "9", "--store-ratio", "0"], "store_ratio must be at least 1"),
+        (["--context", "9", "--retrieval-attention", "full"], "reads the whole cache"),
+        (["--context", "9", "--plan", "smollm2-135m"], "30 layers"),
+    ],
+)
+def test_bad_input_is_one_sentence(more, words):
+    done = CliRunner().invoke(app, [*LLAMA, *more])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
