@@ -186,6 +186,36 @@ class GenerateSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemorySettings(ModelSettings):
+    """What `bench memory` times.
+
+    Attributes:
+        model: shape of the model, with random weights, or a real one with a bundled plan.
+        batches: sequences decoded together.
+        contexts: tokens of each prompt.
+        store_percents: sizes of the store, in percent of a selection.
+        tokens: new tokens of each sequence.
+        execution: how steps run.
+    """
+
+    model: str = "smollm2-135m"
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (4096,)
+    budget_tokens: int = 512
+    store_percents: tuple[int, ...] = (100, 150, 200, 300)
+    tokens: int = 64
+    execution: Literal["auto", "compiled", "graph", "eager"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.store_percents) < 100:
+            raise ConfigError("store_percents must be at least 100, so that the store holds a whole selection.")
+
+    def shrunk(self) -> MemorySettings:
+        return replace(super().shrunk(), tokens=12)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServingSettings(BenchSettings):
     """What `bench serving` times.
 

@@ -13,6 +13,7 @@ from ..bench.settings import (
     BenchSettings,
     GenerateSettings,
     LosslessSettings,
+    MemorySettings,
     OpsSettings,
     ServingSettings,
     StepSettings,
@@ -88,6 +89,13 @@ def lossless(given: dict[str, Any], json_file: Json = None) -> None:
     """Verify and time rounds of drafts and the pass that verifies them."""
     settings = LosslessSettings(**given)
     _run("lossless", settings, json_file, needs_gpu=settings.parts != ("real",))
+
+
+@app.command()
+@takes("given", MemorySettings, panels={})
+def memory(given: dict[str, Any], json_file: Json = None) -> None:
+    """Compare and time generations with the KV cache in host memory."""
+    _run("memory", MemorySettings(**given), json_file, needs_gpu=False)
 
 
 @app.command(cls=_Benchmark)

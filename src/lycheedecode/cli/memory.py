@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Way:
+class Placement:
     """A way to decode, and the options that ask for it."""
 
     name: str
@@ -87,10 +87,10 @@ def memory(
 
 def _ways(
     shape: ModelShape, batch: int, slots: int, config: HybridConfig, retrieval: int, ratio: float
-) -> Iterator[Way]:
+) -> Iterator[Placement]:
     """From the one that keeps most on the GPU to the one that keeps least."""
-    yield Way("full attention", "--full", resident_size(shape, batch, slots, 2))
-    yield Way("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval))
+    yield Placement("full attention", "--full", resident_size(shape, batch, slots, 2))
+    yield Placement("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval))
     forms = [("host", config, ratio)]
     if config.scan_keys != "float8":
         forms.append(("host, 8-bit scan", replace(config, scan_keys="float8"), ratio))
@@ -100,10 +100,10 @@ def _ways(
         options = "--cache host"
         options += " --scan-keys float8" if form.scan_keys == "float8" else ""
         options += f" --store-ratio {kept:g}" if kept != 2 else ""
-        yield Way(name, options, offloaded_size(shape, batch, slots, 2, form, retrieval, kept))
+        yield Placement(name, options, offloaded_size(shape, batch, slots, 2, form, retrieval, kept))
 
 
-def _row(way: Way, weights: int, gpu: float, host: float) -> dict[str, Any]:
+def _row(way: Placement, weights: int, gpu: float, host: float) -> dict[str, Any]:
     total = weights + way.size.gpu
     fits = total <= gpu * GIB and way.size.host <= host * GIB
     return {"way": way.name, "options": way.options, "gpu_bytes": way.size.gpu, "host_bytes": way.size.host,
