@@ -54,12 +54,12 @@ def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     out = screen(None)
-    out.print(f"{'stage':10} {'minutes':>7}  {'needs':31} what it makes")
+    out.print(f"{'stage':13} {'minutes':>7}  {'needs':31} what it makes")
     for name, stage in STAGES.items():
-        out.print(f"{name:10} {stage.minutes:7}  {stage.needs:31} {stage.makes}", soft_wrap=True, markup=False)
+        out.print(f"{name:13} {stage.minutes:7}  {stage.needs:31} {stage.makes}", soft_wrap=True, markup=False)
     out.print("\nRun one with: python -m experiments STAGE --out FOLDER\n\nLook closer with:")
     for name, (*_, what) in TOOLS.items():
-        out.print(f"{name:12} {what}")
+        out.print(f"{name:13} {what}")
 
 
 def _stage(name: str) -> Callable[..., None]:

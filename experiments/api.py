@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _signature(name: str, function: Any) -> str:
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
     shown = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-    line = f"{name}{shown}".replace("'", "")
+    line = _without_addresses(f"{name}{shown}".replace("'", ""))
     if len(line) <= 100:
         return line
     star, lines = False, []
@@ -84,8 +85,13 @@ def _signature(name: str, function: Any) -> str:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not star:
             star = True
             lines.append("    *,")
-        lines.append(f"    {parameter},".replace("'", ""))
+        lines.append(_without_addresses(f"    {parameter},".replace("'", "")))
     return "\n".join([f"{name}(", *lines, ")"])
+
+
+def _without_addresses(text: str) -> str:
+    """Values that Python shows by their place in memory, or as `<factory>`, become `...`."""
+    return re.sub(r"<[^<>]* at 0x[0-9a-f]+>|<factory>", "...", text)
 
 
 def main() -> None:

@@ -148,6 +148,28 @@ def tasks(out: Path, gpu: str) -> Iterator[str]:
     yield f"{RULER} {some} {lengths} --json OUT/ruler-lengths.json"
 
 
+@stage("policies on plain continuations, with plans found on other texts; the second needs its model", "1 GPU", 20)
+def continuations(out: Path, gpu: str) -> Iterator[str]:
+    own = "--json OUT/continuations-smollm2-135m.json --plans OUT/plans/continuations-smollm2-135m"
+    small = "--identify code:6144:continuation:64 prose:6144:continuation:64 --evaluate code:6000:continuation:64"
+    forms = "budget_tokens=512:14,7 budget_tokens=512,recent_tokens=128:14 budget_tokens=512,completion_chunk=32:14"
+    sizes = "--identify-prompts 24 --batch-size 8 --evaluate-batch 10 --block-size 16"
+    yield f"-m experiments.continuations {small} prose:6000:continuation:64 --forms {forms} {sizes} {own}"
+    own = "--json OUT/continuations-qwen2.5-coder-1.5b.json --plans OUT/plans/continuations-qwen2.5-coder-1.5b"
+    forms = "budget_tokens=1024:28,14,7 budget_tokens=4096:14,7 budget_tokens=1024,recent_tokens=128:14,7"
+    sizes = "--identify-prompts 24 --evaluate-batch 5"
+    yield f"-m experiments.continuations --model Qwen/Qwen2.5-Coder-1.5B-Instruct --forms {forms} {sizes} {own}"
+
+
+@stage("lossless decoding: attention of several tokens, rounds of drafts, and real texts", "1 GPU of 80 GB or more", 10)
+def lossless(out: Path, gpu: str) -> Iterator[str]:
+    shape = "bench lossless --contexts 131072"
+    yield f"{shape} --batches 1,4 --parts attend --tune --json OUT/{gpu}-lossless-attend.json"
+    yield f"{shape} --batches 1 --parts rounds --refresh 1,8 --json OUT/{gpu}-lossless-rounds.json"
+    real = "--model smollm2-135m --plan smollm2-135m --contexts 4000,7000 --batches 4 --parts real"
+    yield f"bench lossless {real} --budget-tokens 512 --block-size 16 --json OUT/{gpu}-lossless-real.json"
+
+
 @stage("vLLM, stock and with hybrid attention", "1 GPU of 80 GB or more, vLLM", 25)
 def serving(out: Path, gpu: str) -> Iterator[str]:
     cases = "--fill --cases 1x1024,1x32768,1x131072,4x131072"

@@ -1,24 +1,89 @@
-"""Values of the wrong type are one sentence, which names the argument."""
+"""Values of the wrong type, and paths to nothing, are one sentence, which names the argument."""
 
 from __future__ import annotations
 
+import os
 import types
+from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError
+from .errors import ConfigError, InputError
+
+Settings = TypeVar("Settings")
 
 
 def check_types(settings: Any) -> None:
     """Raise `ConfigError` with the first value of a dataclass that is not of the type its field has."""
     kinds = get_type_hints(type(settings))
     for field in fields(settings):
-        value = getattr(settings, field.name)
-        if not _is_a(value, kinds[field.name]):
-            shown = repr(value)
-            shown = shown if len(shown) < 60 else f"{shown[:60]}.."  # and the full stop
-            raise ConfigError(f"{field.name} must be {_named(kinds[field.name])}, not {shown}.")
+        check_type(field.name, getattr(settings, field.name), kinds[field.name])
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise `ConfigError` unless the argument `name` is of a type; True and False are no numbers."""
+    if not _is_a(value, kind):
+        raise ConfigError(f"{name} must be {_named(kind)}, not {shown(value)}.")
+
+
+def check_number(name: str, value: Any, least: int) -> None:
+    """Raise `ConfigError` unless the argument `name` is a whole number of at least `least`."""
+    if not _is_a(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {shown(value)}.")
+
+
+def settings_from(kind: type[Settings], given: Any, name: str) -> Settings:
+    """Settings of a dataclass, from what users give.
+
+    Args:
+        kind: the dataclass.
+        given: one of it, a mapping of some of its settings, or None for the defaults.
+        name: of the argument.
+
+    Raises:
+        ConfigError: something else, or an unknown setting.
+    """
+    if given is None:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name} must be of class {kind.__name__} or a mapping of its settings, not {shown(given)}.")
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=3)
+            hint = f"did you mean {' or '.join(near)}? It" if near else "it"
+            raise ConfigError(f"{kind.__name__} has no setting {key!r}; {hint} knows {', '.join(sorted(known))}.")
+    return kind(**given)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `ConfigError` for what is no tokenizer; None is none."""
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise ConfigError(f"tokenizer must be a Hugging Face tokenizer or None, not {shown(tokenizer)}.")
+
+
+def check_model_path(model: str) -> None:
+    """Refuse a path to nothing, with what is there instead; other names may be on the hub."""
+    path = Path(model)
+    is_path = model.startswith((".", "~", os.sep)) or len(path.parts) > 2 or path.suffix == ".gguf"
+    if not is_path or path.exists():
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"There is no model at {model!r}: there is no folder {str(folder)!r}.")
+    near = get_close_matches(path.name, (one.name for one in folder.iterdir()), n=1)
+    raise InputError(f"There is no model at {model!r}{f': did you mean {str(folder / near[0])!r}?' if near else '.'}")
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence."""
+    text = " ".join(repr(value).split())
+    return text if len(text) < 60 else f"{text[:60]}.."  # and the full stop
 
 
 _NUMBERS = {int: Integral, float: Real}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Literal, get_args
 
+from .checks import settings_from
 from .errors import ConfigError
 
 Selection = Literal["top_k", "ratio", "top_p", "threshold"]
@@ -180,8 +182,8 @@ class HybridConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> HybridConfig:
         """Inverse of `to_dict`; raises `ValueError` for an unknown setting."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise ConfigError(f"HybridConfig has no setting {unknown[0]!r}; it knows {', '.join(sorted(known))}.")
-        return cls(**settings)
+        return settings_from(cls, settings, "settings")
+
+
+ConfigLike = HybridConfig | Mapping[str, Any] | None
+"""What functions take as `config`: the object, a mapping of some of its settings, or None for the defaults."""

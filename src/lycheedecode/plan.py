@@ -14,6 +14,7 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+from .checks import shown
 from .errors import LycheeError
 
 FORMAT = "lycheedecode-head-plan/1"
@@ -148,6 +149,12 @@ class HeadPlan:
         `retrieval` is an iterable of `(layer, KV head)`; all of layer 0 is always among them.
         """
         chosen = {(int(layer), int(head)) for layer, head in retrieval}
+        for layer, head in sorted(chosen):
+            if not (0 <= layer < num_layers and 0 <= head < num_kv_heads):
+                raise PlanError(
+                    f"The retrieval head {(layer, head)} does not exist in a plan of {num_layers} layers and "
+                    f"{num_kv_heads} KV heads."
+                )
         donors: list[list[Head]] = []
         for layer in range(num_layers):
             donors.append(
@@ -166,6 +173,8 @@ class HeadPlan:
 
         A name is a word, or a hub id of two: anything longer is a path.
         """
+        if not isinstance(name_or_path, (str, os.PathLike)):
+            raise PlanError(f"A head plan is loaded by name or path, not from {shown(name_or_path)}.")
         name = os.fspath(name_or_path)
         path = Path(name)
         is_name = not path.is_file() and re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+(?<!\.json)", name)
@@ -228,8 +237,12 @@ class HeadPlan:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(_dump(self.to_json()), encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(_dump(self.to_json()), encoding="utf-8")
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     # ------------------------------------------------------------------ fitting a model
 

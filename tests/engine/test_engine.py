@@ -282,7 +282,7 @@ def test_what_cannot_be_done_is_said(llama):
         engine.generate([[1] * 513])
     with pytest.raises(ValueError, match="Text prompts need a tokenizer"):
         engine.generate("text")
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number of at least 1"):
         engine.generate([[1]], 0)
     with pytest.raises(ValueError, match="2 answers for 1 prompts"):
         engine.score([[1, 2]], [[1], [2]])

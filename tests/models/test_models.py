@@ -45,9 +45,9 @@ def refusal(name: str, **options) -> str:
 
 def test_what_cannot_be_loaded_is_refused_in_one_sentence(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "cannot be loaded" in refusal(str(tmp_path / "missing"))
+    assert "There is no model at" in refusal(str(tmp_path / "missing"))
     assert "cannot be loaded" in refusal(str(tmp_path))
-    assert "no GGUF file" in refusal(str(tmp_path / "missing.gguf"))
+    assert "There is no model at" in refusal(str(tmp_path / "missing.gguf"))
     assert "is not a device" in refusal(saved, device="toaster")
     assert "dtype must be one of auto, float32" in refusal(saved, device="cpu", dtype="int8")
     if not torch.cuda.is_available():

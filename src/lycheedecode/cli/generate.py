@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..checks import check_model_path
 from ..config import HybridConfig
 from ..engine.engine import Engine
 from ..engine.generation import Generation
@@ -29,7 +30,6 @@ from .options import (
     Model,
     Revision,
     Verbose,
-    check_model_path,
     load_plan,
     megabytes,
     takes,

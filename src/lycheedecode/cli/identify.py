@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from ..checks import check_model_path
 from ..config import HybridConfig
 from ..errors import ConfigError, ResumeError
 from ..identify import Cell, IdentifySettings, Progress, paper_settings
@@ -29,7 +30,6 @@ from .options import (
     Model,
     Revision,
     Verbose,
-    check_model_path,
     parse_cell,
     takes,
     takes_form_with_top_p,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from ..checks import check_model_path
 from ..config import HybridConfig
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
 from ..plan import HeadPlan, bundled_plan_of
 
 if TYPE_CHECKING:
@@ -173,19 +172,6 @@ def load_plan(plan: str | None, model: str, device: str = "auto") -> HeadPlan:
     )
 
 
-def check_model_path(model: str) -> None:
-    """Refuse a path to nothing, with what is there instead; other names may be on the hub."""
-    path = Path(model)
-    is_path = model.startswith((".", "~", os.sep)) or len(path.parts) > 2 or path.suffix == ".gguf"
-    if not is_path or path.exists():
-        return
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"There is no model at {model!r}: there is no folder {str(folder)!r}.")
-    near = get_close_matches(path.name, (one.name for one in folder.iterdir()), n=1)
-    raise InputError(f"There is no model at {model!r}{f': did you mean {str(folder / near[0])!r}?' if near else '.'}")
-
-
 def _estimate(model: str, device: str) -> str | None:
     """What an identification would take here; None where the model's config cannot be read at once."""
     import torch
@@ -209,12 +195,7 @@ def parse_cell(text: str) -> Cell:
     """A kind of prompt from `TEXT:TOKENS:TASK:COUNT`."""
     from ..identify import Cell
 
-    source, *numbers = text.rsplit(":", 3)
-    if len(numbers) != 3 or not (_is_count(numbers[0]) and _is_count(numbers[2])):
-        raise ConfigError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
-    if numbers[1] not in ("continuation", "passkey", "multi_hop"):
-        raise ConfigError(f"{text!r}: the task must be continuation, passkey or multi_hop, not {numbers[1]!r}.")
-    return Cell(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
+    return Cell.parse(text)
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:

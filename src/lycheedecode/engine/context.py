@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import KVCache
 
@@ -23,6 +23,7 @@ class Context:
         steps: decode steps since the prompt.
         token_ids: int64 `[B, S]`, the padded prompts.
         is_long: whether the cache was made with the positions of a text past the model's turn (`models.positions`).
+        model: the model that read the prompts; None: not known.
     """
 
     cache: KVCache
@@ -33,6 +34,7 @@ class Context:
     steps: int = 0
     token_ids: Tensor | None = None
     is_long: bool = False
+    model: nn.Module | None = field(default=None, repr=False)
     _decoded: list[Tensor] = field(default_factory=list)
     _uncorrected: list[Tensor] = field(default_factory=list)
     _kept_steps: dict[Any, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ Dimensions as in `ops`; `T` tokens of an answer, `V` the vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import DecodeAttention, FullAttention, HybridAttention
-from ..config import HybridConfig
+from ..checks import check_number, check_tokenizer, check_type, settings_from, shown
+from ..config import ConfigLike, HybridConfig
 from ..errors import ConfigError, InputError
 from ..models.positions import Positions
 from ..models.routing import Window, supported_shape
@@ -51,10 +52,11 @@ class Engine:
 
     Args:
         model: a causal language model in eval mode.
-        tokenizer: needed for text prompts, text results, stop strings and chat templates.
+        tokenizer: needed for text prompts, text results, stop strings and chat templates; None is none.
         plan: the donor of every KV head; a plan, the name or file of one, or `auto`: the model's, which is found now if
             nobody has it (`identify.auto`). None decodes with full attention.
-        config: how to decode; `correction_every` also holds for full attention.
+        config: how to decode, an object or a mapping as `{"budget_tokens": 512}`; `correction_every` also holds for
+            full attention.
         attention: decode attention to use instead of a plan's.
         prefill_chunk: prompt tokens that pass through the model at once; None: as many as memory allows.
         execution: `auto`: on a GPU a decode step is compiled and replayed as a CUDA graph, as far as that is possible;
@@ -78,7 +80,7 @@ class Engine:
         tokenizer: Any = None,
         *,
         plan: PlanLike = None,
-        config: HybridConfig | None = None,
+        config: ConfigLike = None,
         attention: DecodeAttention | None = None,
         prefill_chunk: int | None = None,
         execution: Execution = "auto",
@@ -89,10 +91,13 @@ class Engine:
     ) -> None:
         if plan is not None and attention is not None:
             raise ConfigError("Give a plan or an attention, not both.")
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise ConfigError(f"prefill_chunk must be at least 1, not {prefill_chunk}.")
+        if attention is not None and not hasattr(attention, "allocate"):
+            raise ConfigError(f"attention must be a DecodeAttention or None, not {shown(attention)}.")
+        if prefill_chunk is not None:
+            check_number("prefill_chunk", prefill_chunk, 1)
+        check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.config = config or HybridConfig()
+        self.config = settings_from(HybridConfig, config, "config")
         plan = plan_from(plan, model, tokenizer, self.config)
         self.shape = supported_shape(model, plan)
         full = FullAttention(len(self.shape.global_layers), self.shape.num_kv_heads)
@@ -138,6 +143,7 @@ class Engine:
             ValueError: no prompt, an empty one, one with more tokens than the model has positions, or one whose cache
                 does not fit into memory.
         """
+        check_number("room", room, 0)
         padded, lengths = self._pad(input_ids)
         longest = padded.shape[1]
         padding = [longest - length for length in lengths] if min(lengths) < longest else None
@@ -154,7 +160,8 @@ class Engine:
             logits = self._dense(cache, chunk, padding)
         seconds = self._now() - began
         counted = torch.zeros(len(lengths), dtype=torch.float64, device=self.device)
-        return Context(cache, logits, lengths, seconds, counted, token_ids=padded, is_long=is_long)
+        made_by = inner_model(self.model)
+        return Context(cache, logits, lengths, seconds, counted, token_ids=padded, is_long=is_long, model=made_by)
 
     def decode_one_token(self, context: Context, token_ids: Tensor) -> Tensor:
         """Feed one token a sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the next.
@@ -162,6 +169,7 @@ class Engine:
         With Cache Correction, every n-th token passes through the model together with the n - 1 before it, densely:
         their cache entries are rewritten, and the logits come from that pass.
         """
+        self._check_step(context, token_ids)
         context.steps += 1
         if self._positions.turn:
             context._decoded.append(token_ids.clone())
@@ -185,6 +193,7 @@ class Engine:
             float32 `[B, T, V]`: the logits after answer token t. Those before the first one are `Context.logits`.
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
+        self._check_context(context)
         answers = self._pad(answer_ids, left=False)[0]
         if answers.shape[0] != len(context.prompt_lengths):
             raise InputError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
@@ -197,10 +206,18 @@ class Engine:
     # ------------------------------------------------------------------ generation
 
     def generate(
-        self, prompts: PromptLike | Sequence[PromptLike] | Context, max_new_tokens: int = 256, **options: Any
+        self,
+        prompts: PromptLike | Sequence[PromptLike] | Context,
+        max_new_tokens: int = 256,
+        *,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        stop: str | int | Sequence[str | int] = (),
+        chat: bool = False,
+        ignore_eos: bool = False,
     ) -> list[Generation]:
         """Generate for one or several prompts; arguments as in `stream`, one `Generation` for each prompt."""
-        finished = [piece for piece in self.stream(prompts, max_new_tokens, **options) if piece.generation is not None]
+        pieces = self.stream(prompts, max_new_tokens, sampling=sampling, stop=stop, chat=chat, ignore_eos=ignore_eos)
+        finished = [piece for piece in pieces if piece.generation is not None]
         return [piece.generation for piece in sorted(finished, key=lambda piece: piece.sequence)]
 
     def stream(
@@ -208,7 +225,7 @@ class Engine:
         prompts: PromptLike | Sequence[PromptLike] | Context,
         max_new_tokens: int = 256,
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         stop: str | int | Sequence[str | int] = (),
         chat: bool = False,
         ignore_eos: bool = False,
@@ -219,7 +236,7 @@ class Engine:
             prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids; or a
                 Context, which is rewound before, so one prefill serves many engines.
             max_new_tokens: most tokens for each prompt; the model's positions are a limit too.
-            sampling: greedy by default.
+            sampling: greedy by default; an object or a mapping as `{"temperature": 0.7}`.
             stop: a string that ends a sequence (not part of its text), the id of a token that does, or several of them.
             chat: wrap string prompts as one user message in the tokenizer's chat template.
             ignore_eos: go on after the model's own end tokens.
@@ -227,9 +244,13 @@ class Engine:
         Yields:
             pieces of every sequence's text in the order of decoding; the last piece of each carries its `Generation`.
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens!r}.")
-        if not isinstance(prompts, Context):
+        check_number("max_new_tokens", max_new_tokens, 1)
+        for name, value in (("chat", chat), ("ignore_eos", ignore_eos)):
+            check_type(name, value, bool)
+        sampling = settings_from(Sampling, sampling, "sampling")
+        if isinstance(prompts, Context):
+            self._check_context(prompts)
+        else:
             prompts = encode(prompts, self.tokenizer, chat, self._vocabulary)
         lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
         texts, ends = stop_conditions(stop, self.tokenizer)
@@ -238,7 +259,7 @@ class Engine:
         most = self._positions.turn if self._positions.kind == "dynamic" else self.shape.max_positions
         if most:
             max_new_tokens = max(min(max_new_tokens, most - max(lengths, default=0) + 1), 1)
-        return self._stream(prompts, max_new_tokens, sampling or Sampling(), ends, texts)
+        return self._stream(prompts, max_new_tokens, sampling, ends, texts)
 
     def _stream(
         self,
@@ -355,6 +376,23 @@ class Engine:
                 f"{self.shape.architecture} scales attention by the length of the whole batch; with verify_every give "
                 "one prompt at a time."
             )
+
+    def _check_context(self, context: Context) -> None:
+        """Refuse what is no Context, and one that another model has read: its keys mean something else here."""
+        if not isinstance(context, Context):
+            raise InputError(f"prefill makes the Context that is needed here; this is {shown(context)}.")
+        if context.model is not None and context.model is not inner_model(self.model):
+            raise InputError("This Context was read by another model; only engines of one model can share it.")
+
+    def _check_step(self, context: Context, token_ids: Tensor) -> None:
+        self._check_context(context)
+        sequences = len(context.prompt_lengths)
+        whole = isinstance(token_ids, Tensor) and token_ids.dtype in (torch.int64, torch.int32)
+        if not whole or token_ids.shape != (sequences,):
+            given = f"{token_ids.dtype} {list(token_ids.shape)}" if isinstance(token_ids, Tensor) else shown(token_ids)
+            raise InputError(f"decode_one_token takes one token a sequence, int64 [{sequences}], not {given}.")
+        if not token_ids.is_cuda:  # a GPU would have to be waited for
+            check_token_ids([token_ids.tolist()], self._vocabulary)
 
     def _check_length(self, tokens: int) -> None:
         """Refuse texts longer than the model's positions."""

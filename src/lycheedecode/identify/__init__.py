@@ -9,7 +9,7 @@ import inspect
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_tokenizer, check_type, settings_from
 from ..errors import ConfigError
 from ..models.shape import ModelError, ModelShape
 from ..plan import HeadPlan
@@ -34,7 +35,7 @@ __all__ = ["Cell", "IdentifySettings", "Progress", "Stages", "identify", "paper_
 def identify(
     model: nn.Module,
     tokenizer: Any,
-    settings: IdentifySettings | None = None,
+    settings: IdentifySettings | Mapping[str, Any] | None = None,
     *,
     folder: str | Path | None = None,
     report: Report = silent,
@@ -49,7 +50,8 @@ def identify(
     Args:
         model: Hugging Face decoder, frozen, in eval mode.
         tokenizer: its tokenizer.
-        settings: defaults suit a small model; see `paper_settings` for the paper's.
+        settings: an object or a mapping as `{"draws": 4}`; the defaults suit a small model, `paper_settings` are the
+            paper's.
         folder: keeps what was found so far; an interrupted call resumes from it when called again.
         report: called after every batch that was measured and every training step.
 
@@ -59,7 +61,11 @@ def identify(
     Raises:
         ValueError: settings that do not fit the model; text that is too short.
     """
-    settings, reach = settle(settings or IdentifySettings(), ModelShape.of(model))
+    check_tokenizer(tokenizer)
+    if tokenizer is None:
+        raise ConfigError("Identification needs the model's tokenizer.")
+    check_type("folder", folder, str | Path | None)
+    settings, reach = settle(settings_from(IdentifySettings, settings, "settings"), ModelShape.of(model))
     started = time.perf_counter()
     with _tensor_cores():
         plan, means = Stages(model, tokenizer, settings, reach, folder, report).run()

@@ -70,8 +70,9 @@ def auto_plan(
         else:
             if _fits(plan, model):
                 return plan
+    tokenizer = tokenizer or _tokenizer(shape.name)
     say(f"No head plan is known for {shape.name}: one is identified now, and kept in {path}.")
-    plan = identify(model, tokenizer or _tokenizer(shape.name), settings, report=report)
+    plan = identify(model, tokenizer, settings, report=report)
     try:
         plan.save(path)
     except OSError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from ..checks import check_types
+from ..checks import check_types, settings_from
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.shape import ModelShape
@@ -26,14 +26,15 @@ class IdentifySettings:
 
     Attributes:
         num_retrieval_heads: retrieval heads of the plan, the first layer's included; None: an eighth of all.
-        config: the decode form that the plan is made for.
+        config: the decode form that the plan is made for; a mapping of settings becomes one.
         budget_scales: multiples of the config's budget at which the plan has to serve; each is measured anew. Plans for
             1 and 4 together were better at 1, too; how much of that is the second measurement alone is not known.
         roles: how heads are chosen: by the `sensitivity` of the answers to every possible donor (a second-order model
             of the KL, searched), by trained `gates` (the paper), or greedily by the `coverage` of attention mass.
         donors: `remapped` to the donor that the measure of `roles` finds best (for gates: coverage), or of the
             `same_index` as in the paper.
-        calibrate_cells: kinds of prompts that heads and donors are measured on; None: `default_cells` of `texts`.
+        calibrate_cells: kinds of prompts that heads and donors are measured on, each a `Cell` or its text, as
+            `prose:2048:passkey:5`; None: `default_cells` of `texts`.
         texts: what the default kinds continue.
         calibrate_prompts: prompts of each kind.
         draws: answers drawn from the model for each prompt, for `sensitivity`.
@@ -92,6 +93,11 @@ class IdentifySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "config", settings_from(HybridConfig, self.config, "config"))
+        for name in ("calibrate_cells", "train_cells"):
+            if isinstance(cells := getattr(self, name), (list, tuple)):
+                parsed = tuple(Cell.parse(cell) if isinstance(cell, str) else cell for cell in cells)
+                object.__setattr__(self, name, parsed)
         check_types(self)
         choices = {"roles": Roles, "donors": Donors, "gates": Gates, "loss": Loss, "penalty": Penalty}
         for name, kind in choices.items():

@@ -10,23 +10,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention import HybridAttention, HybridState
-from ..config import HybridConfig
-from ..engine.plans import plan_from
+from ..checks import check_tokenizer, settings_from
+from ..config import ConfigLike, HybridConfig
+from ..engine.plans import PlanLike, plan_from
 from ..errors import ConfigError
 from ..models.routing import RoutedAttention, route_attention, supported_shape
 from ..models.shape import ModelError, inner_model
 from ..ops import KV
-from ..plan import HeadPlan
+
+_NO_WEIGHTS = "Attention weights (output_attentions) do not exist in hybrid decoding."
 
 
 @contextmanager
 def hybrid(
-    model: nn.Module, plan: HeadPlan | str, config: HybridConfig | None = None, *, tokenizer: Any = None
+    model: nn.Module, plan: PlanLike, config: ConfigLike = None, *, tokenizer: Any = None
 ) -> Iterator[nn.Module]:
     """Decode steps of `model` follow `plan` while the context is open; nothing is left behind when it closes.
 
     The plan may be the name or file of one, or `auto`: the model's, which is found now if nobody has it; finding needs
-    the tokenizer.
+    the tokenizer. The config may be a mapping, as `{"budget_tokens": 512}`.
 
     Whatever calls the model may be used: `generate` greedily, with sampling, beams or streaming, in batches padded on
     the left, with dynamic or static caches, with a prefix in the cache. Several tokens at once (the prompt,
@@ -41,7 +43,8 @@ def hybrid(
         PlanError: the plan does not fit the model.
         ValueError: a setting that only `Engine` can honour.
     """
-    config = config or HybridConfig()
+    config = settings_from(HybridConfig, config, "config")
+    check_tokenizer(tokenizer)
     if config.correction_every:
         raise ConfigError("Cache Correction (correction_every) rewrites the cache, which only Engine can do.")
     if config.verify_every:
@@ -54,9 +57,11 @@ def hybrid(
     if config.scan_keys != "cache":
         raise ConfigError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
     plan = plan_from(plan, model, tokenizer, config)
+    if plan is None:
+        raise ConfigError("Hybrid decoding needs a plan: a HeadPlan, the name or file of one, or 'auto'.")
     shape = supported_shape(model, plan)
     if getattr(inner_model(model).config, "output_attentions", False):
-        raise ModelError("Attention weights (output_attentions) do not exist in hybrid decoding.")
+        raise ModelError(_NO_WEIGHTS)
     routed = RoutedAttention(shape, _MaskedSteps(HybridAttention(plan, config, shape.global_layers)))
     with route_attention(model, routed), _without_compilation(inner_model(model)), _with_cache(inner_model(model)):
         yield model
@@ -119,12 +124,14 @@ def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]
 
 @contextmanager
 def _with_cache(model: nn.Module) -> Iterator[None]:
-    """Refuse passes without a cache: every one of them would read the prompt anew, densely."""
+    """Refuse passes without a cache, which would read the prompt anew, densely; and to return attention weights."""
 
     def refuse(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
         given = options.get("use_cache")
         if not (model.config.get_text_config(decoder=True).use_cache if given is None else given):
             raise ModelError("Hybrid decoding needs the KV cache: leave use_cache=False away.")
+        if options.get("output_attentions"):
+            raise ModelError(_NO_WEIGHTS)
 
     hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
     try:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_model_path, shown
+from ..errors import InputError
 from .checkpoint import check_gguf, not_loaded, read_model
 from .gguf import is_gguf, parsed_once, read_header
 from .gguf_config import complete
@@ -47,7 +49,7 @@ def load_model(
     Raises:
         ModelError: not found, not readable, not complete, not a causal language model.
     """
-    name = os.fspath(name)
+    name = _name(name)
     target = _device(device)
     options = {"dtype": _dtype(dtype, target), "device_map": device_map}
     file = _gguf_file(name)
@@ -77,7 +79,7 @@ def load_config(name: str | os.PathLike[str], *, revision: str | None = None) ->
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None, cache: bool = True) -> Any:
     """The tokenizer of a model; arguments and errors as of `load_model`."""
-    name = os.fspath(name)
+    name = _name(name)
     file = _gguf_file(name)
     if file is None:
         return _from_pretrained("AutoTokenizer", name, name, revision=revision)
@@ -107,6 +109,17 @@ def _config(name: str, revision: str | None) -> Any:
         return _from_pretrained("AutoConfig", name, name, revision=revision)
     except ModelError:
         return None
+
+
+def _name(given: Any) -> str:
+    """The name or path of a model, as text."""
+    if not isinstance(given, (str, os.PathLike)) or not isinstance(os.fspath(given), str):
+        raise ModelError(f"A model is loaded by name or path, not from {shown(given)}.")
+    try:
+        check_model_path(os.fspath(given))
+    except InputError as error:
+        raise ModelError(str(error)) from None
+    return os.fspath(given)
 
 
 # ---------------------------------------------------------------------- GGUF files

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import shown
 from ..errors import LycheeError
 from .positions import Positions
 
@@ -74,6 +75,9 @@ def inner_model(model: nn.Module) -> Any:
     """
     from transformers import PreTrainedModel
 
+    if not isinstance(model, nn.Module):
+        hint = f"; load_model({model!r}) loads one" if isinstance(model, str) else ""
+        raise ModelError(f"model must be a transformers model, not {shown(model)}{hint}.")
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
         raise ModelError(f"{type(model).__name__} is no transformers model, nor does it hold one.")

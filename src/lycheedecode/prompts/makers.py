@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..checks import check_types
 from ..errors import ConfigError, InputError
 from .text import NOISE, Split, TextError, load_side
 
@@ -184,7 +185,18 @@ class Cell:
     task: Task = "passkey"
     count: int = 1
 
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """From `TEXT:TOKENS:TASK:COUNT`, as `prose:2048:passkey:5`."""
+        source, *numbers = text.rsplit(":", 3)
+        if len(numbers) != 3 or not all(part.isdecimal() and len(part) < 10 for part in numbers[::2]):
+            raise ConfigError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
+        if numbers[1] not in ("continuation", "passkey", "multi_hop"):
+            raise ConfigError(f"{text!r}: the task must be continuation, passkey or multi_hop, not {numbers[1]!r}.")
+        return cls(source, int(numbers[0]), numbers[1], int(numbers[2]))  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
+        check_types(self)
         if self.task == "continuation" and self.count < 2:
             raise ConfigError(f"A continuation has at least 2 tokens, not {self.count}.")
 
