@@ -30,6 +30,7 @@ test-vllm: $(VLLM)/.installed
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -59,4 +60,4 @@ $(VLLM)/.installed: pyproject.toml requirements-vllm.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm $(OLDEST) build .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) .venv-vllm $(OLDEST) build .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import lycheedecode
+from lycheedecode import engine, identify, models
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 INTRODUCTION = """# API
 
-What `import lycheedecode` offers. This page is made from docstrings: `python -m experiments.api`.
+What `import lycheedecode` offers, and what `lycheedecode.models`, `lycheedecode.identify` and `lycheedecode.engine` add.
+`make api` makes this page from docstrings. Their examples run as tests, with a tiny `model`, its `tokenizer`, a `plan` for
+it and a `folder`.
 """
+_MORE = {"load_model": models, "identify": identify, "IdentifySettings": identify, "Generation": engine}
 _SECTIONS = {"Args:", "Attributes:", "Raises:", "Returns:", "Yields:", "Example:"}
 
 
@@ -54,9 +58,13 @@ def _described(name: str, what: Any) -> str:
 
 def _as_markdown(docstring: str) -> str:
     """A docstring in Google's style: its sections become lists, examples and drawings stay as they are."""
-    lines, section = [], None
+    lines, section, is_example = [], None, False
     for line in docstring.splitlines():
         indent = len(line) - len(line.lstrip())
+        if line.startswith(">>>") != is_example and (line.startswith(">>>") or not line):
+            is_example = not is_example
+            lines += ["```pycon", line] if is_example else ["```", line]
+            continue
         if line.rstrip() in _SECTIONS:
             section = line.rstrip()
             lines += [f"**{section}**", ""]
@@ -70,7 +78,7 @@ def _as_markdown(docstring: str) -> str:
             lines.append(line.strip() if section in ("Returns:", "Yields:") else f"  {line.strip()}")
         else:
             lines.append(line)
-    return "\n".join(lines)
+    return "\n".join([*lines, "```"] if is_example else lines)
 
 
 def _signature(name: str, function: Any) -> str:

@@ -139,12 +139,10 @@ class DecodeAttention(Protocol):
     def allocate(self, batch: int, slots: int, device: torch.device | str) -> State | None:
         """What it keeps of `batch` sequences whose cache has up to `slots` slots; None: nothing."""
 
-    def __call__(
-        self, layer: int, query: Tensor, kv: KV, state: State | None, scale: float, refresh: bool = True
-    ) -> Tensor:
-        """Attention output `[B, Hq, D]` of one layer for one new token a sequence."""
+    def __call__(self, layer: int, query: Tensor, kv: KV, state: Any, scale: float, refresh: bool = True) -> Tensor:
+        """Attention output `[B, Hq, D]` of one layer for one new token a sequence; `state` is what `allocate` made."""
 
-    def count_bytes(self, total: Tensor, lengths: Tensor, state: State | None, refreshed: bool, key_bytes: int) -> None:
+    def count_bytes(self, total: Tensor, lengths: Tensor, state: Any, refreshed: bool, key_bytes: int) -> None:
         """Add the bytes of the KV cache that the step just made read for each sequence.
 
         Args:
@@ -243,7 +241,8 @@ class HybridAttention:
             own = {"out": chosen, "copy": copy, "limits": state.limits, **more}
         completion = None
         if layer in self._factors:
-            completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
+            mean_keys, mean_values = state.means.of_layer(layer)
+            completion = Completion(mean_keys, mean_values, config.chunk_tokens, self._factors[layer])
         if config.retrieval_attention == "full" and roles.retrieval:  # the paper's form
             if selects and state.limits is None and sinks is None and scales is None:
                 dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
@@ -259,9 +258,9 @@ class HybridAttention:
             return output if out is None else out.copy_(output)
         if selects:
             ops.scan_select(query, kv, roles.retrieval, config, scale, **own)
-        rows = constant(roles.donor_rows, torch.int64, query.device)
+        donor_rows = constant(roles.donor_rows, torch.int64, query.device)
         more["completion"] = completion
-        return ops.attend_blocks(query, kv, selections, rows, config.block_size, scale, out=out, **more)
+        return ops.attend_blocks(query, kv, selections, donor_rows, config.block_size, scale, out=out, **more)
 
     def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
         """Keys scanned by retrieval heads, keys and values attended by every head, and means (see `DecodeAttention`).
@@ -272,7 +271,7 @@ class HybridAttention:
         config, dense, selections = self.config, self.config.retrieval_attention == "full", state.selections
         scan_bytes = 2 * key_bytes if dense else refreshed * state.scan_bytes(key_bytes)
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
-        enough = selections.enough_tokens(config.selection, config.block_size, config.refresh_every)
+        enough = selections.enough_tokens(config.strategy, config.block_size, config.refresh_every)
         means = Means(self._completed, config.chunk_tokens, 2.0 * key_bytes) if self._factors else None
         enough, limits = (0, None) if dense else (enough, state.limits)
         ops.count_bytes(total, lengths, selections, costs, config.block_size, enough, means, limits)
@@ -305,10 +304,10 @@ class _Roles(NamedTuple):
 
 def _completion_factors(plan: HeadPlan, config: HybridConfig, layers: Sequence[int]) -> dict[int, tuple[float, ...]]:
     """Factors of the KV heads of every layer in which some head is completed."""
-    if config.completion == "none" or (config.completion == "plan" and plan.completion is None):
-        return {}
     if config.completion == "centroid":
         return dict.fromkeys(sorted(layers), (1.0,) * plan.num_kv_heads)
+    if config.completion == "none" or plan.completion is None:
+        return {}
     _warn_of_other_fit(plan, config)
     return {layer: plan.completion[layer] for layer in sorted(layers) if any(plan.completion[layer])}
 
@@ -344,15 +343,15 @@ def attend_in_two_forms(
     Together they are all heads of the layer. `whole`: what the dense ones give, where that is known; otherwise as
     `ops.attend_blocks`.
     """
-    layers_own = {"sinks": sinks, "scales": scales}
-    more = {"completion": completion, **layers_own}
-    if whole is None and dense:
-        whole = ops.attend(query, kv, scale, dense, **layers_own)
-    if not sparse:
-        return whole
+    layers_own: dict[str, Any] = {"sinks": sinks, "scales": scales}
+    more: dict[str, Any] = {"completion": completion, **layers_own}
     chosen = constant(rows, torch.int64, query.device)
     if not dense:
         return ops.attend_blocks(query, kv, selections, chosen, block_size, scale, **more)
+    if whole is None:
+        whole = ops.attend(query, kv, scale, dense, **layers_own)
+    if not sparse:
+        return whole
     output = torch.empty_like(query).unflatten(1, (len(dense) + len(sparse), -1))  # [B, Hkv, G, D]
     output[:, constant(dense, torch.int64, query.device)] = whole.unflatten(1, (len(dense), -1))
     part = ops.attend_blocks(query, kv, selections, chosen, block_size, scale, sparse, **more)

@@ -29,6 +29,10 @@ class HybridConfig:
     A *block* is `block_size` consecutive tokens of one KV head. A *selection* is the set of blocks that one retrieval
     head chose at this step; sinks and recent tokens count towards its budget.
 
+    >>> config = HybridConfig(budget_tokens=1000, block_size=16)
+    >>> config.selection, config.budget_blocks
+    ('top_k', 63)
+
     Attributes:
         budget_tokens: most tokens a selection may hold, rounded up to whole blocks. Default 4096 for `top_k`; for
             the other strategies it is an optional cap.
@@ -141,12 +145,18 @@ class HybridConfig:
                 raise ConfigError(f"{name} belongs to selection={strategy!r}, not {self.selection!r}.")
         if self.scan_keys != "cache" and self.retrieval_attention == "full":
             raise ConfigError("scan_keys='float8' needs retrieval_attention='selected': dense heads read all keys.")
-        if self.budget_tokens is not None and self.forced_blocks > self.budget_blocks:
+        if self.budget_blocks is not None and self.forced_blocks > self.budget_blocks:
             raise ConfigError(
                 f"budget_tokens={self.budget_tokens} has no room for {self.sink_tokens} sink and {self.recent_tokens} "
                 f"recent tokens in blocks of {self.block_size}: raise it to at least "
                 f"{self.forced_blocks * self.block_size} or lower sink_tokens, recent_tokens or block_size."
             )
+
+    @property
+    def strategy(self) -> Selection:
+        """`selection`, which is never None once the config is made."""
+        assert self.selection is not None
+        return self.selection
 
     @property
     def forced_blocks(self) -> int:
@@ -171,7 +181,7 @@ class HybridConfig:
         limit = num_blocks
         if self.budget_blocks is not None:
             limit = min(limit, self.budget_blocks)
-        if self.selection == "ratio":
+        if self.selection == "ratio" and self.budget_ratio is not None:
             limit = min(limit, max(ceil(self.budget_ratio * num_blocks), self.forced_blocks))
         return max(limit, 1)
 

@@ -23,7 +23,12 @@ Head = tuple[int, int]
 
 
 class PlanError(LycheeError):
-    """A head plan that cannot be read, is not valid, or does not fit the model; the message is one sentence."""
+    """A head plan that cannot be read, is not valid, or does not fit the model; the message is one sentence.
+
+    >>> HeadPlan.from_donors([[(1, 0)], [(1, 0)]])
+    Traceback (most recent call last):
+    lycheedecode.plan.PlanError: The donor (1, 0) of layer 0, KV head 0 lies in a later layer: its selection would come too late.
+    """
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,13 @@ class HeadPlan:
 
     The plan is valid when every donor is a retrieval head (its own donor) of the same or an earlier layer, so that a
     single pass over the layers can select before it attends.
+
+    >>> plan = HeadPlan.from_donors([[(0, 0), (0, 0)], [(0, 0), (1, 1)]])  # two layers of two KV heads
+    >>> plan.retrieval
+    ((0, 0), (1, 1))
+    >>> plan.save(folder / "plan.json")
+    >>> HeadPlan.load(folder / "plan.json") == plan
+    True
 
     Attributes:
         donors: `L x Hkv` pairs `(layer, KV head)`.
@@ -134,7 +146,7 @@ class HeadPlan:
     @classmethod
     def from_donors(cls, donors: Sequence[Sequence[Sequence[int]]], **details: Any) -> HeadPlan:
         """A plan from an `L x Hkv` table of `(layer, KV head)` pairs; `details` are the other attributes."""
-        return cls(donors=donors, **details)  # type: ignore[arg-type]
+        return cls(donors=donors, **details)  # type: ignore[arg-type]  # __post_init__ makes tuples of it
 
     @classmethod
     def all_retrieval(cls, num_layers: int, num_kv_heads: int, **details: Any) -> HeadPlan:
@@ -163,7 +175,7 @@ class HeadPlan:
                     for head in range(num_kv_heads)
                 ]
             )
-        return cls(donors=donors, **details)  # type: ignore[arg-type]
+        return cls.from_donors(donors, **details)
 
     # ------------------------------------------------------------------ files
 
@@ -282,7 +294,8 @@ class HeadPlan:
             None if table is None else [row[first : first + size] for row in table]
             for table in (self.gate_means, self.completion)
         )
-        return HeadPlan(donors, self.model, means, {**self.provenance, "shard": [rank, world]}, factors)  # type: ignore[arg-type]
+        made = {**self.provenance, "shard": [rank, world]}
+        return HeadPlan.from_donors(donors, model=self.model, gate_means=means, provenance=made, completion=factors)
 
     def stage(self, first: int, last: int) -> HeadPlan:
         """The plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor lies before."""
@@ -297,7 +310,8 @@ class HeadPlan:
                     )
         donors = [[(donor[0] - first, donor[1]) for donor in row] for row in self.donors[first:last]]
         means, factors = (None if t is None else t[first:last] for t in (self.gate_means, self.completion))
-        return HeadPlan(donors, self.model, means, {**self.provenance, "stage": [first, last]}, factors)  # type: ignore[arg-type]
+        made = {**self.provenance, "stage": [first, last]}
+        return HeadPlan.from_donors(donors, model=self.model, gate_means=means, provenance=made, completion=factors)
 
 
 def bundled_plans() -> list[str]:

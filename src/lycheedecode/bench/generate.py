@@ -9,12 +9,13 @@ step` and the tests do that; both sides say which tokens they chose first, and h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..results import Result
@@ -41,7 +42,7 @@ def run(settings: GenerateSettings, device: str) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _ours(model: nn.Module, prompts: Tensor, form: str, settings: GenerateSettings) -> dict[str, Any]:
+def _ours(model: PreTrainedModel, prompts: Tensor, form: str, settings: GenerateSettings) -> dict[str, Any]:
     engine = make_engine(model, form, settings, settings.execution)
     results = engine.generate(prompts.tolist(), settings.tokens, ignore_eos=True)
     return {
@@ -67,7 +68,7 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _transformers(model: nn.Module, prompts: Tensor, _: str, settings: GenerateSettings) -> dict[str, Any]:
+def _transformers(model: PreTrainedModel, prompts: Tensor, _: str, settings: GenerateSettings) -> dict[str, Any]:
     prompts, clock = prompts.to(next(model.parameters()).device), _Clock()
     tokens = model.generate(
         prompts,
@@ -108,7 +109,7 @@ HEADER = (
 )
 
 
-def format_row(row: dict[str, Any]) -> str:
+def format_row(row: Mapping[str, Any]) -> str:
     """A line of the table under `HEADER`."""
     speedup = f"{row['speedup']:6.2f}x" if row["speedup"] else " " * 7
     speed = f"{row['prefill_seconds']:9.2f} {row['ms']:8.3f} {row['tokens_per_second']:8.1f} {speedup}"

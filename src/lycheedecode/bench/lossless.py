@@ -11,13 +11,12 @@ Passes are verified against full steps before anything is timed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .. import ops
 from ..config import HybridConfig
@@ -38,6 +37,9 @@ from .models import MODELS, build, plan_for, random_context, release
 from .settings import LosslessSettings
 from .timing import read_bandwidth, time_calls
 from .verify import relative_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 1, 5, 9, 16
 
@@ -86,7 +88,7 @@ def bench_attend(settings: LosslessSettings, _: str) -> list[dict[str, Any]]:
     return rows
 
 
-def format_attend(row: dict[str, Any]) -> str:
+def format_attend(row: Mapping[str, Any]) -> str:
     """A line for people."""
     case = f"{row['op']:9} T {row['tokens']:2} {row['batch']} x {row['context']} {row['dtype']}"
     return f"{case}: {row['ms']:.4f} ms, {row['tb_s']:.2f} TB/s, {row['share']:.1%}  {row['tuning']}"
@@ -146,7 +148,7 @@ def bench_rounds(settings: LosslessSettings, device: str) -> list[dict[str, Any]
     return rows
 
 
-def _full_ms(model: nn.Module, context: Context, settings: LosslessSettings) -> float:
+def _full_ms(model: PreTrainedModel, context: Context, settings: LosslessSettings) -> float:
     engine = Engine(model, execution=settings.execution)
     token_ids = torch.full((len(context.prompt_lengths),), 7, device=engine.device)
     context.rewind()
@@ -156,7 +158,7 @@ def _full_ms(model: nn.Module, context: Context, settings: LosslessSettings) -> 
 
 
 def _round(
-    model: nn.Module, context: Context, settings: LosslessSettings, drafts: int, refresh: int, full_ms: float
+    model: PreTrainedModel, context: Context, settings: LosslessSettings, drafts: int, refresh: int, full_ms: float
 ) -> dict[str, Any]:
     config = HybridConfig(
         budget_tokens=settings.budget_tokens, block_size=settings.block_size, refresh_every=refresh, verify_every=drafts
@@ -197,7 +199,7 @@ def _verified(engine: Engine, rounds: Rounds, context: Context) -> float:
     expected = torch.stack([full.decode_one_token(context, one) for one in token_ids.unbind(1)], 1)
     context.rewind()
     error = relative_error(rounds.logits_of_pass(token_ids), expected)
-    if not error <= _TOLERANCES[engine.model.dtype]:
+    if not error <= _TOLERANCES[next(engine.model.parameters()).dtype]:
         raise MismatchError(f"the pass of {rounds.tokens} tokens differs from full steps by {error:.2e}.")
     return error
 
@@ -224,7 +226,7 @@ def _ms(run: Callable[[], Any], times: int, device: torch.device, between: Calla
     return begin.elapsed_time(end) / times
 
 
-def format_round(row: dict[str, Any]) -> str:
+def format_round(row: Mapping[str, Any]) -> str:
     """A line for people."""
     keep = f", without scan {row['keep_ms']:.3f}" if "keep_ms" in row else ""
     return (
@@ -241,7 +243,8 @@ def format_round(row: dict[str, Any]) -> str:
 def bench_real(settings: LosslessSettings, device: str) -> list[dict[str, Any]]:
     """Texts continued by every way; the first one is full attention."""
     model, tokenizer = load_model(settings.model, device=device, dtype=settings.dtype)
-    plan, rows = HeadPlan.load(settings.plan), []
+    plan = HeadPlan.load(settings.plan or settings.model)
+    rows: list[dict[str, Any]] = []
     for length in settings.contexts:
         for batch in settings.batches:
             prompts = [
@@ -263,14 +266,21 @@ def _slices(tokenizer: Any, source: str, length: int, count: int) -> list[list[i
 
 
 def _real_case(
-    model: nn.Module, tokenizer: Any, plan: HeadPlan, prompts: list[list[int]], length: int, settings: LosslessSettings
+    model: PreTrainedModel,
+    tokenizer: Any,
+    plan: HeadPlan,
+    prompts: list[list[int]],
+    length: int,
+    settings: LosslessSettings,
 ) -> Iterator[dict[str, Any]]:
     sampling = Sampling(temperature=settings.temperature or 0.0, seed=settings.seed)
-    base = {"budget_tokens": settings.budget_tokens, "block_size": settings.block_size}
+    base: dict[str, Any] = {"budget_tokens": settings.budget_tokens, "block_size": settings.block_size}
     engines = {"full": Engine(model, tokenizer, execution=settings.execution)}
     for every in settings.ways:
         for refresh in settings.refresh if every != "hybrid" else [1]:
-            rounds = {} if every == "hybrid" else {"verify_every": int(every) if every.isdigit() else every}
+            rounds: dict[str, Any] = (
+                {} if every == "hybrid" else {"verify_every": int(every) if every.isdigit() else every}
+            )
             config = HybridConfig(**base, refresh_every=refresh, **rounds)
             name = f"{every}, selected every {refresh}"
             engines[name] = Engine(model, tokenizer, plan=plan, config=config, execution=settings.execution)
@@ -306,7 +316,7 @@ def _real_row(name: str, results: list[Any], first: list[Any], length: int) -> d
     }  # fmt: skip
 
 
-def format_real(row: dict[str, Any]) -> str:
+def format_real(row: Mapping[str, Any]) -> str:
     """A line for people."""
     stood = "" if row["stood"] is None else f", {row['gained']:.2f} tokens a round, {row['stood']:.0%} of drafts stood"
     return (

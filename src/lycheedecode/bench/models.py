@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from ..models.shape import ModelShape
 from ..plan import HeadPlan, bundled_plans
 from ..prompts.text import load_text
 from .workload import Shape, spread_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LONG = 1 << 21
 _STRETCH, _STRONG = 64, 32
@@ -75,7 +78,7 @@ def build_from(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def prompts_for(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+def prompts_for(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     """int64 `[batch, length]`: for real models stretches of prose, for random ones random tokens."""
     name = ModelShape.of(model).name
     if name not in bundled_plans():
@@ -105,13 +108,13 @@ def random_config(name: str, layers: int | None = None, **changes: Any) -> Any:
     return getattr(transformers, f"{family}Config")(**{**settings, **plain, **changes})
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights that a step must read: all but the table of embeddings, of which it reads a row."""
     table = model.get_input_embeddings().weight
     return sum(weight.nbytes for weight in model.parameters() if weight is not table)
 
 
-def plan_for(model: nn.Module) -> HeadPlan:
+def plan_for(model: PreTrainedModel) -> HeadPlan:
     """The bundled plan; of random models an eighth of the heads, layer 0 and others spread over every second layer."""
     shape = ModelShape.of(model)
     if shape.name in bundled_plans():
@@ -124,7 +127,7 @@ def plan_for(model: nn.Module) -> HeadPlan:
 
 
 @torch.inference_mode()
-def random_context(model: nn.Module, batch: int, length: int, room: int) -> Context:
+def random_context(model: PreTrainedModel, batch: int, length: int, room: int) -> Context:
     """As if `batch` prompts of `length` tokens had been prefilled, with random keys and values."""
     shape, table = ModelShape.of(model), model.get_input_embeddings().weight
     cache = KVCache(shape.num_layers)

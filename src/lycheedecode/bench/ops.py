@@ -82,7 +82,8 @@ def run(settings: OpsSettings, device: str, shape: Shape | None = None) -> dict[
     tokens = int(settings.pool_gib * 2**30) // (2 * shape.kv_heads * shape.key_bytes)
     pool = make_pool(shape, max(tokens, max(settings.batches) * (max(settings.contexts) + ROOM)), device)
     meter = Meter(read_bandwidth(pool), settings.seconds, [])
-    errors, notes = [], []
+    errors: list[dict[str, Any]] = []
+    notes: list[str] = []
     configs = [HybridConfig(budget_tokens=settings.budget_tokens, block_size=size) for size in settings.block_sizes]
     for context in settings.contexts:
         for batch in settings.batches:

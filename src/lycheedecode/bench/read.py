@@ -32,7 +32,7 @@ WAYS = (Way(), Way(2048, 4, 4), Way(4096, 4, 8), Way(2048, 8, 4, 132 * 4), Way(1
 def _read_kernel(data, out, chunks, TILE: tl.constexpr, STEPS: tl.constexpr):
     bits = tl.zeros([TILE], tl.int32)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        first = chunk.to(tl.int64) * (TILE * STEPS)
+        first = chunk.to(tl.int64) * (TILE * STEPS)  # type: ignore[attr-defined]  # in a kernel, numbers are tensors
         for step in tl.static_range(STEPS):
             bits |= tl.load(data + first + step * TILE + tl.arange(0, TILE))
     found = tl.max(bits, 0)

@@ -16,7 +16,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -195,7 +195,7 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 HEADER = f"{'':7} {'batch':>5} {'context':>8} {'ms/token':>8} {'fastest':>8} {'slowest':>8} {'vs stock':>8} {'same':>5}"
 
 
-def format_row(row: dict[str, Any]) -> str:
+def format_row(row: Mapping[str, Any]) -> str:
     """A line of the table under `HEADER`."""
     speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else " " * 8
     times = f"{row['ms']:8.3f} {row['fast_ms']:8.3f} {row['slow_ms']:8.3f}"

@@ -24,6 +24,7 @@ SHORT = 3
 """So many times as long as the short generation is the long one."""
 
 Settings = TypeVar("Settings", bound="BenchSettings")
+OfModel = TypeVar("OfModel", bound="ModelSettings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class ModelSettings(BenchSettings):
     block_size: int = 32
     backend: Literal["ours", "inductor"] = "ours"
 
-    def shrunk(self: Settings) -> Settings:
+    def shrunk(self: OfModel) -> OfModel:
         return replace(self, model="tiny", contexts=(300,), budget_tokens=64, block_size=16)
 
 
@@ -262,8 +263,8 @@ class ServingSettings(BenchSettings):
         return found
 
     def shrunk(self) -> ServingSettings:
-        small = {"budget_tokens": 64, "block_size": 16, "tokens": 12, "repeats": 1}
-        return replace(self, model="tiny", cases=("1x100", "2x100"), **small)
+        small = replace(self, budget_tokens=64, block_size=16, tokens=12, repeats=1)
+        return replace(small, model="tiny", cases=("1x100", "2x100"))
 
 
 def _smallest(value: Any) -> float:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine, Execution
@@ -29,6 +29,9 @@ from .models import build, plan_for, random_context, release, weight_bytes
 from .settings import FORMS, ModelSettings, StepSettings
 from .timing import read_bandwidth
 from .verify import relative_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROOM = 512
 """Tokens that may be decoded after a context."""
@@ -77,7 +80,8 @@ def run(settings: StepSettings, device: str) -> dict[str, Any]:
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
     if settings.smoke and device == "cpu":
         settings = replace(settings, execution="graph")
-    rows, left_out = [], []
+    rows: list[Row] = []
+    left_out: list[str] = []
     for context in settings.contexts:
         for batch in settings.batches:
             missing = _missing_bytes(model, batch, context)
@@ -95,7 +99,7 @@ def run(settings: StepSettings, device: str) -> dict[str, Any]:
 
 
 def _bench_case(
-    model: nn.Module,
+    model: PreTrainedModel,
     batch: int,
     length: int,
     speed: float | None,
@@ -127,9 +131,9 @@ def _bench_case(
     release()
 
 
-def make_engine(model: nn.Module, form: str, settings: ModelSettings, execution: Execution) -> Engine:
+def make_engine(model: PreTrainedModel, form: str, settings: ModelSettings, execution: Execution) -> Engine:
     """An engine whose decode steps have this form of attention."""
-    how = {"backend": None if settings.backend == "ours" else settings.backend, "execution": execution}
+    how: dict[str, Any] = {"backend": None if settings.backend == "ours" else settings.backend, "execution": execution}
     form_settings = FORMS[form]
     if form_settings is None:
         return Engine(model, **how)
@@ -137,7 +141,7 @@ def make_engine(model: nn.Module, form: str, settings: ModelSettings, execution:
     return Engine(model, plan=plan_for(model), config=config, **how)
 
 
-def _missing_bytes(model: nn.Module, batch: int, length: int) -> int:
+def _missing_bytes(model: PreTrainedModel, batch: int, length: int) -> int:
     """How much more memory than there is this GPU would need; 0 or less: it fits."""
     if model.device.type != "cuda":
         return 0
@@ -152,10 +156,10 @@ def _verify(engine: Engine, eager: Engine, context: Context, what: str) -> float
     for one in (eager, engine):
         context.rewind()
         results.append(torch.stack([one.decode_one_token(context, token_ids) for token_ids in tokens]))
-    error, tolerance = relative_error(results[1], results[0]), _TOLERANCES[engine.model.dtype]
+    error, tolerance = relative_error(results[1], results[0]), _TOLERANCES[next(engine.model.parameters()).dtype]
     if not error <= tolerance:
         raise MismatchError(f"{what}: logits differ from the eager step's by {error:.2e} (allowed: {tolerance:.0e}).")
-    if not _same_choice(*results, _FAR * error):
+    if not _same_choice(results[0], results[1], _FAR * error):
         raise MismatchError(f"{what}: the next token is not the eager step's, with logits that differ by {error:.2e}.")
     return error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from statistics import median
 from typing import Any, NamedTuple
@@ -92,6 +93,6 @@ def read_bandwidth(pool: Tensor, seconds: float = 0.2) -> float:
     speeds = []
     for way in read.WAYS:
         size = read.read_all(words, out, way)
-        timing = time_calls([lambda way=way: read.read_all(words, out, way)], seconds / len(read.WAYS))
+        timing = time_calls([partial(read.read_all, words, out, way)], seconds / len(read.WAYS))
         speeds.append(size / timing.ms * 1e3)
     return max(speeds)

@@ -83,14 +83,16 @@ def _verify_completion(work: Workload, config: HybridConfig, where: str) -> dict
     (query, kv), scale, size = work.inputs(0), work.shape.scale, config.block_size
     exact, errors = work.shape.dtype == torch.float32, {}
     completion, complete = work.completion(0, config), (work.context - 1) // config.chunk_tokens
+    assert completion is not None  # the config completes
     right = torch.zeros_like(completion.keys), torch.zeros_like(completion.values)
     reference.write_means(kv, config.chunk_tokens, *right, None, kv.slots)
-    for name, means, expected in zip(("keys", "values"), completion, right, strict=False):
+    for name, means, expected in zip(("keys", "values"), completion[:2], right, strict=True):
         what = f"mean {name}"
         errors[what] = check_close(f"{what} ({where})", means, expected, 1e-6 if exact else 1e-2)
 
     selections = work.selections(config, work.shape.kv_heads)
     ops.scan_select(query, kv, tuple(range(work.shape.kv_heads)), config, scale, selections)
+    assert selections.taken is not None
     taken = selections.taken.clone()
     selections.count_taken(config.chunk_tokens // size)
     if not torch.equal(taken[..., :complete], selections.taken[..., :complete]):

@@ -9,7 +9,7 @@ tokens to come, as they have in a generation: rows of blocks are longer than the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil
 from typing import Any
 
@@ -138,6 +138,7 @@ class Workload:
 
     def sparse_bytes(self, config: HybridConfig) -> int:
         """Keys and values of one layer's selections."""
+        assert config.budget_blocks is not None, "benchmarks have a budget"
         tokens = min(config.budget_blocks * config.block_size, self.context)
         return 2 * self.batch * self.shape.kv_heads * tokens * self.shape.key_bytes
 
@@ -163,7 +164,7 @@ class Workload:
             query, kv = self.inputs(i)
             return ops.scan_blocks(query, kv, self.some_heads(i, heads), config.block_size, self.shape.scale)
 
-        return [lambda i=i: scan(i) for i in range(count)]
+        return [partial(scan, i) for i in range(count)]
 
     def scan_selects(self, count: int, heads: int, config: HybridConfig) -> list[Call]:
         """Like `scans`, with the selection."""
@@ -173,7 +174,7 @@ class Workload:
             query, kv = self.inputs(i)
             ops.scan_select(query, kv, self.some_heads(i, heads), config, self.shape.scale, out)
 
-        return [lambda i=i: scan_select(i) for i in range(count)]
+        return [partial(scan_select, i) for i in range(count)]
 
     def attends(self, count: int, config: HybridConfig) -> list[Call]:
         """`count` layers of attention over random selections, a row for each head; completed if the config says so."""
@@ -185,7 +186,7 @@ class Workload:
             (query, kv), completion = self.inputs(i), means[i % len(means)]
             return ops.attend_blocks(query, kv, selections, rows[i % len(rows)], size, scale, completion=completion)
 
-        return [lambda i=i: attend(i) for i in range(count)]
+        return [partial(attend, i) for i in range(count)]
 
     def completion(self, i: int, config: HybridConfig) -> Completion | None:
         """Of the i-th cache, with factors of 1; None unless the config asks for them."""
@@ -193,8 +194,9 @@ class Workload:
             return None
         kv, chunk = self.inputs(i)[1], config.chunk_tokens
         means = kv.keys.new_zeros((2, self.batch, self.shape.kv_heads, self.slots // chunk, self.shape.dim))
-        ops.write_means(kv, chunk, *means)
-        return Completion(*means, chunk, (1.0,) * self.shape.kv_heads)
+        keys, values = means
+        ops.write_means(kv, chunk, keys, values)
+        return Completion(keys, values, chunk, (1.0,) * self.shape.kv_heads)
 
     def step(self, config: HybridConfig) -> Call:
         """All attention of a decode step."""

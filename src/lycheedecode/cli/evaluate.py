@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,7 +148,7 @@ def fidelity(
     kinds = tuple(map(_parse_kind, cells)) if cells else CELLS
     texts = {source: load_text(source) for source in sorted({kind.text for kind in kinds})}
     plans = _plans(plan, model, device, match_bytes or any(map(all_policies.needs_plan, names)))
-    compared = variants(names, plans, config, *sweep.values(), match_bytes)
+    compared = variants(names, plans, config, sweep["budget_tokens"], sweep["block_size"], match_bytes)
     settings = {
         "model": model, "plan": list(plans), "config": config.to_dict(), "cells": list(map(str, kinds)),
         "prompts": prompts, "seed": seed, "policies": [variant.label for variant in compared],
@@ -159,7 +159,7 @@ def fidelity(
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         known = fingerprint(network, plans, texts)
         found = Result("evaluate fidelity", settings, summary={"cells": {}}, fingerprint=known, options=options)
-        if resume:
+        if resume and json_file is not None:
             found = continued(json_file, found.command, settings, known) or found
         _keep(json_file, found)
 
@@ -212,12 +212,14 @@ def _plans(given: Sequence[str] | None, model: str, device: str, needed: bool) -
     """Plans by name; the bundled one of the model where none is given and one is needed or at hand."""
     if not given and not needed and model not in bundled_plans():
         return {}
-    plans = {name or model: load_plan(name, model, device) for name in given or [None]}
+    plans = (
+        {name: load_plan(name, model, device) for name in given} if given else {model: load_plan(None, model, device)}
+    )
     short = [Path(name).stem for name in plans]  # results do not say where files lie, unless they must
     return dict(zip(short, plans.values(), strict=True)) if len(set(short)) == len(short) else plans
 
 
-_COLUMNS = {
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kl_mean": ("mean KL\n(nats)", "{:.4f}".format),
     "kl_p99": ("99% KL\n(nats)", "{:.4f}".format),
     "top1_agreement": ("same top\ntoken", "{:.1%}".format),

@@ -172,7 +172,7 @@ def generate(
             if not full:
                 tokens = result["prompt_tokens"] + len(result["token_ids"])
                 say_what_is_covered(tokens, config.budget_tokens if config.selection == "top_k" else None)
-    known = fingerprint(network, {} if full else {plan or model: head_plan})
+    known = fingerprint(network, {} if head_plan is None else {plan or model: head_plan})
     save(json_file, Result("generate", settings, summary=result, fingerprint=known))
 
 

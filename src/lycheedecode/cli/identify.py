@@ -57,7 +57,7 @@ class Tiered(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         shown = " ".join(self.first).split()
-        hidden = [p for p in self.get_params(ctx) if not (self.everything or p.name in shown)]
+        hidden: list[Any] = [p for p in self.get_params(ctx) if not (self.everything or p.name in shown)]
         for parameter in hidden:
             parameter.hidden = True
         super().format_help(ctx, formatter)
@@ -68,9 +68,10 @@ class Tiered(TyperCommand):
 def show_all(context: typer.Context, wanted: bool) -> None:
     """What `--help-all` does."""
     if wanted:
-        context.command.everything = True
+        command: Any = context.command
+        command.everything = True
         print(context.get_help())
-        context.command.everything = False
+        command.everything = False
         raise typer.Exit
 
 
@@ -166,7 +167,8 @@ def identify(
         if png is not None:
             picture.save(plan, png, output.stem)
         if gates_png is not None:
-            picture.save_gates([state.step for state in history], [state.gate_means for state in history], gates_png)
+            learnt = [(state.step, state.gate_means) for state in history if state.gate_means is not None]
+            picture.save_gates([step for step, _ in learnt], [means for _, means in learnt], gates_png)
     kept = [{"step": state.step, **state.figures, "gate_means": state.gate_means.tolist()} for state in history]
     result = {**facts(plan), "seconds": round(seconds, 1), "peak_gpu_memory_gib": peak_gpu_memory(), "history": kept}
     asked = {"model": model, "preset": preset, **settings.to_dict()}

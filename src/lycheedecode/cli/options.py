@@ -82,9 +82,9 @@ def takes(
 
         parameters = sorted([*own, *options.values()], key=lambda parameter: parameter.kind)
         command.__name__, command.__doc__, command.__module__ = function.__name__, function.__doc__, __name__
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # of functions
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return command  # type: ignore[return-value]
+        return command  # type: ignore[return-value]  # it shows as another
 
     return decorate
 
@@ -110,7 +110,8 @@ def _options(
         declared = flags.get(field.name, f"--{flag}/--no-{flag}" if kind is bool and default else f"--{flag}")
         declared = (declared,) if isinstance(declared, str) else declared
         option = Annotated[
-            kind | None, typer.Option(*declared, help=text, metavar=metavar, rich_help_panel=panels.get(field.name))
+            kind | None,  # type: ignore[valid-type]  # made while it runs
+            typer.Option(*declared, help=text, metavar=metavar, rich_help_panel=panels.get(field.name)),
         ]
         options[field.name] = inspect.Parameter(
             f"{name}_{field.name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option

@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..errors import LycheeError
 
-_UsageError: type[Any] = typer.BadParameter.__base__  # typer has no public name for it
+_UsageError: Any = typer.BadParameter.__base__  # typer has no public name for it
 FAULT = 70
 """Exit status of a fault of ours (EX_SOFTWARE of sysexits.h)."""
 

@@ -51,9 +51,9 @@ def resumable(
         first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         parameters = sorted([first, *own], key=lambda parameter: parameter.kind)
         command.__name__, command.__doc__, command.__module__ = function.__name__, function.__doc__, __name__
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # of functions
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return command  # type: ignore[return-value]
+        return command  # type: ignore[return-value]  # it shows as another
 
     return decorate
 

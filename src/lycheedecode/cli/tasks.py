@@ -97,7 +97,7 @@ def tasks(
     temperature: Annotated[float | None, typer.Option(help="Instead of what the tasks say; 0 is greedy.")] = None,
     seed: Annotated[int, typer.Option(help="Of generated items, sampling and intervals.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
-    execution: Annotated[str, typer.Option(help=f"How steps run: {', '.join(get_args(Execution))}.")] = "auto",
+    execution: Annotated[Execution, typer.Option(help=f"How steps run: {', '.join(get_args(Execution))}.")] = "auto",
     model: Model = DEFAULT_MODEL,
     plan: Plan = None,
     revision: Revision = None,
@@ -139,7 +139,8 @@ def tasks(
     }  # fmt: skip
     with quiet(verbose), progress(f"Loading {model}"):
         network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
-    known = fingerprint(network, {variant.plan_name: variant.plan for variant in compared if variant.plan}, texts)
+    plans = {variant.plan_name: variant.plan for variant in compared if variant.plan_name and variant.plan}
+    known = fingerprint(network, plans, texts)
     found = Result("evaluate tasks", settings, summary={"tasks": []}, fingerprint=known, options=options)
     path = None if json_file is None or str(json_file) == "-" else record_path(json_file)
     again = resume and path is not None and path.is_file()
@@ -214,9 +215,7 @@ def _show(out: Console, cells: Sequence[Mapping[str, Any]], means: Mapping[str, 
         show_table(out, f"mean of {group}", ("", "score"), [(name, f"{value:.3f}") for name, value in values.items()])
 
 
-def _line(
-    entry: Mapping[str, Any], found: Mapping[str, float | None], difference: Mapping[str, float | None] | None
-) -> tuple[str, ...]:
+def _line(entry: Mapping[str, Any], found: Mapping[str, Any], difference: Mapping[str, Any] | None) -> tuple[str, ...]:
     span = "" if found["low"] is None else f"{found['low']:.2f}-{found['high']:.2f}"
     change = ""
     if difference is not None:

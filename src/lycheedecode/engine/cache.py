@@ -36,6 +36,8 @@ class GrowingLayer(CacheLayerMixin):
         self.length = 0
         self.reserved = 0
         self.is_initialized = False
+        self._keys: Tensor
+        self._values: Tensor
 
     @property
     def keys(self) -> Tensor | None:
@@ -149,7 +151,9 @@ class KVCache(Cache):
         super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
         self.starts = starts
         self.place = 0
-        self.forget_state()
+        self.state: State | None = None
+        self.selected_at: int | None = None
+        self._owner: tuple[DecodeAttention | None, int] = None, 0
 
     @property
     def length(self) -> int:
@@ -238,10 +242,9 @@ class KVCache(Cache):
 
     def forget_state(self) -> None:
         """Make the next step select anew, into buffers of its own."""
-        self.state: State | None = None
-        self.selected_at: int | None = None
+        self.state, self.selected_at = None, None
         self.place += 1
-        self._owner: tuple[DecodeAttention | None, int] = None, 0
+        self._owner = None, 0
 
     def kv(self, layer: int) -> KV:
         """What the operations read of a layer."""

@@ -224,4 +224,6 @@ class Replay:
         """Logits `[B, V]`, overwritten by the next call; `filled` counts the slots in use, the new token's included."""
         self._step.token_ids.copy_(token_ids)
         self._step.filled.fill_(filled)
-        return self._captured()
+        logits = self._captured()
+        assert logits is not None  # steps return them
+        return logits

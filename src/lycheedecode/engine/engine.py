@@ -50,6 +50,16 @@ class Engine:
 
     It computes in its own dtype: autocast is off inside.
 
+    >>> from lycheedecode import HybridConfig, Sampling
+    >>> engine = Engine(model, tokenizer, plan=plan, config=HybridConfig(budget_tokens=64, block_size=16))
+    >>> [result] = engine.generate("Once upon a time", max_new_tokens=8, sampling=Sampling(temperature=0.7, seed=0))
+    >>> len(result.token_ids), result.finish_reason
+    (8, 'length')
+    >>> "".join(piece.text for piece in engine.stream("Once upon a time", max_new_tokens=8)) == engine.generate(
+    ...     "Once upon a time", max_new_tokens=8
+    ... )[0].text
+    True
+
     Args:
         model: a causal language model in eval mode.
         tokenizer: needed for text prompts, text results, stop strings and chat templates; None is none.
@@ -100,14 +110,13 @@ class Engine:
         self.config = settings_from(HybridConfig, config, "config")
         plan = plan_from(plan, model, tokenizer, self.config)
         self.shape = supported_shape(model, plan)
-        full = FullAttention(len(self.shape.global_layers), self.shape.num_kv_heads)
+        self._full = FullAttention(len(self.shape.global_layers), self.shape.num_kv_heads)
         self._place = check_place(cache, plan, self.config, store_ratio, self.device.type == "cuda")
+        self.attention: DecodeAttention = attention or self._full
         if plan is not None and self._place == "resident":
-            attention = HybridAttention(plan, draft_config(self.config), self.shape.global_layers)
+            self.attention = HybridAttention(plan, draft_config(self.config), self.shape.global_layers)
         elif plan is not None:
-            attention = OffloadedAttention(plan, self.config, self.shape.global_layers, store_ratio)
-        self.attention: DecodeAttention = attention or full
-        self._full = full
+            self.attention = OffloadedAttention(plan, self.config, self.shape.global_layers, store_ratio)
         self._prefill_chunk = prefill_chunk
         self._reaches = Window.of_layers(model, self.shape)
         self._decoder = Decoder(model, self.attention, self._reaches, execution, backend)
@@ -217,8 +226,8 @@ class Engine:
     ) -> list[Generation]:
         """Generate for one or several prompts; arguments as in `stream`, one `Generation` for each prompt."""
         pieces = self.stream(prompts, max_new_tokens, sampling=sampling, stop=stop, chat=chat, ignore_eos=ignore_eos)
-        finished = [piece for piece in pieces if piece.generation is not None]
-        return [piece.generation for piece in sorted(finished, key=lambda piece: piece.sequence)]
+        finished = {piece.sequence: piece.generation for piece in pieces if piece.generation is not None}
+        return [finished[sequence] for sequence in sorted(finished)]
 
     def stream(
         self,
@@ -297,6 +306,7 @@ class Engine:
     def _result(
         self, context: Context, sequence: int, row: SequenceState, seconds: float, source: Rounds | _Steps
     ) -> Generation:
+        assert row.finish_reason is not None
         return Generation(
             token_ids=tuple(row.token_ids),
             text=row.text,

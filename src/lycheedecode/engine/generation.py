@@ -116,7 +116,7 @@ class Coming:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def tolist(self) -> list[int]:
+    def tolist(self) -> list[Any]:
         """Wait for them."""
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -135,6 +135,6 @@ def refuse_nan(token_id: int, logits: Tensor) -> None:
 def stop_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     """The end tokens of a model and its tokenizer."""
     said = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
-    ends = set(said) if isinstance(said, (list, tuple)) else {said}
-    ends.add(getattr(tokenizer, "eos_token_id", None))
-    return ends - {None}
+    ends = [*said] if isinstance(said, (list, tuple)) else [said]
+    ends.append(getattr(tokenizer, "eos_token_id", None))
+    return {token for token in ends if token is not None}

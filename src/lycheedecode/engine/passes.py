@@ -83,4 +83,4 @@ class DensePass:
         """A pass of one token (`step.Step`)."""
         if rotation is not None:
             query, key = rotation.of_query(query), rotation.of_key(key)
-        return self.attend_tokens(layer, *(x[:, None] for x in (query, key, value)), scale)[:, 0]
+        return self.attend_tokens(layer, query[:, None], key[:, None], value[:, None], scale)[:, 0]

@@ -196,8 +196,8 @@ def attend_within(
         mask = (seen >= first[..., None]) & (seen <= asking[:, None])
         mask = mask if mask.dim() == 2 else mask[:, None]
         tile = query[:, :, begin - (slots - tokens) : end - (slots - tokens)]
-        near = [_repeated(x[:, :, low:end], query) for x in (keys, values)]
-        outputs.append(F.scaled_dot_product_attention(tile, *near, attn_mask=mask, scale=scale))
+        near_keys, near_values = (_repeated(x[:, :, low:end], query) for x in (keys, values))
+        outputs.append(F.scaled_dot_product_attention(tile, near_keys, near_values, attn_mask=mask, scale=scale))
     return torch.cat(outputs, 2)
 
 

@@ -64,11 +64,11 @@ def prove(model: nn.Module, shape: ModelShape, reaches: Sequence[Window]) -> Non
             ) from error
     limit = _MARGIN * _rounding(model) ** 0.5
     for phase, (begin, end) in _PHASES.items():
-        error = _error(found, expected, begin, end)
-        if not error <= limit:  # NaN is no agreement either
+        distance = _error(found, expected, begin, end)
+        if not distance <= limit:  # NaN is no agreement either
             raise ModelError(
-                f"Engine does not reproduce {shape.architecture}: the logits of {phase} differ by {error:.2g} of their "
-                f"spread, where rounding explains {limit:.1g}; check=False runs it all the same."
+                f"Engine does not reproduce {shape.architecture}: the logits of {phase} differ by {distance:.2g} of "
+                f"their spread, where rounding explains {limit:.1g}; check=False runs it all the same."
             )
     _proved.setdefault(model, set()).add(state)
 

@@ -25,6 +25,9 @@ from ..errors import ConfigError
 class Sampling:
     """How the next token is drawn. The default is greedy.
 
+    >>> Sampling(temperature=0.7, top_p=0.9, seed=0)
+    Sampling(temperature=0.7, top_k=0, top_p=0.9, min_p=0.0, seed=0)
+
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k most probable tokens; 0 keeps all.
@@ -165,7 +168,7 @@ class TokenText:
         self._context, self._settled = self._settled, len(self._ids)
 
     def _decoded(self, first: int, last: int) -> str:
-        return self._tokenizer.decode(self._ids[first:last], skip_special_tokens=True)  # type: ignore[attr-defined]
+        return self._tokenizer.decode(self._ids[first:last], skip_special_tokens=True)
 
     def _release(self, end: int) -> str:
         piece = self._known[len(self.text) : end]

@@ -139,7 +139,7 @@ class FixedStep:
         self._starts = cache.starts if starts is None else starts
         self._newest = self.filled[:1]  # an object of its own: to the compiler, one tensor given twice is another case
         self._runs, self._passed = 0, [0] * len(self.stores)
-        self._ends: dict[Window, tuple[Tensor, Tensor | None]] = {}
+        self._ends: dict[Window, tuple[Tensor | None, Tensor | None]] = {}
 
     def run(self, forward: Forward, model: nn.Module) -> Tensor:
         """Logits float32 `[B, V]` of the next token."""
@@ -183,12 +183,13 @@ class FixedStep:
         """See `Step`."""
         keys, values = self.stores[layer]
         self._passed[layer] += 1
-        query = ops.append(keys, values, key, value, self.filled, query, rotation)
+        rotated = ops.append(keys, values, key, value, self.filled, query, rotation)
+        assert rotated is not None  # a query was given
         reach = self._reaches[layer]
         kv = KV(keys[:, :, : self._slots], values[:, :, : self._slots], *self._ends[reach])
         if reach.is_all:
-            return self._attention(layer, query, kv, self.state, scale, self._refresh)
-        return ops.attend(query, kv, scale)
+            return self._attention(layer, rotated, kv, self.state, scale, self._refresh)
+        return ops.attend(rotated, kv, scale)
 
 
 # ---------------------------------------------------------------------- how attention layers find their step
@@ -218,7 +219,7 @@ def _attend(
     key_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    rotation = None if cos is None else Rotation(cos, sin, query_norm, key_norm, eps)
+    rotation = None if cos is None or sin is None else Rotation(cos, sin, query_norm, key_norm, eps)
     return _open_step().attend(layer, query, key, value, scale, rotation)
 
 
@@ -264,7 +265,8 @@ def _attention_layer(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] > 1:
         attend = _attend_tokens_operator if is_compiling() else _attend_tokens
-        return attend(*(x.transpose(1, 2) for x in (query, key, value)), layer_of(module), scale), None
+        rows = [x.transpose(1, 2) for x in (query, key, value)]
+        return attend(rows[0], rows[1], rows[2], layer_of(module), scale), None
     attend = _attend_operator if is_compiling() else _attend
     return attend(query[:, :, 0], key[:, :, 0], value[:, :, 0], layer_of(module), scale)[:, None], None
 
@@ -310,7 +312,7 @@ def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor
     return output.logits.float() if several else output.logits[:, -1].float()
 
 
-INDUCTOR = {"coordinate_descent_tuning": True}
+INDUCTOR: dict[str, Any] = {"coordinate_descent_tuning": True}
 """Options of the compiler: matrix-vector products are its own kernels, worth a search for their launch constants."""
 
 

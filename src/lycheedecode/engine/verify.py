@@ -106,9 +106,8 @@ class Rounds:
         self._sampler = Sampler(sampling, device)
         self._sequences = torch.arange(batch, device=device)
         self._columns = torch.arange(tokens, device=device)
-        numbers = {"dtype": torch.int32, "device": device}
         self._filled, self._starts, self._known, self._drawn_before, self._active = (
-            torch.zeros(batch, **numbers) for _ in range(5)
+            torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(5)
         )
         self._window = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         self._drafted = torch.zeros(1, dtype=torch.int64, device=device)

@@ -52,7 +52,7 @@ class Variant:
     ) -> policies.Decoding:
         """What decodes; with `match_at`, at the budget whose bytes in `steps` steps from so many tokens on are those of
         the plan. `coverage` is asked at the budget that decodes."""
-        config, given = self.config, {"shape": shape, "plan": self.plan}
+        config, given = self.config, dict[str, Any](shape=shape, plan=self.plan)
         if match_at and policies.has_budget(self.policy) and not self.exact:
             heads = len(shape.global_layers) * shape.num_kv_heads
             any_anchors = torch.zeros(heads, heads) if self.is_calibrated else None  # all read as much
@@ -101,7 +101,7 @@ def variants(
         budgeted = policies.has_budget(name)
         planned = policies.needs_plan(name) or (match_bytes and budgeted)
         choices = product(
-            (list(plans) if planned else list(plans)[:1]) or [None],
+            (*plans,) if planned and plans else (next(iter(plans), None),),
             (budgets if budgeted else ()) or (None,),
             (block_sizes if policies.has_blocks(name) else ()) or (None,),
         )
@@ -112,5 +112,5 @@ def variants(
             changes: dict[str, Any] = {} if block is None else {"block_size": block}
             if budget is not None:
                 changes |= {"budget_tokens": budget, "budget_ratio": None, "selection": "top_k"}
-            found.append(Variant(", ".join(parts), name, replace(config, **changes), plans.get(plan), plan))
+            found.append(Variant(", ".join(parts), name, replace(config, **changes), plans.get(plan or ""), plan))
     return found

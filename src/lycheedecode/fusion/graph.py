@@ -68,7 +68,7 @@ def _replace(gm: GraphModule, group: list[Node], norms: bool) -> int:
         return 1
     total = _residual_sum(group)
     if total is not None:
-        other = total.args[1] if total.args[0] is group[0] else total.args[0]
+        other: Any = total.args[1] if total.args[0] is group[0] else total.args[0]
         new = _call(gm, total, group, norm, residual=other)
         total.replace_all_uses_with(new)
         erase(gm, [total, *group, *(norm.nodes if norm else [])])
@@ -136,7 +136,7 @@ def _gated(group: list[Node]) -> tuple[Node | None, list[Node]]:
         silu, product = only_user(gate), only_user(up)
         found = find(GATED, product)
         multiplies = found is not None and (found.named["gate"], found.named["up"]) == (gate, up)
-        if multiplies and value_of(gate).shape == value_of(up).shape:
+        if multiplies and silu is not None and value_of(gate).shape == value_of(up).shape:
             return product, [gate, silu]
     return None, []
 

@@ -25,7 +25,8 @@ def reference(
     if norm is not None:
         wide = x.float()
         x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * norm
-    outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)]
+    every_bias: Sequence[Tensor | None] = biases or [None] * len(weights)
+    outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, every_bias, strict=True)]
     y = F.silu(outputs[0]) * outputs[1] if gated else torch.cat(outputs, -1)
     return y if residual is None else residual + y
 

@@ -47,6 +47,16 @@ def identify(
     8B model at 10K tokens with batch 1, beside 16 GB of bf16 weights. A model spread over several devices by
     `device_map` is measured and trained where it lies.
 
+    >>> settings = IdentifySettings(
+    ...     config=HybridConfig(budget_tokens=64, block_size=16),
+    ...     calibrate_cells=(Cell("noise", 300, "passkey", 1),),
+    ...     calibrate_prompts=2,
+    ...     draws=1,
+    ... )
+    >>> found = identify(model, tokenizer, settings)
+    >>> len(found.retrieval), found.num_layers * found.num_kv_heads
+    (3, 8)
+
     Args:
         model: Hugging Face decoder, frozen, in eval mode.
         tokenizer: its tokenizer.
@@ -73,7 +83,7 @@ def identify(
     return replace(
         plan,
         model={"name": shape.name, "architecture": shape.architecture},
-        gate_means=None if means is None else means.tolist(),
+        gate_means=None if means is None else tuple(map(tuple, means.tolist())),
         provenance=_provenance(settings, plan, time.perf_counter() - started),
     )
 

@@ -31,7 +31,7 @@ class Reach:
         same_layer: whether a retrieval head may serve its own layer's heads (needs selection before attention).
         shards: tensor-parallel ranks; each holds a contiguous range of KV heads and donors stay inside it.
         stages: pipeline stages of equal depth; donors stay inside.
-        layers: those with full attention; None: all.
+        layers: those with full attention; none given: all.
     """
 
     num_layers: int
@@ -39,7 +39,7 @@ class Reach:
     same_layer: bool = True
     shards: int = 1
     stages: int = 1
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, shape: ModelShape, **limits: Any) -> Reach:
@@ -49,7 +49,7 @@ class Reach:
     def __post_init__(self) -> None:
         if self.shards < 1 or self.num_kv_heads % self.shards:
             raise ConfigError(f"{self.num_kv_heads} KV heads cannot be divided evenly over {self.shards} shards.")
-        if self.layers is None:
+        if not self.layers:
             object.__setattr__(self, "layers", tuple(range(self.num_layers)))
         if not 1 <= self.stages <= self.num_layers:
             raise ConfigError(f"{self.num_layers} layers cannot be divided into {self.stages} pipeline stages.")

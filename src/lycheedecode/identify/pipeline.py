@@ -44,20 +44,27 @@ class Stages:
         self._shape = ModelShape.of(model)
         self._checkpoint = Checkpoint(None, settings)
         if folder is not None:
-            sources = {cell.text for cell in (*settings.train_cells, *settings.calibrate_cells)}
+            sources = {cell.text for cell in (*settings.train_cells, *self._cells)}
             known = fingerprint(model, texts={source: load_text(source) for source in sorted(sources)})
             self._checkpoint = Checkpoint(Path(folder), settings, known)
         self._report = report
         self._makers: dict[str, PromptMaker] = {}
         self._batches = 0
 
+    @property
+    def _cells(self) -> tuple[Cell, ...]:
+        assert self._settings.calibrate_cells is not None, "settle(settings) comes first"
+        return self._settings.calibrate_cells
+
     def run(self) -> tuple[HeadPlan, Tensor | None]:
         """The plan, and E[z] `[L, Hkv]` where gates were trained."""
         settings, reach, means = self._settings, self._reach, None
+        number = settings.num_retrieval_heads
+        assert number is not None, "settle(settings) comes first"
         plan_of: Callable[[Collection[Head]], HeadPlan]
         if settings.roles == "sensitivity":
             surrogate = self.surrogate()
-            retrieval = surrogate.search(settings.num_retrieval_heads)
+            retrieval = surrogate.search(number)
 
             def plan_of(heads: Collection[Head]) -> HeadPlan:
                 return surrogate.plan(surrogate.assign(heads))
@@ -68,9 +75,10 @@ class Stages:
                 plan_of = partial(remap, coverage=coverage, reach=reach)
             if settings.roles == "gates":
                 means = self.train(coverage)
-                retrieval = top_heads(means, settings.num_retrieval_heads, reach)
+                retrieval = top_heads(means, number, reach)
             else:
-                retrieval = choose_by_coverage(coverage, reach, settings.num_retrieval_heads)
+                assert coverage is not None
+                retrieval = choose_by_coverage(coverage, reach, number)
         if settings.donors == "same_index":
             return same_index(retrieval, self._shape), means
         if settings.exchange_rounds:
@@ -85,8 +93,8 @@ class Stages:
 
     def sensitivity(self) -> Tensor:
         """The table that `Surrogate` takes."""
-        settings, tables = self._settings, []
-        for cell in settings.calibrate_cells:
+        settings, tables = self._settings, list[Tensor]()
+        for cell in self._cells:
             noise = torch.Generator().manual_seed(random.Random(f"{settings.seed}/draws/{cell}").randrange(2**31))
             name = f"sensitivity-{len(tables)}"
             kept = self._checkpoint.load_all(name)
@@ -106,7 +114,7 @@ class Stages:
     def coverage(self) -> Tensor:
         """See `donors.measure_coverage`."""
         parts: list[dict[str, Tensor]] = []
-        for index, cell in enumerate(self._settings.calibrate_cells):
+        for index, cell in enumerate(self._cells):
             kept = self._checkpoint.load_all(f"coverage-{index}")
             parts += kept
             done = sum(int(part["prompts"]) for part in kept)
@@ -115,8 +123,8 @@ class Stages:
                 prompts = torch.tensor(len(lesson.answer_ids))
                 parts.append({"mass": mass, "tokens": torch.tensor(tokens), "prompts": prompts})
                 self._checkpoint.save(f"coverage-{index}-{batch}", parts[-1])
-        mass, tokens = (torch.stack([part[name] for part in parts]).sum(0) for name in ("mass", "tokens"))
-        return (mass / tokens).float()
+        total = {name: torch.stack([part[name] for part in parts]).sum(0) for name in ("mass", "tokens")}
+        return (total["mass"] / total["tokens"]).float()
 
     def train(self, coverage: Tensor | None) -> Tensor:
         """E[z] `[L, Hkv]` of trained gates; `coverage` finds the donors of a step, None inherits by index."""
@@ -141,7 +149,7 @@ class Stages:
 
     def all_lessons(self) -> list[Lesson]:
         """All calibration prompts, kept together."""
-        return [lesson for cell in self._settings.calibrate_cells for lesson in self.lessons(cell)]
+        return [lesson for cell in self._cells for lesson in self.lessons(cell)]
 
     def lessons(self, cell: Cell, done: int = 0) -> Iterator[Lesson]:
         """The calibration prompts of one kind, a batch at a time, without the first `done` prompts."""
@@ -151,7 +159,7 @@ class Stages:
         prompts = cell.make(
             self._makers, settings.calibrate_prompts, random.Random(f"{settings.seed}/calibrate/{cell}")
         )
-        size, total = self._batch_size(cell), sum(len(self._firsts(each)) for each in settings.calibrate_cells)
+        size, total = self._batch_size(cell), sum(len(self._firsts(each)) for each in self._cells)
         self._batches += ceil(done / size)
         for first in range(done, settings.calibrate_prompts, size):
             yield prepare(self._model, prompts[first : first + size], settings.prefill_chunk)

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .. import ops
 from ..config import HybridConfig
-from ..models.routing import RoutedAttention, refuse_unless_plain, route_attention
+from ..models.routing import RoutedAttention, layer_of, refuse_unless_plain, route_attention
 from ..models.shape import ModelShape
 from ..models.versions import cache_argument
 from ..plan import HeadPlan
@@ -115,7 +116,7 @@ class Drawn:
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, prompts: Sequence[Prompt], chunk: int = 4096, drawn: Drawn | None = None) -> Lesson:
+def prepare(model: PreTrainedModel, prompts: Sequence[Prompt], chunk: int = 4096, drawn: Drawn | None = None) -> Lesson:
     """Prefill prompts of equal length in chunks of `chunk` tokens, and run the teacher over their answers."""
     device = model.get_input_embeddings().weight.device
     if len({len(prompt.prompt_ids) for prompt in prompts}) != 1:
@@ -142,7 +143,7 @@ def prepare(model: nn.Module, prompts: Sequence[Prompt], chunk: int = 4096, draw
     return replace(lesson, teacher=replay(model, lesson, full))
 
 
-def _draw(model: nn.Module, cache: Cache, states: Tensor, drawn: Drawn) -> list[list[int]]:
+def _draw(model: PreTrainedModel, cache: Cache, states: Tensor, drawn: Drawn) -> list[list[int]]:
     """Answers after a prefill whose last hidden states `[B, 1, E]` these are; the cache grows."""
     noise, head, answer = torch.Generator().manual_seed(drawn.seed), model.get_output_embeddings(), []
     for _ in range(drawn.tokens):
@@ -155,16 +156,17 @@ def _draw(model: nn.Module, cache: Cache, states: Tensor, drawn: Drawn) -> list[
     return torch.stack(answer, 1).tolist()
 
 
-def replay(model: nn.Module, lesson: Lesson, attend: Attend) -> Tensor:
+def replay(model: PreTrainedModel, lesson: Lesson, attend: Attend) -> Tensor:
     """Last hidden states `[B, T, E]` of the answer tokens when every global layer attends as `attend` says."""
     shape = ModelShape.of(model)
     inside, others = frozenset(shape.global_layers), RoutedAttention(shape)
 
     def routed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> tuple:
-        if module.layer_idx not in inside:
+        layer = layer_of(module)
+        if layer not in inside:
             return others(module, query, key, value, *rest, **options)
         refuse_unless_plain(options)
-        output = attend(module.layer_idx, _look(query, key, value, lesson.prompt_length, options.get("scaling")))
+        output = attend(layer, _look(query, key, value, lesson.prompt_length, options.get("scaling")))
         return output.to(query.dtype).flatten(1, 2).transpose(1, 2), None
 
     start = lesson.prompt_length
@@ -253,7 +255,7 @@ class Parts(NamedTuple):
 
     def output(self, factor: Tensor | float = 0.0) -> Tensor:
         """The attention output when what is unread weighs `factor` of what its means say."""
-        if self.unread is None:
+        if self.unread is None or self.unread_mass is None:
             return self.read / self.read_mass
         return (self.read + factor * self.unread) / (self.read_mass + factor * self.unread_mass)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import HybridConfig
 from ..plan import Head, HeadPlan
@@ -26,7 +26,7 @@ class Judge:
     plan in which every head retrieves for itself.
     """
 
-    def __init__(self, model: nn.Module, lessons: Sequence[Lesson], config: HybridConfig, reach: Reach) -> None:
+    def __init__(self, model: PreTrainedModel, lessons: Sequence[Lesson], config: HybridConfig, reach: Reach) -> None:
         self._model, self._lessons, self._config = model, lessons, config
         oracle = HeadPlan.all_retrieval(reach.num_layers, reach.num_kv_heads)
         self._units = [max(kl, 1e-4) for kl in self.kl(oracle)]

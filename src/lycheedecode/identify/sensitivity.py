@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import HybridConfig
 from ..plan import Head, HeadPlan
@@ -26,7 +27,7 @@ from .replay import Lesson, Parts, Seen, choose_blocks, full, in_parts, replay
 
 
 def measure_sensitivity(
-    model: nn.Module,
+    model: PreTrainedModel,
     lesson: Lesson,
     configs: Sequence[HybridConfig],
     reach: Reach,
@@ -44,7 +45,7 @@ def measure_sensitivity(
 
 @torch.no_grad()
 def measure_changes(
-    model: nn.Module,
+    model: PreTrainedModel,
     lesson: Lesson,
     config: HybridConfig,
     reach: Reach,
@@ -83,7 +84,7 @@ def _moved(gradient: Tensor, parts: Parts, output: Tensor, factors: Sequence[flo
         return torch.einsum("nbhgtd,bhgtd->nbhgt", gradient, vectors)
 
     before, read, mass = along(output), along(parts.read), parts.read_mass[..., 0]
-    if parts.unread is None:
+    if parts.unread is None or parts.unread_mass is None:
         change = (read / mass - before).sum((-2, -1))
         return change[..., None].expand(*change.shape, len(factors))
     unread, more = along(parts.unread), parts.unread_mass[..., 0]
@@ -91,7 +92,7 @@ def _moved(gradient: Tensor, parts: Parts, output: Tensor, factors: Sequence[flo
     return torch.stack(each, -1)
 
 
-def gradients(model: nn.Module, lesson: Lesson, draws: int, generator: torch.Generator) -> dict[int, Tensor]:
+def gradients(model: PreTrainedModel, lesson: Lesson, draws: int, generator: torch.Generator) -> dict[int, Tensor]:
     """Gradient of the log-probability of drawn answers with respect to every global layer's attention output,
     `[draws, B, Hkv, G, T, D]`."""
     probes: dict[int, Tensor] = {}

@@ -24,6 +24,9 @@ Penalty = Literal["two_sided", "one_sided"]
 class IdentifySettings:
     """How roles and donors are found. Raises `ValueError` with one sentence when a value makes no sense.
 
+    >>> IdentifySettings(num_retrieval_heads=24, config=HybridConfig(budget_tokens=1024)).roles
+    'sensitivity'
+
     Attributes:
         num_retrieval_heads: retrieval heads of the plan, the first layer's included; None: an eighth of all.
         config: the decode form that the plan is made for; a mapping of settings becomes one.

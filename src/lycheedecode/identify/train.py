@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import HybridConfig
 from ..plan import Head
@@ -73,7 +74,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         makers: dict[str, PromptMaker],
         settings: IdentifySettings,
         reach: Reach,
@@ -90,6 +91,7 @@ class Trainer:
         for layer, head in reach.always_retrieval:
             fixed[layer, head] = True
         self.learnt = ~fixed.to(self.device)
+        assert settings.num_retrieval_heads is not None, "settle(settings) comes first"
         wanted = settings.num_retrieval_heads - len(reach.always_retrieval)
         self.lagrangian = Lagrangian(
             wanted / int(self.learnt.sum()),

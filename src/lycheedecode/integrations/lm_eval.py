@@ -111,7 +111,9 @@ class LycheeLM(TemplateLM):
         given = {**arg_dict, **{name: value for name, value in (additional_config or {}).items() if value is not None}}
         given.pop("max_batch_size", None)
         own = {name: given.pop(name) for name in ("batch_size", "seed") if name in given}
-        where = {name: str(given.pop(name)) for name in ("device", "dtype", "revision") if name in given}
+        where: dict[str, Any] = {
+            name: str(given.pop(name)) for name in ("device", "dtype", "revision") if name in given
+        }
         name, plan = str(given.pop("pretrained", DEFAULT_MODEL)), given.pop("plan", None)
         if plan is None and name not in bundled_plans():
             raise TaskRequestError(f"There is no bundled head plan for {name!r}: give plan=FILE, or plan=full.")

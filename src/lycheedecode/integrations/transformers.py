@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..attention import HybridAttention, HybridState
 from ..checks import check_tokenizer, settings_from
@@ -35,8 +36,11 @@ def hybrid(
     the candidates of assisted decoding) are dense. Compilation of static caches is off inside the context. Where the
     plan completes heads, means of chunks are made anew at every step, from all of the cache; `Engine` keeps them.
 
-    >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):  # doctest: +SKIP
-    ...     model.generate(**inputs, max_new_tokens=100)
+    >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
+    >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):
+    ...     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    >>> output.shape[1] - inputs["input_ids"].shape[1]
+    4
 
     Raises:
         ModelError: the model's attention cannot be replaced, or is routed already.
@@ -56,13 +60,13 @@ def hybrid(
         raise ConfigError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
     if config.scan_keys != "cache":
         raise ConfigError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
-    plan = plan_from(plan, model, tokenizer, config)
-    if plan is None:
+    head_plan = plan_from(plan, model, tokenizer, config)
+    if head_plan is None:
         raise ConfigError("Hybrid decoding needs a plan: a HeadPlan, the name or file of one, or 'auto'.")
-    shape = supported_shape(model, plan)
+    shape = supported_shape(model, head_plan)
     if getattr(inner_model(model).config, "output_attentions", False):
         raise ModelError(_NO_WEIGHTS)
-    routed = RoutedAttention(shape, _MaskedSteps(HybridAttention(plan, config, shape.global_layers)))
+    routed = RoutedAttention(shape, _MaskedSteps(HybridAttention(head_plan, config, shape.global_layers)))
     with route_attention(model, routed), _without_compilation(inner_model(model)), _with_cache(inner_model(model)):
         yield model
 
@@ -90,6 +94,7 @@ class _MaskedSteps(threading.local):
         self._layer, self._mask = layer, mask
         self._make_room(keys)
         kv = KV(keys, values, self._lengths, self._starts)
+        assert self._state is not None
         if self._state.means is not None and layer in self._state.means.layers:
             self._state.means.write(layer, kv)
         return self._attention(layer, query, kv, self._state, scale)
@@ -123,7 +128,7 @@ def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]
 
 
 @contextmanager
-def _with_cache(model: nn.Module) -> Iterator[None]:
+def _with_cache(model: PreTrainedModel) -> Iterator[None]:
     """Refuse passes without a cache, which would read the prompt anew, densely; and to return attention weights."""
 
     def refuse(_: nn.Module, __: Any, options: dict[str, Any]) -> None:

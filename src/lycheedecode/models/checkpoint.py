@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,11 @@ from .gguf import Header
 from .gguf_config import POSITION_TENSORS
 from .shape import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def read_model(name: str, where: str, config: Any, **options: Any) -> nn.Module:
+
+def read_model(name: str, where: str, config: Any, **options: Any) -> PreTrainedModel:
     """Load a decoder with `from_pretrained`, and refuse what it would fill with random numbers.
 
     Args:

@@ -115,10 +115,10 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[Header, int]:
     alignment = values.get("general.alignment", 32) or 1
     begin = -(-at // alignment) * alignment
     tensors, end = {}, begin
-    for name, shape, kind, offset in table:
+    for name, sizes, kind, offset in table:
         block, size = GGML_QUANT_SIZES.get(kind, (1, 0))
-        tensors[name] = shape, kind, begin + offset
-        end = max(end, begin + offset + prod(shape) // block * size)
+        tensors[name] = sizes, kind, begin + offset
+        end = max(end, begin + offset + prod(sizes) // block * size)
     return Header(path, values, tensors), end
 
 

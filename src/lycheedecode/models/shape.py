@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..checks import shown
 from ..errors import LycheeError
 from .positions import Positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelError(LycheeError):
@@ -84,7 +87,7 @@ def inner_model(model: nn.Module) -> Any:
     return found
 
 
-def text_config(model: nn.Module) -> Any:
+def text_config(model: PreTrainedModel) -> Any:
     """The config of the decoder in a transformers model."""
     return model.config.get_text_config(decoder=True)
 

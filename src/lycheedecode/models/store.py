@@ -115,6 +115,7 @@ class Store:
 
     def _stamp_of_entry(self) -> object:
         try:
-            return json.loads((self._entry / "source.json").read_text(encoding="utf-8"))  # type: ignore[operator]
+            assert self._entry is not None  # the callers have one
+            return json.loads((self._entry / "source.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None

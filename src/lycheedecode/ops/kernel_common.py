@@ -385,9 +385,11 @@ def _merge(
         for c in tl.static_range(CHUNK):
             part = first + chunk + c
             here = chunk + c < SPLITS
-            parts += (tl.load(partial + part * (G * D) + within, mask=mask & here, other=0.0, cache_modifier=".cg"),)
+            part_output = tl.load(partial + part * (G * D) + within, mask=mask & here, other=0.0, cache_modifier=".cg")
+            parts += (part_output,)  # type: ignore[assignment]  # the loop is unrolled
             at = sums + part * G + g
-            masses += (tl.load(at, mask=(g < G) & here, other=float("-inf"), cache_modifier=".cg"),)
+            part_mass = tl.load(at, mask=(g < G) & here, other=float("-inf"), cache_modifier=".cg")
+            masses += (part_mass,)  # type: ignore[assignment]  # the loop is unrolled
         new_peak = peak
         for c in tl.static_range(CHUNK):
             new_peak = tl.maximum(new_peak, masses[c])

@@ -3,7 +3,8 @@
 Eager calls go to the kernels directly: an operator's dispatch takes longer than a small kernel runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def scan_blocks(
 
 def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections, limits: Tensor | None = None) -> None:
     """See `ops.select_blocks`."""
-    run = _select_blocks_operator if is_compiling() else _select_blocks
+    run: Callable[..., None] = _select_blocks_operator if is_compiling() else _select_blocks
     run(scores, *kv, *Rule.of(config), *out, limits)
 
 
@@ -57,7 +58,7 @@ def scan_select(
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `ops.scan_select`."""
-    run = _scan_select_operator if is_compiling() else _scan_select
+    run: Callable[..., None] = _scan_select_operator if is_compiling() else _scan_select
     more = (copy, limits, sinks, *(scales or (None, None)))
     run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out, *more)
 
@@ -78,8 +79,8 @@ def attend_blocks(
 ) -> Tensor:
     """See `ops.attend_blocks`."""
     if not is_compiling():
-        more = {"completion": completion, "sinks": sinks, "scales": scales, "places": places}
-        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out, **more)
+        forms: dict[str, Any] = {"completion": completion, "sinks": sinks, "scales": scales, "places": places}
+        return attend_sparsely(query, kv, selections, rows, block_size, scale, heads, out=out, **forms)
     means = (None, None, 0, ()) if completion is None else completion
     more = (*means, sinks, *(scales or (None, None)), places)
     result = _attend_blocks_operator(query, *kv, *selections, rows, block_size, scale, heads, *more)
@@ -206,9 +207,11 @@ def _attend_blocks(
     places: Tensor | None,
 ) -> Tensor:
     kv, selections = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
-    completion = None if mean_keys is None else Completion(mean_keys, mean_values, chunk, tuple(factors))
+    completion = (
+        None if mean_keys is None or mean_values is None else Completion(mean_keys, mean_values, chunk, tuple(factors))
+    )
     scales = _pair(key_scales, value_scales)
-    more = {"completion": completion, "sinks": sinks, "scales": scales, "places": places}
+    more: dict[str, Any] = {"completion": completion, "sinks": sinks, "scales": scales, "places": places}
     return attend_sparsely(query, kv, selections, rows, block_size, scale, _as_tuple(heads), **more)
 
 
@@ -230,7 +233,7 @@ def _attend(
 
 
 def _pair(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if keys is None else (keys, values)
+    return None if keys is None or values is None else (keys, values)
 
 
 def _as_tuple(heads: Sequence[int] | None) -> tuple[int, ...] | None:

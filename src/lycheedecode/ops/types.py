@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -76,11 +77,14 @@ class Selections(NamedTuple):
 
     def rows(self, first: int, count: int) -> Selections:
         """View of `count` consecutive rows."""
-        return Selections(*(None if part is None else part[first : first + count] for part in self))
+        return self._views(lambda part: part[first : first + count])
 
     def sequences(self, count: int) -> Selections:
         """View of the first `count` sequences."""
-        return Selections(*(None if part is None else part[:, :count] for part in self))
+        return self._views(lambda part: part[:, :count])
+
+    def _views(self, of: Callable[[Tensor], Tensor]) -> Selections:
+        return Selections(of(self.blocks), of(self.counts), None if self.taken is None else of(self.taken))
 
     def count_taken(self, blocks_per_chunk: int) -> None:
         """Write `taken` anew from `blocks`."""

@@ -91,7 +91,7 @@ def make(
         raise PolicyError(f"The policy {name!r} needs the coverage of calibration prompts (identify.donors).")
     if plan is not None:
         check_plan(plan, shape)
-    given = {"config": replace(config, **settings), "plan": plan, "coverage": coverage, "seed": seed}
+    given: dict[str, Any] = {"config": replace(config, **settings), "plan": plan, "coverage": coverage, "seed": seed}
     known = {field.name for field in fields(policy)}
     return policy(**{key: value for key, value in given.items() if key in known}).on(shape)
 

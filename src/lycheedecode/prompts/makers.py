@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..checks import check_types
 from ..errors import ConfigError, InputError
@@ -215,7 +215,14 @@ class Cell:
         return [make(self.length, self.count, rng) for _ in range(number)]
 
 
-def makers_for(tokenizer: Any, cells: Sequence[Cell], split: Split) -> dict[str, PromptMaker]:
+class _OfText(Protocol):
+    """A kind of prompts that is made of a text."""
+
+    @property
+    def text(self) -> str: ...
+
+
+def makers_for(tokenizer: Any, cells: Sequence[_OfText], split: Split) -> dict[str, PromptMaker]:
     """One maker for each text that the cells name."""
     return {text: PromptMaker(tokenizer, text, split) for text in sorted({cell.text for cell in cells})}
 

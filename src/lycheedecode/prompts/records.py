@@ -75,9 +75,8 @@ def _json(path: Path, file: IO[str]) -> Iterator[Record]:
     except (
         ValueError,
         RecursionError,
-    ):  # an object or a list over several lines, or a mistake that the whole text tells better
-        values = _parsed(path, "".join(chain([first], file)), number)
-        yield from _unpacked(path, list(values))
+    ):  # an object or a list over several lines, or a mistake that the whole tells better
+        yield from _unpacked(path, list(_parsed(path, "".join(chain([first], file)), number)))
         return
     later = ((at, line) for at, line in enumerate(file, start=number + 1) if line.strip())
     following = next(later, None)

@@ -58,7 +58,11 @@ def make_items(
     for i in range(number):
         # Strings seed alike on every machine; every size of an item draws the same facts.
         name = f"ruler/{seed}/{kind}/{length}/{i}"
-        items.append(fitter.longest(lambda size, name=name, i=i: KINDS[kind](sources, size, random.Random(name), i)))
+
+        def build(size: int, name: str = name, i: int = i) -> Item:
+            return KINDS[kind](sources, size, random.Random(name), i)
+
+        items.append(fitter.longest(build))
     return items
 
 

@@ -173,7 +173,8 @@ def _run(task: Any, cell: _Cell, lm: LycheeLM, options: TaskOptions) -> dict[str
     from lm_eval.evaluator import evaluate
 
     chat = _chats(cell.task, lm, options)
-    scores, base = {}, {}
+    scores: dict[str, Any] = {}
+    base: dict[int, float] = {}
     for name in lm.engines:
         lm.chosen, lm.templated = name, chat
         result = evaluate(
@@ -228,7 +229,9 @@ class _Item:
     def note(self, cell: _Cell, lm: LycheeLM) -> None:
         """Put it into the record, where there is one."""
         note = getattr(lm.answers, "note", None)
-        for number, key in enumerate(self.answers if note else ()):
+        if note is None:
+            return
+        for number, key in enumerate(self.answers):
             facts = {"task": cell.task, "length": cell.length, "document": self.document, "number": number}
             note(key, **facts, prompt_hash=self.prompt_hash)
             if self.skipped is None:
@@ -261,7 +264,7 @@ def _score(items: Sequence[_Item], task: Any, seed: int) -> tuple[dict[str, Any]
         entry["cut_off"] = sum(answer.finish_reason == "length" for answer in answers)
     read = [answer.kv_bytes_per_token for answer in answers if answer.kv_bytes_per_token is not None]
     entry["kv_bytes_per_token"] = fmean(read) if read else None
-    first = next(iter(metrics), None)
-    values = {item.document: item.named().get(first) for item in kept if first in item.named()}
+    first = next(iter(metrics), "")
+    values = {item.document: item.named()[first] for item in kept if first in item.named()}
     numeric = all(isinstance(value, Real) for value in values.values())
     return entry, {document: float(value) for document, value in values.items()} if numeric else {}

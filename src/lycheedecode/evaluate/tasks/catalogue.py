@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
@@ -72,7 +72,7 @@ def _harness_tasks() -> Any:
 def check_data(names: Sequence[str], data: Path | None) -> None:
     """Raise `DataError` when the data of one of our tasks cannot be found; what is found is kept for later."""
     folder = None if data is None else str(data)
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "qa_1": partial(read_squad, data),
         "qa_2": partial(read_hotpotqa, data),
         "aime24": partial(aime24, folder),

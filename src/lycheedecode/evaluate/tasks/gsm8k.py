@@ -88,7 +88,11 @@ def make_items(
     made = []
     for i, problem in enumerate(asked):
         shown = random.Random(f"gsm8k/{seed}/{length}/{i}").sample(examples, len(examples))
-        item = fitter.longest(lambda size, shown=shown, problem=problem: _item(shown[:size], problem))
+
+        def build(size: int, shown: Sequence[Any] = shown, problem: Any = problem) -> Item:
+            return _item(shown[:size], problem)
+
+        item = fitter.longest(build)
         made.append({"text": item.text, "answer": problem.answer})
     return made
 

@@ -88,6 +88,7 @@ class Record(MutableMapping[Key, Answer]):
         self.close()
 
     def _write(self) -> None:
+        assert self._path is not None
         unfinished = self._path.with_name(f"{self._path.name}.part")
         with unfinished.open("w", encoding="utf-8") as file:
             file.write(_dump({"settings": self._settings}))

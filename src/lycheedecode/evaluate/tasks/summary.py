@@ -39,12 +39,12 @@ def averages(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
                 if cell["task"] in members:
                     found.setdefault((family, cell["length"]), []).append(scores)
     means = {}
-    for (family, length), members in found.items():
+    for (family, length), tasks in found.items():
         every = len(catalogue.FAMILIES[family])
         name = family if length is None else f"{family}, {length} tokens"
-        name += f", {len(members)} of {every} tasks" if len(members) < every else ""
-        if len(members) > 1:
-            means[name] = {policy: fmean(_first(scores[policy]) for scores in members) for policy in members[0]}
+        name += f", {len(tasks)} of {every} tasks" if len(tasks) < every else ""
+        if len(tasks) > 1:
+            means[name] = {policy: fmean(_first(scores[policy]) for scores in tasks) for policy in tasks[0]}
     return means
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..dispatch import kernel_obstacle
@@ -34,7 +36,9 @@ def append(
     Returns:
         The query, rotated; `query` itself without a rotation.
     """
-    implementation = reference
+    implementation: ModuleType = reference
     if keys.is_cuda and kernel_obstacle(key) is None:
-        from . import triton as implementation
+        from . import triton
+
+        implementation = triton
     return implementation.append(keys, values, key, value, filled, query, rotation)

@@ -18,7 +18,7 @@ def append(
     rotation: Rotation | None = None,
 ) -> Tensor | None:
     if rotation is not None:
-        key, query = rotation.of_key(key), rotation.of_query(query)
+        key, query = rotation.of_key(key), None if query is None else rotation.of_query(query)
     tokens = filled.shape[0] // keys.shape[0]
     sequence, slot = torch.arange(filled.shape[0], device=filled.device) // tokens, filled.long() - 1
     keys[sequence, :, slot] = key

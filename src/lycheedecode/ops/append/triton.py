@@ -79,7 +79,8 @@ def append(
             raise ValueError(f"{name} must have a contiguous last dimension, not strides {tensor.stride()}.")
     batch, heads, dim = key.shape
     if rotation is None:
-        out, query_heads, constants = query, 0, (None, None, None, None, 0.0)
+        out, query_heads = query, 0
+        constants: tuple[Tensor | float | None, ...] = (None, None, None, None, 0.0)
         strides = (0, 0, 0, 0)
     else:
         out, query_heads = torch.empty(query.shape, dtype=query.dtype, device=query.device), query.shape[1]

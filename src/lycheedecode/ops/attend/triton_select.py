@@ -124,7 +124,7 @@ def attend_select(
     """See `ops.attend_select`."""
     select.check_selections(out, (len(heads), query.shape[0]))
     rule, size = Rule.of(config), config.block_size
-    enough = out.enough_tokens(config.selection, size, config.refresh_every)
+    enough = out.enough_tokens(config.strategy, size, config.refresh_every)
     if size <= default_tuning(query.shape[0] * len(heads), kv).tile:
         output, worth = attend_worth(query, kv, heads, size, scale, config.block_score)
     else:  # a tile would not hold a block

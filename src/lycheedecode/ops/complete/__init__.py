@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..dispatch import kernel_obstacle
@@ -30,7 +32,9 @@ def write_means(
     most = kv.slots // chunk if most is None else most
     if not most:
         return
-    implementation = reference
+    implementation: ModuleType = reference
     if keys.is_cuda and kernel_obstacle(keys) is None:
-        from . import triton as implementation
+        from . import triton
+
+        implementation = triton
     implementation.write_means(kv, chunk, keys, values, first, most)

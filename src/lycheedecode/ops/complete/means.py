@@ -35,6 +35,7 @@ class ChunkMeans:
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, Hkv, C, D]`, as a `Completion` has them."""
+        assert self.means is not None, "before_step comes first"
         keys, values = self.means[:, self.layers.index(layer)]
         return keys, values
 

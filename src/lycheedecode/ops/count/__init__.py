@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,10 @@ def count_bytes(
     """
     if len(costs) != len(selections.blocks) + 1:
         raise ValueError(f"costs must be one for each of {len(selections.blocks)} rows, and one; not {len(costs)}.")
-    implementation = reference
+    implementation: ModuleType = reference
     if total.is_cuda and HAS_TRITON and HAS_COMPILER:
-        from . import triton as implementation
+        from . import triton
+
+        implementation = triton
     each = constant(costs, torch.float64, total.device)
     implementation.count_bytes(total, lengths, selections, each, block_size, enough, means, limits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,11 @@ def add_noise(logits: Tensor, seed: Tensor, sequences: Tensor, positions: Tensor
             raise ValueError(f"{name} must be int32 {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}.")
     if logits.dtype != torch.float32 or logits.dim() != 2:
         raise ValueError(f"logits must be float32 [rows, V], not {logits.dtype} {tuple(logits.shape)}.")
-    implementation = reference
+    implementation: ModuleType = reference
     if logits.is_cuda and HAS_TRITON and HAS_COMPILER:
-        from . import triton as implementation
+        from . import triton
+
+        implementation = triton
     return implementation.add_noise(logits, seed, sequences, positions)
 
 

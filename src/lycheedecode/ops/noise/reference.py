@@ -11,7 +11,7 @@ FACTORS = (16, 0x7FEB352D), (15, 0x846CA68B)
 
 
 def add_noise(logits: Tensor, seed: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
-    keys = []
+    keys: list[Tensor] = []
     for word in seed.unbind():
         key = mixed(sequences * signed(GOLDEN) + (word ^ signed(GOLDEN >> len(keys))))
         keys.append(mixed(key + positions + 1)[:, None])

@@ -33,6 +33,7 @@ class KeyCopy:
 
     def of_layer(self, layer: int) -> Tensor:
         """`[B, R, capacity, D]`, what `ops.scan_select` takes."""
+        assert self.copy is not None, "before_step comes first"
         first = sum(len(heads) for other, heads in self.heads.items() if other < layer)
         return self.copy[first : first + len(self.heads[layer])].transpose(0, 1)
 

@@ -25,12 +25,12 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections,
     value, chosen = value[..., :capacity], chosen[..., :capacity]
 
     keep = value > -inf
-    if config.selection == "ratio":
+    if config.selection == "ratio" and config.budget_ratio is not None:
         wanted = torch.ceil(config.budget_ratio * exists.sum(-1, keepdim=True))
         keep &= (torch.arange(value.shape[-1], device=value.device) < wanted) | (value == inf)
-    elif config.selection == "threshold":
+    elif config.selection == "threshold" and config.threshold is not None:
         keep &= value >= config.threshold
-    elif config.selection == "top_p":
+    elif config.selection == "top_p" and config.top_p is not None:
         mass = scores.gather(-1, chosen).masked_fill(~keep, 0.0)
         keep &= (mass.cumsum(-1) - mass < config.top_p) | (value == inf)
     if limits is not None:

@@ -148,7 +148,8 @@ def _blocks_of_mass(amount, forced, keys, row, LANES: tl.constexpr, EACH: tl.con
             high = tl.where(enough, high, middle - 1)
         reach, above, _ = _count(low, low + 1, _FORCED, keys, row, LANES, EACH, HELD)
         missing = amount - _mass(low + 1, keys, row, LANES, EACH, HELD)
-        ties = tl.ceil(missing / tl.maximum(low.to(tl.float32, bitcast=True), 1e-38))
+        as_float = low.to(tl.float32, bitcast=True)  # type: ignore[attr-defined]  # in a kernel, numbers are tensors
+        ties = tl.ceil(missing / tl.maximum(as_float, 1e-38))
         wanted = above + tl.minimum(tl.maximum(ties, 1.0), (reach - above).to(tl.float32)).to(tl.int32)
     return wanted
 
@@ -290,9 +291,10 @@ class Rule(NamedTuple):
     @classmethod
     def of(cls, config: HybridConfig) -> Rule:
         amount = {"ratio": config.budget_ratio, "threshold": config.threshold, "top_p": config.top_p}
+        strategy = config.strategy
         return cls(
-            config.selection,
-            float(amount.get(config.selection) or 0.0),
+            strategy,
+            float(amount.get(strategy) or 0.0),
             config.sink_tokens,
             config.recent_tokens,
             config.refresh_every,

@@ -44,7 +44,7 @@ def _is_small(text: str) -> bool:
         return False
     for exponent in _EXPONENT.findall(text):
         number = value(exponent)
-        if number is not None and abs(number) > _MOST_EXPONENT:
+        if number is not None and not -_MOST_EXPONENT <= number <= _MOST_EXPONENT:
             return False
         if number is None and not re.search("[a-zA-Z]", exponent):
             return False

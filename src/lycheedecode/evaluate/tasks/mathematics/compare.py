@@ -117,8 +117,8 @@ def _named_point(one: Node, two: Node, tolerance: float | Sequence[float]) -> bo
     if group.text != "()" or not listed.parts or not all(part.name for part in listed.parts):
         return False
     ordered = sorted(listed.parts, key=lambda part: part.name)
-    pair = (ordered, group.parts) if listed is one else (group.parts, ordered)
-    return _in_order(*pair, tolerance)
+    left, right = (ordered, group.parts) if listed is one else (group.parts, ordered)
+    return _in_order(left, right, tolerance)
 
 
 # ---------------------------------------------------------------------- single expressions
@@ -139,10 +139,10 @@ def _same_leaf(one: Node, two: Node, tolerance: float) -> bool:
         return _same_share(one.text, two.text, tolerance)
     if ":" in one.text and ":" in two.text:
         return _same_ratio(one.text, two.text)
-    numbers = value(one.text), value(two.text)
-    if None not in numbers:
+    left, right = value(one.text), value(two.text)
+    if left is not None and right is not None:
         decimal = any(re.search(r"\d\.\d|\.\d", node.text) for node in (one, two))
-        return _close(*numbers, tolerance, decimal)  # type: ignore[arg-type]
+        return _close(left, right, tolerance, decimal)
     if any(re.search(r"\d \d", node.text) for node in (one, two)):  # two numbers side by side are none
         return False
     return algebra.is_equal(one.text, two.text)
@@ -161,12 +161,12 @@ def _same_share(one: str, two: str, tolerance: float) -> bool:
     texts = [re.sub(r"\\?%", "", text) for text in (one, two)]
     if texts[0] == texts[1]:
         return True
-    numbers = [value(text) for text in texts]
-    if None in numbers:
+    left, right = map(value, texts)
+    if left is None or right is None:
         return False
-    if _close(numbers[0], numbers[1], tolerance, False):  # type: ignore[arg-type]
+    if _close(left, right, tolerance, False):
         return True
-    shares = [number / 100 if "%" in text else number for number, text in zip(numbers, (one, two), strict=True)]
+    shares = [number / 100 if "%" in text else number for number, text in ((left, one), (right, two))]
     return _close(shares[0], shares[1], 0.0, False)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from .solution import braced
 
@@ -98,13 +99,13 @@ def _plain_styles(text: str) -> str:
     return text.replace("\0", "\\text")
 
 
-def _unwrapped(text: str, commands: str, make: object) -> str:
+def _unwrapped(text: str, commands: str, make: Callable[[str], str]) -> str:
     pattern = re.compile(rf"\\(?:{commands})\s*(?=\{{)")
     while found := pattern.search(text):
         inside = braced(text, found.end())
         if inside is None:
             return text
-        text = text[: found.start()] + make(inside) + text[found.end() + len(inside) + 2 :]  # type: ignore[operator]
+        text = text[: found.start()] + make(inside) + text[found.end() + len(inside) + 2 :]
     return text
 
 

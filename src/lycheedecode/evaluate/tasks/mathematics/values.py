@@ -133,7 +133,8 @@ class _Reader:
         if token in ("(", "{"):
             return self._inside({"(": ")", "{": "}"}[token])
         if token == "|":
-            return abs(self._inside("|"))
+            inside = self._inside("|")
+            return -inside if inside < 0 else inside
         if token == "e":
             return math.e
         return self._command(token)
@@ -212,8 +213,9 @@ def _root(number: Number, degree: Number) -> Number:
         return -_root(-number, degree)
     if isinstance(number, Fraction):
         parts = [_whole_root(part, power) for part in (number.numerator, number.denominator)]
-        if None not in parts:
-            return Fraction(*parts)
+        whole = [part for part in parts if part is not None]
+        if len(whole) == 2:
+            return Fraction(*whole)
     return float(number) ** (1 / power)
 
 
