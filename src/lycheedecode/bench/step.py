@@ -80,7 +80,7 @@ def run(settings: StepSettings, device: str) -> dict[str, Any]:
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
     if settings.smoke and device == "cpu":
         settings = replace(settings, execution="graph")
-    rows: list[Row] = []
+    rows: list[StepRow] = []
     left_out: list[str] = []
     for context in settings.contexts:
         for batch in settings.batches:

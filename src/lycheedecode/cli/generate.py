@@ -138,15 +138,14 @@ def generate(
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         if plan == "auto":
             head_plan = _find(network, tokenizer, config)
-        place = {"cache": cache, "store_ratio": store_ratio}
-        engine = Engine(network, tokenizer, plan=head_plan, config=config, **place)
+        engine = Engine(network, tokenizer, plan=head_plan, config=config, cache=cache, store_ratio=store_ratio)
         if chat is None:
             chat = bool(getattr(tokenizer, "chat_template", None))
         settings = {
             "model": model, "plan": None if full else plan or model, "config": config.to_dict(), "chat": chat,
             "dtype": str(network.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
             "sampling": vars(sampling), "stop": stop or [], "ignore_eos": ignore_eos, "compare": against,
-            **place,
+            "cache": cache, "store_ratio": store_ratio,
         }  # fmt: skip
         if against:
             [prompt_ids] = encode(text, tokenizer, chat)

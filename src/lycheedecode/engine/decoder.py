@@ -130,12 +130,12 @@ class Decoder:
         cache = context.cache
         state, refresh = cache.state_for(self.attention)
         if isinstance(cache, HostCache):  # there is one way to decode from there
-            step = self._fixed(context, state, refresh)
-            step.token_ids.copy_(token_ids)
-            step.filled.fill_(cache.length + 1)
+            fixed = self._fixed(context, state, refresh)
+            fixed.token_ids.copy_(token_ids)
+            fixed.filled.fill_(cache.length + 1)
             with self.route:
-                logits = step.run(steps.forward, self.model)
-            step.check_layers()
+                logits = fixed.run(steps.forward, self.model)
+            fixed.check_layers()
             cache.advance()
             return logits
         filled = cache.length + 1

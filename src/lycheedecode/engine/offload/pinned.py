@@ -28,7 +28,8 @@ def pin(owner: Any, *tensors: Tensor) -> Callable[[], Any]:
     Raises:
         HostMemoryError: the system does not let this program.
     """
-    runtime, done = torch.cuda.cudart(), []
+    runtime: Any = torch.cuda.cudart()
+    done: list[Tensor] = []
     for tensor in tensors:
         status = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
         if status:
