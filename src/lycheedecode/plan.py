@@ -27,7 +27,7 @@ class PlanError(LycheeError):
 
     >>> HeadPlan.from_donors([[(1, 0)], [(1, 0)]])
     Traceback (most recent call last):
-    lycheedecode.plan.PlanError: The donor (1, 0) of layer 0, KV head 0 lies in a later layer: its selection would come too late.
+    lycheedecode.plan.PlanError: The donor (1, 0) of layer 0, KV head 0 lies in a later layer: its selection ...
     """
 
 

@@ -288,7 +288,7 @@ def _real_case(
     context = next(iter(engines.values())).prefill(prompts, room=settings.tokens + spare)
     first: list[Any] = []
     for name, engine in engines.items():
-        given = {"sampling": sampling, "ignore_eos": True}
+        given: dict[str, Any] = {"sampling": sampling, "ignore_eos": True}
         engine.generate(context, min(settings.tokens, 40), **given)  # compiles and captures
         results = engine.generate(context, settings.tokens, **given)
         first = first or results

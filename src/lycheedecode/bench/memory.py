@@ -8,7 +8,7 @@ something with a real model alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ HEADER = (
 )
 
 
-def format_row(row: dict[str, Any]) -> str:
+def format_row(row: Mapping[str, Any]) -> str:
     """A line of the table under `HEADER`."""
     store = "resident" if row["store_percent"] is None else f"{row['store_percent']}%"
     sizes = f"{row['bytes_on_gpu'] / 1e6:8.1f} {row['bytes_on_host'] / 1e6:8.1f}"

@@ -52,13 +52,10 @@ class Engine:
 
     >>> from lycheedecode import HybridConfig, Sampling
     >>> engine = Engine(model, tokenizer, plan=plan, config=HybridConfig(budget_tokens=64, block_size=16))
-    >>> [result] = engine.generate("Once upon a time", max_new_tokens=8, sampling=Sampling(temperature=0.7, seed=0))
+    >>> [result] = engine.generate("Once upon a time", max_new_tokens=8, sampling=Sampling(seed=0), ignore_eos=True)
     >>> len(result.token_ids), result.finish_reason
     (8, 'length')
-    >>> "".join(piece.text for piece in engine.stream("Once upon a time", max_new_tokens=8)) == engine.generate(
-    ...     "Once upon a time", max_new_tokens=8
-    ... )[0].text
-    True
+    >>> pieces = [piece.text for piece in engine.stream("Once upon a time", max_new_tokens=8)]
 
     Args:
         model: a causal language model in eval mode.

@@ -47,13 +47,14 @@ def identify(
     8B model at 10K tokens with batch 1, beside 16 GB of bf16 weights. A model spread over several devices by
     `device_map` is measured and trained where it lies.
 
-    >>> settings = IdentifySettings(
+    >>> from lycheedecode import HybridConfig
+    >>> quick = IdentifySettings(
     ...     config=HybridConfig(budget_tokens=64, block_size=16),
     ...     calibrate_cells=(Cell("noise", 300, "passkey", 1),),
     ...     calibrate_prompts=2,
     ...     draws=1,
     ... )
-    >>> found = identify(model, tokenizer, settings)
+    >>> found = identify(model, tokenizer, quick)
     >>> len(found.retrieval), found.num_layers * found.num_kv_heads
     (3, 8)
 
