@@ -75,10 +75,15 @@ def _generated(
         torch.cuda.reset_peak_memory_stats()
     made = engine.generate(context, settings.tokens, ignore_eos=True)
     seconds, steps = max(one.decode_seconds for one in made), max(settings.tokens - 1, 1)
-    row = {
+    times = {
         "prefill_seconds": made[0].prefill_seconds,
         "ms": seconds / steps * 1e3,
         "tokens_per_second": len(made) * steps / seconds,
+    }
+    if engine.device.type != "cuda":  # there is no link to wait for, so they say nothing
+        times = dict.fromkeys(times)
+    row = {
+        **times,
         "bytes_on_gpu": made[0].bytes_on_gpu,
         "bytes_on_host": made[0].bytes_on_host,
         "peak_bytes": torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None,
@@ -97,7 +102,7 @@ def format_row(row: Mapping[str, Any]) -> str:
     """A line of the table under `HEADER`."""
     store = "resident" if row["store_percent"] is None else f"{row['store_percent']}%"
     sizes = f"{row['bytes_on_gpu'] / 1e6:8.1f} {row['bytes_on_host'] / 1e6:8.1f}"
-    times = f"{row['prefill_seconds']:9.2f} {row['ms']:9.3f}"
+    times = " " * 19 if row["ms"] is None else f"{row['prefill_seconds']:9.2f} {row['ms']:9.3f}"
     return f"{store:>8} {row['batch']:5} {row['context']:8} {times} {sizes} {row['miss_rate']:6.1%}"
 
 
@@ -105,4 +110,5 @@ def lines(result: Result) -> Iterator[str]:
     """The measurements, a line each."""
     yield HEADER
     yield from (format_row(row) for row in result.rows)
+    yield "Times are those of a GPU; none are given without."
     yield "store: in percent of a selection; new: share of selected blocks that were fetched, for every head."
