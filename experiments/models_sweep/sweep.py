@@ -101,6 +101,8 @@ def _send(sender: Any, architecture: str) -> None:
 
 def examine(architecture: str) -> tuple[Outcome, Outcome]:
     """What becomes of a class in `hybrid` and in `Engine`."""
+    if architecture in tiny.NOT_ALONE:
+        return (Outcome("refused", tiny.NOT_ALONE[architecture]),) * 2
     try:
         model = tiny.make(architecture)
         right = generated(model, prompts()[0])

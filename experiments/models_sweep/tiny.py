@@ -67,22 +67,14 @@ ODD: dict[str, dict[str, Any]] = {
             for kind in ("full_attention", "sliding_attention")
         }
     },
-    "Gemma4AssistantForCausalLM": {
-        "text_config": {
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 0,
-            "use_double_wide_mlp": False,
-            "enable_moe_block": False,
-            "num_hidden_layers": LAYERS,
-            "num_kv_shared_layers": LAYERS,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        }
-    },
     "ReformerModelWithLMHead": {"axial_pos_embds": False},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
 }
 """Fields by class of model, that override `SMALL`."""
+
+NOT_ALONE = {"Gemma4AssistantForCausalLM": "It drafts for another model, whose keys and values all its layers share."}
+"""Classes that transformers builds and runs only beside another model, and why."""
 
 
 def make(class_name: str, **fields: Any) -> nn.Module:
@@ -107,10 +99,7 @@ def outline(class_name: str) -> nn.Module:
 
 def shrunk(config_class: type, odd: dict[str, Any]) -> Any:
     """A small config of the class; those inside it (of text, say) are small too."""
-    try:
-        default = config_class()
-    except ValueError:  # a class whose own defaults it does not accept
-        default = config_class(**odd)
+    default = config_class()
     fields = default.to_dict()
     values = {name: SMALL[name] for name in fields if name in SMALL}
     if "qk_rope_head_dim" in fields and "head_dim" in fields:
