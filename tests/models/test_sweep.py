@@ -20,7 +20,7 @@ REFUSED = {
     "Gemma4ForCausalLM": "KV heads of one shape",
     "JetMoeForCausalLM": "KV heads",
 }
-ENGINE_REFUSES = ("DiffLlamaForCausalLM", "HrmTextForCausalLM", "Gemma3nForCausalLM", "Lfm3ForCausalLM")
+ENGINE_REFUSES = ("DiffLlamaForCausalLM", "HrmTextForCausalLM", "Gemma3nForCausalLM", "MiniMaxForCausalLM")
 
 
 @pytest.mark.parametrize("name", EXACT)
