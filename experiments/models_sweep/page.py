@@ -13,11 +13,11 @@ _HEAD = """# Which models work
 python -m experiments.models_sweep --page docs/models.md
 ```
 
-writes this page. It takes every class that `AutoModelForCausalLM` of transformers {version} knows,
-makes a tiny random model of it, and compares its logits with those of its own `generate`: in `hybrid` and in `Engine` (one prompt, a prompt in chunks, a padded batch), with a budget
-that covers the context. **Exact** means equal to rounding. Everything else is refused with one sentence before it
-answers; `Engine` also proves itself on your model when you make it, so a model that is not listed here is exact or
-refused as well.
+writes this page. It takes every class that `AutoModelForCausalLM` of transformers {version} knows, makes a tiny random
+model of it, and compares its logits with those of its own `generate`: in `hybrid` and in `Engine` (one prompt, a prompt
+in chunks, a padded batch), with a budget that covers the context. **Exact** means equal to rounding. Everything else is
+refused with one sentence before it answers. `Engine` also proves itself on your model when you make it, whether it is
+listed here or not.
 
 {counts}
 
