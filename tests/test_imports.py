@@ -14,7 +14,7 @@ import lycheedecode
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
     {"errors"},
-    {"checks"},
+    {"checks", "files"},
     {"config"},
     {"plan"},
     {"ops", "plan_views", "prompts", "results"},

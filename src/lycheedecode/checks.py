@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from .errors import ConfigError, InputError
 
 Settings = TypeVar("Settings")
+_OWN_MODELS = ("smollm2-135m",)
+"""Names of models that are neither on the hub nor paths."""
 
 
 def check_types(settings: Any) -> None:
@@ -71,7 +73,11 @@ def check_model_path(model: str) -> None:
     """Refuse a path to nothing, with what is there instead; other names may be on the hub."""
     path = Path(model)
     is_path = model.startswith((".", "~", os.sep)) or len(path.parts) > 2 or path.suffix == ".gguf"
-    if not is_path or path.exists():
+    if path.exists():
+        return
+    if not is_path:
+        if (near := get_close_matches(model, _OWN_MODELS, n=1, cutoff=0.8)) and near[0] != model:
+            raise InputError(f"There is no model {model!r}: did you mean {near[0]!r}?")
         return
     folder = path.parent
     if not folder.is_dir():

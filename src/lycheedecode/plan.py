@@ -16,6 +16,7 @@ from typing import Any
 
 from .checks import shown
 from .errors import LycheeError
+from .files import write_whole
 
 FORMAT = "lycheedecode-head-plan/1"
 Head = tuple[int, int]
@@ -245,16 +246,8 @@ class HeadPlan:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON: all of it or, when interrupted, nothing."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(_dump(self.to_json()), encoding="utf-8")
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        """Write the plan as JSON: all of it or, when interrupted, nothing. Raises `OutputError`."""
+        write_whole(Path(path), _dump(self.to_json()))
 
     # ------------------------------------------------------------------ fitting a model
 

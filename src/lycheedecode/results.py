@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, ResumeError
+from .files import write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,16 +70,12 @@ class Result:
         return {**found, "environment": self.environment, "result": {**rows, **self.summary}}
 
     def save(self, path: str | Path) -> None:
-        """Write the file as a whole, and the folders above it; `-` is standard output."""
+        """Write the file as a whole, and the folders above it; `-` is standard output. Raises `OutputError`."""
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, default=_plain) + "\n"
         if str(path) == "-":
             sys.stdout.write(text)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.part")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)  # whoever interrupts this leaves the old file
+        write_whole(Path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> Result:

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, IdentifySettings, Sampling, hybrid, identify, load_model
-from lycheedecode.errors import LycheeError
+from lycheedecode.errors import LycheeError, OutputError
 from lycheedecode.identify import Cell
 
 TIGHT = {"budget_tokens": 16, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
@@ -84,6 +84,7 @@ WRONG = {
     "length": (lambda m, _: Cell("prose", "64"), "length must be a whole number, not '64'."),  # type: ignore[arg-type]
     "load": (lambda m, _: load_model(None), "A model is loaded by name or path, not from None."),
     "path": (lambda m, _: load_model("/no/such/model"), "There is no model at '/no/such/model'"),
+    "typo": (lambda m, _: load_model("smolm2-135m"), "no model 'smolm2-135m': did you mean 'smollm2-135m'?"),
     "plan file": (lambda m, _: HeadPlan.load(3), "A head plan is loaded by name or path, not from 3."),
     "head": (lambda m, _: HeadPlan.same_index([(5, 0)], 2, 2), "The retrieval head (5, 0) does not exist in a plan"),
 }  # fmt: skip
@@ -106,8 +107,19 @@ def test_a_context_of_another_model_is_refused(llama):
         Engine(llama).score(context, [[5]])
 
 
+def test_a_context_that_is_used_anew_ends_the_generation_over_it(llama):
+    engine = Engine(llama, tiny.byte_tokenizer())
+    context = engine.prefill(tiny.prompts(20))
+    stream = engine.stream(context, 12, ignore_eos=True)
+    next(stream)
+    expected = Engine(llama).generate(tiny.prompts(20), 12, ignore_eos=True)[0].token_ids
+    assert engine.generate(context, 12, ignore_eos=True)[0].token_ids == expected
+    with pytest.raises(LycheeError, match="used anew"):
+        list(stream)
+
+
 def test_a_plan_that_cannot_be_saved_leaves_nothing(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(OutputError, match="folder' cannot be written: Is a directory"):
         tiny.plan().save(tmp_path / "folder")
     assert [one.name for one in Path(tmp_path).iterdir()] == ["folder"]

@@ -1,5 +1,7 @@
 """The page of the API says the same at every run."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 from experiments import api

@@ -18,6 +18,7 @@ from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
 from ..evaluate.answer_view import render, watch
 from ..evaluate.side_by_side import Comparison, compare
+from ..files import write_whole
 from ..identify.auto import auto_plan
 from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan
@@ -45,7 +46,6 @@ from .report import (
     save,
     say_what_is_covered,
     screen,
-    write_text,
 )
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def generate(
                     stop=stop or [], ignore_eos=ignore_eos, report=lambda done, total: steps.show("look", done, total),
                 )  # fmt: skip
             print("".join(look.text for look in view.looks), file=screen(json_file).file)
-            write_text(html, render(view, f"{model}: {len(view.looks)} tokens after {len(prompt_ids)}"))
+            write_whole(html, render(view, f"{model}: {len(view.looks)} tokens after {len(prompt_ids)}"))
             errors.print(f"The page is {html}.", style="dim")
             result = asdict(view)
         else:

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from ..files import write_whole
 from ..plan import HeadPlan
 from ..results import Result, fingerprint
 from .options import Json
-from .report import check_writable, progress, save, screen, write_text
+from .report import check_writable, progress, save, screen
 
 app = typer.Typer(add_completion=False)
 
@@ -40,6 +41,6 @@ def inspect(
         with progress("Drawing"):
             picture.save(loaded, png, name)
     if html is not None:
-        write_text(html, page.render(loaded, name))
+        write_whole(html, page.render(loaded, name))
     found = {**facts(loaded), "plan": loaded.to_json()}
     save(json_file, Result("inspect", {"plan": name}, summary=found, fingerprint=fingerprint(plans={name: loaded})))

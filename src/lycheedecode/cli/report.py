@@ -34,12 +34,6 @@ def check_writable(*paths: Path | None) -> None:
             raise OutputError(f"The file {str(path)!r} cannot be written: name one in a folder that you may write to.")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, and the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
 def save(path: Path | None, result: Result) -> None:
     """Write the result of a command; nothing without a path."""
     if path is not None:

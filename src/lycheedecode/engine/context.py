@@ -39,6 +39,7 @@ class Context:
     _uncorrected: list[Tensor] = field(default_factory=list)
     _kept_steps: dict[Any, Any] = field(default_factory=dict)
     _place: int = -1
+    _turn: int = 0
 
     @property
     def padding(self) -> list[int] | None:
@@ -47,7 +48,8 @@ class Context:
         return [longest - length for length in self.prompt_lengths] if min(self.prompt_lengths) < longest else None
 
     def rewind(self) -> None:
-        """Forget all that was decoded; the prompts stay."""
+        """Forget all that was decoded; the prompts stay. A generation that was still going on cannot go on."""
+        self._turn += 1
         self.cache.truncate(max(self.prompt_lengths))
         self.kv_bytes.zero_()
         self.steps = 0

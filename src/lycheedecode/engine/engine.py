@@ -286,6 +286,7 @@ class Engine:
             source = Rounds.over(self._decoder, self._full, context, sampling, self.config)
         else:
             source = _Steps(self, context, sampling, max_new_tokens)
+        turn = context._turn
         for drawn, seconds in source.run():
             for sequence, (row, token_ids) in enumerate(zip(rows, drawn, strict=True)):
                 if row.finish_reason is not None:
@@ -299,6 +300,8 @@ class Engine:
                     yield Piece(sequence, piece)
             if all(row.finish_reason is not None for row in rows):
                 return
+            if context._turn != turn:  # whoever reads the pieces has used it in between
+                raise InputError("This Context was used anew before a generation over it had ended; prefill another.")
 
     def _result(
         self, context: Context, sequence: int, row: SequenceState, seconds: float, source: Rounds | _Steps

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..config import HybridConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 from ..models.load import load_tokenizer
 from ..models.routing import supported_shape
 from ..models.shape import ModelError
@@ -75,8 +75,8 @@ def auto_plan(
     plan = identify(model, tokenizer, settings, report=report)
     try:
         plan.save(path)
-    except OSError as error:
-        say(f"The plan cannot be kept in {str(path.parent)!r} ({error.strerror}): the next call identifies again.")
+    except OutputError as error:
+        say(f"The plan cannot be kept, so the next call identifies again: {error}")
     return plan
 
 
