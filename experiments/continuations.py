@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lycheedecode.config import HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, Stages, settle
 from lycheedecode.identify.donors import Reach
-from lycheedecode.identify.replay import Drawn, Lesson, Planned, full, prepare, replay
+from lycheedecode.identify.replay import Drawn, Planned, TeacherBatch, full, prepare, replay
 from lycheedecode.identify.sensitivity import Surrogate, gradients, join, measure_changes
 from lycheedecode.models.load import DEFAULT_MODEL, load_model
 from lycheedecode.models.shape import ModelShape
@@ -223,7 +223,7 @@ class Study:
 
     # ------------------------------------------------------------------ evaluation
 
-    def lessons(self, cell: Cell) -> Iterator[Lesson]:
+    def lessons(self, cell: Cell) -> Iterator[TeacherBatch]:
         """Held-out prompts of one kind with answers that the model draws, a batch at a time."""
         options = self.options
         makers = makers_for(self.tokenizer, [cell], "evaluate")
@@ -236,7 +236,7 @@ class Study:
             )
             yield self._precise(prepare(self.model, batch, options.prefill_chunk, drawn))
 
-    def _precise(self, lesson: Lesson) -> Lesson:
+    def _precise(self, lesson: TeacherBatch) -> TeacherBatch:
         """A lesson for the model in float32, if that is wanted."""
         if self.precise is self.model:
             return lesson
@@ -260,7 +260,7 @@ class Study:
                 self.keep(cells={**self.result.summary["cells"], name: scores})
 
     @torch.no_grad()
-    def _judge(self, lesson: Lesson, students: Iterable[Student], figures: dict[str, Figures]) -> None:
+    def _judge(self, lesson: TeacherBatch, students: Iterable[Student], figures: dict[str, Figures]) -> None:
         head, mask = self.precise.get_output_embeddings(), lesson.mask
         expected = head(lesson.teacher).float()
         floor = head(self._by_another_kernel(lesson)).float()
@@ -270,7 +270,7 @@ class Study:
             states = replay(self.precise, lesson, Planned(student.plan, student.config))
             figures.setdefault(student.label, Figures()).add(expected, head(states).float(), mask, temperature)
 
-    def _by_another_kernel(self, lesson: Lesson) -> Tensor:
+    def _by_another_kernel(self, lesson: TeacherBatch) -> Tensor:
         """Full attention as transformers computes it: the floor that rounding sets."""
         from transformers.cache_utils import DynamicCache
 

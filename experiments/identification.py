@@ -26,7 +26,7 @@ from torch import Tensor
 from lycheedecode.config import BlockScore, HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, Stages
 from lycheedecode.identify.donors import Reach, choose_by_coverage, remap
-from lycheedecode.identify.replay import Lesson, prepare
+from lycheedecode.identify.replay import TeacherBatch, prepare
 from lycheedecode.identify.search import Judge, exchange
 from lycheedecode.identify.sensitivity import Surrogate
 from lycheedecode.identify.settings import PASSKEYS
@@ -192,7 +192,7 @@ def uncompleted(settings: IdentifySettings) -> IdentifySettings:
     return replace(settings, config=replace(settings.config, completion="none"), budget_scales=(1.0,))
 
 
-def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Lesson]:
+def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[TeacherBatch]:
     """The prompts that plans are judged on, prefilled."""
     makers, rng = makers_for(tokenizer, held_out.cells, "evaluate"), random.Random("evaluate/held-out")
     return [prepare(model, cell.make(makers, held_out.prompts, rng)) for cell in held_out.cells]

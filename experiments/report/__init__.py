@@ -1,11 +1,11 @@
 """Result files of the commands, `*.json` in a folder -> one Markdown document and its pictures.
 
-    lost        where something else is better: the first paragraph
-    overview    of long files: what they say, in one table
-    tables      of every file: what it was measured on, and its numbers
-    fidelity    pictures: KL over bytes
-    front       the front page's picture
-    speed       pictures: bytes a second, speed-up over the context
+    better_elsewhere  where something else is better: the first paragraph
+    summaries         of long files: what they say, in one table
+    tables            of every file: what it was measured on, and its numbers
+    fidelity          pictures: KL over bytes
+    front             the front page's picture
+    speed             pictures: bytes a second, speed-up over the context
 
 Files are read by `lycheedecode.results`. A result is shown by what it has: `cells` (policies by kind of prompt), `rows`
 (flat objects, a table row each), `variants` (ways to identify), and its plain values.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.report import fidelity, front, lost, overview, speed, tables
+from experiments.report import better_elsewhere, fidelity, front, speed, summaries, tables
 from lycheedecode.results import Result
 
 INTRODUCTION = "<!-- Made from docs/results/*.json by `make results`; do not edit. -->\n\n# Results\n"
@@ -44,7 +44,7 @@ def render(folder: Path) -> str:
     sections = [_section(name, report, folder.name) for name, report in reports.items()]
     if not sections:
         return INTRODUCTION + "\nThere are no result files yet.\n"
-    return "\n".join([INTRODUCTION, "\n".join(lost.lines(reports)) + "\n", *sections])
+    return "\n".join([INTRODUCTION, "\n".join(better_elsewhere.lines(reports)) + "\n", *sections])
 
 
 def draw(folder: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def _section(name: str, report: Mapping[str, Any], folder: str) -> str:
     if "variants" in result:
         lines += tables.variant_lines(result["variants"])
     else:
-        numbers, summary = list(tables.result_lines(result)), list(overview.lines(result))
+        numbers, summary = list(tables.result_lines(result)), list(summaries.lines(result))
         lines += _folded(summary, numbers) if summary else numbers
     return "\n".join(lines) + "\n"
 

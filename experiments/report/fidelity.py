@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.report.lost import PEERS
+from experiments.report.better_elsewhere import PEERS
 from experiments.report.picture import new_figure, save
 
 COLOURS = dict(zip(("hybrid", *PEERS, "own-topk"), [

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from lycheedecode.evaluate.tasks import intervals, mathematics, metrics
-from lycheedecode.evaluate.tasks.record import Record, RecordError, record_path
+from lycheedecode.evaluate.tasks.answer_log import Record, RecordError, record_path
 from lycheedecode.integrations.lm_eval import Answer
 
 # ---------------------------------------------------------------------- RULER and LongBench

@@ -125,7 +125,7 @@ def tasks(
     with quiet(verbose), progress("Reading tasks and data sets"):
         names = catalogue.expand([name.strip() for name in tasks.split(",")])
         catalogue.check_data(names, data)
-    from ..evaluate.tasks.record import Record, record_path
+    from ..evaluate.tasks.answer_log import Record, record_path
 
     decisive = {
         "revision": revision, "dtype": dtype, "seed": seed, "chat": chat,

@@ -19,7 +19,7 @@ from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.shape import ModelShape
 from ..plan import Head, HeadPlan
-from .replay import Lesson, Seen, choose_blocks, full, replay
+from .replay import Seen, TeacherBatch, choose_blocks, full, replay
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Reach:
 
 
 @torch.no_grad()
-def measure_coverage(model: nn.Module, lessons: Iterable[Lesson], config: HybridConfig, reach: Reach) -> Tensor:
+def measure_coverage(model: nn.Module, lessons: Iterable[TeacherBatch], config: HybridConfig, reach: Reach) -> Tensor:
     """How well each head's selection would serve every other head.
 
     Returns:
@@ -118,7 +118,7 @@ def measure_coverage(model: nn.Module, lessons: Iterable[Lesson], config: Hybrid
 
 
 @torch.no_grad()
-def covered_mass(model: nn.Module, lesson: Lesson, config: HybridConfig, reach: Reach) -> tuple[Tensor, int]:
+def covered_mass(model: nn.Module, lesson: TeacherBatch, config: HybridConfig, reach: Reach) -> tuple[Tensor, int]:
     """Covered attention mass `[head, donor]`, summed over the answer tokens of one lesson, and how many they are."""
     size = len(reach.heads())
     total = torch.zeros(size, size, dtype=torch.float64)

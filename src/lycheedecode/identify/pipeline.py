@@ -21,7 +21,7 @@ from ..results import fingerprint
 from .checkpoint import Checkpoint
 from .donors import Reach, choose_by_coverage, covered_mass, remap
 from .progress import Progress, Report, silent
-from .replay import Lesson, prepare
+from .replay import TeacherBatch, prepare
 from .search import Judge, exchange
 from .sensitivity import Surrogate, join, measure_sensitivity
 from .settings import IdentifySettings
@@ -147,11 +147,11 @@ class Stages:
         rounds = range(done + 1, self._settings.exchange_rounds + 1)
         return exchange(retrieval, self._reach, judge, plan_of, rounds, self._report, on_round)
 
-    def all_lessons(self) -> list[Lesson]:
+    def all_lessons(self) -> list[TeacherBatch]:
         """All calibration prompts, kept together."""
         return [lesson for cell in self._cells for lesson in self.lessons(cell)]
 
-    def lessons(self, cell: Cell, done: int = 0) -> Iterator[Lesson]:
+    def lessons(self, cell: Cell, done: int = 0) -> Iterator[TeacherBatch]:
         """The calibration prompts of one kind, a batch at a time, without the first `done` prompts."""
         settings = self._settings
         if cell.text not in self._makers:

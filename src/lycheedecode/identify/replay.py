@@ -1,7 +1,7 @@
 """Replay: answer tokens pass through the model again, over one dense prefill, with attention that we choose.
 
-    prepare   prompts -> Lesson: their KV cache, the answer tokens, and what the full model makes of them (the teacher)
-    replay    Lesson + attention -> the hidden states of a student that decodes the same answer differently
+    prepare   prompts -> TeacherBatch: their KV cache, the answer, and what the full model makes of it (the teacher)
+    replay    TeacherBatch + attention -> the hidden states of a student that decodes the same answer differently
 
 All answer tokens go at once; a causal mask makes that the same as decoding them one by one. The prompt's cache is
 shared by teacher and students, so gradients and extra memory come from the answer tokens alone. Layers that are not
@@ -32,7 +32,7 @@ from ..plan import HeadPlan
 from ..prompts.makers import Prompt
 
 
-class LessonMeans(NamedTuple):
+class TeacherBatchMeans(NamedTuple):
     """Chunks of a layer's tokens, each as one token.
 
     Attributes:
@@ -64,7 +64,7 @@ class Seen:
     query: Tensor
     log_sum: Tensor
 
-    def means(self, chunk: int) -> LessonMeans:
+    def means(self, chunk: int) -> TeacherBatchMeans:
         """Of the chunks of `chunk` tokens from the first on, as many as are full."""
         whole = self.keys.shape[2] // chunk * chunk
         keys, values = (
@@ -72,7 +72,7 @@ class Seen:
             for tokens in (self.keys, self.values)
         )
         logits = (self.query @ keys.mT).float().unflatten(2, self.weights.shape[2:4])
-        return LessonMeans((logits - self.log_sum).exp(), values.float())
+        return TeacherBatchMeans((logits - self.log_sum).exp(), values.float())
 
     def heads(self, heads: Sequence[int]) -> Seen:
         """Of some KV heads."""
@@ -84,7 +84,7 @@ Attend = Callable[[int, Seen], Tensor]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherBatch:
     """A batch of prompts of one length, prefilled."""
 
     prefix: tuple[Any, ...]
@@ -116,7 +116,9 @@ class Drawn:
 
 
 @torch.no_grad()
-def prepare(model: PreTrainedModel, prompts: Sequence[Prompt], chunk: int = 4096, drawn: Drawn | None = None) -> Lesson:
+def prepare(
+    model: PreTrainedModel, prompts: Sequence[Prompt], chunk: int = 4096, drawn: Drawn | None = None
+) -> TeacherBatch:
     """Prefill prompts of equal length in chunks of `chunk` tokens, and run the teacher over their answers."""
     device = model.get_input_embeddings().weight.device
     if len({len(prompt.prompt_ids) for prompt in prompts}) != 1:
@@ -139,7 +141,7 @@ def prepare(model: PreTrainedModel, prompts: Sequence[Prompt], chunk: int = 4096
         answer_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
     answer_ids, mask = answer_ids.to(device), mask.to(device)
-    lesson = Lesson(prefix, prompt_ids.shape[1], answer_ids, mask, torch.empty(0))
+    lesson = TeacherBatch(prefix, prompt_ids.shape[1], answer_ids, mask, torch.empty(0))
     return replace(lesson, teacher=replay(model, lesson, full))
 
 
@@ -156,7 +158,7 @@ def _draw(model: PreTrainedModel, cache: Cache, states: Tensor, drawn: Drawn) ->
     return torch.stack(answer, 1).tolist()
 
 
-def replay(model: PreTrainedModel, lesson: Lesson, attend: Attend) -> Tensor:
+def replay(model: PreTrainedModel, lesson: TeacherBatch, attend: Attend) -> Tensor:
     """Last hidden states `[B, T, E]` of the answer tokens when every global layer attends as `attend` says."""
     shape = ModelShape.of(model)
     inside, others = frozenset(shape.global_layers), RoutedAttention(shape)
@@ -265,7 +267,9 @@ def over_blocks(seen: Seen, chosen: Tensor, block_size: int) -> Tensor:
     return in_parts(seen, chosen, block_size).output()
 
 
-def in_parts(seen: Seen, chosen: Tensor, block_size: int, chunk: int = 0, means: LessonMeans | None = None) -> Parts:
+def in_parts(
+    seen: Seen, chosen: Tensor, block_size: int, chunk: int = 0, means: TeacherBatchMeans | None = None
+) -> Parts:
     """Attention over chosen blocks `[B, Hkv, T, N]`, and over what they leave of chunks of `chunk` tokens.
 
     Args:

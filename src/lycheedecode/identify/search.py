@@ -16,7 +16,7 @@ from ..plan import Head, HeadPlan
 from .donors import Reach
 from .objective import token_kl
 from .progress import Progress, Report, silent
-from .replay import Lesson, Planned, replay
+from .replay import Planned, TeacherBatch, replay
 
 
 class Judge:
@@ -26,7 +26,9 @@ class Judge:
     plan in which every head retrieves for itself.
     """
 
-    def __init__(self, model: PreTrainedModel, lessons: Sequence[Lesson], config: HybridConfig, reach: Reach) -> None:
+    def __init__(
+        self, model: PreTrainedModel, lessons: Sequence[TeacherBatch], config: HybridConfig, reach: Reach
+    ) -> None:
         self._model, self._lessons, self._config = model, lessons, config
         oracle = HeadPlan.all_retrieval(reach.num_layers, reach.num_kv_heads)
         self._units = [max(kl, 1e-4) for kl in self.kl(oracle)]

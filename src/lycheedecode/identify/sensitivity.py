@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 from ..config import HybridConfig
 from ..plan import Head, HeadPlan
 from .donors import Reach
-from .replay import Lesson, Parts, Seen, choose_blocks, full, in_parts, replay
+from .replay import Parts, Seen, TeacherBatch, choose_blocks, full, in_parts, replay
 
 
 def measure_sensitivity(
     model: PreTrainedModel,
-    lesson: Lesson,
+    lesson: TeacherBatch,
     configs: Sequence[HybridConfig],
     reach: Reach,
     draws: int,
@@ -46,7 +46,7 @@ def measure_sensitivity(
 @torch.no_grad()
 def measure_changes(
     model: PreTrainedModel,
-    lesson: Lesson,
+    lesson: TeacherBatch,
     config: HybridConfig,
     reach: Reach,
     gradient: Mapping[int, Tensor],
@@ -92,7 +92,9 @@ def _moved(gradient: Tensor, parts: Parts, output: Tensor, factors: Sequence[flo
     return torch.stack(each, -1)
 
 
-def gradients(model: PreTrainedModel, lesson: Lesson, draws: int, generator: torch.Generator) -> dict[int, Tensor]:
+def gradients(
+    model: PreTrainedModel, lesson: TeacherBatch, draws: int, generator: torch.Generator
+) -> dict[int, Tensor]:
     """Gradient of the log-probability of drawn answers with respect to every global layer's attention output,
     `[draws, B, Hkv, G, T, D]`."""
     probes: dict[int, Tensor] = {}
