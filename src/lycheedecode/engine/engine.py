@@ -30,7 +30,7 @@ from . import prefill
 from .cache import KVCache
 from .context import Context
 from .decoder import Decoder, Execution
-from .generation import Coming, Generation, Piece, SequenceState, refuse_nan, stop_token_ids
+from .generation import Generation, Piece, SequenceState, stop_token_ids
 from .memory import prefill_chunk
 from .offload import OffloadedAttention
 from .offload.choice import CachePlace, check_place, new_cache
@@ -38,7 +38,8 @@ from .passes import DensePass
 from .plans import PlanLike, plan_from
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
 from .proof import prove
-from .sampling import Sampler, Sampling
+from .sampling import Sampling
+from .tokens import SingleSteps
 from .verify import Rounds, draft_config, spare_slots
 
 TokenIds = Tensor | Sequence[Sequence[int]]
@@ -280,12 +281,12 @@ class Engine:
         context.rewind()
         context.cache.reserve(context.cache.length + room)
         rows = [SequenceState(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
-        source: Rounds | _Steps
+        source: Rounds | SingleSteps
         if self.config.verify_every:
             self._check_rounds(context, max_new_tokens)
             source = Rounds.over(self._decoder, self._full, context, sampling, self.config)
         else:
-            source = _Steps(self, context, sampling, max_new_tokens)
+            source = SingleSteps(self, context, sampling, max_new_tokens)
         turn = context._turn
         for drawn, seconds in source.run():
             for sequence, (row, token_ids) in enumerate(zip(rows, drawn, strict=True)):
@@ -304,7 +305,7 @@ class Engine:
                 raise InputError("This Context was used anew before a generation over it had ended; prefill another.")
 
     def _result(
-        self, context: Context, sequence: int, row: SequenceState, seconds: float, source: Rounds | _Steps
+        self, context: Context, sequence: int, row: SequenceState, seconds: float, source: Rounds | SingleSteps
     ) -> Generation:
         assert row.finish_reason is not None
         return Generation(
@@ -428,46 +429,3 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-class _Steps:
-    """A token a step for every sequence, until nobody asks for more; the alternative to `Rounds`."""
-
-    def __init__(self, engine: Engine, context: Context, sampling: Sampling, most: int) -> None:
-        self._engine, self._context, self._most = engine, context, most
-        self._sampler = Sampler(sampling, engine.device)
-        self._logits = context.logits
-        self._next_ids = self._sampler(self._logits)
-        engine._decoder.prepare(context, self._next_ids)
-
-    def run(self) -> Iterator[tuple[list[list[int]], float]]:
-        """The new token of every sequence, and the seconds until then."""
-        next_ids, seconds, drawn = self._next_ids, 0.0, 1
-        while True:
-            began = time.perf_counter()
-            coming, following = Coming(next_ids), None
-            if next_ids.is_cuda and drawn < self._most:  # the GPU need not wait for what the host makes of a token
-                following, drawn = self._step(next_ids, drawn), drawn + 1
-            token_ids = coming.tolist()
-            seconds += time.perf_counter() - began
-            yield [[token_id] for token_id in token_ids], seconds
-            began = time.perf_counter()
-            if following is None:
-                following, drawn = self._step(next_ids, drawn), drawn + 1
-            next_ids = following
-            seconds += time.perf_counter() - began
-
-    def check(self, sequence: int, token_ids: Sequence[int]) -> None:
-        """Refuse tokens that were drawn from nothing."""
-        refuse_nan(token_ids[-1], self._logits[sequence])
-
-    def rest(self, sequence: int) -> None:
-        """Those that have ended go on, unseen."""
-
-    def report(self, sequence: int) -> dict[str, Any]:
-        """What a `Generation` says of the way it was made."""
-        return {"kv_bytes_per_token": float(self._context.kv_bytes[sequence]) / max(self._context.steps, 1)}
-
-    def _step(self, token_ids: Tensor, drawn: int) -> Tensor:
-        self._logits = self._engine.decode_one_token(self._context, token_ids)
-        return self._sampler(self._logits, positions=drawn)

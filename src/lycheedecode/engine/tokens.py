@@ -1,0 +1,59 @@
+"""Generation token by token, a decode step each; `verify` has the rounds of lossless decoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .context import Context
+from .generation import Coming, refuse_nan
+from .sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class SingleSteps:
+    """A token a step for every sequence, until nobody asks for more; the alternative to `Rounds`."""
+
+    def __init__(self, engine: Engine, context: Context, sampling: Sampling, most: int) -> None:
+        self._engine, self._context, self._most = engine, context, most
+        self._sampler = Sampler(sampling, engine.device)
+        self._logits = context.logits
+        self._next_ids = self._sampler(self._logits)
+        engine._decoder.prepare(context, self._next_ids)
+
+    def run(self) -> Iterator[tuple[list[list[int]], float]]:
+        """The new token of every sequence, and the seconds until then."""
+        next_ids, seconds, drawn = self._next_ids, 0.0, 1
+        while True:
+            began = time.perf_counter()
+            coming, following = Coming(next_ids), None
+            if next_ids.is_cuda and drawn < self._most:  # the GPU need not wait for what the host makes of a token
+                following, drawn = self._step(next_ids, drawn), drawn + 1
+            token_ids = coming.tolist()
+            seconds += time.perf_counter() - began
+            yield [[token_id] for token_id in token_ids], seconds
+            began = time.perf_counter()
+            if following is None:
+                following, drawn = self._step(next_ids, drawn), drawn + 1
+            next_ids = following
+            seconds += time.perf_counter() - began
+
+    def check(self, sequence: int, token_ids: Sequence[int]) -> None:
+        """Refuse tokens that were drawn from nothing."""
+        refuse_nan(token_ids[-1], self._logits[sequence])
+
+    def rest(self, sequence: int) -> None:
+        """Those that have ended go on, unseen."""
+
+    def report(self, sequence: int) -> dict[str, Any]:
+        """What a `Generation` says of the way it was made."""
+        return {"kv_bytes_per_token": float(self._context.kv_bytes[sequence]) / max(self._context.steps, 1)}
+
+    def _step(self, token_ids: Tensor, drawn: int) -> Tensor:
+        self._logits = self._engine.decode_one_token(self._context, token_ids)
+        return self._sampler(self._logits, positions=drawn)
