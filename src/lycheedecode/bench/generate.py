@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from ..models.versions import attention_name
 from ..results import Result
 from .harness import say
 from .models import build, prompts_for, release
@@ -83,7 +84,7 @@ def _transformers(model: PreTrainedModel, prompts: Tensor, _: str, settings: Gen
         "prefill_seconds": first - began,
         "decode_seconds": last - first,
         "steps": settings.tokens - 1,
-        "execution": f"eager, {model.config._attn_implementation}",
+        "execution": f"eager, {attention_name(model.config)}",
         "token_ids": tokens[0, prompts.shape[1] :].tolist(),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..evaluate.fidelity import CELLS, TEMPERATURE, Long, measure_fidelity
 from ..evaluate.scores import overall
 from ..evaluate.variants import POLICIES, variants
 from ..identify import Cell
+from ..integrations import lm_eval_private
 from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan, bundled_plans
 from ..prompts.text import load_text
@@ -54,14 +54,8 @@ def harness(context: typer.Context) -> None:
     """Call lm-evaluation-harness, which then knows the model class: evaluate harness run --model lycheedecode ..."""
     if importlib.util.find_spec("lm_eval") is None:
         raise PackageError("This needs the package lm_eval: pip install 'lycheedecode[eval]'.")
-    from lm_eval.__main__ import cli_evaluate
-
     import_module("...integrations.lm_eval", __name__)
-    before, sys.argv = sys.argv, ["lm_eval", *context.args]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
+    lm_eval_private.run_command(context.args)
 
 
 @app.callback()

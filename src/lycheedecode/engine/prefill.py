@@ -25,7 +25,7 @@ from .. import ops
 from ..models.routing import AttentionRoute, Window, layer_of, refuse_a_mask, refuse_unless_plain
 from ..models.shape import ModelError
 from ..models.versions import cache_argument
-from ..ops import KV
+from ..ops import KV, torch_private
 from ..ops.attend import MAX_TOKENS
 from ..ops.types import constant
 from .cache import KVCache
@@ -38,7 +38,6 @@ _FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_aten = torch.ops.aten
 
 
 class ChunkAttention:
@@ -167,16 +166,14 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
 def _with_mass(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention without a mask, and the logarithm of each query's mass, float32 `[B, Hq, T]`."""
     if query.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, 0.0, causal, scale=scale)
+        return torch_private.flash_on_cpu(query, keys, values, scale, causal)
     if can_use_flash_attention(SDPAParams(query, keys, values, None, 0.0, causal, True)):
         dim = query.shape[-1]
         query, keys, values = (F.pad(x, (0, -dim % 8)) if dim % 8 else x for x in (query, keys, values))
-        output, mass = _aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, scale=scale)[:2]
+        output, mass = torch_private.flash(query, keys, values, scale, causal)
         return output[..., :dim], mass
     keys, values = (_repeated(x, query) for x in (keys, values))
-    output, mass = _aten._scaled_dot_product_efficient_attention(
-        query, keys, values, None, True, 0.0, causal, scale=scale
-    )[:2]
+    output, mass = torch_private.efficient(query, keys, values, scale, causal)
     return output, mass[:, :, : query.shape[2]]
 
 

@@ -33,6 +33,7 @@ from ..models.shape import ModelError
 from ..models.versions import cache_argument
 from ..ops import KV
 from ..ops.append.rope import Rotation
+from ..ops.torch_private import many_compilations
 from .cache import KVCache
 
 Forward = Callable[[nn.Module, Tensor, Tensor, "Tensor | int"], Tensor]
@@ -332,8 +333,7 @@ def compiled_forward(backend: Any = None) -> Forward:
     run = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, options=options)
 
     def compiled(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor | int) -> Tensor:
-        # Models and batch sizes share one count of compilations; there is nothing wrong with many.
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        with many_compilations():
             return run(model, token_ids, lengths, filled)
 
     return compiled

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ..ops.torch_private import compile_by_inductor
 from .match import Norm, annotated, changes, erase, is_parameter, name_of, only_user, rms_norm, value_of
 from .operator import MAX_ROWS, MAX_WEIGHTS  # this registers the operator, too
 from .patterns import GATED, SUM, find
@@ -39,11 +40,9 @@ def backend(
         everywhere: replace linear layers of every device and dtype, for tests on a CPU.
         options: Inductor's, on top of ours.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     use_rotation(gm)
     use_linear(gm, norms, everywhere)
-    return compile_fx(gm, list(example_inputs), config_patches={"coordinate_descent_tuning": True, **(options or {})})
+    return compile_by_inductor(gm, example_inputs, {"coordinate_descent_tuning": True, **(options or {})})
 
 
 def use_linear(gm: GraphModule, norms: bool = True, everywhere: bool = False) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checks import check_model_path, shown
 from ..errors import InputError
+from ..ops.torch_private import cpu_multiplies_bfloat16
 from .checkpoint import check_gguf, not_loaded, read_model
 from .gguf import is_gguf, parsed_once, read_header
 from .gguf_config import complete
@@ -241,5 +242,4 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
         raise ModelError(f"dtype must be one of auto, {', '.join(known)}, not {dtype!r}.")
     if device.type != "cpu":
         return "auto"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..plan import HeadPlan, PlanError
 from .shape import ModelError, ModelShape, inner_model, text_config
+from .versions import attention_name, set_attention_name, unregister
 
 Decode = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
 """`(layer, query [B, Hq, D], keys, values [B, Hkv, S, D], mask, scale) -> [B, Hq, D]`."""
@@ -257,14 +258,14 @@ class AttentionRoute:
                 self._forget(opening)
                 raise
         self._opening = opening
-        self._before = [config._attn_implementation for config in self._configs]
+        self._before = [attention_name(config) for config in self._configs]
         if self._function is not None:
             for config in self._configs:
-                config._attn_implementation = self._name
+                set_attention_name(config, self._name)
 
     def __exit__(self, *_: object) -> None:
         for config, implementation in zip(self._configs, self._before, strict=True):
-            config._attn_implementation = implementation
+            set_attention_name(config, implementation)
         with _turns:
             self._forget(self._opening)
 
@@ -287,7 +288,7 @@ class AttentionRoute:
         _openings.remove(opening)
         if not any(other.registered and other.name == self._name for other in _openings):
             for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-                registry._global_mapping.pop(self._name, None)  # transformers has no public opposite of `register`
+                unregister(registry, self._name)
         _turns.notify_all()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LycheeError
+from ...integrations.lm_eval_private import keep_samples, task_file
 from ..ruler.questions import read_hotpotqa, read_squad
 from ..tasks_data import DataError, find_records, texts
 from .gsm8k import read_problems
@@ -113,7 +114,6 @@ def load(name: str, metadata: Mapping[str, Any], samples: int = 1) -> Any:
         DataError: data that cannot be found.
         TaskLengthError: a length without room for the question.
     """
-    from lm_eval.filters import build_filter_ensemble
     from lm_eval.tasks import TaskManager
 
     if name.startswith("longbench_") and name in OWN:
@@ -126,8 +126,7 @@ def load(name: str, metadata: Mapping[str, Any], samples: int = 1) -> Any:
         manager, spec = _harness_tasks(), name
     [task] = _loaded(manager, spec, name).values()
     if takes_samples(name):
-        task.set_config("repeats", samples)
-        task._filters = [build_filter_ensemble("none", [("take_first_k", {"k": samples})])]
+        keep_samples(task, samples)
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     return task
@@ -168,10 +167,7 @@ def _longbench(name: str) -> dict[str, Any]:
 
 
 def _longbench_file(subset: str) -> dict[str, Any]:
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return load_yaml(Path(lm_eval.tasks.__file__).parent / "longbench" / f"{subset}.yaml", resolve_func=False)
+    return task_file("longbench", f"{subset}.yaml")
 
 
 def _longbench_records(subset: str, data: Path | None) -> list[dict[str, Any]]:
