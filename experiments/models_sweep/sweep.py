@@ -112,7 +112,7 @@ def examine(architecture: str) -> tuple[Outcome, Outcome]:
 
 
 def _refused_as_it_is(architecture: str) -> Outcome | None:
-    """Of a class whose small model does not generate by itself: the refusal of one of its default size, or of it."""
+    """Of a class whose small model does not generate on its own: the refusal of one of its default size, or of it."""
     from lycheedecode import Engine
     from lycheedecode.errors import LycheeError
     from lycheedecode.models.routing import supported_shape

@@ -1,4 +1,4 @@
-"""The engine's proof on a model: with full attention it gives the logits that the model gives by itself, or refuses.
+"""The engine's proof on a model: with full attention it gives the logits of the plain model, or it refuses.
 
 A model that is not like others is wrong without a sign otherwise: two attentions in a layer, layers that share keys or
 run in cycles, masks or positions of its own. So a few random tokens pass through the model as it is, and through the

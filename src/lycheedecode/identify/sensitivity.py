@@ -249,4 +249,4 @@ def join(tables: Sequence[Tensor]) -> Tensor:
 
 
 _ROUNDING = 1e-6
-"""KL in nats that 16-bit arithmetic makes by itself."""
+"""KL in nats that 16-bit arithmetic alone causes."""

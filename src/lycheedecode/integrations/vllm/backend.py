@@ -89,7 +89,7 @@ class HybridBuilder:
         return self._build(0 if self.hybrid is None else common_attn_metadata.num_reqs, 0, common_attn_metadata, False)
 
     def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
-        # It reads a prefix once for many sequences; rows that decode hybridly hardly read it.
+        # It reads a prefix once for many sequences; rows that use hybrid attention hardly read it.
         return self.hybrid is None and super().use_cascade_attention(*arguments, **options)
 
     def _build(self, rows: int, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:

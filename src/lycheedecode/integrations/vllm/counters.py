@@ -84,7 +84,7 @@ def show(instance: str) -> None:
 
 @lru_cache(maxsize=1)
 def of_process() -> dict[str, Any]:
-    """Counters of this process, which Prometheus gathers by itself; none where it does not."""
+    """Counters of this process, which Prometheus gathers on its own; none where it does not."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return {}
     from prometheus_client import Counter as Count

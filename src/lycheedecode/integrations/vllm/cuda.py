@@ -1,4 +1,4 @@
-"""`--attention-backend CUSTOM` on a GPU: vLLM's FlashAttention, whose single tokens decode hybridly."""
+"""`--attention-backend CUSTOM` on a GPU: vLLM's FlashAttention, with hybrid attention for single tokens."""
 
 from __future__ import annotations
 

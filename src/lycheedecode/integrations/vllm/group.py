@@ -60,7 +60,7 @@ def part_of_this_process(vllm_config: Any) -> Part:
 
 
 class Group:
-    """Layers that decode hybridly, by name; their attention, selections and counters.
+    """Layers that use hybrid attention, by name; their attention, selections and counters.
 
     All of them read the same metadata at a step, and a donor's selection is used in the step in which it was made: one
     set of buffers serves every batch.
@@ -202,7 +202,7 @@ class Group:
     def of(
         cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device, obstacle: str | None
     ) -> Group | None:
-        """The group of those among `layer_names` that can decode hybridly; None when none can. Says why in the log.
+        """The group of those among `layer_names` that can use hybrid attention; None when none can. Says why in the log.
 
         Raises `PlanError` when such a layer has a donor in a layer that cannot. `obstacle`: of all of them.
         """

@@ -231,7 +231,7 @@ def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_h
 
 
 def default_tuning(pairs: int, kv: KV, capacity: int, completed: bool = False) -> Tuning:
-    """What was fastest on an H200, within a step for up to 32 pairs; `experiments tune-ops` measures it by itself."""
+    """What was fastest on an H200, within a step for up to 32 pairs; `experiments tune-ops` measures it alone."""
     early = common.starts_early(kv.keys.device)
     if pairs <= 16:
         programs, tuning = 128, Tuning(1, min(common.tile_of(kv, 32768), 128), 4, 3, 2 * early)

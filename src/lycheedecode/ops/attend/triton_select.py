@@ -135,7 +135,7 @@ def attend_select(
 
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
-    """As dense attention, with tiles of which every warp has whole blocks; not timed by itself."""
+    """As dense attention, with tiles of which every warp has whole blocks; not timed on its own."""
     tuning = Tuning(8, common.tile_of(kv, 32768), 4, 3, common.starts_early(kv.keys.device))
     tuning = common.fitting(tuning, kv)
     if pairs <= 16:
