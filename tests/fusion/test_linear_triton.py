@@ -113,7 +113,7 @@ def test_launches_fill_the_gpu_once():
             assert 200 <= programs <= 600
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4])
 def test_llama_shapes_in_a_cuda_graph(rows):
     """A chain of early starts: every launch reads what the one before it wrote."""

@@ -191,7 +191,7 @@ def test_compiled_without_graph_breaks():
         assert torch.equal(out.taken, expected.taken)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("page", [0, 16])
 def test_large_and_replayed_as_a_cuda_graph(page):
     """A 128K context as the engine has it; one graph serves every length."""

@@ -68,7 +68,7 @@ def test_some_sequences_of_larger_buffers():
     assert total[2] == 0
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_graph_repeats_it():
     selections, lengths = make_selections(2, [30], 5), torch.ones(1, dtype=torch.int32, device=DEVICE)
     total, costs = torch.zeros(1, dtype=torch.float64, device=DEVICE), (3.0, 5.0, 7.0)

@@ -1,4 +1,4 @@
-"""Runs `test_triton.py` in Triton's interpreter."""
+"""Runs the kernels' tests in Triton's interpreter."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,20 +7,28 @@ import interpreter
 import pytest
 import torch
 
-CASES = Path(__file__).with_name("test_triton.py")
+FOLDER = Path(__file__).parent
 PARTS = {
-    "dense": "dense",
-    "blocks": "blocks",
-    "scan": "test_scan and not scan_select",
-    "select": "test_select",
-    "scan_select": "scan_select",
-    "tokens": "test_tokens",
-    "the rest": "not (dense or blocks or test_scan or test_select or test_tokens)",
+    "dense": ("test_attend_triton.py", "dense"),
+    "blocks": ("test_attend_triton.py", "blocks"),
+    "tokens": ("test_tokens_triton.py", ""),
+    "scan": ("test_scan_triton.py", ""),
+    "select": ("test_select_triton.py", "test_select"),
+    "scan_select": ("test_select_triton.py", "not test_select"),
+    "operators": ("test_operators_triton.py", ""),
 }
+"""Files, and which of their tests: a few parts of about the same length."""
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="On a GPU test_triton.py runs by itself.")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="On a GPU these files run on their own.")
 @pytest.mark.skipif(find_spec("triton") is None, reason="The kernels need Triton.")
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_kernels_in_the_interpreter(part):
-    interpreter.run_tests("-k", part, CASES)
+@pytest.mark.parametrize(("file", "chosen"), PARTS.values(), ids=PARTS)
+def test_kernels_in_the_interpreter(file, chosen):
+    interpreter.run_tests("-k", chosen, FOLDER / file)
+
+
+def test_every_test_of_the_kernels_is_in_a_part():
+    """Files with the skip of `kernel_cases`; the others that end in `_triton` run themselves."""
+    files = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("test_*.py")}
+    cases = {name for name, text in files.items() if "\nfrom kernel_cases import" in text}
+    assert cases == {file for file, _ in PARTS.values()}

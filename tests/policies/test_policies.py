@@ -402,11 +402,10 @@ def test_names_are_checked(shape, make):
 
 # ---------------------------------------------------------------------- on a GPU
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here.")
 WIDE = {"hidden_size": 384, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", policies.NAMES)
 def test_a_gpu_decodes_what_a_cpu_does(name, coverage):
     model = tiny.model("llama", **WIDE)
@@ -423,7 +422,7 @@ def test_a_gpu_decodes_what_a_cpu_does(name, coverage):
             assert (actual - expected).abs().mean() < 0.05 * expected.std()
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in policies.NAMES if not name.startswith("quest")])
 def test_replayed_steps_are_eager_steps(name, coverage):
     model = tiny.model("llama", **WIDE).cuda()

@@ -8,9 +8,9 @@ The pass costs about as much as one full step, since all its tokens share one re
 token is a function of logits, seed, sequence and position (`sampling`), for drafts as for the pass: so the text is what
 full attention would have written, with every sampler.
 
-Every sequence advances at its own pace: where it stands is on the device, and nothing in a round waits for the host, which
-learns of a round's tokens while the next one runs. A sequence that has ended rests: it starts where it ends, so that
-nothing of it is read, and gains nothing. Drafts, pass and full step are captured, each once.
+Every sequence advances at its own pace: where it stands is on the device, and nothing in a round waits for the host,
+which learns of a round's tokens while the next one runs. A sequence that has ended rests: it starts where it ends, so
+that nothing of it is read, and gains nothing. Drafts, pass and full step are captured, each once.
 
 Dimensions as in `ops`; `T` tokens of a pass, one more than drafts.
 """

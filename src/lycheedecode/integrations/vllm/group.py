@@ -202,7 +202,7 @@ class Group:
     def of(
         cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device, obstacle: str | None
     ) -> Group | None:
-        """The group of those among `layer_names` that can use hybrid attention; None when none can. Says why in the log.
+        """The group of those among `layer_names` that can use hybrid attention; None, and why in the log, if none can.
 
         Raises `PlanError` when such a layer has a donor in a layer that cannot. `obstacle`: of all of them.
         """
