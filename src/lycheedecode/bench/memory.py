@@ -75,7 +75,7 @@ def _generated(
         torch.cuda.reset_peak_memory_stats()
     made = engine.generate(context, settings.tokens, ignore_eos=True)
     seconds, steps = max(one.decode_seconds for one in made), max(settings.tokens - 1, 1)
-    times = {
+    times: dict[str, float | None] = {
         "prefill_seconds": made[0].prefill_seconds,
         "ms": seconds / steps * 1e3,
         "tokens_per_second": len(made) * steps / seconds,
