@@ -48,7 +48,7 @@ def test_no_plan(given):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"budget": 3}, "no setting 'budget'; it knows"),
+        ({"budget": 3}, "no setting 'budget'; did you mean"),
         ({"budget_tokens": -1}, "budget_tokens must be"),
         ({"refresh_every": 2}, "refresh_every must be 1 in vLLM"),
         ({"correction_every": 32}, "correction_every must be 0 in vLLM"),
