@@ -302,7 +302,9 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "--lengths must be whole numbers" in refusal(*base, "--lengths", "4k")
     assert "limit must be at least 1" in refusal(*base, "--limit", "0")
     assert "--match-bytes needs a number" in refusal(*base, "--match-bytes", "0")
-    assert "execution must be one of" in refusal(*base, "--tasks", "vt", "--execution", "fast")
+    assert "'fast' is not one of 'auto', 'compiled', 'graph', 'eager'" in refusal(
+        *base, "--tasks", "vt", "--execution", "fast"
+    )
     assert "not both" in refusal(*base, "--budgets", "64,128", "--budget-tokens", "64")
     assert "--resume needs --json FILE" in refusal(*base, "--tasks", "vt", "--resume")
     assert "vt with 600 tokens has no room" in refusal(*base, "--tasks", "vt", "--lengths", "600")

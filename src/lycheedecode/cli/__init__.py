@@ -20,7 +20,7 @@ COMMANDS = {
     "generate": "Continue a prompt.",
     "identify": "Find the retrieval heads and donors of a model.",
     "inspect": "Show a head plan: who retrieves, and whose selection the others reuse.",
-    "memory": "Say what a KV cache needs, and what makes it fit.",
+    "memory": "Say what a KV cache needs on the GPU and in host memory, and which setting makes it fit.",
     "evaluate": "Measure what hybrid decoding changes.",
     "bench": "Verify, then time.",
 }
