@@ -60,11 +60,6 @@ class Limits(NamedTuple):
             )
         return cls(config.forced_blocks * config.block_size, most, config.budget_blocks, allow_off, config.block_size)
 
-    @property
-    def most_blocks(self) -> int | None:
-        """Blocks of the largest selection; None: as many as there are."""
-        return None if self.most is None else ceil(self.most / self.block_size)
-
     def blocks(self, extra_args: Mapping[str, Any] | None) -> int | None:
         """Most blocks of a request's selections; None: the default, `EVERYTHING`: all that there are.
 
