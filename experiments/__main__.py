@@ -24,11 +24,14 @@ from lycheedecode.cli.report import check_writable, save, screen
 TOOLS = {
     "linear": ("experiments.linear", "LinearSettings", "run", "The projections of a step against the memory's speed."),
     "profile": ("experiments.profile_step", None, "run", "Which kernels a decode step consists of."),
+    "profile-round": (
+        "experiments.profile_step", "LosslessSettings", "run_rounds", "Which kernels the parts of a lossless round are."
+    ),
     "ranks": ("experiments.ranks", "RanksSettings", "run", "vLLM on several tensor-parallel ranks and on one."),
     "tune-linear": ("experiments.linear", "TuneLinearSettings", "tune", "Search launches of the projections alone."),
     "tune-ops": ("experiments.tune_ops", "TuneOpsSettings", "tune", "Search launches of scan, select and attend."),
     "tune-step": ("experiments.tune_step", None, "tune", "Search launches of the projections within a step."),
-}
+}  # fmt: skip
 """Module, settings (None: those of `bench step`), function, and what it does."""
 _ANYWHERE = ("ranks",)
 """What runs without a GPU, too."""

@@ -1,5 +1,7 @@
 """`python -m experiments profile`: where the time of a decode step goes, by kernels, from a trace of some steps.
 
+`profile-round` does the same for the parts of a lossless round: drafts, and the pass that verifies them.
+
 A tracer slows small kernels down, and charges a kernel that starts early while it waits for the one before. So shares
 say where to look; how long a step takes, `bench step` measures without it.
 """
@@ -7,6 +9,7 @@ say where to look; how long a step takes, `bench step` measures without it.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -16,8 +19,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lycheedecode.bench.harness import say
+from lycheedecode.bench.lossless import make_rounds
 from lycheedecode.bench.models import build, random_context, release
-from lycheedecode.bench.settings import StepSettings
+from lycheedecode.bench.settings import LosslessSettings, StepSettings
 from lycheedecode.bench.step import ROOM, make_engine
 from lycheedecode.engine.engine import Context, Engine
 
@@ -55,19 +59,49 @@ def run(settings: StepSettings, device: str) -> dict[str, Any]:
     return {"rows": [], "profiles": profiles}
 
 
+@torch.inference_mode()
+def run_rounds(settings: LosslessSettings, device: str) -> dict[str, Any]:
+    """The kernels of a full step, and of every part of a round, for every batch, context and number of drafts."""
+    model, profiles = build(settings.model, settings.layers, device, torch.bfloat16), []
+    for length, batch, drafts in product(settings.contexts, settings.batches, settings.drafts):
+        context = random_context(model, batch, length, ROOM)
+        case = {"batch": batch, "context": length, "drafts": drafts}
+        found = {"full step": profile_step(Engine(model, execution=settings.execution), context)}
+        engine, rounds = make_rounds(model, context, settings, drafts, max(settings.refresh))
+        with engine._decoder.route:
+            for name, part in rounds.parts.items():
+                found[name] = trace(part, rounds.clear)
+        for name, kernels in found.items():
+            say(f"{name}, batch {batch}, {length} tokens\n{format_kernels(kernels)}")
+            profiles.append({**case, "part": name, "kernels": [asdict(kernel) for kernel in kernels]})
+        del context, rounds, engine
+        release()
+    return {"rows": [], "profiles": profiles}
+
+
 def profile_step(engine: Engine, context: Context) -> list[Kernel]:
     """Kernels of a step on a GPU, those that take longest first; `context` is rewound before and after."""
     token_ids = torch.full((len(context.prompt_lengths),), 7, device=engine.device)
     context.rewind()
-    for _ in range(_WARM_UP):
-        engine.decode_one_token(context, token_ids)
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
-        for _ in range(_STEPS):
-            engine.decode_one_token(context, token_ids)
-        torch.cuda.synchronize()
+    kernels = trace(lambda: engine.decode_one_token(context, token_ids))
     context.rewind()
-    return add_up(trace.events(), _STEPS)
+    return kernels
+
+
+def trace(run: Callable[[], Any], before: Callable[[], Any] | None = None) -> list[Kernel]:
+    """Kernels of a call of `run`, those that take longest first; `before` is called once in front of all calls."""
+
+    def several(times: int) -> None:
+        if before is not None:
+            before()
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+
+    several(_WARM_UP)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as events:
+        several(_STEPS)
+    return add_up(events.events(), _STEPS)
 
 
 def add_up(events: Any, steps: int) -> list[Kernel]:

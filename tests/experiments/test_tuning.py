@@ -50,7 +50,7 @@ def test_some_candidates_of_many():
     assert launches == {Kind("a"): Launch()}
 
 
-@pytest.mark.parametrize("tool", ["tune-step", "tune-ops", "tune-linear", "profile", "linear"])
+@pytest.mark.parametrize("tool", ["tune-step", "tune-ops", "tune-linear", "profile", "profile-round", "linear"])
 def test_they_need_a_gpu(tool, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = CliRunner().invoke(app, [tool])
@@ -85,3 +85,13 @@ def test_a_profile_is_reported(tmp_path):
     assert CliRunner().invoke(app, ["profile", *small, "--json", str(path)]).exit_code == 0
     (profile,) = Result.load(path).summary["profiles"]
     assert any("attend_blocks" in kernel["name"] for kernel in profile["kernels"])
+
+
+@pytest.mark.gpu
+def test_parts_of_a_round_are_profiled(tmp_path):
+    path = tmp_path / "round.json"
+    small = ["--model", "tiny", "--contexts", "300", "--budget-tokens", "128", "--block-size", "16", "--drafts", "3"]
+    assert CliRunner().invoke(app, ["profile-round", *small, "--refresh", "8", "--json", str(path)]).exit_code == 0
+    profiles = Result.load(path).summary["profiles"]
+    assert [profile["part"] for profile in profiles] == ["full step", "select", "keep", "verify"]
+    assert any("attend_rows" in kernel["name"] for kernel in profiles[-1]["kernels"])

@@ -160,13 +160,8 @@ def _full_ms(model: PreTrainedModel, context: Context, settings: LosslessSetting
 def _round(
     model: PreTrainedModel, context: Context, settings: LosslessSettings, drafts: int, refresh: int, full_ms: float
 ) -> dict[str, Any]:
-    config = HybridConfig(
-        budget_tokens=settings.budget_tokens, block_size=settings.block_size, refresh_every=refresh, verify_every=drafts
-    )
-    engine = Engine(model, plan=plan_for(model), config=config, execution=settings.execution)
-    context.rewind()
     began = time.perf_counter()
-    rounds = Rounds.over(engine._decoder, engine._full, context, Sampling(), config)
+    engine, rounds = make_rounds(model, context, settings, drafts, refresh)
     made = time.perf_counter() - began
     error = _verified(engine, rounds, context)
     with torch.inference_mode(), engine._decoder.route:
@@ -189,6 +184,18 @@ def _round(
         "way": engine.way,
         "first_seconds": made,
     }
+
+
+def make_rounds(
+    model: PreTrainedModel, context: Context, settings: LosslessSettings, drafts: int, refresh: int
+) -> tuple[Engine, Rounds]:
+    """Rounds over a context, compiled and captured, and the engine that they belong to."""
+    config = HybridConfig(
+        budget_tokens=settings.budget_tokens, block_size=settings.block_size, refresh_every=refresh, verify_every=drafts
+    )
+    engine = Engine(model, plan=plan_for(model), config=config, execution=settings.execution)
+    context.rewind()
+    return engine, Rounds.over(engine._decoder, engine._full, context, Sampling(), config)
 
 
 def _verified(engine: Engine, rounds: Rounds, context: Context) -> float:
