@@ -27,6 +27,7 @@ from ..models.routing import Window, supported_shape
 from ..models.shape import ModelError, inner_model, text_config
 from ..ops.attend import MAX_TOKENS
 from . import prefill
+from .arguments import check_context, check_length, check_rounds, check_step
 from .cache import KVCache
 from .context import Context
 from .decoder import Decoder, Execution
@@ -151,10 +152,10 @@ class Engine:
                 does not fit into memory.
         """
         check_number("room", room, 0)
-        padded, lengths = self._pad(input_ids)
+        padded, lengths = self._padded(input_ids)
         longest = padded.shape[1]
         padding = [longest - length for length in lengths] if min(lengths) < longest else None
-        self._check_length(longest)
+        check_length(longest, self.shape, self._positions)
         starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
         asked = (self.model, self.shape, len(lengths))
         cache = new_cache(self._place, *asked, longest + room, self._reaches, starts)
@@ -176,7 +177,7 @@ class Engine:
         With Cache Correction, every n-th token passes through the model together with the n - 1 before it, densely:
         their cache entries are rewritten, and the logits come from that pass.
         """
-        self._check_step(context, token_ids)
+        check_step(context, token_ids, self.model, self._vocabulary)
         context.steps += 1
         if self._positions.turn:
             context._decoded.append(token_ids.clone())
@@ -200,8 +201,8 @@ class Engine:
             float32 `[B, T, V]`: the logits after answer token t. Those before the first one are `Context.logits`.
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
-        self._check_context(context)
-        answers = self._pad(answer_ids, left=False)[0]
+        check_context(context, self.model)
+        answers = self._padded(answer_ids, left=False)[0]
         if answers.shape[0] != len(context.prompt_lengths):
             raise InputError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
         context.rewind()
@@ -256,7 +257,7 @@ class Engine:
             check_type(name, value, bool)
         sampling = settings_from(Sampling, sampling, "sampling")
         if isinstance(prompts, Context):
-            self._check_context(prompts)
+            check_context(prompts, self.model)
         else:
             prompts = encode(prompts, self.tokenizer, chat, self._vocabulary)
         lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
@@ -283,7 +284,7 @@ class Engine:
         rows = [SequenceState(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
         source: Rounds | SingleSteps
         if self.config.verify_every:
-            self._check_rounds(context, max_new_tokens)
+            check_rounds(context, max_new_tokens, self.model, self.shape, self._positions, self.config)
             source = Rounds.over(self._decoder, self._full, context, sampling, self.config)
         else:
             source = SingleSteps(self, context, sampling, max_new_tokens)
@@ -360,7 +361,7 @@ class Engine:
         `generate` reads it again as well; so does one that was rewound to before.
         """
         cache, length = context.cache, context.cache.length + 1
-        self._check_length(length)
+        check_length(length, self.shape, self._positions)
         if context.token_ids is None:
             raise ModelError(f"Only a prompt that this engine read can grow past {self._positions.turn} tokens.")
         cache.truncate(0)
@@ -372,50 +373,7 @@ class Engine:
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
 
-    def _check_rounds(self, context: Context, max_new_tokens: int) -> None:
-        """Refuse rounds (`verify_every`) where tokens of one pass would need positions of different kinds."""
-        turn, first = self._positions.turn, context.cache.length
-        if turn and first <= turn < first + max_new_tokens + spare_slots(self.config):
-            raise ConfigError(
-                f"Positions of {self.shape.architecture} change at {turn} tokens, which verify_every cannot cross: "
-                "leave it away, or stay on one side."
-            )
-        if len(context.prompt_lengths) > 1 and getattr(
-            text_config(inner_model(self.model)), "attn_temperature_tuning", False
-        ):
-            raise ConfigError(
-                f"{self.shape.architecture} scales attention by the length of the whole batch; with verify_every give "
-                "one prompt at a time."
-            )
-
-    def _check_context(self, context: Context) -> None:
-        """Refuse what is no Context, and one that another model has read: its keys mean something else here."""
-        if not isinstance(context, Context):
-            raise InputError(f"prefill makes the Context that is needed here; this is {shown(context)}.")
-        if context.model is not None and context.model is not inner_model(self.model):
-            raise InputError("This Context was read by another model; only engines of one model can share it.")
-
-    def _check_step(self, context: Context, token_ids: Tensor) -> None:
-        self._check_context(context)
-        sequences = len(context.prompt_lengths)
-        whole = isinstance(token_ids, Tensor) and token_ids.dtype in (torch.int64, torch.int32)
-        if not whole or token_ids.shape != (sequences,):
-            given = f"{token_ids.dtype} {list(token_ids.shape)}" if isinstance(token_ids, Tensor) else shown(token_ids)
-            raise InputError(f"decode_one_token takes one token a sequence, int64 [{sequences}], not {given}.")
-        if not token_ids.is_cuda:  # a GPU would have to be waited for
-            check_token_ids([token_ids.tolist()], self._vocabulary)
-
-    def _check_length(self, tokens: int) -> None:
-        """Refuse texts longer than the model's positions."""
-        if 0 < self.shape.max_positions < tokens:
-            raise InputError(f"The prompt has {tokens} tokens; the model has {self.shape.max_positions} positions.")
-        if self._positions.kind == "dynamic" and tokens > self._positions.turn:
-            raise InputError(
-                f"Dynamic scaling of positions changes with every token past {self._positions.turn}, which Engine "
-                f"cannot follow; this text has {tokens}."
-            )
-
-    def _pad(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
+    def _padded(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
         """Sequences as int64 `[B, longest]` on the model's device, and their lengths."""
         rows = token_rows(token_ids)
         check_token_ids(rows, self._vocabulary)
