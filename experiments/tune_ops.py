@@ -43,11 +43,11 @@ class Candidate:
     tile: int
     warps: int
     stages: int
-    early: int
+    pdl: int
 
     def __str__(self) -> str:
         launch = f"splits {self.splits:3} tile {self.tile:5} warps {self.warps:2} stages {self.stages}"
-        return f"{launch} early {self.early}"
+        return f"{launch} pdl {self.pdl}"
 
 
 SHAPES = {
@@ -64,17 +64,17 @@ PROGRAMS = 128, 1056
 
 
 def candidates(kernel: str, batch: int, block: int, kv_heads: int) -> Iterator[Candidate]:
-    """The grid of a kernel, on a batch; the first launch also without an early start, to compare."""
+    """The grid of a kernel, on a batch; the first launch also without an early start (`pdl`), to compare."""
     for heads in (1, kv_heads) if kernel in ("scan", "select") else (kv_heads,):
         if kernel == "select":
-            for warps, early in product((4, 8, 16, 32), (1, 0)):
-                yield Candidate(kernel, batch, heads, block, 1, 32 * warps, warps, 1, early)
+            for warps, pdl in product((4, 8, 16, 32), (1, 0)):
+                yield Candidate(kernel, batch, heads, block, 1, 32 * warps, warps, 1, pdl)
             continue
         splits = [s for s in (2**i for i in range(11)) if PROGRAMS[0] <= batch * heads * s <= PROGRAMS[1]]
         for i, (s, (tile, warps, stages)) in enumerate(product(splits, SHAPES[kernel])):
             if tile >= block or kernel != "scan":
-                for early in (1, 0) if i == 0 else (1, 2) if kernel == "attend_blocks" else (1,):
-                    yield Candidate(kernel, batch, heads, block, s, tile, warps, stages, early)
+                for pdl in (1, 0) if i == 0 else (1, 2) if kernel == "attend_blocks" else (1,):
+                    yield Candidate(kernel, batch, heads, block, s, tile, warps, stages, pdl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ def launches(candidate: Candidate, work: Workload, config: HybridConfig) -> tupl
         "scan": _scan, "select": _select, "attend_blocks": _attend_blocks, "attend": _attend,
     }  # fmt: skip
     torch.manual_seed(0)  # the same selections for every candidate
-    tuning = Tuning(candidate.splits, candidate.tile, candidate.warps, candidate.stages, candidate.early)
+    tuning = Tuning(candidate.splits, candidate.tile, candidate.warps, candidate.stages, candidate.pdl)
     size, call = make[candidate.kernel](candidate, work, config, tuning)
     small = candidate.kernel in ("attend_blocks", "select")
     count = rotations(size, 32 if small else 4, 64) if size else 32

@@ -271,10 +271,10 @@ class HybridAttention:
         config, dense, selections = self.config, self.config.retrieval_attention == "full", state.selections
         scan_bytes = 2 * key_bytes if dense else refreshed * state.scan_bytes(key_bytes)
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
-        enough = selections.enough_tokens(config.strategy, config.block_size, config.refresh_every)
+        whole_up_to = selections.whole_up_to(config.strategy, config.block_size, config.refresh_every)
         means = Means(self._completed, config.chunk_tokens, 2.0 * key_bytes) if self._factors else None
-        enough, limits = (0, None) if dense else (enough, state.limits)
-        ops.count_bytes(total, lengths, selections, costs, config.block_size, enough, means, limits)
+        whole_up_to, limits = (0, None) if dense else (whole_up_to, state.limits)
+        ops.count_bytes(total, lengths, selections, costs, config.block_size, whole_up_to, means, limits)
 
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """How many heads scan, how many attend over each row of the selections, and how many of those are completed."""

@@ -13,7 +13,7 @@ LLAMA_3_8B = [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096
 @pytest.mark.parametrize("rows", [1, 8, 16])
 @pytest.mark.parametrize(("sizes", "columns"), LLAMA_3_8B, ids=str)
 def test_default_launches(compiled, rows, sizes, columns, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "starts_early", lambda device: True)
+    monkeypatch.setattr(common, "has_pdl", lambda device: True)
     x = torch.empty(rows, columns, dtype=torch.bfloat16)
     weights = [torch.empty(size, columns, dtype=torch.bfloat16) for size in sizes]  # memory that nobody touches
     gated = len(sizes) == 2

@@ -17,7 +17,7 @@ DEVICE = "cuda" if GPU else "cpu"
 # The interpreter reads the bits of a bfloat16 as an integer when it multiplies matrices.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-EARLY = 64  # on a GPU that can
+PREFETCH = 64  # on a GPU that can
 
 
 def random(*shape, dtype=torch.float32, scale=1.0):
@@ -69,8 +69,8 @@ def test_gated(rows, columns):
 
 
 @pytest.mark.parametrize("tuning", [
-    LinearTuning(16, 32, 1, 2, 1, 0), LinearTuning(32, 64, 3, 4, 2, 0, EARLY), LinearTuning(16, 128, 4, 4, 3, 8),
-    LinearTuning(64, 32, 5, 4, 4, 16, EARLY), LinearTuning(128, 64, 2, 8, 2, 8, EARLY),
+    LinearTuning(16, 32, 1, 2, 1, 0), LinearTuning(32, 64, 3, 4, 2, 0, PREFETCH), LinearTuning(16, 128, 4, 4, 3, 8),
+    LinearTuning(64, 32, 5, 4, 4, 16, PREFETCH), LinearTuning(128, 64, 2, 8, 2, 8, PREFETCH),
 ])  # fmt: skip
 def test_every_way_of_cutting_the_work(tuning):
     dtype = torch.bfloat16 if GPU else torch.float32

@@ -83,7 +83,7 @@ def test_less_shared_memory(compiled, dim, tmp_path, monkeypatch):
 
 def test_early_start(compiled, tmp_path, monkeypatch):
     """Programmatic dependent launch: the wait comes first, but for the loads of what no kernel writes."""
-    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    monkeypatch.setattr(common, "has_pdl", lambda device: 1)
     launch_all(make_cache(128, torch.bfloat16))
     check(compiled, tmp_path, 5)
     for kernel in compiled:
@@ -101,7 +101,7 @@ def test_early_start(compiled, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_completion(compiled, dim, dtype, page, tmp_path, monkeypatch):
     """Means are read as wide as tokens are: 16 bytes a thread and load."""
-    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    monkeypatch.setattr(common, "has_pdl", lambda device: 1)
     kv, config = make_cache(dim, dtype, page), HybridConfig()
     means = torch.empty(2, kv.keys.shape[0], 2, max((page or kv.slots) // 128, 1), dim, dtype=dtype)
     out = Selections.allocate(2, 1, 128, "cpu", 1024)
@@ -159,7 +159,7 @@ def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
     ids=str,
 )
 def test_several_tokens(compiled, tokens, group, dim, dtype, page, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    monkeypatch.setattr(common, "has_pdl", lambda device: 1)
     kv, eight_bits = make_cache(dim, dtype, page), dtype == torch.float8_e4m3fn
     query = torch.empty(1, tokens, 2 * group, dim, dtype=torch.bfloat16 if eight_bits else dtype)
     scales = (torch.ones(2), torch.ones(2)) if eight_bits else None
@@ -194,7 +194,7 @@ def test_rows_of_scores(compiled, num_blocks, tmp_path):
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_appending(compiled, normed, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    monkeypatch.setattr(common, "has_pdl", lambda device: 1)
     cache, (query, key) = (
         make_cache(128, torch.bfloat16).keys,
         (torch.empty(1, n, 128, dtype=torch.bfloat16) for n in (8, 2)),
@@ -205,7 +205,7 @@ def test_appending(compiled, normed, tmp_path, monkeypatch):
 
 
 def test_noise(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    monkeypatch.setattr(common, "has_pdl", lambda device: 1)
     place = torch.zeros(4, dtype=torch.int32)
     add_noise(torch.empty(4, 128256), place[:2], place, place)
     check(compiled, tmp_path, 1)

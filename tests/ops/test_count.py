@@ -41,14 +41,14 @@ def test_the_kernel_counts_what_the_definition_does(capacity, lengths, lookahead
     from lycheedecode.ops.count.triton import count_bytes
 
     selections = make_selections(3, lengths, capacity, lookahead)
-    enough = capacity * BLOCK - lookahead
+    whole_up_to = capacity * BLOCK - lookahead
     lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     costs = torch.tensor([256.0, 2.0**33 + 1, 0.0, 512 * 7 + 0.5], dtype=torch.float64, device=DEVICE)
     total = torch.arange(len(lengths), dtype=torch.float64, device=DEVICE) + 2.0**50
     expected = total.clone()
     for means in (None, Means((2, 0, 1), 16, 36.5)):
-        reference.count_bytes(expected, lengths, selections, costs, BLOCK, enough, means)
-        count_bytes(total, lengths, selections, costs, BLOCK, enough, means)
+        reference.count_bytes(expected, lengths, selections, costs, BLOCK, whole_up_to, means)
+        count_bytes(total, lengths, selections, costs, BLOCK, whole_up_to, means)
     assert torch.equal(total, expected)
 
 
@@ -90,7 +90,7 @@ def test_the_definition():
     selections.blocks[:, 1, :2] = torch.tensor([0, 1])  # 5 tokens
     lengths = torch.tensor([10, 5, 0], dtype=torch.int32, device=DEVICE)
     total = torch.ones(3, dtype=torch.float64, device=DEVICE)
-    ops.count_bytes(total, lengths, selections, (1.0, 10.0, 100.0), BLOCK, enough=5)
+    ops.count_bytes(total, lengths, selections, (1.0, 10.0, 100.0), BLOCK, whole_up_to=5)
     assert total.tolist() == [1 + 6 + 40 + 1000, 1 + 5 + 50, 1]
 
 
@@ -100,15 +100,15 @@ def test_costs_that_do_not_fit_are_refused():
         ops.count_bytes(torch.zeros(1, dtype=torch.float64), lengths, selections, (1.0, 2.0), BLOCK)
 
 
-@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("pdl", [0, 1])
 @pytest.mark.parametrize("capacity", [1, 128, 32768])
-def test_it_compiles_for_hopper(compiled, capacity, early, tmp_path, monkeypatch):
+def test_it_compiles_for_hopper(compiled, capacity, pdl, tmp_path, monkeypatch):
     from hopper import spilled_bytes
 
     from lycheedecode.ops import kernel_common as common
     from lycheedecode.ops.count import triton as kernels
 
-    monkeypatch.setattr(common, "starts_early", lambda device: early)
+    monkeypatch.setattr(common, "has_pdl", lambda device: pdl)
     selections, lengths = Selections.allocate(16, 2, capacity, "cpu"), torch.zeros(2, dtype=torch.int32)
     total, costs = torch.zeros(2, dtype=torch.float64), torch.zeros(17, dtype=torch.float64)
     means = Means((1,) * 16, 128, 516.0) if capacity == 128 else None
@@ -117,6 +117,6 @@ def test_it_compiles_for_hopper(compiled, capacity, early, tmp_path, monkeypatch
     assert spilled_bytes(kernel, tmp_path) == 0
     ptx = kernel.asm["ptx"]
     assert ptx.count("relaxed.add.f64") == 1
-    assert ("griddepcontrol.launch_dependents" in ptx) == bool(early)
-    if early:  # the costs, which no kernel writes
+    assert ("griddepcontrol.launch_dependents" in ptx) == bool(pdl)
+    if pdl:  # the costs, which no kernel writes
         assert ptx[: ptx.index("griddepcontrol.wait")].count("ld.global") == 1

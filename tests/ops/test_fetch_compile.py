@@ -16,15 +16,15 @@ def tokens(slots, dim, dtype):
     return Tokens(*(torch.empty(2, 3, 8, slots, dim, dtype=dtype) for _ in range(2)))
 
 
-@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("pdl", [0, 1])
 @pytest.mark.parametrize(
     ("dim", "dtype", "block_size", "capacity"),
     [(128, torch.bfloat16, 32, 128), (80, torch.float16, 16, 256), (64, torch.float32, 64, 64),
      (256, torch.bfloat16, 1, 1024)],
     ids=str,
 )  # fmt: skip
-def test_fetching(compiled, dim, dtype, block_size, capacity, early, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "starts_early", lambda device: early)
+def test_fetching(compiled, dim, dtype, block_size, capacity, pdl, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "has_pdl", lambda device: pdl)
     known = BlockMap.allocate(4, 3, 4096, 2 * capacity, capacity, "cpu")
     blocks, counts = torch.zeros(4, 3, capacity, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     source, pool = tokens(8192, dim, dtype), tokens(2 * capacity * block_size + 64, dim, dtype)
@@ -45,7 +45,7 @@ def test_fetching(compiled, dim, dtype, block_size, capacity, early, tmp_path, m
 @pytest.mark.parametrize("completed", [False, True])
 def test_places(compiled, dim, dtype, completed, tmp_path, monkeypatch):
     """Tokens are read as wide as without them."""
-    monkeypatch.setattr(common, "starts_early", lambda device: 1)
+    monkeypatch.setattr(common, "has_pdl", lambda device: 1)
     kv, out = make_cache(dim, dtype), Selections.allocate(2, 1, 128, "cpu", 1024)
     means = torch.empty(2, 1, 2, 1024, dim, dtype=dtype)
     completion = Completion(*means, 128, (1.0, 0.5)) if completed else None

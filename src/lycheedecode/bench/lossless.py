@@ -123,7 +123,7 @@ def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
     """Launches around the usual one."""
     splits = [16, 33, 50, 66] if pairs <= 16 else [4, 8, 12, 16]
     shapes = (64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 4), (32, 4, 3), (128, 4, 2)
-    return [usual, *(Tuning(s, *shape, usual.early) for s in splits for shape in shapes)]
+    return [usual, *(Tuning(s, *shape, usual.pdl) for s in splits for shape in shapes)]
 
 
 # ---------------------------------------------------------------------- rounds

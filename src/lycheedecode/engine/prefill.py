@@ -1,7 +1,7 @@
 """Dense causal attention of a chunk of tokens of a prompt over everything before it.
 
     keys     | all earlier tokens          | the chunk's own |
-    queries    see them all                  causal            -> two attentions without a mask, merged by their mass
+    queries    see them all                  causal            -> two attentions without a mask, merged by their lse
 
 So the chunk costs what a FlashAttention kernel costs, and memory that grows with the chunk alone. Layers that look back
 a limited way go in tiles, whose masks are small. On a GPU a chunk of a few tokens is `ops.attend_tokens`, which splits
@@ -157,24 +157,24 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
         keys, values = _as_many_heads(query, keys, values)
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-    past, past_mass = _with_mass(query, keys[:, :, :earlier], values[:, :, :earlier], scale, causal=False)
-    own, own_mass = _with_mass(query, keys[:, :, earlier:], values[:, :, earlier:], scale, causal=True)
-    share = (past_mass - own_mass).sigmoid()[..., None].float()
+    past, past_lse = _with_lse(query, keys[:, :, :earlier], values[:, :, :earlier], scale, causal=False)
+    own, own_lse = _with_lse(query, keys[:, :, earlier:], values[:, :, earlier:], scale, causal=True)
+    share = (past_lse - own_lse).sigmoid()[..., None].float()
     return torch.lerp(own.float(), past.float(), share).to(query.dtype)
 
 
-def _with_mass(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention without a mask, and the logarithm of each query's mass, float32 `[B, Hq, T]`."""
     if query.device.type == "cpu":
         return torch_private.flash_on_cpu(query, keys, values, scale, causal)
     if can_use_flash_attention(SDPAParams(query, keys, values, None, 0.0, causal, True)):
         dim = query.shape[-1]
         query, keys, values = (F.pad(x, (0, -dim % 8)) if dim % 8 else x for x in (query, keys, values))
-        output, mass = torch_private.flash(query, keys, values, scale, causal)
-        return output[..., :dim], mass
+        output, lse = torch_private.flash(query, keys, values, scale, causal)
+        return output[..., :dim], lse
     keys, values = (_repeated(x, query) for x in (keys, values))
-    output, mass = torch_private.efficient(query, keys, values, scale, causal)
-    return output, mass[:, :, : query.shape[2]]
+    output, lse = torch_private.efficient(query, keys, values, scale, causal)
+    return output, lse[:, :, : query.shape[2]]
 
 
 def attend_within(

@@ -152,7 +152,7 @@ def _linear_kernel(
     out, x, w0, w1, w2, b0, b1, b2, residual, norm, partial, sums, arrivals,
     N0, N1, N2, K, steps, trigger, prefetch, stride_out, stride_x, stride_r, eps,
     B: tl.constexpr, BP: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr,
+    DOT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     program, split = tl.program_id(0), tl.program_id(1)
     weight, bias, N, first, tile = w0, b0, N0, N0 * 0, program
@@ -171,7 +171,7 @@ def _linear_kernel(
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # rows past the end are the last one again, never stored
     b = tl.arange(0, BP)
     begin = split * steps * TK
-    if EARLY:
+    if PDL:
         _call_into_l2(weight, tile, N, K, begin, prefetch, TN, THREADS)
         if GATED:
             _call_into_l2(w1, tile, N, K, begin, prefetch, TN, THREADS)
@@ -181,7 +181,7 @@ def _linear_kernel(
     gate = y
     squares = tl.zeros([TK, BP] if DOT else [1, TK], tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
-        if EARLY:
+        if PDL:
             _let_next_start(step == trigger)
         k = begin + step * TK + tl.arange(0, TK)
         if DOT:
@@ -265,7 +265,7 @@ def linear(
     left = tuning.overlap * 2**20 / (sum(sizes) * columns * x.element_size())
     piece = -(-32 * tuning.warps // tuning.rows) * (16 // x.element_size())  # columns, at 16 bytes for every thread
     prefetch = min(tuning.prefetch, steps * tuning.depth) // piece * piece
-    early = prefetch > 0 and even and _aligned(weights) and common.starts_early(x.device)
+    pdl = prefetch > 0 and even and _aligned(weights) and common.has_pdl(x.device)
     missing = [None] * (MAX_WEIGHTS - len(weights))
     with common.on_device(x):
         _linear_kernel[(tiles, tuning.splits)](
@@ -282,10 +282,10 @@ def linear(
             DOT=tuning.dot > 0,
             GATED=gated,
             EVEN=even,
-            EARLY=early,
+            PDL=pdl,
             THREADS=32 * tuning.warps,
             num_warps=tuning.warps,
-            **({"launch_pdl": True} if early else {}),
+            **({"launch_pdl": True} if pdl else {}),
         )
     return out
 

@@ -30,22 +30,22 @@ class Tuning(NamedTuple):
         tile: tokens that a program handles at once.
         warps: of a program.
         stages: depth of its load pipeline.
-        early: programmatic dependent launch. 0: none. 1: start while the kernel before it drains, and once that has
-            ended let the next one start. 2: let the next one start at once: for kernels that leave memory idle, if the
-            next one may call its weights into the L2 meanwhile.
+        pdl: programmatic dependent launch, an early start. 0: none. 1: start while the kernel before it drains, and
+            once that has ended let the next one start. 2: let the next one start at once: for kernels that leave memory
+            idle, if the next one may call its weights into the L2 meanwhile.
     """
 
     splits: int
     tile: int
     warps: int
     stages: int
-    early: int = 0
+    pdl: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of the launch itself."""
-        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, "EARLY": self.early}
-        return {**options, "launch_pdl": True} if self.early else options
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages, "PDL": self.pdl}
+        return {**options, "launch_pdl": True} if self.pdl else options
 
     def launch(self, kv: KV) -> dict[str, Any]:
         """Options of a launch that goes over a cache.
@@ -140,7 +140,7 @@ def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:
 
 
 @lru_cache(maxsize=64)
-def starts_early(device: torch.device) -> int:
+def has_pdl(device: torch.device) -> int:
     """1 if this GPU can start a kernel while the one before it drains: from Hopper on."""
     return int(device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
@@ -195,14 +195,14 @@ def merge_space(batch: int, heads: int, splits: int, group: int, dim: int, devic
 
 
 @triton.jit
-def wait_for_inputs(EARLY: tl.constexpr):
+def wait_for_inputs(PDL: tl.constexpr):
     """With an early start: wait until the kernel before has written all, and let the next one start early, too.
 
     Before this point kernels write nothing, and read only what no kernel writes.
     """
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_wait()
-    if EARLY == 1:
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -267,12 +267,12 @@ def load_tokens(
 
 
 @triton.jit
-def enough_of(b, enough, limits, BLOCK: tl.constexpr):
+def whole_of(b, whole_up_to, limits, BLOCK: tl.constexpr):
     """Tokens up to which a sequence is not looked at: see `ops.scan_select`."""
     if limits is not None:
         limit = tl.load(limits + b)
-        enough = tl.where(limit < 0, 0x3FFFFFFF, tl.minimum(enough, limit * BLOCK))
-    return enough
+        whole_up_to = tl.where(limit < 0, 0x3FFFFFFF, tl.minimum(whole_up_to, limit * BLOCK))
+    return whole_up_to
 
 
 @triton.jit
@@ -330,10 +330,10 @@ def attend_tile(acc, peak, total, q, k, v, exists, scale, bias=None):
 def finish(
     output, partial, sums, arrivals, acc, peak, total, pair, split,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Write row `pair` of `output [B * H, G, D]`: at once, or by the program that arrives last of its splits."""
-    if EARLY == 2:
+    if PDL == 2:
         tl.extra.cuda.gdc_launch_dependents()
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)

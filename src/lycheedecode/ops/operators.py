@@ -176,10 +176,10 @@ def _scan_select(
     kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
     select.check_selections(out, (len(heads), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
-    enough = out.enough_tokens(strategy, block_size, refresh_every)
-    asked = (query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, enough)
+    whole_up_to = out.whole_up_to(strategy, block_size, refresh_every)
+    asked = (query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, whole_up_to)
     worth = scan.scan(*asked, limits, sinks, _pair(key_scales, value_scales))
-    scores = scan.normalise(worth, kv, block_size, enough, limits)
+    scores = scan.normalise(worth, kv, block_size, whole_up_to, limits)
     select.select_blocks(scores, kv, rule, out, limits=limits)
 
 

@@ -101,7 +101,7 @@ class Selections(NamedTuple):
         listed = inside.masked_fill(self.blocks < 0, 0).sum(-1)
         return torch.where(self.counts == EVERYTHING, lengths, listed)
 
-    def enough_tokens(self, strategy: str, block_size: int, refresh_every: int) -> int:
+    def whole_up_to(self, strategy: str, block_size: int, refresh_every: int) -> int:
         """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""
         return max(self.blocks.shape[-1] * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
 

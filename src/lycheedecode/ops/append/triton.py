@@ -41,10 +41,10 @@ def _append_kernel(
     keys, values, key, value, filled, out, query, cos, sin, key_norm, query_norm, eps, heads, query_heads,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_qb, stride_qh, stride_cb, stride_sb,
-    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     d = tl.arange(0, DP)
     if h < heads:
         slot = tl.load(filled + b).to(tl.int64) - 1
@@ -97,6 +97,6 @@ def append(
             T=batch // keys.shape[0],
             D=dim,
             DP=common.power_of_two(dim),
-            **Tuning(1, 1, 1, 1, common.starts_early(keys.device)).options,
+            **Tuning(1, 1, 1, 1, common.has_pdl(keys.device)).options,
         )
     return out

@@ -63,14 +63,14 @@ def _attend_blocks_kernel(
     keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, MEAN_OF: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows + h)  # no kernel writes it
     log_factor = 0.0
     if taken is not None:
         log_factor = tl.load(log_factors + h)  # nor this
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     head = h
     if heads is not None:
         head = tl.load(heads + h)
@@ -146,7 +146,7 @@ def _attend_blocks_kernel(
     if value_scales is not None:
         acc *= tl.load(value_scales + head)
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
+    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
 
 
 def attend_blocks(
@@ -232,13 +232,13 @@ def _check_selections(query: Tensor, selections: Selections, rows: Tensor, num_h
 
 def default_tuning(pairs: int, kv: KV, capacity: int, completed: bool = False) -> Tuning:
     """What was fastest on an H200, within a step for up to 32 pairs; `experiments tune-ops` measures it alone."""
-    early = common.starts_early(kv.keys.device)
+    pdl = common.has_pdl(kv.keys.device)
     if pairs <= 16:
-        programs, tuning = 128, Tuning(1, min(common.tile_of(kv, 32768), 128), 4, 3, 2 * early)
+        programs, tuning = 128, Tuning(1, min(common.tile_of(kv, 32768), 128), 4, 3, 2 * pdl)
     elif pairs <= 32:
-        programs, tuning = 256, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 3, early)
+        programs, tuning = 256, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 3, pdl)
     else:
-        programs, tuning = 512, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 2, 2 * early)
+        programs, tuning = 512, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 2, 2 * pdl)
     tuning = common.fitting(tuning, kv)
     if completed and kv.page_table is not None and kv.keys.shape[3] > 128:  # two places of each token, in registers
         tuning = tuning._replace(tile=max(tuning.tile // 2, 16))

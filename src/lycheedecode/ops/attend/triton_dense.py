@@ -26,10 +26,10 @@ def _attend_kernel(
     sinks, key_scales, value_scales, keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     head = h
     if heads is not None:
         head = tl.load(heads + h)
@@ -57,7 +57,7 @@ def _attend_kernel(
     if value_scales is not None:
         acc *= tl.load(value_scales + head)
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
+    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
 
 
 def attend(
@@ -93,9 +93,9 @@ def attend(
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
     """What was fastest on an H200; `python -m experiments tune-ops` measures it."""
-    few, early = pairs <= 16, common.starts_early(kv.keys.device)
+    few, pdl = pairs <= 16, common.has_pdl(kv.keys.device)
     tile, stages = (16384, 4) if few else (32768, 3)
-    tuning = common.fitting(Tuning(8, common.tile_of(kv, tile), 4, stages, early), kv)
+    tuning = common.fitting(Tuning(8, common.tile_of(kv, tile), 4, stages, pdl), kv)
     if few:
         tuning = tuning._replace(splits=common.even_splits(pairs, triton.cdiv(kv.slots, tuning.tile), 128, 64))
     return tuning

@@ -32,14 +32,14 @@ def _attend_rows_kernel(
     keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
     T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, head, b = tl.program_id(0) % SPLITS, tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) // SPLITS * RP + tl.arange(0, RP)
     d = tl.arange(0, DP)
     t = r // G
     mask = (r < T * G)[:, None] & (d < D)[None, :]
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     first, count = common.extent(b, lengths, starts, slots)
     at = query + b.to(tl.int64) * stride_qb + t * stride_qt + (head * G + r % G) * stride_qh
     q = tl.load(at[:, None] + d[None, :], mask=mask, other=0.0)
@@ -93,14 +93,14 @@ def _attend_rows_kernel(
 @triton.jit
 def _merge_kernel(
     output, partial, sums,
-    T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A row of all splits: the average of their results, weighted by their mass."""
     r, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     d = tl.arange(0, DP)
     split = tl.arange(0, triton.next_power_of_2(SPLITS))
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     row = ((b * heads + head) * SPLITS + split) * (T * G) + r
     mass = tl.load(sums + row, mask=split < SPLITS, other=float("-inf"))
     mask = (split < SPLITS)[:, None] & (d < D)[None, :]
@@ -145,7 +145,7 @@ def attend_tokens(
         )
         if partial is not None:
             warps = max(common.power_of_two(tuning.splits) * sizes["DP"] // 2048, 1)  # 64 registers a thread
-            merging = Tuning(1, 1, min(warps, 8), 1, min(tuning.early, 1))
+            merging = Tuning(1, 1, min(warps, 8), 1, min(tuning.pdl, 1))
             _merge_kernel[rows, heads, batch](output, partial, sums, **sizes, **merging.options)
     return output
 
@@ -164,15 +164,15 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     A single token is read as by `triton_dense`. With more rows a tile's arithmetic takes half as long as its bytes: two
     programs a processor, of three stages, so that one computes while the other waits.
     """
-    early, tile = common.starts_early(kv.keys.device), min(common.tile_of(kv, 16384), 64)
+    pdl, tile = common.has_pdl(kv.keys.device), min(common.tile_of(kv, 16384), 64)
     tiles = triton.cdiv(max(kv.slots, 1), tile)
     if rows <= 16:
-        tuning = common.fitting(Tuning(8, tile, 4, 4, early), kv)
+        tuning = common.fitting(Tuning(8, tile, 4, 4, pdl), kv)
         return tuning._replace(splits=common.even_splits(pairs, tiles, 128, 64)) if pairs <= 16 else tuning
     held = min(common.power_of_two(rows), most_rows(kv)) * common.power_of_two(kv.keys.shape[3])
     warps = 8 if held > 64 * 128 or kv.keys.dtype == torch.float32 else 4
     places = 2 * _processors(kv.keys.device)
-    return common.fitting(Tuning(min(_splits(pairs, places), max(tiles, 1)), tile, warps, 3, early), kv)
+    return common.fitting(Tuning(min(_splits(pairs, places), max(tiles, 1)), tile, warps, 3, pdl), kv)
 
 
 def _splits(pairs: int, places: int) -> int:

@@ -32,7 +32,7 @@ def _attend_worth_kernel(
     keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     EIGHT: tl.constexpr = min(BLOCK, 8)  # see `scan.triton._scan_kernel`
     LANES: tl.constexpr = min(WARPS * 8 // EIGHT, TILE // BLOCK)
@@ -43,7 +43,7 @@ def _attend_worth_kernel(
     dealt = block * BLOCK + column // (EIGHT * LANES) % ROUNDS * EIGHT + column % EIGHT
 
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     head = h
     if heads is not None:
         head = tl.load(heads + h)
@@ -77,7 +77,7 @@ def _attend_worth_kernel(
         peak = new_peak
     tl.store(masses + line * SPLITS + split, peak + tl.log2(total), mask=g < G)
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, EARLY)
+    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
 
 
 def attend_worth(
@@ -124,19 +124,19 @@ def attend_select(
     """See `ops.attend_select`."""
     select.check_selections(out, (len(heads), query.shape[0]))
     rule, size = Rule.of(config), config.block_size
-    enough = out.enough_tokens(config.strategy, size, config.refresh_every)
+    whole_up_to = out.whole_up_to(config.strategy, size, config.refresh_every)
     if size <= default_tuning(query.shape[0] * len(heads), kv).tile:
         output, worth = attend_worth(query, kv, heads, size, scale, config.block_score)
     else:  # a tile would not hold a block
         output = attend(query, kv, scale, heads)
-        worth = scan.scan(query, kv, heads, size, scale, config.block_score, enough=enough)
-    select.select_blocks(scan.normalise(worth, kv, size, enough), kv, rule, out)
+        worth = scan.scan(query, kv, heads, size, scale, config.block_score, whole_up_to=whole_up_to)
+    select.select_blocks(scan.normalise(worth, kv, size, whole_up_to), kv, rule, out)
     return output
 
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
     """As dense attention, with tiles of which every warp has whole blocks; not timed on its own."""
-    tuning = Tuning(8, common.tile_of(kv, 32768), 4, 3, common.starts_early(kv.keys.device))
+    tuning = Tuning(8, common.tile_of(kv, 32768), 4, 3, common.has_pdl(kv.keys.device))
     tuning = common.fitting(tuning, kv)
     if pairs <= 16:
         tuning = tuning._replace(splits=common.even_splits(pairs, triton.cdiv(kv.slots, tuning.tile), 128, 64))

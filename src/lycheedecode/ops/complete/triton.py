@@ -20,10 +20,10 @@ def _means_kernel(
     mean_keys, mean_values, stride_mp, stride_mh, stride_ms, known,
     keys, values, lengths, starts, page_table,
     stride_kp, stride_kh, stride_ks, stride_vp, stride_vh, stride_vs, stride_table, slots, PAGE: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, MEAN_OF: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, MEAN_OF: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     first, count = common.extent(b, lengths, starts, slots)
     chunk = i
     if known is not None:
@@ -60,5 +60,5 @@ def write_means(kv: KV, chunk: int, keys: Tensor, values: Tensor, first: Tensor 
             DP=common.power_of_two(dim),
             MEAN_OF=chunk,
             TILE=tile,
-            **Tuning(1, tile, 4, 2, common.starts_early(keys.device)).launch(kv),
+            **Tuning(1, tile, 4, 2, common.has_pdl(keys.device)).launch(kv),
         )

@@ -21,7 +21,7 @@ def count_bytes(
     selections: Selections,
     costs: tuple[float, ...],
     block_size: int,
-    enough: int = 0,
+    whole_up_to: int = 0,
     means: Means | None = None,
     limits: Tensor | None = None,
 ) -> None:
@@ -34,10 +34,10 @@ def count_bytes(
         costs: bytes read for each token in the blocks of each row, and last those for each token of the whole cache
             (scanned, or attended to densely); `R + 1` of them.
         block_size: tokens per block.
-        enough: tokens up to which the whole of a sequence was not looked at.
+        whole_up_to: sequences of up to so many tokens got everything, and were not looked at.
         means: what a completion reads; None: nothing.
-        limits: those of `select_blocks`, where such sequences are not looked at that get everything, or, with `enough`,
-            whose blocks all fit into theirs.
+        limits: those of `select_blocks`, where such sequences are not looked at that get everything, or, with
+            `whole_up_to`, whose blocks all fit into theirs.
     """
     if len(costs) != len(selections.blocks) + 1:
         raise ValueError(f"costs must be one for each of {len(selections.blocks)} rows, and one; not {len(costs)}.")
@@ -47,4 +47,4 @@ def count_bytes(
 
         implementation = triton
     each = constant(costs, torch.float64, total.device)
-    implementation.count_bytes(total, lengths, selections, each, block_size, enough, means, limits)
+    implementation.count_bytes(total, lengths, selections, each, block_size, whole_up_to, means, limits)

@@ -30,11 +30,11 @@ def count_bytes(
     selections: Selections,
     costs: Tensor,
     block_size: int,
-    enough: int,
+    whole_up_to: int,
     means: Means | None = None,
     limits: Tensor | None = None,
 ) -> None:
-    unseen = lengths <= enough
+    unseen = lengths <= whole_up_to
     if limits is not None:
         unseen = (unseen & (lengths <= limits * block_size)) | (limits == EVERYTHING)
     read = selections.tokens(lengths, block_size)  # [R, B]

@@ -20,12 +20,12 @@ from .reference import Means
 
 @triton.jit
 def _count_kernel(
-    total, lengths, blocks, counts, costs, stride_r, stride_b, stride_cr, stride_cb, K, enough, limits, means,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    total, lengths, blocks, counts, costs, stride_r, stride_b, stride_cr, stride_cb, K, whole_up_to, limits, means,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1)
     cost = tl.load(costs + r)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     length = tl.load(lengths + b)
     if r < tl.num_programs(0) - 1:
         blocks += r.to(tl.int64) * stride_r + b.to(tl.int64) * stride_b
@@ -42,8 +42,8 @@ def _count_kernel(
             complete = tl.where(tokens < length, tl.maximum(length - 1, 0) // CHUNK, 0)
             size += complete.to(tl.float64) * tl.load(means + r)
     else:
-        enough = common.enough_of(b, enough, limits, BLOCK)
-        size = tl.where(length > enough, length, 0).to(tl.float64) * cost
+        whole_up_to = common.whole_of(b, whole_up_to, limits, BLOCK)
+        size = tl.where(length > whole_up_to, length, 0).to(tl.float64) * cost
     tl.atomic_add(total + b, size, sem="relaxed")
 
 
@@ -53,7 +53,7 @@ def count_bytes(
     selections: Selections,
     costs: Tensor,
     block_size: int,
-    enough: int,
+    whole_up_to: int,
     means: Means | None = None,
     limits: Tensor | None = None,
 ) -> None:
@@ -64,11 +64,11 @@ def count_bytes(
     if means is not None:
         readers = constant(tuple(means.each * number for number in means.readers), torch.float64, total.device)
     width = min(max(common.power_of_two(capacity), 32), 4096)
-    tuning = Tuning(1, width, max(width // 1024, 1), 1, common.starts_early(total.device))
+    tuning = Tuning(1, width, max(width // 1024, 1), 1, common.has_pdl(total.device))
     with common.on_device(total):
         _count_kernel[num_rows + 1, batch](
             *(total, lengths, blocks, counts, costs, *blocks.stride()[:2], *counts.stride()),
-            *(capacity, enough, limits, readers),
+            *(capacity, whole_up_to, limits, readers),
             BLOCK=block_size,
             WIDTH=tuning.tile,
             CHUNK=1 if means is None else means.chunk,

@@ -31,10 +31,10 @@ _PROGRAMS, _WARPS = 32, 16
 @triton.jit(do_not_specialize=["N", "M", "K"])
 def _plan_kernel(
     blocks, stride_r, stride_b, slot_of, block_of, used, places, missing, misses, order, newest, clock, N, M, K,
-    TAIL: tl.constexpr, KP: tl.constexpr, MP: tl.constexpr, EARLY: tl.constexpr,
+    TAIL: tl.constexpr, KP: tl.constexpr, MP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b, r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     pair = r * tl.num_programs(0) + b
     slot_of += pair * N
     block_of += pair * M
@@ -76,7 +76,7 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
     rows, batch, capacity = blocks.shape
     slots = known.block_of.shape[-1]
     width = common.power_of_two(slots)
-    tuning = Tuning(1, width, min(max(width // 256, 1), 16), 1, common.starts_early(blocks.device))
+    tuning = Tuning(1, width, min(max(width // 256, 1), 16), 1, common.has_pdl(blocks.device))
     with common.on_device(blocks):
         _plan_kernel[batch, rows](
             *(blocks, *blocks.stride()[:2], *known, newest, clock, known.slot_of.shape[-1], slots, capacity),
@@ -91,9 +91,9 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
 def _fetch_kernel(
     keys, values, source_keys, source_values, slot_of, missing, misses, readers, starts, S, P, N, K, pairs, batch,
     HEADS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     w = tl.arange(0, WIDTH)
     count = tl.load(misses + w, mask=w < pairs, other=0)
     end = tl.cumsum(count, 0)
@@ -137,18 +137,18 @@ def fetch(
             WIDTH=common.power_of_two(pairs),
             ROOM=common.power_of_two(size),
             BLOCK=block_size,
-            **Tuning(1, size, _WARPS, 1, common.starts_early(pool.keys.device)).options,
+            **Tuning(1, size, _WARPS, 1, common.has_pdl(pool.keys.device)).options,
         )
 
 
 @triton.jit(do_not_specialize=["begin", "S", "P", "slots"])
 def _write_back_kernel(
     keys, values, target_keys, target_values, starts, begin, S, P, slots, batch,
-    HEADS: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, TAIL: tl.constexpr, EARLY: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     slot = begin + tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1).to(tl.int64)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     token = slot
     if starts is not None:
         token -= tl.load(starts + pair % batch)
@@ -174,7 +174,7 @@ def write_back(
             HP=common.power_of_two(heads),
             DP=common.power_of_two(dim),
             TAIL=tail,
-            **Tuning(1, 1, 2, 1, common.starts_early(pool.keys.device)).options,
+            **Tuning(1, 1, 2, 1, common.has_pdl(pool.keys.device)).options,
         )
 
 
@@ -182,11 +182,11 @@ def write_back(
 def _newest_kernel(
     out, query, keys, copy, at, filled, heads, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks,
     stride_cb, stride_ch, stride_cs,
-    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, EIGHT: tl.constexpr, EARLY: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, EIGHT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = tl.load(heads + r).to(tl.int64)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     d = tl.arange(0, DP)
     entry, slot = tl.load(at + b).to(tl.int64) - 1, tl.load(filled + b).to(tl.int64) - 1
     key = tl.load(keys + b * stride_kb + head * stride_kh + entry * stride_ks + d, mask=d < D)
@@ -220,7 +220,7 @@ def newest_keys(
             GP=common.power_of_two(group),
             DP=common.power_of_two(dim),
             EIGHT=copy.dtype == torch.float8_e4m3fn,
-            **Tuning(1, 1, 1, 1, common.starts_early(query.device)).options,
+            **Tuning(1, 1, 1, 1, common.has_pdl(query.device)).options,
         )
     return out
 

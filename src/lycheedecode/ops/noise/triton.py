@@ -28,11 +28,11 @@ def _key(sequence, position, word, GOLDEN: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["V"])
 def _add_noise_kernel(
-    out, logits, seed, sequences, positions, V, stride, STRETCH: tl.constexpr, EARLY: tl.constexpr
+    out, logits, seed, sequences, positions, V, stride, STRETCH: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * STRETCH + tl.arange(0, STRETCH)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     sequence = tl.load(sequences + row).to(tl.uint32)
     position = tl.load(positions + row).to(tl.uint32)
     first = _key(sequence, position, tl.load(seed).to(tl.uint32), 0x9E3779B9, 0x9E3779B9)
@@ -54,6 +54,6 @@ def add_noise(logits: Tensor, seed: Tensor, sequences: Tensor, positions: Tensor
         _add_noise_kernel[triton.cdiv(vocabulary, _STRETCH), rows](
             *(out, logits, seed, sequences.contiguous(), positions.contiguous(), vocabulary, logits.stride(0)),
             STRETCH=_STRETCH,
-            **Tuning(1, 1, 8, 1, common.starts_early(logits.device)).options,
+            **Tuning(1, 1, 8, 1, common.has_pdl(logits.device)).options,
         )
     return out

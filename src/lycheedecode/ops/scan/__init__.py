@@ -79,7 +79,7 @@ def scan_select(
         return
     if copy is not None:
         reference.write_newest_to_copy(copy, kv, heads, config.refresh_every)
-    fits = limits is None and kv.slots <= out.enough_tokens(config.strategy, config.block_size, config.refresh_every)
+    fits = limits is None and kv.slots <= out.whole_up_to(config.strategy, config.block_size, config.refresh_every)
     if fits or (limits is not None and bool((limits == EVERYTHING).all())):
         blocks = ceil(kv.slots / config.block_size)
         scores = torch.zeros(len(heads), query.shape[0], blocks, device=query.device)

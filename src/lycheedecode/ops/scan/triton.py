@@ -52,13 +52,13 @@ def _write_newest(
     tl.debug_barrier()  # other threads of the program read it
 
 
-@triton.jit(do_not_specialize=["slots", "enough"])
+@triton.jit(do_not_specialize=["slots", "whole_up_to"])
 def _scan_kernel(
     worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
-    keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, enough, N,
+    keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, whole_up_to, N,
     limits, sinks, key_scales, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program's share of a scan.
 
@@ -75,7 +75,7 @@ def _scan_kernel(
     dealt = block * BLOCK + column // (EIGHT * LANES) % ROUNDS * EIGHT + column % EIGHT
 
     split, r, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     head = r
     if heads is not None:
         head = tl.load(heads + r)
@@ -95,7 +95,7 @@ def _scan_kernel(
     line = ((r * tl.num_programs(2) + b) * G + g).to(tl.int64)
     peak = tl.full([GP, TURNS, LANES], float("-inf"), tl.float32)
     total = tl.zeros([GP, TURNS, LANES], tl.float32)
-    tiles = tl.where(count > common.enough_of(b, enough, limits, BLOCK), tl.cdiv(count, TILE), 0)
+    tiles = tl.where(count > common.whole_of(b, whole_up_to, limits, BLOCK), tl.cdiv(count, TILE), 0)
     for tile in range(split, tiles, SPLITS):
         token = tile * TILE + dealt
         exists = token < count
@@ -151,17 +151,17 @@ def _block_scores(worth, sums, row, n, mask, stride_worth, G: tl.constexpr, SPLI
     return tl.where(mask, score / G, 0.0)
 
 
-@triton.jit(do_not_specialize=["slots", "enough", "N"])
+@triton.jit(do_not_specialize=["slots", "whole_up_to", "N"])
 def _normalise_kernel(
-    scores, worth, sums, lengths, starts, limits, slots, enough, N, stride_worth,
-    G: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    scores, worth, sums, lengths, starts, limits, slots, whole_up_to, N, stride_worth,
+    G: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(1), tl.program_id(2)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     _first, count = common.extent(b, lengths, starts, slots)
     row = (r * tl.num_programs(2) + b).to(tl.int64)
-    enough = common.enough_of(b, enough, limits, BLOCK)
-    if (enough > 0) & (count <= enough):
+    whole_up_to = common.whole_of(b, whole_up_to, limits, BLOCK)
+    if (whole_up_to > 0) & (count <= whole_up_to):
         return
     n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     score = _block_scores(worth, sums, row, n, n < tl.cdiv(count, BLOCK), stride_worth, G, SPLITS)
@@ -178,15 +178,15 @@ def scan(
     tuning: Tuning | None = None,
     copy: Tensor | None = None,
     newest: int = 0,
-    enough: int = 0,
+    whole_up_to: int = 0,
     limits: Tensor | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Worth:
     """The scan alone, not normalised; arguments as in `ops.scan_blocks`.
 
-    `newest` tokens are written into `copy` first; sequences of up to `enough` tokens are left out, where `limits` do
-    not say otherwise (`ops.scan_select`).
+    `newest` tokens are written into `copy` first; sequences of up to `whole_up_to` tokens are left out, where `limits`
+    do not say otherwise (`ops.scan_select`).
     """
     common.check_strides(query, kv)
     if copy is not None and copy.stride(-1) != 1:
@@ -206,7 +206,7 @@ def scan(
         _scan_kernel[tuning.splits, len(heads), batch](
             *(*worth, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
             *((None, 0, 0, 0) if copy is None else (copy, *copy.stride()[:3])),
-            *(kv.keys, *cache[2:8], *cache[11:13], enough, num_blocks),
+            *(kv.keys, *cache[2:8], *cache[11:13], whole_up_to, num_blocks),
             *(limits, sinks, scales and scales[0], cache[13]),
             **common.padded(group, dim),
             BLOCK=block_size,
@@ -220,7 +220,7 @@ def scan(
     return worth
 
 
-def normalise(worth: Worth, kv: KV, block_size: int, enough: int = 0, limits: Tensor | None = None) -> Tensor:
+def normalise(worth: Worth, kv: KV, block_size: int, whole_up_to: int = 0, limits: Tensor | None = None) -> Tensor:
     """float32 `[R, B, N]`: the scores that `ops.scan_blocks` returns; anything for what a scan left out."""
     rows, batch, group, stride_worth = worth.worth.shape
     num_blocks = triton.cdiv(kv.slots, block_size)
@@ -228,12 +228,12 @@ def normalise(worth: Worth, kv: KV, block_size: int, enough: int = 0, limits: Te
     chunk = 512
     with common.on_device(scores):
         _normalise_kernel[triton.cdiv(num_blocks, chunk), rows, batch](
-            *(scores, *worth, kv.lengths, kv.starts, limits, kv.slots, enough, num_blocks, stride_worth),
+            *(scores, *worth, kv.lengths, kv.starts, limits, kv.slots, whole_up_to, num_blocks, stride_worth),
             G=group,
             SPLITS=worth.sums.shape[3],
             BLOCK=block_size,
             CHUNK=chunk,
-            **Tuning(1, chunk, 4, 1, common.starts_early(scores.device)).launch(kv),
+            **Tuning(1, chunk, 4, 1, common.has_pdl(scores.device)).launch(kv),
         )
     return scores
 
@@ -259,4 +259,4 @@ def default_tuning(pairs: int, block_size: int, kv: KV, copied: bool = False) ->
     tile = max(common.tile_of(kv, 32768 if copied else 16384), block_size)
     warps = 8 if kv.keys.dtype == torch.float32 else max(tile // 32, 2)  # float32 takes more registers
     splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 256)
-    return Tuning(splits, tile, warps, 4, common.starts_early(kv.keys.device))
+    return Tuning(splits, tile, warps, 4, common.has_pdl(kv.keys.device))

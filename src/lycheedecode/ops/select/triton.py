@@ -244,10 +244,10 @@ def _select_kernel(
     taken, stride_taken_r, stride_taken_b, C, scores, lengths, starts, slots, N, num_blocks, K, limits, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
     PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1)
-    common.wait_for_inputs(EARLY)
+    common.wait_for_inputs(PDL)
     _first, count = common.extent(b, lengths, starts, slots)
     exist = tl.where(count > 0, tl.minimum(tl.cdiv(count + LOOKAHEAD, BLOCK), num_blocks), 0)
     sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)  # the blocks before it are always selected ..
@@ -368,4 +368,4 @@ def check_selections(out: Selections, shape: tuple[int, ...]) -> None:
 def default_tuning(num_blocks: int, device: torch.device) -> Tuning:
     """What was fastest on an H100: few threads meet sooner than many. A tile is one key of each thread."""
     warps = min(max(common.power_of_two(triton.cdiv(num_blocks, 32 * (IN_REGISTERS + 1))), 4), 16)
-    return Tuning(1, 32 * warps, warps, 1, common.starts_early(device))
+    return Tuning(1, 32 * warps, warps, 1, common.has_pdl(device))
