@@ -6,6 +6,7 @@ import torch
 
 from lycheedecode.bench.models import random_context
 from lycheedecode.engine.engine import Engine
+from lycheedecode.engine.passes import DensePass
 from lycheedecode.fusion import backend
 from lycheedecode.fusion.rotated import use_rotation
 from lycheedecode.ops.append.rope import Rotation
@@ -43,6 +44,27 @@ def test_families(family):
     assert graphs.left.count("rsqrt") == 2 * tiny.LAYERS + 1  # those of queries and keys went along
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_passes_of_several_tokens(family):
+    """Sequences end in different slots, as in a round."""
+    model, graphs = tiny.model(family), Graphs()
+    torch._dynamo.reset()
+    context, token_ids = random_context(model, 2, 50, 10), torch.randint(4, 200, (2, 4))
+    results = []
+    for engine in (Engine(model), Engine(model, execution="compiled", backend=graphs)):
+        one = DensePass(context.cache, 4, engine._full, engine._reaches, context.kv_bytes)
+        one.token_ids.copy_(token_ids)
+        one.filled.copy_(torch.tensor([54, 49]))
+        run = engine._decoder.capture(one.run, [context.kv_bytes])
+        with torch.inference_mode(), engine._decoder.route:
+            logits = run()
+        results.append((logits.clone(), *(store[:, :, :54].clone() for store in one.stores[2])))
+    for right, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert graphs.taken == tiny.LAYERS
+    assert "neg" not in graphs.left
+
+
 def test_inductor_finishes_the_graph():
     model, token_ids = tiny.model("qwen3", num_hidden_layers=1), torch.tensor([1, 2])
     context, results = random_context(model, 2, 50, 10), []
@@ -55,6 +77,9 @@ def test_inductor_finishes_the_graph():
 def step(x, cos, sin, rotate):
     """A layer whose rotation is written as models write it, or not quite."""
     rotated = [rotate(head, cos.unsqueeze(1), sin.unsqueeze(1)) for head in x]
+    if x.shape[3] > 1:
+        query, key = (head.transpose(1, 2) for head in rotated)
+        return torch.ops.lycheedecode.pass_layer.default(query, key, key, 0, 1.0)
     query, key = (head[:, :, 0] for head in rotated)
     return torch.ops.lycheedecode.decode_layer.default(query, key, key, 0, 1.0)
 
@@ -72,8 +97,9 @@ ROTATIONS = {
 }
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize(("rotate", "taken"), ROTATIONS.values(), ids=ROTATIONS)
-def test_only_this_rotation(rotate, taken):
+def test_only_this_rotation(rotate, taken, tokens):
     import lycheedecode.engine.step as steps
 
     class Attention:
@@ -82,8 +108,12 @@ def test_only_this_rotation(rotate, taken):
                 query, key = rotation.of_query(query), rotation.of_key(key)
             return query + key.sum(1, keepdim=True)
 
+        def attend_tokens(self, layer, query, key, value, scale, rotation=None):
+            rows = [x.flatten(0, 1) for x in (query, key, value)]
+            return self.attend(layer, *rows, scale, rotation).unflatten(0, query.shape[:2])
+
     torch._dynamo.reset()
-    x, (cos, sin), graphs = torch.randn(2, 3, 4, 1, 8), torch.randn(2, 3, 1, 8), Graphs()
+    x, (cos, sin), graphs = torch.randn(2, 3, 4, tokens, 8), torch.randn(2, 3, tokens, 8), Graphs()
     with steps.running(Attention()):
         right = step(x, cos, sin, rotate)
         found = torch.compile(step, backend=graphs, fullgraph=True)(x, cos, sin, rotate)

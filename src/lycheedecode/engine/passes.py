@@ -15,6 +15,7 @@ from .. import ops
 from ..attention import FullAttention
 from ..models.routing import Window
 from ..ops import KV
+from ..ops.append.rope import Rotation
 from .cache import KVCache
 from .step import Forward, running
 
@@ -71,16 +72,23 @@ class DensePass:
         self._full.count_bytes(self.kv_bytes, self._lengths, None, True, self._key_bytes)
         return logits
 
-    def attend_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend_tokens(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
         """See `step.Pass`."""
         keys, values = self.stores[layer]
-        ops.append(keys, values, key.flatten(0, 1), value.flatten(0, 1), self._slots)
+        new = key.flatten(0, 1), value.flatten(0, 1)
+        rotated = ops.append(keys, values, new[0], new[1], self._slots, query.flatten(0, 1), rotation)
+        assert rotated is not None  # a query was given
         return ops.attend_tokens(
-            query, KV(keys, values, self._lengths, self._starts), scale, self._begins[self._reaches[layer]]
+            rotated.unflatten(0, query.shape[:2]),
+            KV(keys, values, self._lengths, self._starts),
+            scale,
+            self._begins[self._reaches[layer]],
         )
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation=None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
         """A pass of one token (`step.Step`)."""
-        if rotation is not None:
-            query, key = rotation.of_query(query), rotation.of_key(key)
-        return self.attend_tokens(layer, query[:, None], key[:, None], value[:, None], scale)[:, 0]
+        return self.attend_tokens(layer, query[:, None], key[:, None], value[:, None], scale, rotation)[:, 0]

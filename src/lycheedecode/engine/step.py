@@ -60,8 +60,13 @@ class Step(Protocol):
 class Pass(Protocol):
     """What the attention layers of an open pass of several tokens a sequence do."""
 
-    def attend_tokens(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Take the tokens' keys and values, `[B, T, Hkv, D]`; the output for their queries, both `[B, T, Hq, D]`."""
+    def attend_tokens(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Take the tokens' keys and values, `[B, T, Hkv, D]`; the output for their queries, both `[B, T, Hq, D]`.
+
+        A `rotation` as in `Step`, with rows for `B * T` tokens.
+        """
 
 
 class FlexibleStep:
@@ -224,8 +229,22 @@ def _attend(
     return _open_step().attend(layer, query, key, value, scale, rotation)
 
 
-def _attend_tokens(query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
-    return _open_step().attend_tokens(layer, query, key, value, scale)
+def _attend_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    rotation = None
+    if cos is not None and sin is not None:
+        rotation = Rotation(cos.flatten(0, 1), sin.flatten(0, 1), query_norm, key_norm, eps)
+    return _open_step().attend_tokens(layer, query, key, value, scale, rotation)
 
 
 def _open_step() -> Any:
@@ -247,7 +266,7 @@ def _(query, key, value, layer, scale, cos=None, sin=None, query_norm=None, key_
 
 
 @_attend_tokens_operator.register_fake
-def _(query, key, value, layer, scale):
+def _(query, key, value, layer, scale, cos=None, sin=None, query_norm=None, key_norm=None, eps=0.0):
     return query.new_empty(query.shape)
 
 

@@ -4,6 +4,7 @@
     GATED       silu(gate) * up                                                    gate, up
     SUM         left + right                                                       left, right
     ROTATED     (x * cos + cat(-high(x), low(x)) * sin)[:, :, 0]                   x, cos, sin, low, high, token
+                the same, .transpose(1, 2) in place of [:, :, 0]                   x, cos, sin, low, high
 
 The patterns are torch's own (`torch._inductor.pattern_matcher`), a private module: this file is all that we take from
 it, seen to work in torch 2.11 and 2.13. Inner nodes of a pattern have no other users, so a match can go as a whole.
@@ -58,13 +59,14 @@ def _rms_norms() -> Iterator[PatternExpr]:
             yield CallFunction(operator.mul, rounded, weight)
 
 
-def _rotated() -> PatternExpr:
+def _rotated() -> tuple[PatternExpr, ...]:
     x = KeywordArg("x")
     cos, sin = (CallMethod("unsqueeze", KeywordArg(name), 1, _users=MULTIPLE) for name in ("cos", "sin"))
     low, high = (CallFunction(operator.getitem, x, KeywordArg(name)) for name in ("low", "high"))
     turned = CallFunction(torch.cat, (CallFunction(operator.neg, high), low), dim=-1)
     straight, turned = CallFunction(operator.mul, x, cos), CallFunction(operator.mul, turned, sin)
-    return CallFunction(operator.getitem, CallFunction(operator.add, straight, turned), KeywordArg("token"))
+    rotated = CallFunction(operator.add, straight, turned)
+    return CallFunction(operator.getitem, rotated, KeywordArg("token")), CallMethod("transpose", rotated, 1, 2)
 
 
 RMS_NORM = tuple(_rms_norms())
@@ -74,4 +76,4 @@ GATED = tuple(
     for pair in ((silu, KeywordArg("up")), (KeywordArg("up"), silu))
 )
 SUM = (CallFunction(operator.add, KeywordArg("left"), KeywordArg("right")),)
-ROTATED = (_rotated(),)
+ROTATED = _rotated()
