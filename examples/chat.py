@@ -1,4 +1,7 @@
-"""A chat of several turns over a long document. Run: python examples/chat.py [--model NAME] [--document FILE]"""
+"""A chat of several turns over a long document, which is read once.
+
+Run: python examples/chat.py [--model NAME] [--document FILE]
+"""
 
 import argparse
 from pathlib import Path
@@ -20,13 +23,15 @@ def main() -> None:
     model, tokenizer = load_model(options.model)
     config = HybridConfig(budget_tokens=512, block_size=16)
     engine = Engine(model, tokenizer, plan=HeadPlan.load(options.plan), config=config)
-    messages = []
+    context, messages = None, []
     for question in QUESTIONS:
         text = question if messages else f"{options.document.read_text(encoding='utf-8')}\n\n{question}"
         messages.append({"role": "user", "content": text})
-        [answer] = engine.generate([messages], max_new_tokens=options.max_new_tokens)
+        context = engine.prefill(messages, room=options.max_new_tokens, context=context)
+        [answer] = engine.generate(context, max_new_tokens=options.max_new_tokens)
         messages.append({"role": "assistant", "content": answer.text})
-        print(f"> {question}\n{answer.text}\n")
+        print(f"> {question}\n{answer.text}")
+        print(f"[{answer.cached_tokens} of {answer.prompt_tokens} prompt tokens were there]\n")
 
 
 if __name__ == "__main__":

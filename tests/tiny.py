@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -80,6 +82,35 @@ def model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: 
     torch.manual_seed(0)
     config = config_class(**{**_SHAPE, **own, **changes})
     return model_class(config).eval().requires_grad_(False).to(dtype)
+
+
+def longrope(original: int) -> nn.Module:
+    """Phi-3, whose positions change for texts longer than `original`."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 260,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": original,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    half = 48 // 4 // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [1.5 + i for i in range(half)],
+        "factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    return Phi3ForCausalLM(Phi3Config(**sizes, rope_parameters=rope)).eval().requires_grad_(False)
 
 
 def plan(sliding: tuple[int, ...] = ()) -> HeadPlan:

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, Phi3Config, Phi3ForCausalLM
+from transformers import LlamaConfig
 
 from lycheedecode import Engine, HybridConfig, hybrid
 from lycheedecode.errors import InputError
@@ -16,31 +16,7 @@ WHOLE = HybridConfig(budget_tokens=256, block_size=4)
 
 @pytest.fixture(scope="module")
 def phi():
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 260,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 256,
-        "original_max_position_embeddings": ORIGINAL,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    half = 48 // 4 // 2
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * half,
-        "long_factor": [1.5 + i for i in range(half)],
-        "factor": 4.0,
-        "original_max_position_embeddings": ORIGINAL,
-    }
-    return Phi3ForCausalLM(Phi3Config(**sizes, rope_parameters=rope)).eval().requires_grad_(False)
+    return tiny.longrope(ORIGINAL)
 
 
 def generated(model, rows, tokens):

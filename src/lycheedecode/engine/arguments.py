@@ -16,7 +16,27 @@ from .verify import spare_slots
 
 
 def check_context(context: Context, model: nn.Module) -> None:
-    """Refuse what is no Context, and one that another model has read: its keys mean something else here."""
+    """Refuse what is no Context, half of one, and one of another model, whose keys mean something else."""
+    _check_reader(context, model)
+    if not context.is_whole:
+        raise InputError(
+            "Reading the prompts of this Context was interrupted: give the prompts, and this Context as context=."
+        )
+
+
+def check_continued(context: Context, model: nn.Module, sequences: int | None) -> None:
+    """Refuse a Context that cannot take up other prompts, `sequences` of them; None: they are a Context themselves."""
+    _check_reader(context, model)
+    held = len(context.prompt_lengths)
+    if sequences is None:
+        raise InputError("context= goes on with other prompts: give text, messages or token ids beside it.")
+    if sequences != held:
+        raise InputError(f"A Context of {held} prompt{'s' * (held > 1)} goes on with as many, not with {sequences}.")
+    if context.token_ids is None:
+        raise InputError("Only a Context of which prefill read the prompts can go on with others.")
+
+
+def _check_reader(context: Context, model: nn.Module) -> None:
     if not isinstance(context, Context):
         raise InputError(f"prefill makes the Context that is needed here; this is {shown(context)}.")
     if context.model is not None and context.model is not inner_model(model):

@@ -6,6 +6,7 @@ views of the filled part. Dimensions as in `ops`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -180,6 +181,16 @@ class KVCache(Cache):
         """int32 `[B]`: cached tokens of each sequence."""
         return self.kv(0).token_counts()
 
+    def first_slots(self, sequences: int) -> list[int]:
+        """Where each of so many sequences starts."""
+        return [0] * sequences if self.starts is None else self.starts.tolist()
+
+    def missing(self, slots: int) -> int:
+        """Slots that are still to be allocated so that there is room for `slots`."""
+        if not self.layers[0].is_initialized:
+            return max(self.capacity, slots)
+        return grown(slots, self.capacity) - self.capacity if slots > self.capacity else 0
+
     def reserve(self, slots: int) -> None:
         """Make room for `slots` slots in every layer."""
         if slots > self.capacity:
@@ -208,6 +219,21 @@ class KVCache(Cache):
         if self.state is not None:
             self.state.truncate(length)
         self.selected_at = None
+
+    def start_at(self, padding: Sequence[int] | None, kept: Sequence[int]) -> None:
+        """Let each sequence start after `padding` unused slots (None: none), and take its first `kept` tokens along."""
+        before = self.first_slots(len(kept))
+        after = [0] * len(before) if padding is None else list(padding)
+        if before == after:
+            return
+        self.forget_state()
+        with torch.inference_mode():
+            for part in (part for layer in self.layers for part in layer.store):
+                for b, (old, new, count) in enumerate(zip(before, after, kept, strict=True)):
+                    if old != new and count:
+                        part[b, :, new : new + count] = part[b, :, old : old + count].clone()  # they may overlap
+        device = self.layers[0].device
+        self.starts = None if padding is None else torch.tensor(after, dtype=torch.int32, device=device)
 
     def state_for(self, attention: DecodeAttention) -> tuple[State | None, bool]:
         """The attention's state, ready for the step to come, and whether that selects anew; makes room for its token.

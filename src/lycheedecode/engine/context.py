@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .cache import KVCache
@@ -14,16 +16,21 @@ from .cache import KVCache
 class Context:
     """Prompts that were prefilled, and what was decoded after them. Engines of one model may share it, in turn.
 
+    Given back to `Engine.prefill`, `generate` or `stream` as `context`, it takes up other prompts, of which only what
+    it does not hold is read.
+
     Attributes:
         cache: keys and values of prompts and decoded tokens.
         logits: float32 `[B, V]`, of the first token after each prompt.
         prompt_lengths: tokens of each prompt.
-        prefill_seconds: time that the prefill took.
+        prefill_seconds: time that the last prefill took.
         kv_bytes: float64 `[B]`, bytes of the KV cache that decode steps have read for each sequence.
         steps: decode steps since the prompt.
         token_ids: int64 `[B, S]`, the padded prompts.
         is_long: whether the cache was made with the positions of a text past the model's turn (`models.positions`).
         model: the model that read the prompts; None: not known.
+        cached_tokens: tokens of each prompt that the last prefill did not have to read.
+        is_whole: whether the prompts were read to their end; an interrupt may leave them in the middle.
     """
 
     cache: KVCache
@@ -35,6 +42,8 @@ class Context:
     token_ids: Tensor | None = None
     is_long: bool = False
     model: nn.Module | None = field(default=None, repr=False)
+    cached_tokens: list[int] = field(default_factory=list)
+    is_whole: bool = True
     _decoded: list[Tensor] = field(default_factory=list)
     _uncorrected: list[Tensor] = field(default_factory=list)
     _kept_steps: dict[Any, Any] = field(default_factory=dict)
@@ -44,8 +53,21 @@ class Context:
     @property
     def padding(self) -> list[int] | None:
         """Unused slots before each prompt; None where there are none."""
-        longest = max(self.prompt_lengths)
-        return [longest - length for length in self.prompt_lengths] if min(self.prompt_lengths) < longest else None
+        return left_padding(self.prompt_lengths)
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of each prompt, as far as it was read."""
+        rows = [] if self.token_ids is None else self.token_ids.tolist()
+        return [row[start:] for row, start in zip(rows, self._starts(), strict=True)]
+
+    def take(self, token_ids: Tensor, logits: Tensor) -> None:
+        """Tokens int64 `[B, T]` of the prompts were read; logits are those after them."""
+        assert self.token_ids is not None
+        self.token_ids, self.logits = torch.cat([self.token_ids, token_ids], 1), logits
+        self.prompt_lengths = [max(self.token_ids.shape[1] - start, 0) for start in self._starts()]
+
+    def _starts(self) -> list[int]:
+        return self.cache.first_slots(len(self.prompt_lengths))
 
     def rewind(self) -> None:
         """Forget all that was decoded; the prompts stay. A generation that was still going on cannot go on."""
@@ -69,3 +91,9 @@ class Context:
             self._kept_steps.clear()
             self._place = self.cache.place
         return self._kept_steps
+
+
+def left_padding(lengths: Sequence[int]) -> list[int] | None:
+    """Unused slots before each sequence; None where there are none."""
+    longest = max(lengths)
+    return [longest - length for length in lengths] if min(lengths) < longest else None

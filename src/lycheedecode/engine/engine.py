@@ -27,9 +27,9 @@ from ..models.routing import Window, supported_shape
 from ..models.shape import ModelError, inner_model, text_config
 from ..ops.attend import MAX_TOKENS
 from . import prefill
-from .arguments import check_context, check_length, check_rounds, check_step
+from .arguments import check_context, check_continued, check_length, check_rounds, check_step
 from .cache import KVCache
-from .context import Context
+from .context import Context, left_padding
 from .decoder import Decoder, Execution
 from .generation import Generation, Piece, SequenceState, stop_token_ids
 from .memory import prefill_chunk
@@ -37,6 +37,7 @@ from .offload import OffloadedAttention
 from .offload.choice import CachePlace, check_place, new_cache
 from .passes import DensePass
 from .plans import PlanLike, plan_from
+from .prefix import new_context, replace_prompts
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
 from .proof import prove
 from .sampling import Sampling
@@ -140,36 +141,41 @@ class Engine:
 
     # ------------------------------------------------------------------ phases
 
-    def prefill(self, input_ids: TokenIds, room: int = 0) -> Context:
+    def prefill(
+        self, prompts: PromptLike | Sequence[PromptLike], room: int = 0, context: Context | None = None
+    ) -> Context:
         """Read prompts with full attention.
 
         Args:
-            input_ids: the prompts; shorter ones are padded on the left, out of sight.
+            prompts: as in `stream`; shorter ones are padded on the left, out of sight.
             room: tokens to decode later, reserved at once.
+            context: of as many other prompts, which these replace: what both begin with is not read again (`prefix`).
 
         Raises:
             ValueError: no prompt, an empty one, one with more tokens than the model has positions, or one whose cache
                 does not fit into memory.
         """
         check_number("room", room, 0)
-        padded, lengths = self._padded(input_ids)
-        longest = padded.shape[1]
-        padding = [longest - length for length in lengths] if min(lengths) < longest else None
+        rows = encode(prompts, self.tokenizer, vocabulary=self._vocabulary)
+        lengths = [len(row) for row in rows]
+        longest, padding = max(lengths), left_padding(lengths)
         check_length(longest, self.shape, self._positions)
-        starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
-        asked = (self.model, self.shape, len(lengths))
-        cache = new_cache(self._place, *asked, longest + room, self._reaches, starts)
-        chunk_tokens = self._prefill_chunk or prefill_chunk(*asked, cache.capacity, cache.layers_in_prefill)
         is_long = 0 < self._positions.turn < longest
+        if context is None:
+            starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
+            asked = self._place, self.model, self.shape, len(rows), longest + room, self._reaches, starts
+            context = new_context(self.model, new_cache(*asked), len(rows), is_long)
+        check_continued(context, self.model, len(rows))
+        sizes = len(rows), context.cache.missing(longest + room), context.cache.layers_in_prefill
+        chunk_tokens = self._prefill_chunk or prefill_chunk(self.model, self.shape, *sizes)
         if is_long:
             chunk_tokens = longest  # the model looks at the last position of what it reads, and must see the prompt's
         began = self._now()
-        for chunk in padded.split(chunk_tokens, dim=1):
-            logits = self._dense(cache, chunk, padding)
-        seconds = self._now() - began
-        counted = torch.zeros(len(lengths), dtype=torch.float64, device=self.device)
-        made_by = inner_model(self.model)
-        return Context(cache, logits, lengths, seconds, counted, token_ids=padded, is_long=is_long, model=made_by)
+        unread = replace_prompts(context, rows, is_long, room)
+        for chunk in unread.split(chunk_tokens, dim=1) if unread.shape[1] else ():
+            context.take(chunk, self._dense(context.cache, chunk, padding))
+        context.is_whole, context.prefill_seconds = True, self._now() - began
+        return context
 
     def decode_one_token(self, context: Context, token_ids: Tensor) -> Tensor:
         """Feed one token a sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the next.
@@ -202,7 +208,7 @@ class Engine:
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
         check_context(context, self.model)
-        answers = self._padded(answer_ids, left=False)[0]
+        answers = self._padded(answer_ids)
         if answers.shape[0] != len(context.prompt_lengths):
             raise InputError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
         context.rewind()
@@ -218,13 +224,15 @@ class Engine:
         prompts: PromptLike | Sequence[PromptLike] | Context,
         max_new_tokens: int = 256,
         *,
+        context: Context | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         stop: str | int | Sequence[str | int] = (),
         chat: bool = False,
         ignore_eos: bool = False,
     ) -> list[Generation]:
         """Generate for one or several prompts; arguments as in `stream`, one `Generation` for each prompt."""
-        pieces = self.stream(prompts, max_new_tokens, sampling=sampling, stop=stop, chat=chat, ignore_eos=ignore_eos)
+        ends: dict[str, Any] = {"stop": stop, "ignore_eos": ignore_eos}
+        pieces = self.stream(prompts, max_new_tokens, context=context, sampling=sampling, chat=chat, **ends)
         finished = {piece.sequence: piece.generation for piece in pieces if piece.generation is not None}
         return [finished[sequence] for sequence in sorted(finished)]
 
@@ -233,6 +241,7 @@ class Engine:
         prompts: PromptLike | Sequence[PromptLike] | Context,
         max_new_tokens: int = 256,
         *,
+        context: Context | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         stop: str | int | Sequence[str | int] = (),
         chat: bool = False,
@@ -244,6 +253,7 @@ class Engine:
             prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids; or a
                 Context, which is rewound before, so one prefill serves many engines.
             max_new_tokens: most tokens for each prompt; the model's positions are a limit too.
+            context: of earlier prompts, from `prefill`: a chat or a document goes on without being read again.
             sampling: greedy by default; an object or a mapping as `{"temperature": 0.7}`.
             stop: a string that ends a sequence (not part of its text), the id of a token that does, or several of them.
             chat: wrap string prompts as one user message in the tokenizer's chat template.
@@ -260,6 +270,8 @@ class Engine:
             check_context(prompts, self.model)
         else:
             prompts = encode(prompts, self.tokenizer, chat, self._vocabulary)
+        if context is not None:
+            check_continued(context, self.model, None if isinstance(prompts, Context) else len(prompts))
         lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
         texts, ends = stop_conditions(stop, self.tokenizer)
         if not ignore_eos:
@@ -267,18 +279,19 @@ class Engine:
         most = self._positions.turn if self._positions.kind == "dynamic" else self.shape.max_positions
         if most:
             max_new_tokens = max(min(max_new_tokens, most - max(lengths, default=0) + 1), 1)
-        return self._stream(prompts, max_new_tokens, sampling, ends, texts)
+        return self._stream(prompts, context, max_new_tokens, sampling, ends, texts)
 
     def _stream(
         self,
         prompts: list[list[int]] | Context,
+        context: Context | None,
         max_new_tokens: int,
         sampling: Sampling,
         ends: set[int],
         texts: list[str],
     ) -> Iterator[Piece]:
         room = max_new_tokens + (spare_slots(self.config) if self.config.verify_every else 0)
-        context = prompts if isinstance(prompts, Context) else self.prefill(prompts, room=room)
+        context = prompts if isinstance(prompts, Context) else self.prefill(prompts, room, context)
         context.rewind()
         context.cache.reserve(context.cache.length + room)
         rows = [SequenceState(self.tokenizer, ends, texts, max_new_tokens) for _ in context.prompt_lengths]
@@ -314,6 +327,7 @@ class Engine:
             text=row.text,
             finish_reason=row.finish_reason,
             prompt_tokens=context.prompt_lengths[sequence],
+            cached_tokens=context.cached_tokens[sequence] if context.cached_tokens else 0,
             prefill_seconds=context.prefill_seconds,
             decode_seconds=seconds,
             **source.report(sequence),
@@ -373,15 +387,12 @@ class Engine:
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
 
-    def _padded(self, token_ids: TokenIds, left: bool = True) -> tuple[Tensor, list[int]]:
-        """Sequences as int64 `[B, longest]` on the model's device, and their lengths."""
+    def _padded(self, token_ids: TokenIds) -> Tensor:
+        """Sequences as int64 `[B, longest]` on the model's device, shorter ones padded on the right."""
         rows = token_rows(token_ids)
         check_token_ids(rows, self._vocabulary)
-        lengths = [len(row) for row in rows]
-        longest = max(lengths)
-        padding = [[0] * (longest - length) for length in lengths]
-        padded = [pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)]
-        return torch.tensor(padded, dtype=torch.int64, device=self.device), lengths
+        longest = max(map(len, rows))
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=self.device)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -24,6 +24,7 @@ class Generation:
         text: their text without special tokens, up to a stop string; None without a tokenizer.
         finish_reason: `eos` (an end token), `stop` (a stop string) or `length`.
         prompt_tokens: tokens of the prompt.
+        cached_tokens: of these, that a `context` held already; the others were read.
         prefill_seconds: time until the first token could be drawn, for the whole batch.
         decode_seconds: time in decode steps until this sequence ended.
         kv_bytes_per_token: mean bytes of the KV cache that were read for a token of this sequence, drafts included.
@@ -42,6 +43,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     kv_bytes_per_token: float
+    cached_tokens: int = 0
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0

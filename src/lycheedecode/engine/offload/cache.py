@@ -180,6 +180,10 @@ class HostCache(KVCache):
         keys, values = self._staged[: 2 * batch * heads * slots * dim].view(room)
         return keys, values
 
+    def missing(self, slots: int) -> int:
+        """See `KVCache`; of the layers that `layers_in_prefill` counts, which stage anew for every prompt."""
+        return max(self.slots, slots)
+
     # ------------------------------------------------------------------ what the state knows better
 
     def state_for(self, attention: DecodeAttention) -> tuple[State | None, bool]:
