@@ -133,6 +133,7 @@ class OffloadedAttention(HybridAttention):
         completion = None
         if layer in self._factors:
             completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
+        store.wait_for(self._position[layer])
         rows = constant(roles.donor_rows, torch.int64, query.device)
         more: dict[str, Any] = {"completion": completion, "places": store.known.places}
         return ops.attend_blocks(query, kv, state.selections, rows, config.block_size, scale, **more)
@@ -165,7 +166,8 @@ class OffloadStep(FixedStep):
     def __init__(self, cache: HostCache, *arguments: Any) -> None:
         super().__init__(cache, *arguments)
         self._position = cache.position
-        self.counters = [self.kv_bytes, self.state.store.missed, self.state.store.asked]
+        store = self.state.store
+        self.counters = [self.kv_bytes, store.missed, store.asked, store.fresh]
 
     def run(self, forward: Forward, model: nn.Module) -> Tensor:
         """Logits float32 `[B, V]` of the next token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from ...models.routing import Window
 from ...models.shape import ModelShape
 from ...ops.fetch import Tokens
 from ..cache import GrowingLayer, KVCache, grown
-from .pinned import HostMemoryError, free_host_bytes, pin, wait_for
+from .pinned import HostMemoryError, Region, free_host_bytes, wait_for
+from .staging import BUFFERS, Staging
 
 
 class HostLayer(GrowingLayer):
     """Keys and values of one layer with full attention, `[B, Hkv, capacity, D]` in host memory.
 
-    While a prompt passes, the layer's tokens so far stand in a buffer on the device that attends, which all layers
-    share: they come from host memory, the chunk's own join them, and go there.
+    While a prompt passes, the layer's tokens so far stand in a buffer on the device that attends (`Staging`).
     """
 
     def __init__(self, cache: HostCache, index: int) -> None:
@@ -60,20 +60,13 @@ class HostLayer(GrowingLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append `[B, Hkv, T, D]` tokens; returns all tokens so far, valid until the next layer's."""
-        self._cache.append_densely(self.length, self.length + key_states.shape[2])
+        end = self.length + key_states.shape[2]
+        self._cache.append_densely(self.length, end)
         if not self._cache.is_staged:
             return super().update(key_states, value_states)
-        begin, end = self.length, self.length + key_states.shape[2]
         self.reserve(end)
         self.lazy_initialization(key_states, value_states)
-        staged = self._cache.staging(key_states, end)
-        for buffer, states, whole in zip(staged, (key_states, value_states), self.store, strict=True):
-            buffer[:, :, begin:end] = states
-            # A head of a sequence at a time: pieces that lie in one stretch of memory do not make the host wait.
-            for b in range(buffer.shape[0]):
-                for head in range(buffer.shape[1]):
-                    buffer[b, head, :begin].copy_(whole[b, head, :begin], non_blocking=True)
-                    whole[b, head, begin:end].copy_(buffer[b, head, begin:end], non_blocking=True)
+        staged = self._cache.staging.append(self._index, self.length, (key_states, value_states))
         self.length = end
         return staged
 
@@ -87,6 +80,7 @@ class HostCache(KVCache):
         dtype, device: of keys and values, and where steps run.
         reaches: of every layer.
         starts: as in `KVCache`.
+        region: host memory to lie in, as long as it is large enough; None: its own.
 
     Attributes:
         tokens: of the layers with full attention, `[L, B, Hkv, capacity, D]`; pinned where the device is a GPU, whose
@@ -103,14 +97,15 @@ class HostCache(KVCache):
         device: torch.device,
         reaches: Sequence[Window],
         starts: Tensor | None = None,
+        region: Region | None = None,
     ) -> None:
         super().__init__(len(reaches), starts)
         self.position = {layer: i for i, layer in enumerate(i for i, reach in enumerate(reaches) if reach.is_all)}
         self.batch, self.tokens = batch, None
+        self._region, self._spare = None, region
         self._shape = len(self.position), batch, shape.num_kv_heads, 0, shape.head_dim
         self._dtype, self._device = dtype, device
-        self._staged: Tensor | None = None
-        self._unpin: Callable[[], Any] = lambda: None
+        self._staging: Staging | None = None
         self.is_staged = device.type != "cpu"
         for layer, i in self.position.items():
             self.layers[layer] = HostLayer(self, i)
@@ -122,8 +117,8 @@ class HostCache(KVCache):
 
     @property
     def layers_in_prefill(self) -> int:
-        """See `KVCache`: those with limited reach, and room for the one that attends."""
-        return len(self.layers) - len(self.position) + 1
+        """See `KVCache`: those with limited reach, and buffers for the one that attends and the next."""
+        return len(self.layers) - len(self.position) + BUFFERS
 
     @property
     def slots(self) -> int:
@@ -140,45 +135,41 @@ class HostCache(KVCache):
             return
         self._settle()
         before, filled = self.tokens, max(layer.length for layer in self.layers)
-        *tokens, unpin = self._allocate_tokens(grown(slots, self.slots))
-        self.tokens = Tokens(*tokens)
+        old = self._allocate_tokens(grown(slots, self.slots))
         if before is not None:
-            for new, old in zip(self.tokens, before, strict=True):
-                new[:, :, :, :filled] = old[:, :, :, :filled]
-        unpin()
+            for new, part in zip(self.tokens, before, strict=True):
+                new[:, :, :, :filled] = part[:, :, :, :filled]
+        if old is not None:
+            old.release()
 
-    def _allocate_tokens(self, slots: int) -> tuple[Tensor, Tensor, Callable[[], Any]]:
-        """Keys and values of so many slots, and what to call when those before are no longer needed."""
+    def _allocate_tokens(self, slots: int) -> Region | None:
+        """Room for the tokens of so many slots; returns where they were before, which is the cache's own."""
         layers, batch, heads, _, dim = self._shape
         shape = layers, batch, heads, slots, dim
-        needed = 2 * layers * batch * heads * slots * dim * self._dtype.itemsize
-        free = free_host_bytes()
-        if needed > free:
-            raise HostMemoryError(
-                f"A KV cache of {batch} x {slots} tokens in host memory needs {needed / 2**30:.1f} GiB, but "
-                f"{free / 2**30:.1f} GiB are free: give fewer sequences or shorter ones."
-            )
-        with torch.inference_mode(False):  # steps may make it grow in that mode, and it is written outside
-            keys, values = (torch.empty(shape, dtype=self._dtype) for _ in range(2))
-        unpin, self._unpin = self._unpin, lambda: None
-        if self._device.type == "cuda":
-            self._unpin = pin(self, keys, values)
-        return keys, values, unpin
+        needed, before = 2 * torch.Size(shape).numel() * self._dtype.itemsize, self._region
+        region, self._spare = self._spare, None
+        if region is None or region.data.nbytes < needed:
+            free = free_host_bytes()
+            if needed > free:
+                raise HostMemoryError(
+                    f"A KV cache of {batch} x {slots} tokens in host memory needs {needed / 2**30:.1f} GiB, but "
+                    f"{free / 2**30:.1f} GiB are free: give fewer sequences or shorter ones."
+                )
+            region = self._region = Region(needed, self._device)
+        self.tokens = Tokens(*region.halves(shape, self._dtype))
+        return before
 
     def append_densely(self, filled: int, end: int) -> None:
         """Slots `filled` to `end - 1` of a layer come to host memory without a step."""
         if self.state is not None:
             self.state.store.append_densely(filled, end)
 
-    def staging(self, states: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Room for a layer's keys and values of `slots` slots on the device of `states`; shared by all layers."""
-        batch, heads, _, dim = states.shape
-        room = 2, batch, heads, slots, dim
-        size = 2 * batch * heads * max(slots, self.slots) * dim
-        if self._staged is None or self._staged.numel() < size:
-            self._staged = states.new_empty(size)
-        keys, values = self._staged[: 2 * batch * heads * slots * dim].view(room)
-        return keys, values
+    @property
+    def staging(self) -> Staging:
+        """Buffers through which a prompt passes, until a step is made."""
+        if self._staging is None:
+            self._staging = Staging(self.tokens, self._device)
+        return self._staging
 
     def missing(self, slots: int) -> int:
         """See `KVCache`; of the layers that `layers_in_prefill` counts, which stage anew for every prompt."""
@@ -193,7 +184,7 @@ class HostCache(KVCache):
                 "The cache of this context lies in host memory: only an Engine with a head plan and cache='host' or "
                 "'auto' decodes from there; prefill with cache='resident' for others."
             )
-        self._staged = None  # no prompt passes any more
+        self._end_staging()  # no prompt passes any more
         if self._owner[0] is not attention:
             self._settle()
         return super().state_for(attention)
@@ -201,8 +192,14 @@ class HostCache(KVCache):
     def _allocate(self, attention: Any) -> State | None:
         return attention.allocate_offloaded(self)
 
+    def _end_staging(self) -> None:
+        if self._staging is not None:
+            self._staging.finish()
+            self._staging = None
+
     def _settle(self) -> None:
         """Bring host memory up to date: the state's pools are about to be left alone."""
+        self._end_staging()
         if self.state is not None:
             self.state.write_back(self.length)
         wait_for(self._device)  # the host is going to read what kernels and copies wrote
@@ -221,11 +218,11 @@ class HostCache(KVCache):
                 layer.batch_select_indices(indices)
         before, self.batch = self.tokens, len(indices)
         self._shape = (self._shape[0], self.batch, *self._shape[2:])
-        *tokens, unpin = self._allocate_tokens(self.slots)
-        self.tokens = Tokens(*tokens)
-        for new, old in zip(self.tokens, before, strict=True):
-            torch.index_select(old, 1, indices.to(old.device), out=new)
-        unpin()
+        old = self._allocate_tokens(self.slots)
+        for new, part in zip(self.tokens, before, strict=True):
+            torch.index_select(part, 1, indices.to(part.device), out=new)
+        if old is not None:
+            old.release()
         if self.starts is not None:
             self.starts = self.starts[indices.to(self.starts.device)]
         self.state = None

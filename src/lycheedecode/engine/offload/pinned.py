@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,46 +16,95 @@ from ..memory import CacheMemoryError
 
 _MARGIN = 2**30
 """Bytes of host memory that are left to everybody else."""
+_PIECE = 2**28
+"""Bytes that a thread touches at a time."""
 
 
 class HostMemoryError(CacheMemoryError):
     """A KV cache that host memory does not hold; the message says how much it needs."""
 
 
-def pin(owner: Any, *tensors: Tensor) -> Callable[[], Any]:
-    """Pin tensors in host memory, until `owner` ceases to be or what this returns is called; keeps them so long.
+class Region:
+    """Whole pages of host memory, pinned where the device is a GPU; given back when nothing refers to it any more.
 
     PyTorch's own pinned memory comes in powers of two, up to twice what was asked for; this takes no more than that.
 
+    Args:
+        nbytes: its size.
+        device: whose kernels are to reach it.
+
+    Attributes:
+        data: uint8 `[nbytes]`.
+        release: unpins it at once; what lies there stays readable.
+
     Raises:
-        HostMemoryError: the system does not let this program.
+        HostMemoryError: the host does not have it, or the system does not let this program pin it.
     """
-    runtime: Any = torch.cuda.cudart()
-    done: list[Tensor] = []
-    for tensor in tensors:
-        status = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
-        if status:
-            _unpin(done)
-            size = sum(one.nbytes for one in tensors) / 2**30
-            raise HostMemoryError(
-                f"This system does not let a program pin {size:.1f} GiB of host memory (CUDA error {status}): raise "
-                "its limit of locked memory (ulimit -l), or give fewer sequences or shorter ones."
-            )
-        done.append(tensor)
-    return weakref.finalize(owner, _unpin, done)
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # steps may make a cache grow in that mode, and it is written outside
+            self.data = _pages(nbytes)
+        self.release: Callable[[], Any] = lambda: None
+        if device.type == "cuda":
+            _touch(self.data)
+            _pin(self.data)
+            self.release = weakref.finalize(self, _unpin, self.data)
+
+    def halves(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Two tensors that lie in it, one behind the other."""
+        size = dtype.itemsize * torch.Size(shape).numel()
+        with torch.inference_mode(False):
+            one, two = (self.data[i * size : (i + 1) * size].view(dtype).view(shape) for i in range(2))
+        return one, two
 
 
-def _unpin(tensors: list[Tensor]) -> None:
-    if tensors:
-        torch.cuda.synchronize()  # nothing may be on its way there
-    for tensor in tensors:
-        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+def _pages(nbytes: int) -> Tensor:
+    """uint8 `[nbytes]` on pages that nothing else lies on, large ones where the system has them."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.empty(nbytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them; small pages only take longer to pin
+    return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
+
+
+def _touch(data: Tensor) -> None:
+    """Have the system find the pages, on all cores: pinning would have it do so on one."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
+        list(threads.map(Tensor.zero_, data.split(_PIECE)))
+
+
+def _pin(data: Tensor) -> None:
+    status = int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0))
+    if not status:
+        return
+    _forget_error()
+    raise HostMemoryError(
+        f"This system does not let a program pin {data.nbytes / 2**30:.1f} GiB of host memory (CUDA error {status}): "
+        "raise its limit of locked memory (ulimit -l), or give fewer sequences or shorter ones."
+    )
+
+
+def _forget_error() -> None:
+    """CUDA keeps an error for the next launch that asks: have one ask."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError:
+        pass
+
+
+def _unpin(data: Tensor) -> None:
+    torch.cuda.synchronize()  # nothing may be on its way there
+    torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
 
 
 def wait_for(device: torch.device) -> None:
     """Until all that was launched so far has been written."""
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        torch.cuda.synchronize(device)
 
 
 def free_host_bytes() -> int:
@@ -68,11 +119,16 @@ def free_host_bytes() -> int:
 
 
 def _container_left() -> int:
-    """Bytes that a container's limit leaves; all there are without one."""
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            most = int(limit.read())  # "max" without a limit
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as current:
-            return most - int(current.read())
-    except (OSError, ValueError):
+    """Bytes that a container's limit leaves, what the system keeps of files included; all there are without one."""
+    found = []
+    for name in ("memory.max", "memory.current", "memory.stat"):
+        try:
+            with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as lines:
+                found.append(lines.read())
+        except OSError:
+            return 2**62
+    most, current, stat = found
+    if not most.strip().isdecimal():  # "max"
         return 2**62
+    files = sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == "inactive_file")
+    return int(most) - int(current) + files

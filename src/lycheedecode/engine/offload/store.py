@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import ceil
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...ops import KV, Selections
 from ...ops.fetch import BlockMap, Tokens, fetch, plan_fetch, write_back
 from ...plan import HeadPlan
+from .lane import Lane, Mark
 from .pinned import wait_for
 
 
@@ -28,6 +30,9 @@ class BlockStore:
         refresh_every: steps from one selection to the next.
         starts: as in `KVCache`.
         device: of the pools.
+
+    Attributes:
+        lane: where blocks are fetched that later layers are going to read.
     """
 
     def __init__(
@@ -62,22 +67,26 @@ class BlockStore:
         self._rows, self._starts = dict(rows), starts
         self._first = [0] * batch if starts is None else starts.tolist()
         self._readers = {layer: self._tables(layer, readers, device) for layer in self._rows}
+        self.lane = Lane(device)
+        self._arriving: dict[int, tuple[int, Mark]] = {}
+        self._launched = self._arrived = 0
         self.written = -1
         self._has_tail = False
 
     def _tables(
         self, layer: int, readers: Sequence[Sequence[tuple[int, int]]], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Who reads what a layer selects: in the layer itself, and in later ones, as `ops.fetch.fetch` takes them."""
+    ) -> list[tuple[Tensor, set[int]]]:
+        """Who reads what a layer selects, as `ops.fetch.fetch` takes them, and in which layers: in itself, the next one,
+        and those after it."""
         first, count = self._rows[layer]
-        mine = readers[first : first + count]
-        parts = [[[pair for pair in row if (pair[0] == layer) == same] for row in mine] for same in (True, False)]
         tables = []
-        for part in parts:
+        for begin, end in ((layer, layer + 1), (layer + 1, layer + 2), (layer + 2, len(self.source.keys))):
+            part = [[pair for pair in row if begin <= pair[0] < end] for row in readers[first : first + count]]
             most = max(map(len, part), default=0)
             filled = [[*row, *([(-1, -1)] * (most - len(row)))] for row in part]
-            tables.append(torch.tensor(filled, dtype=torch.int32, device=device).view(count, most, 2))
-        return tables[0], tables[1]
+            table = torch.tensor(filled, dtype=torch.int32, device=device).view(count, most, 2)
+            tables.append((table, {pair[0] for row in part for pair in row}))
+        return tables
 
     @property
     def nbytes(self) -> int:
@@ -148,12 +157,25 @@ class BlockStore:
         return KV(keys[layer], values[layer], lengths)
 
     def take(self, layer: int) -> None:
-        """A layer has selected: fetch what its own heads and those of later layers lack."""
+        """A layer has selected: fetch what its own heads lack, and in the lane what those of later layers do."""
         first, count = self._rows[layer]
         known, chosen = self.known.rows(first, count), self.selections.rows(first, count)
         plan_fetch(chosen.blocks, known, self._newest, self.clock, self.tail_blocks)
-        for readers in self._readers[layer]:
-            fetch(self.source, self.pool, known, readers, self._starts, self.block_size)
+        (own, _), *later = self._readers[layer]
+        fetch(self.source, self.pool, known, own, self._starts, self.block_size)
+        for table, layers in later:
+            if layers:
+                more = (self.source, self.pool, known, table, self._starts, self.block_size)
+                mark = self.lane.run(partial(fetch, *more, beside=True))
+                self._launched += 1
+                self._arriving.update(dict.fromkeys(layers, (self._launched, mark)))
+
+    def wait_for(self, layer: int) -> None:
+        """Attention of a layer is next: all that it reads has to be there."""
+        number, mark = self._arriving.pop(layer, (0, None))
+        if number > self._arrived:
+            self.lane.wait(mark)
+            self._arrived = number
 
     def count(self) -> None:
         """Count what the selections of this step asked for, and what was missing; not for the first of them."""

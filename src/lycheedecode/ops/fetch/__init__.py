@@ -101,7 +101,13 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
 
 
 def fetch(
-    source: Tokens, pool: Tokens, known: BlockMap, readers: Tensor, starts: Tensor | None, block_size: int
+    source: Tokens,
+    pool: Tokens,
+    known: BlockMap,
+    readers: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+    beside: bool = False,
 ) -> None:
     """Copy missing blocks into their slots, for every head that reads them.
 
@@ -109,12 +115,14 @@ def fetch(
         source: in host memory, `[L, B, Hkv, S, D]`; whole blocks of it are read. Beside kernels it has to be pinned.
         pool: `[L, B, Hkv, P, D]`; written in place.
         known: the map of `R` rows, after `plan_fetch`.
-        readers: int32 `[R, Q, 2]`, layer and head of the heads that read each row; unused entries are -1.
+        readers: int32 `[R, Q, 2]`, layer and head of the heads that read each row; unused entries are -1. Of all rows,
+            the first readers are served first.
         starts: int32 `[B]`, slot of each sequence's first token; None: 0.
         block_size: tokens per block.
+        beside: whether this is the first launch on a stream that waits for another one.
     """
     if readers.numel():
-        _for(pool.keys).fetch(source, pool, known, readers, starts, block_size)
+        _for(pool.keys).fetch(source, pool, known, readers, starts, block_size, beside)
 
 
 def write_back(

@@ -44,7 +44,13 @@ def _put(target: Tensor, index: Tensor, where: Tensor, value: Tensor) -> None:
 
 
 def fetch(
-    source: Tokens, pool: Tokens, known: BlockMap, readers: Tensor, starts: Tensor | None, block_size: int
+    source: Tokens,
+    pool: Tokens,
+    known: BlockMap,
+    readers: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+    beside: bool = False,
 ) -> None:
     heads = [[pair for pair in row if pair[0] >= 0] for row in readers.tolist()]
     first = [0] * known.misses.shape[1] if starts is None else starts.tolist()

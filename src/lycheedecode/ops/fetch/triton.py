@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 _PROGRAMS, _WARPS = 32, 16
 
 
-@triton.jit(do_not_specialize=["N", "M", "K"])
+@triton.jit(
+    do_not_specialize=["N", "M", "K"],
+    do_not_specialize_on_alignment=["blocks", "slot_of", "block_of", "used", "places", "missing", "misses", "order"],
+)
 def _plan_kernel(
     blocks, stride_r, stride_b, slot_of, block_of, used, places, missing, misses, order, newest, clock, N, M, K,
     TAIL: tl.constexpr, KP: tl.constexpr, MP: tl.constexpr, PDL: tl.constexpr,
@@ -87,11 +90,15 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
         )
 
 
-@triton.jit(do_not_specialize=["S", "P", "N", "K", "pairs"])
+# Of rows, views of the map: how they are aligned and how many heads read them makes no kernel of its own.
+@triton.jit(
+    do_not_specialize=["S", "P", "N", "K", "Q", "pairs"],
+    do_not_specialize_on_alignment=["slot_of", "missing", "misses", "readers"],
+)
 def _fetch_kernel(
-    keys, values, source_keys, source_values, slot_of, missing, misses, readers, starts, S, P, N, K, pairs, batch,
-    HEADS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    keys, values, source_keys, source_values, slot_of, missing, misses, readers, starts, S, P, N, K, Q, pairs, batch,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     common.wait_for_inputs(PDL)
     w = tl.arange(0, WIDTH)
@@ -99,12 +106,13 @@ def _fetch_kernel(
     end = tl.cumsum(count, 0)
     i = tl.arange(0, ROOM)
     dim = SIZE // BLOCK
-    for item in range(tl.program_id(0), tl.sum(count, 0) * Q, tl.num_programs(0)):
-        miss = item // Q
+    total = tl.sum(count, 0)
+    for item in range(tl.program_id(0), total * Q, tl.num_programs(0)):
+        miss = item % total
         pair = tl.sum((end <= miss).to(tl.int32), 0)
         number = miss - tl.sum(tl.where(w < pair, count, 0), 0)
         b = (pair % batch).to(tl.int64)
-        reader = readers + (pair // batch * Q + item % Q) * 2
+        reader = readers + (pair // batch * Q + item // total) * 2
         layer, head = tl.load(reader).to(tl.int64), tl.load(reader + 1)
         block = tl.load(missing + pair.to(tl.int64) * K + number).to(tl.int64)
         slot = tl.load(slot_of + pair.to(tl.int64) * N + block).to(tl.int64)
@@ -121,23 +129,30 @@ def _fetch_kernel(
 
 
 def fetch(
-    source: Tokens, pool: Tokens, known: BlockMap, readers: Tensor, starts: Tensor | None, block_size: int
+    source: Tokens,
+    pool: Tokens,
+    known: BlockMap,
+    readers: Tensor,
+    starts: Tensor | None,
+    block_size: int,
+    beside: bool = False,
 ) -> None:
-    """See `ops.fetch`."""
+    """See `ops.fetch`; what waits for another stream does not start early."""
     _check_tokens(source, pool)
     _, batch, heads, entries, dim = pool.keys.shape
     size, pairs = block_size * dim, known.misses.numel()
+    pdl = 0 if beside else common.has_pdl(pool.keys.device)
     with common.on_device(pool.keys):
         _fetch_kernel[_PROGRAMS,](
             *(*pool, *source, known.slot_of, known.missing, known.misses, readers, starts),
-            *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1], pairs, batch),
+            *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1]),
+            *(readers.shape[1], pairs, batch),
             HEADS=heads,
-            Q=readers.shape[1],
             SIZE=size,
             WIDTH=common.power_of_two(pairs),
             ROOM=common.power_of_two(size),
             BLOCK=block_size,
-            **Tuning(1, size, _WARPS, 1, common.has_pdl(pool.keys.device)).options,
+            **Tuning(1, size, _WARPS, 1, pdl).options,
         )
 
 
