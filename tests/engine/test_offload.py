@@ -74,7 +74,7 @@ def check_store(context):
                             assert store.known.slot_of[first + r, b, block] == slot
                             begin = start + block * size
                             for mine, whole in zip(store.pool, store.source, strict=True):
-                                here = mine[layer, b, head, slot * size : (slot + 1) * size]
+                                here = mine[layer, b, head, slot * size : (slot + 1) * size].to(whole.device)
                                 assert torch.equal(here, whole[layer, b, head, begin : begin + size])
 
 
@@ -275,6 +275,33 @@ def test_a_compiled_step(llama):
     engines = [engine_of(llama, cache=place, **options) for place in ("resident", "host")]
     one, two = (engine.prefill(rows) for engine in engines)
     compare(one, spoil(engines[1], two), answers, *engines)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("execution", ["eager", "graph", "compiled"])
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_on_a_gpu(family, execution, changes):
+    """A prompt in chunks, fetches beside the model, captured or not: the logits and the tokens of a resident cache."""
+    model, rows = tiny.model(family).cuda(), tiny.prompts(60, 37, 90)
+    options = {"family": family, "execution": execution, "prefill_chunk": 23}
+    engines = [engine_of(model, changes, cache=place, **options) for place in ("resident", "host")]
+    one, two = (engine.prefill(rows, room=70) for engine in engines)
+    for layer, number in two.cache.position.items():
+        for whole, right in zip(two.cache.tokens, one.cache.layers[layer].store, strict=True):
+            torch.testing.assert_close(whole[number, :, :, :90], right[:, :, :90].cpu(), rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        for ids in torch.tensor(tiny.prompts(30, 30, 30)).cuda().unbind(1):
+            right, found = (engine.decode_one_token(*pair) for engine, *pair in
+                            ((engines[0], one, ids), (engines[1], two, ids)))  # fmt: skip
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-2)
+        torch.cuda.synchronize()
+        check_store(two)
+        for context in (one, two):
+            context.rewind()
+    texts = [engine.generate(context, 60, ignore_eos=True) for engine, context in zip(engines, (one, two), strict=True)]
+    assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
+    assert engines[1].way == execution
 
 
 def test_lossless_decoding_does_not_go_there(llama):

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,10 +65,8 @@ def _pages(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
     pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without them; small pages only take longer to pin
             pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them; small pages only take longer to pin
     return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
 
 
@@ -90,10 +89,8 @@ def _pin(data: Tensor) -> None:
 
 def _forget_error() -> None:
     """CUDA keeps an error for the next launch that asks: have one ask."""
-    try:
+    with suppress(RuntimeError):
         torch.zeros(1, device="cuda")
-    except RuntimeError:
-        pass
 
 
 def _unpin(data: Tensor) -> None:

@@ -76,8 +76,10 @@ class BlockStore:
     def _tables(
         self, layer: int, readers: Sequence[Sequence[tuple[int, int]]], device: torch.device
     ) -> list[tuple[Tensor, set[int]]]:
-        """Who reads what a layer selects, as `ops.fetch.fetch` takes them, and in which layers: in itself, the next one,
-        and those after it."""
+        """Who reads what a layer selects, as `ops.fetch.fetch` takes them, and in which layers.
+
+        A table for the layer itself, one for the next, one for those after it.
+        """
         first, count = self._rows[layer]
         tables = []
         for begin, end in ((layer, layer + 1), (layer + 1, layer + 2), (layer + 2, len(self.source.keys))):
