@@ -1,87 +1,99 @@
 """Result files of the commands, `*.json` in a folder -> one Markdown document and its pictures.
 
-    better_elsewhere  where something else is better: the first paragraph
-    summaries         of long files: what they say, in one table
-    tables            of every file: what it was measured on, and its numbers
-    fidelity          pictures: KL over bytes
-    front             the front page's picture
-    speed             pictures: bytes a second, speed-up over the context
+    sources           a result file: model, machine, rows
+    names             the legend: names, colours, meanings, for tables and pictures alike
+    faithful, fast, memory     the three tables that the page starts with
+    better_elsewhere  where something else is better: above each of them
+    pictures          which there are; draw_speed, draw_fidelity: how; picture: what they share
+    details           a section for each file: what it says, and folded, all its numbers
+    tables            Markdown
 
-Files are read by `lycheedecode.results`. A result is shown by what it has: `cells` (policies by kind of prompt), `rows`
-(flat objects, a table row each), `variants` (ways to identify), and its plain values.
+A result is shown by its command and by what it has: `cells` (policies by kind of prompt), `rows` (flat objects, a table
+row each), `variants` (ways to identify), and plain values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from experiments.report import better_elsewhere, fidelity, front, speed, summaries, tables
-from lycheedecode.results import Result
+from experiments.report import better_elsewhere, details, faithful, fast, memory
+from experiments.report.names import LEGEND
+from experiments.report.pictures import Picture, pictures
+from experiments.report.sources import Source, read
+from experiments.report.tables import least_and_most, table, table_and_rest
 
 INTRODUCTION = "<!-- Made from docs/results/*.json by `make results`; do not edit. -->\n\n# Results\n"
-
-
-class Picture(NamedTuple):
-    """What can be drawn of a result file: its caption, whether the file has it, and how."""
-
-    caption: str
-    fits: Callable[[Mapping[str, Any]], bool]
-    draw: Callable[[Mapping[str, Any], Path], None]
-
-
-PICTURES = (
-    Picture("Mean KL over KV bytes per token; lower left is better", fidelity.has_panels, fidelity.draw_panels),
-    Picture("What operations read a second, over what they must read", speed.has_roofline, speed.draw_roofline),
-    Picture("Speed-up of a decode step over full attention", speed.has_speedup, speed.draw_speedup),
+_FAITHFUL = (
+    "KL divergence from full attention's next-token distribution, teacher-forced, and scores of tasks. What reads as "
+    "much reads at most 2% more KV bytes a token."
 )
+_FAST = (
+    "Times a token, unless a row says otherwise. Decode is what follows the prefill, which is dense and the same "
+    "computation either way; where it is included, the row says so. In brackets: 10th to 90th percentile of steps, or "
+    "fastest to slowest of repeats. In vLLM, `full` is its own attention and `hybrid` the plugin. Of every series the "
+    "case that gains least and the one that gains most."
+)
+_MEMORY = (
+    "Hybrid attention reads less of the KV cache, but stores all of it on the GPU, unless the cache lies in host "
+    "memory (`--cache host`). Of every series the case with the least and with the most."
+)
+TABLES: tuple[tuple[str, str, Callable[[Sequence[Source]], list[dict[str, Any]]], str], ...] = (
+    ("How faithful", "fidelity", faithful.table_rows, _FAITHFUL),
+    ("How fast", "speed", fast.table_rows, _FAST),
+    ("How much memory", "memory", memory.table_rows, _MEMORY),
+)
+KEY_ROWS: dict[str, Callable[[Sequence[dict[str, Any]]], Sequence[Any]]] = {
+    "fidelity": lambda rows: rows,
+    "speed": lambda rows: least_and_most(rows, fast.group, fast.gain),
+    "memory": lambda rows: least_and_most(rows, memory.group, memory.share),
+}
+"""What each table shows before it is unfolded: of every series what gains least and what gains most."""
 
 
 def render(folder: Path) -> str:
     """The document's text."""
-    reports = _reports(folder)
-    sections = [_section(name, report, folder.name) for name, report in reports.items()]
-    if not sections:
+    sources = read(folder)
+    if not sources:
         return INTRODUCTION + "\nThere are no result files yet.\n"
-    return "\n".join([INTRODUCTION, "\n".join(better_elsewhere.lines(reports)) + "\n", *sections])
+    drawn = list(pictures(sources))
+    parts = [INTRODUCTION, *_tables(sources), *_pictures(drawn, folder.name), "## Details\n"]
+    return "\n".join([*parts, *(details.section(source, drawn) for source in sources)])
 
 
 def draw(folder: Path) -> list[Path]:
     """The pictures that the document shows, next to their result files."""
-    drawn, reports = [], _reports(folder)
-    if front.draw(reports, folder / "front.png"):
-        drawn.append(folder / "front.png")
-    for name, report in reports.items():
-        picture = _picture(report)
-        if picture is not None:
-            drawn.append(folder / f"{name}.png")
-            picture.draw(report, drawn[-1])
+    drawn = []
+    for picture in pictures(read(folder)):
+        drawn.append(folder / picture.name)
+        picture.draw(drawn[-1])
     return drawn
 
 
-def _reports(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: Result.load(path).to_json() for path in sorted(folder.glob("*.json"))}
+def _tables(sources: Sequence[Source]) -> Iterator[str]:
+    for title, topic, rows_of, said in TABLES:
+        rows = rows_of(sources)
+        if rows:
+            yield "\n".join(
+                [
+                    f"## {title}",
+                    "",
+                    said,
+                    "",
+                    *better_elsewhere.lines(sources, topic),
+                    "",
+                    *table_and_rest(rows, KEY_ROWS[topic](rows)),
+                    "",
+                ]
+            )
 
 
-def _picture(report: Mapping[str, Any]) -> Picture | None:
-    return next((picture for picture in PICTURES if picture.fits(report)), None)
-
-
-def _section(name: str, report: Mapping[str, Any], folder: str) -> str:
-    title = report["command"]
-    lines = [f"## {name}: {title}", "", *tables.machine_line(report.get("environment") or {}), ""]
-    picture = _picture(report)
-    if picture is not None:
-        lines += [f"![{picture.caption}]({folder}/{name}.png)", ""]
-    result = report["result"]
-    if "variants" in result:
-        lines += tables.variant_lines(result["variants"])
-    else:
-        numbers, summary = list(tables.result_lines(result)), list(summaries.lines(result))
-        lines += _folded(summary, numbers) if summary else numbers
-    return "\n".join(lines) + "\n"
-
-
-def _folded(summary: list[str], numbers: list[str]) -> list[str]:
-    return [*summary, "", "<details><summary>All numbers</summary>", "", *numbers, "", "</details>"]
+def _pictures(drawn: Sequence[Picture], folder: str) -> Iterator[str]:
+    yield "## Names\n\nIn tables and pictures alike:\n"
+    yield "\n".join(table([{"name": name, "what it is": found.meaning} for name, found in LEGEND.items()])) + "\n"
+    own = [picture for picture in drawn if picture.of is None]
+    if own:
+        yield "## Pictures\n"
+    for picture in own:
+        yield f"![{picture.caption}]({folder}/{picture.name})\n"

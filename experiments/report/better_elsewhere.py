@@ -1,59 +1,89 @@
-"""Where something else is better than hybrid decoding: said first, and computed from the result files."""
+"""Where something else is better than hybrid attention: said first, and computed from the result files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.report.tables import shown
+from experiments.report.faithful import reads_no_more
+from experiments.report.names import PEERS, name_of
+from experiments.report.sources import Row, Source, tokens
 
-PEERS = ("paper", "kascade", "tidaldecode", "quest", "duo", "streaming", "same-index", "random")
-"""Policies that hybrid must beat; the oracle `own-topk` reads all keys with every head."""
+Finder = Callable[[Source], "str | None"]
+"""Says what is better in a file, says nothing where nothing is, and returns None where nothing is compared."""
+_STUDENT = re.compile(r"(?:budget_tokens=)?(\d+)(?: tokens: |-)(.*)")
 
 
-def lines(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A sentence on all result files that compare, and an item for each that finds something better."""
-    compared = {name: items for name, report in reports.items() if (items := _lost(report)) is not None}
+def lines(sources: Sequence[Source], topic: str) -> Iterator[str]:
+    """A sentence on the files that compare, and an item for each that finds something better."""
+    compared, lost = 0, []
+    for source in sources:
+        said = [sentence for finder in FINDERS[topic] if (sentence := finder(source)) is not None]
+        compared += bool(said)
+        if any(said):
+            lost.append(f"- {source.link}: {' '.join(filter(None, said))}")
     if not compared:
         yield "There is nothing to compare yet."
         return
-    lost = {name: items for name, items in compared.items() if items}
-    yield f"**Where something else is better**: in {_of(len(lost), len(compared))} result files that compare."
+    yield f"**Where something else is better**: in {_of(len(lost), compared)} result files that compare."
     if lost:
-        yield ""
-    for name, items in lost.items():
-        yield f"- **{name}**: {' '.join(items)}"
+        yield from ("", *lost)
 
 
-def _lost(report: Mapping[str, Any]) -> list[str] | None:
-    """What is better than hybrid in a result file; None where it compares nothing."""
-    result = report.get("result") or {}
-    found = []
-    if "variants" in result:
-        found.append(_lost_ways(result["variants"]))
-    elif any("kl_mean" in score for scores in result.get("cells", {}).values() for score in scores.values()):
-        found.append(_lost_cells(result["cells"]))
-    if report.get("command") == "evaluate tasks":
-        found += [_lost_to_full(result.get("rows", ())), _lost_to_peers(result.get("rows", ()))]
-    found.append(_slower(result.get("rows", ())))
-    compared = [sentence for sentence in found if sentence is not None]
-    return [sentence for sentence in compared if sentence] if compared else None
+# ---------------------------------------------------------------------- fidelity
 
 
-# Each of these says what is better, says nothing where nothing is, and returns None where nothing is compared.
-
-
-def _slower(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Rows of a benchmark that took longer than what they are compared with."""
-    timed = [row for row in rows if row.get("speedup") is not None]
-    slower = [f"{_subject(row)} {row['speedup']:.2f}x" for row in timed if row["speedup"] < 1]
-    if not timed:
+def _closer_peers(source: Source) -> str | None:
+    """Peers that were at least as close to full attention as hybrid and read no more, wherever both were measured."""
+    compared, lost = 0, []
+    for kind, scores in source.cells.items():
+        rows = [score for score in scores.values() if "kl_mean" in score and "kv_bytes_per_token" in score]
+        for own in (row for row in rows if row.get("policy") == "hybrid"):
+            for peer in PEERS:
+                theirs = [row for row in rows if name_of(row["policy"]) == peer and reads_no_more(row, own)]
+                compared += bool(theirs)
+                best = min(theirs, key=lambda row: row["kl_mean"], default=None)
+                if best is not None and best["kl_mean"] <= own["kl_mean"]:
+                    lost.append(f"{peer} on {kind}, {_point(best)} (hybrid: {_point(own)})")
+    if not compared:
         return None
-    return f"Slower than what they are compared with are {_listed(slower, len(timed), 'rows')}" if slower else ""
+    said = "a policy that reads no more (up to 2%) is at least as close to full attention"
+    return f"In {_of(len(lost), compared)} comparisons {said}: {_listed(lost)}." if lost else ""
 
 
-def _lost_ways(variants: Mapping[str, Mapping[str, Any]], ours: str = "sensitivity") -> str | None:
+def _closer_for_more(source: Source) -> str | None:
+    """The paper's form in the study of continuations: its retrieval heads read everything, which costs more bytes."""
+    if source.result.command != "continuations":
+        return None
+    compared, closer = 0, []
+    for kind, scores in source.cells.items():
+        ours = dict(_students(scores, "hybrid, {} heads", "{}"))
+        for key, score in _students(scores, "paper, {} heads", "{}-uncompleted-paper"):
+            compared += key in ours
+            if key in ours and score["kl_mean"] < ours[key]["kl_mean"]:
+                budget, heads = key
+                pair = f"{score['kl_mean']:.2g} (hybrid: {ours[key]['kl_mean']:.2g})"
+                closer.append(f"{heads} heads, {budget} tokens on {kind}, KL {pair}")
+    if not compared:
+        return None
+    said = "the paper's form with as many retrieval heads, which reads more, is closer"
+    return f"In {_of(len(closer), compared)} comparisons {said}: {_listed(closer)}." if closer else ""
+
+
+def _students(scores: Mapping[str, Row], *forms: str) -> Iterator[tuple[tuple[str, str], Row]]:
+    """Budget and heads, and the score, of students whose labels have one of these forms."""
+    patterns = [re.compile(form.replace("{}", r"(\d+)")) for form in forms]
+    for label, score in scores.items():
+        if outer := _STUDENT.fullmatch(label):
+            for pattern in patterns:
+                if inner := pattern.fullmatch(outer[2]):
+                    yield (outer[1], inner[1]), score
+
+
+def _better_ways(source: Source, ours: str = "sensitivity") -> str | None:
     """Other ways to identify as many heads that led to a plan with a lower KL, on average or on one kind of prompt."""
+    variants = source.result.summary.get("variants", {})
     own = variants.get(ours)
     others = {way: found for way, found in variants.items() if own and way != ours}
     others = {way: found for way, found in others.items() if found["retrieval_heads"] == own["retrieval_heads"]}
@@ -63,90 +93,109 @@ def _lost_ways(variants: Mapping[str, Mapping[str, Any]], ours: str = "sensitivi
     kinds = [kind for kind in own["kl"] if any(found["kl"][kind] <= own["kl"][kind] for found in others.values())]
     if not better and not kinds:
         return ""
+    average = f"{_of(len(better), len(others))} other ways to identify a plan do" + (
+        f": {', '.join(better)}" if better else ""
+    )
     return (
-        f"A mean KL as low as {ours}'s have {_listed(better, len(others), 'other ways')} On "
-        f"{_of(len(kinds), len(own['kl']))} kinds of prompts some other way has."
+        f"On {_of(len(kinds), len(own['kl']))} kinds of prompts some other way to identify a plan does better than "
+        f"{ours}; on average {average}."
     )
 
 
-def _lost_cells(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str | None:
-    """Peers that were at least as close to full attention as hybrid and read no more, wherever both were measured."""
-    compared, lost = 0, []
-    for kind, scores in cells.items():
-        rows = [score for score in scores.values() if "kl_mean" in score]
-        for own in (row for row in rows if row.get("policy") == "hybrid"):
-            for peer in PEERS:
-                theirs = [row for row in rows if row.get("policy") == peer and _reads_no_more(row, own)]
-                compared += bool(theirs)
-                best = min(theirs, key=lambda row: row["kl_mean"], default=None)
-                if best is not None and best["kl_mean"] <= own["kl_mean"]:
-                    lost.append(f"{peer} on {kind}, {_point(best)}, hybrid {_point(own)}")
-    if not compared:
-        return None
-    reading = "A policy that reads no more KV bytes than hybrid (up to 2%) is at least as close to full attention in"
-    return f"{reading} {_listed(lost, compared, 'comparisons')}" if lost else ""
-
-
-def _lost_to_full(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def _lower_than_full(source: Source) -> str | None:
     """Tasks on which hybrid scores lower than full attention."""
-    own = [(place, row) for place, row, _ in _task_places(rows) if "difference_high" in row]
-    lower = [f"{row['policy']} on {place} {row['difference_value']:+.3g}" for place, row in own
-             if row["difference_high"] < 0]  # fmt: skip
+    own = [(place, row) for place, row, _ in _task_places(source) if "difference_high" in row]
+    lower = [
+        f"{row['policy']} on {place}, {row['difference_value'] * 100:+.0f} points" for place, row in own
+        if row["difference_high"] < 0
+    ]  # fmt: skip
     if not own:
         return None
-    said = "Beyond its 95% interval, hybrid scores lower than full attention in"
-    return f"{said} {_listed(lower, len(own), 'comparisons')}" if lower else ""
+    said = "hybrid scores lower than full attention, beyond the 95% interval"
+    return f"In {_of(len(lower), len(own))} comparisons {said}: {_listed(lower)}." if lower else ""
 
 
-def _lost_to_peers(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def _higher_peers(source: Source) -> str | None:
     """Tasks on which a peer that reads no more scores higher."""
     compared, higher = 0, []
-    for place, row, others in _task_places(rows):
+    for place, row, others in _task_places(source):
         for peer in PEERS:
-            theirs = [other for other in others if _policy(other) == peer and _reads_no_more(other, row)]
+            theirs = [other for other in others if name_of(other["policy"]) == peer and reads_no_more(other, row)]
             compared += bool(theirs)
             best = max(theirs, key=lambda other: other["score"], default=row)
             if best["score"] > row["score"]:
-                higher.append(f"{best['policy']} {best['score']:.3g} on {place}, {row['policy']} {row['score']:.3g}")
+                higher.append(f"{best['policy']} on {place}, {best['score']:.0%} ({row['policy']}: {row['score']:.0%})")
     if not compared:
         return None
-    said = "A policy that reads no more KV bytes than hybrid (up to 2%) scores higher in"
-    return f"{said} {_listed(higher, compared, 'comparisons')}" if higher else ""
+    said = "a policy that reads no more (up to 2%) scores higher"
+    return f"In {_of(len(higher), compared)} comparisons {said}: {_listed(higher)}." if higher else ""
 
 
-def _task_places(
-    rows: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[str, Mapping[str, Any], list[Mapping[str, Any]]]]:
+def _task_places(source: Source) -> Iterator[tuple[str, Row, list[Row]]]:
     """Every row of hybrid: its task, length and metric, the row, and all rows of that place."""
-    places: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        place = ", ".join(str(row[key]) for key in ("task", "length", "metric") if key in row)
-        places.setdefault(place, []).append(row)
+    if source.result.command != "evaluate tasks":
+        return
+    places: dict[str, list[Row]] = {}
+    for row in source.rows:
+        place = row["task"] + (f" ({row['length']} tokens)" if "length" in row else "")
+        places.setdefault(f"{place}, {row['metric']}", []).append(row)
     for place, found in places.items():
-        yield from ((place, row, found) for row in found if _policy(row) == "hybrid")
+        yield from ((place, row, found) for row in found if name_of(row["policy"]) == "hybrid")
 
 
-def _policy(row: Mapping[str, Any]) -> str:
-    return str(row["policy"]).split(",")[0].partition("+")[0]
+# ---------------------------------------------------------------------- speed and memory
 
 
-def _listed(found: Sequence[str], total: int, what: str) -> str:
-    return f"{_of(len(found), total)} {what}" + (f": {'; '.join(found)}." if found else ".")
+def _slower(source: Source) -> str | None:
+    """Rows of a benchmark that took longer than what they are compared with."""
+    timed = [row for row in source.rows if row.get("speedup") is not None]
+    slower = [f"{_subject(row)}, {row['speedup']:.2f}x" for row in timed if row["speedup"] < 1]
+    if not timed:
+        return None
+    return (
+        f"{_of(len(slower), len(timed))} rows took longer than full attention: {'; '.join(slower)}." if slower else ""
+    )
 
 
-def _point(score: Mapping[str, Any]) -> str:
-    return f"KL {score['kl_mean']:.4g} at {shown(score['kv_bytes_per_token'], 'bytes')} a token"
+def _slower_from_host(source: Source) -> str | None:
+    """Decoding from host memory against a resident cache, where both were timed."""
+    if source.result.command != "bench memory":
+        return None
+    base = {(row["batch"], row["context"]): row for row in source.rows if row["store_percent"] is None}
+    pairs = [(row, base[row["batch"], row["context"]]) for row in source.rows if row["store_percent"] is not None]
+    timed = [(row, own) for row, own in pairs if row.get("ms") and own.get("ms")]
+    slower = [
+        f"{_subject(row)}, a store of {row['store_percent']}%, {row['ms']:.2f} ms (resident: {own['ms']:.2f})"
+        for row, own in timed if row["ms"] > own["ms"]
+    ]  # fmt: skip
+    if not timed:
+        return None
+    return (
+        f"{_of(len(slower), len(timed))} rows took longer than a resident cache: {'; '.join(slower)}." if slower else ""
+    )
 
 
-def _reads_no_more(row: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Up to two percent: answers differ in length, and how full the last block is costs policies differently."""
-    return row.get("kv_bytes_per_token", 0) <= 1.02 * own.get("kv_bytes_per_token", 0)
+FINDERS: dict[str, tuple[Finder, ...]] = {
+    "fidelity": (_closer_peers, _closer_for_more, _better_ways, _lower_than_full, _higher_peers),
+    "speed": (_slower,),
+    "memory": (_slower_from_host,),
+}
+
+
+def _listed(found: Sequence[str], most: int = 4) -> str:
+    """The first few; the details have all."""
+    return "; ".join(found[:most]) + (f"; and {len(found) - most} more" if len(found) > most else "")
 
 
 def _of(number: int, total: int) -> str:
     return f"{number or 'none'} of {total}"
 
 
+def _point(row: Row) -> str:
+    return f"KL {row['kl_mean']:.3g} at {row['kv_bytes_per_token'] / 1e6:.2f} MB a token"
+
+
 def _subject(row: Mapping[str, Any]) -> str:
     named = [str(row[key]) for key in ("op", "form", "way") if isinstance(row.get(key), str)][:1]
-    return ", ".join(named + [f"{key} {row[key]}" for key in ("batch", "context") if key in row])
+    case = [f"{row['batch']} x {tokens(row['context'])}"] if "batch" in row and "context" in row else []
+    return ", ".join(named + case)

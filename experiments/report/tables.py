@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+
+def table_and_rest(rows: Sequence[Mapping[str, Any]], shown_rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Some rows, and below them all of them, folded."""
+    yield from table(shown_rows)
+    if len(shown_rows) < len(rows):
+        yield from ("", f"<details><summary>All {len(rows)} rows</summary>", "", *table(rows), "", "</details>")
+
+
+def least_and_most(
+    rows: Sequence[Mapping[str, Any]],
+    group: Callable[[Mapping[str, Any]], Any],
+    value: Callable[[Mapping[str, Any]], float],
+) -> list[Mapping[str, Any]]:
+    """Of every group the row with the least value and the one with the most, in the order of the rows."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group(row), []).append(row)
+    kept = [id(pick(members, key=value)) for members in groups.values() for pick in (min, max)]
+    return [row for row in rows if id(row) in kept]
 
 
 def machine_line(environment: Mapping[str, Any]) -> Iterator[str]:

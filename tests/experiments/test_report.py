@@ -9,6 +9,23 @@ import pytest
 from experiments.report import draw, render
 
 
+def write(folder, **files):
+    """Result files by name."""
+    for name, report in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def score(policy, kl, megabytes, **more):
+    return {"policy": policy, "kl_mean": kl, "kv_bytes_per_token": megabytes * 1e6, "prompts": 9,
+            "budget_tokens": 512, **more}  # fmt: skip
+
+
+def part(text, title):
+    """The text under a heading, up to the next of its level."""
+    level = title.partition(" ")[0]
+    return text.split(f"{title}\n", 1)[1].split(f"\n{level} ", 1)[0]
+
+
 def test_every_kind_of_result_becomes_a_table(tmp_path):
     environment = {
         "date": "2026-01-02T03:04:05Z",
@@ -16,22 +33,16 @@ def test_every_kind_of_result_becomes_a_table(tmp_path):
         "versions": {"torch": "2.13.0", "python": "3.11"},
         "commit": "0123456789abcdef",
     }
-    score = {"kl_mean": 0.012345, "top1_agreement": 0.987, "kv_bytes_per_token": 2.5e6}
+    one = {"kl_mean": 0.012345, "top1_agreement": 0.987, "kv_bytes_per_token": 2.5e6}
     kernels = [{"name": f"k|{i}", "launches": 2.0, "us": 10.0 - i} for i in range(10)]
+    profiles = [{"form": "hybrid", "batch": 2, "context": 512, "kernels": kernels}]
     files = {
-        "a": {"command": "evaluate fidelity", "result": {"cells": {"2048 tokens": {"hybrid": score}}, "kl_mean": 0.5}},
+        "a": {"command": "evaluate fidelity", "result": {"cells": {"2048 tokens": {"hybrid": one}}, "kl_mean": 0.5}},
         "b": {"command": "bench ops", "result": {"rows": [{"op": "scan", "ms": 1.5, "share": 0.5}, {"op": "all"}]}},
-        "d": {
-            "command": "bench step",
-            "result": {
-                "rows": [],
-                "profiles": [{"form": "hybrid", "batch": 2, "context": 512, "kernels": kernels}],
-            },
-        },
+        "d": {"command": "bench step", "result": {"rows": [], "profiles": profiles}},
         "c": {"what": "ways", "variants": {"x": {"retrieval_heads": 4, "kl_mean": 0.2, "kl": {"noise": 0.1}}}},
     }
-    for name, report in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({**report, "environment": environment}), encoding="utf-8")
+    write(tmp_path, **{name: {**report, "environment": environment} for name, report in files.items()})
     text = render(tmp_path)
     assert "1 x NVIDIA X; torch 2.13.0; commit 0123456789; 2026-01-02" in text
     assert "| hybrid | 0.01235 | 98.7% | 2.50 MB |" in text
@@ -40,15 +51,94 @@ def test_every_kind_of_result_becomes_a_table(tmp_path):
     assert "|  | retrieval heads | kl mean | noise |\n| --- | ---: | ---: | ---: |\n| x | 4 | 0.2 | 0.1 |" in text
     assert "**Kernels of a step: hybrid, batch 2, 512 tokens**" in text
     assert "| others | 4 | 3 |" in text
-    assert "There is nothing to compare yet." in text
     assert render(tmp_path / "none").endswith("There are no result files yet.\n")
 
 
-def score(policy, kl, megabytes, **more):
-    return {"policy": policy, "kl_mean": kl, "kv_bytes_per_token": megabytes * 1e6, **more}
+def test_the_page_starts_with_how_faithful(tmp_path):
+    passkeys = {
+        "2048 tokens of noise, 1 passkey": {"hybrid": score("hybrid", 0.01, 3), "quest": score("quest", 0.5, 3)},
+        "2048 tokens of prose, 1 passkey": {
+            "hybrid": score("hybrid", 0.02, 3),
+            "quest": score("quest", 0.5, 3),
+            "paper": score("paper", 0.001, 3.5),  # closer, but it reads more
+        },
+    }
+    continued = {
+        f"9000 tokens of {text}, 64 tokens continued": {
+            "rounding": score("rounding", 0.001, 9),
+            "hybrid": score("hybrid", kl, 3, kl_error=0.005, retrieval_heads=7),
+            "duo": score("duo", 0.2, 3),
+        }
+        for text, kl in (("code", 0.03), ("prose", 0.04))
+    }
+    study = {
+        "code:9000:continuation:64": {
+            "budget_tokens=512-7": score("x", 0.5, 1),
+            "budget_tokens=256-7": score("x", 0.6, 1),
+        }
+    }
+    write(
+        tmp_path,
+        p={"command": "evaluate fidelity", "settings": {"model": "tiny"}, "result": {"cells": passkeys}},
+        c={"command": "evaluate fidelity", "settings": {"model": "tiny"}, "result": {"cells": continued}},
+        s={"command": "continuations", "settings": {"model": "/some/tiny"}, "result": {"cells": study}},
+    )
+    text = part(render(tmp_path), "## How faithful")
+    rows = [line for line in text.splitlines() if line.startswith("| tiny")]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| tiny, 9000 tokens continued", "| tiny, 9000 tokens continued",
+        "| tiny, 2048 tokens of prose, 1 passkey (hardest of 2 kinds)",
+    ]  # fmt: skip
+    assert "0.6" in rows[0]  # the study's: it is the only one with this budget
+    assert "code 0.03 ± 0.0098; prose 0.04 ± 0.0098" in rows[1]
+    assert "0 (rounding 0.001 / 0.001)" in rows[1]
+    assert "code: duo 0.2; prose: duo 0.2" in rows[1]
+    assert "9 + 9" in rows[1]
+    assert "[c](" in rows[1]
+    assert "quest 0.5" in rows[2]
 
 
-def test_the_first_paragraph_says_what_is_not_better(tmp_path):
+def task(name, policy, value, read=1e6, difference=None):
+    row = {"task": name, "length": 4096, "policy": policy, "metric": "recall", "score": value, "low": value - 0.1,
+           "high": value + 0.1, "items": 50, "kv_bytes_per_token": read}  # fmt: skip
+    if difference is not None:
+        row |= {f"difference_{end}": difference + by for end, by in (("value", 0), ("low", -0.03), ("high", 0.03))}
+    return row
+
+
+def test_scores_of_tasks(tmp_path):
+    rows = [
+        task("vt", "full", 0.9, 9e6),
+        task("vt", "hybrid, 256 tokens", 0.5, 2e6, -0.4),
+        task("vt", "hybrid, 512 tokens", 0.9, 3e6, 0.0),
+        task("vt", "quest, 512 tokens", 0.6, 2e6, -0.3),
+        task("vt", "duo, 512 tokens", 0.95, 4e6, 0.05),
+        task("cwe", "full", 0.7, 9e6),
+        task("cwe", "hybrid, 256 tokens", 0.7, 2e6, 0.0),
+        task("cwe", "hybrid, 512 tokens", 0.7, 3e6, 0.0),
+        task("cwe", "quest, 512 tokens", 0.6, 2e6, -0.1),
+        task("fwe", "full", 0.0, 9e6),
+        task("fwe", "hybrid, 256 tokens", 0.1, 2e6, 0.1),
+    ]
+    averages = {"ruler, 4096 tokens": {"full": 0.5, "hybrid, 256 tokens": 0.55}}
+    write(tmp_path, t={"command": "evaluate tasks", "result": {"rows": rows, "averages": averages, "tasks": []}})
+    text = render(tmp_path)
+    [row] = [line for line in part(text, "## How faithful").splitlines() if line.startswith("| SmolLM2-135M")]
+    assert "RULER, 4096 tokens | mean of 2 tasks that full attention solves | 80.0% |" in row
+    assert (
+        "60.0% (-20.0 ± 2.1 points) / 80.0% (+0.0 ± 2.1 points) | 256 / 512 tokens | quest 60.0% / quest 60.0%" in row
+    )
+    assert "| 2 x 50 |" in row
+    assert "In 1 of 5 comparisons hybrid scores lower than full attention, beyond the 95% interval: hybrid, 256" in text
+    assert "In 1 of 4 comparisons a policy that reads no more (up to 2%) scores higher: quest, 512 tokens on vt" in text
+    details = part(text, "### t: evaluate tasks")
+    assert "full attention scores 0%: fwe (4096 tokens)." in details
+    assert "| fwe" not in details
+    assert "| vt, 4096 tokens, recall | 50 | 90.0% (80% to 100%) | 50.0% (40% to 60%) |" in details
+    assert "| average: ruler, 4096 tokens |  | 50.0% | 55.0% |" in details
+
+
+def test_what_is_better_is_said_first(tmp_path):
     along = [{"first": 0, "last": 63, "kl_mean": 0.01}, {"first": 64, "last": 99, "kl_mean": 0.04}]
     fidelity = {
         "short": {
@@ -56,7 +146,6 @@ def test_the_first_paragraph_says_what_is_not_better(tmp_path):
             "hybrid": score("hybrid", 0.02, 3, by_position=along),
             "quest": score("quest", 0.015, 2.5),
             "duo": score("duo", 0.5, 3),
-            "paper": score("paper", 0.001, 3.5),  # closer, but it reads more
             "kascade": {"policy": "kascade", "left_out": "It reads too much."},
         },
     }
@@ -65,91 +154,135 @@ def test_the_first_paragraph_says_what_is_not_better(tmp_path):
         "gates": {"retrieval_heads": 4, "kl_mean": 0.3, "kl": {"a": 0.4, "b": 0.2}},
         "every head its own": {"retrieval_heads": 8, "kl_mean": 0.1, "kl": {"a": 0.1, "b": 0.1}},
     }
-    rows = [{"form": "hybrid", "batch": 1, "context": 4096, "speedup": speedup} for speedup in (0.9, 1.5)]
-    files = {"f": {"result": {"cells": fidelity}}, "i": {"variants": variants}, "s": {"result": {"rows": rows}}}
-    files["t"] = {"result": {"rows": rows[1:]}}
-    for name, report in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
-    text = render(tmp_path)
-    assert text.split("\n\n")[2] == "**Where something else is better**: in 3 of 4 result files that compare."
-    assert text.split("\n\n")[3].splitlines() == [
-        "- **f**: A policy that reads no more KV bytes than hybrid (up to 2%) is at least as close to full attention "
-        "in 1 of 2 comparisons: quest on short, KL 0.015 at 2.50 MB a token, hybrid KL 0.02 at 3.00 MB a token.",
-        "- **i**: A mean KL as low as sensitivity's have none of 1 other ways. On 1 of 2 kinds of prompts some other "
-        "way has.",
-        "- **s**: Slower than what they are compared with are 1 of 2 rows: hybrid, batch 1, context 4096 0.90x.",
-    ]
-    assert "| mean KL after tokens | 0 to 63 | 64 to 99 |\n| --- | ---: | ---: |\n| hybrid | 0.01 | 0.04 |" in text
-    assert "| kascade |  |  | It reads too much. |" in text
-    assert f"]({tmp_path.name}/f.png)" in text
-
-
-def test_tasks_that_something_else_does_better(tmp_path):
-    def row(policy, score, read, high=None):
-        difference = {} if high is None else {"difference_value": score - 0.9, "difference_high": high}
-        return {"task": "vt", "length": 4096, "policy": policy, "metric": "recall", "score": score,
-                "kv_bytes_per_token": read, **difference}  # fmt: skip
-
-    rows = [
-        row("full", 0.9, 9e6),
-        row("hybrid, 256 tokens", 0.5, 2e6, -0.2),
-        row("hybrid, 512 tokens", 0.8, 3e6, 0.1),
-        row("quest, 512 tokens", 0.6, 2e6, -0.1),
-        row("duo, 512 tokens", 0.95, 4e6, 0.2),
-    ]
-    report = {"command": "evaluate tasks", "result": {"rows": rows, "averages": {}, "tasks": []}}
-    (tmp_path / "t.json").write_text(json.dumps(report), encoding="utf-8")
-    assert render(tmp_path).split("\n\n")[3].rstrip() == (
-        "- **t**: Beyond its 95% interval, hybrid scores lower than full attention in 1 of 2 comparisons: hybrid, 256 "
-        "tokens on vt, 4096, recall -0.4. A policy that reads no more KV bytes than hybrid (up to 2%) "
-        "scores higher in 1 of 2 comparisons: quest, 512 tokens 0.6 on vt, 4096, recall, hybrid, 256 tokens 0.5."
-    )
-    assert "| vt | 4096 | hybrid, 256 tokens | recall | 0.5 | 2.00 MB |" in render(tmp_path)
-
-
-def test_pictures_are_the_same_every_time(tmp_path):
-    pytest.importorskip("matplotlib")
-    cells = {
-        kind: {f"{name} {i}": score(name, 0.1 / i, i) for name in ("hybrid", "quest") for i in (1, 2)} for kind in "ab"
+    study = {
+        "k": {"512 tokens: hybrid, 7 heads": score("x", 0.02, 1), "512 tokens: paper, 7 heads": score("x", 0.01, 1)}
     }
-    (tmp_path / "f.json").write_text(json.dumps({"result": {"cells": cells}}), encoding="utf-8")
-    (tmp_path / "other.json").write_text(json.dumps({"result": {"rows": []}}), encoding="utf-8")
+    steps = [step(form, 1, 4096, size, speedup) for form, size, speedup in (("full", 9, 1.0), ("hybrid", 8, 0.9))]
+    resident, host = ({"batch": 1, "context": 4096, "store_percent": percent, "bytes_on_gpu": size, "ms": ms}
+                      for percent, size, ms in ((None, 4e9, 5.0), (200, 1e9, 6.0)))  # fmt: skip
+    write(
+        tmp_path,
+        f={"result": {"cells": fidelity}},
+        i={"variants": variants},
+        s={"command": "bench step", "result": {"rows": steps}},
+        m={"command": "bench memory", "result": {"rows": [resident, host]}},
+        c={"command": "continuations", "result": {"cells": study}},
+    )
+    text = render(tmp_path)
+    lost = [line for line in part(text, "## How faithful").splitlines() if line.startswith("- ")]
+    assert "In 1 of 1 comparisons the paper's form" in lost[0]
+    assert "7 heads, 512 tokens on k, KL 0.01 (hybrid: 0.02)." in lost[0]
+    assert "In 1 of 2 comparisons a policy that reads no more (up to 2%) is at least as close" in lost[1]
+    assert "quest on short, KL 0.015 at 2.50 MB a token (hybrid: KL 0.02 at 3.00 MB a token)." in lost[1]
+    assert "On 1 of 2 kinds of prompts" in lost[2]
+    assert "average none of 1" in lost[2]
+    assert "1 of 2 rows took longer than full attention: hybrid, 1 x 4K, 0.90x." in part(text, "## How fast")
+    assert "a store of 200%, 6.00 ms (resident: 5.00)." in part(text, "## How much memory")
+    assert "| mean KL after tokens | 0 to 63 | 64 to 99 |\n| --- | ---: | ---: |\n| hybrid | 0.01 | 0.04 |" in text
+    assert "It reads too much. |" in text
+
+
+def step(form, batch, context, size, speedup, ms=1.0):
+    return {"form": form, "batch": batch, "context": context, "bytes": size, "ms": ms, "fast_ms": ms, "slow_ms": ms,
+            "speedup": speedup}  # fmt: skip
+
+
+def test_every_speed_says_what_is_in_it(tmp_path):
+    gpu = {"environment": {"machine": {"gpus": ["NVIDIA H200"]}, "versions": {"vllm": "0.26.0"}}}
+    steps = [step(form, 1, context, 100, 1.0, ms) for form, context, ms in (
+        ("full", 4096, 4.0), ("hybrid", 4096, 4.0), ("full", 8192, 8.0), ("hybrid", 8192, 5.0), ("full", 16384, 9.0),
+        ("hybrid", 16384, 3.0))]  # fmt: skip
+    whole = {"batch": 1, "context": 4096, "prefill_seconds": 9.0, "steps": 63}
+    made = [{**whole, "way": way, "decode_seconds": ms * 0.063, "ms": ms}
+            for way, ms in (("full", 8.0), ("hybrid", 4.0), ("transformers", 20.0))]  # fmt: skip
+    served = [{"way": way, "batch": 4, "context": 4096, "ms": ms, "fast_ms": ms, "slow_ms": ms + 1, "speedup": 1.0}
+              for way, ms in (("stock", 20.0), ("hybrid", 10.0))]  # fmt: skip
+    case = {"part": "rounds", "batch": 1, "context": 4096, "drafts": 8, "refresh": 1, "gained": 7.4}
+    rounds = [{**case, "full_ms": 8.0, "ms_per_token": 5.0}]
+    real = [{"part": "real", "way": way, "batch": 2, "context": 4096, "tokens": 64, "tokens_per_second": speed,
+             "gained": 7.0} for way, speed in (("full", 100.0), ("8", 150.0))]  # fmt: skip
+    write(
+        tmp_path,
+        g={"command": "bench generate", "settings": {"tokens": 64}, "result": {"rows": made}, **gpu},
+        s={"command": "bench step", "settings": {"steps": 60}, "result": {"rows": steps, "weight_bytes": 20}, **gpu},
+        v={"command": "bench serving", "settings": {"repeats": 3}, "result": {"rows": served}, **gpu},
+        l={"command": "bench lossless", "settings": {"steps": 20}, "result": {"rows": rounds + real}, **gpu},
+    )
+    text = part(render(tmp_path), "## How fast")
+    shown, every = text.split("<details>")
+    cells = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert [(row[0][2:], row[3], row[4], row[5]) for row in cells] == [
+        ("prefill and 64 tokens, whole", "9.50 s", "9.25 s", "1.03x"),
+        ("decode of the same, a token", "8.00 ms", "4.00 ms", "2.00x"),
+        ("decode step", "4.00 ms", "4.00 ms (4.00 to 4.00)", "1.00x"),
+        ("decode step", "9.00 ms", "3.00 ms (3.00 to 3.00)", "3.00x"),
+        ("lossless, decode of texts; drafts: 8, 7.0 tokens gained a round", "20.00 ms", "13.33 ms", "1.50x"),
+        ("lossless, decode; 8 drafts, 7.4 tokens gained a round taken as given", "8.00 ms", "5.00 ms", "1.60x"),
+        ("vLLM 0.26, decode", "20.00 ms", "10.00 ms (10.00 to 11.00)", "2.00x"),
+    ]
+    assert "8.00 ms | 5.00 ms" in every
+    assert "transformers 10.26 s | 1 | 1 x H200 | [g](" in shown
+    assert "read by a decode step | SmolLM2-135M | 1 x 4K | 0.0 MB" in part(render(tmp_path), "## How much memory")
+
+
+def test_memory_by_store(tmp_path):
+    rows = [{"batch": 1, "context": 131072, "store_percent": percent, "bytes_on_gpu": size, "ms": ms}
+            for percent, size, ms in ((None, 16e9, 5.0), (100, 1.6e9, 6.0), (200, 2e9, 4.0), (300, 3.2e9, 4.5))
+            ]  # fmt: skip
+    write(tmp_path, m={"command": "bench memory", "settings": {"tokens": 64}, "result": {"rows": rows}})
+    text = part(render(tmp_path), "## How much memory").partition("<details>")[0]
+    assert "a store of 100% of a selection | SmolLM2-135M | 1 x 128K | 16.00 GB | 1.60 GB | 10.0% | 5.00, 6.00" in text
+    assert "a store of 300% of a selection" in text
+    assert "a store of 200% of a selection" not in text  # folded
+
+
+@pytest.mark.parametrize("error", [0.01, None])
+def test_pictures_are_the_same_every_time(tmp_path, error):
+    pytest.importorskip("matplotlib")
+    by_budget = {
+        kind: {f"{name} {i}": score(name, 0.1 / i, i, kl_error=error) for name in ("hybrid", "quest") for i in (1, 2)}
+        for kind in "ab"
+    }
+    equal = {"a": {name: score(name, 0.1, 1, kl_error=error) for name in ("full", "hybrid", "quest")}}
+    write(
+        tmp_path,
+        f={"result": {"cells": by_budget}},
+        equal={"result": {"cells": equal}},
+        other={"result": {"rows": []}},
+    )
     pictures = []
     for _ in range(2):
-        [path] = draw(tmp_path)
-        pictures.append(path.read_bytes())
-    assert path.name == "f.png"
+        paths = draw(tmp_path)
+        pictures.append([path.read_bytes() for path in paths])
+    assert [path.name for path in paths] == ["equal.png", "f.png"]
     assert pictures[0] == pictures[1]
-    assert len(pictures[0]) > 10_000
-
-
-def step(form, batch, context, size, speedup):
-    return {"form": form, "batch": batch, "context": context, "bytes": size, "ms": 1.0, "speedup": speedup}
+    assert min(map(len, pictures[0])) > 5_000
+    assert f"]({tmp_path.name}/f.png)" in part(render(tmp_path), "### f: f")
 
 
 def test_pictures_of_speed(tmp_path):
     pytest.importorskip("matplotlib")
-    operations = [{"op": op, "bytes": 10**7, "ms": 0.01} for op in ("full, ours", "scan, 8 heads", "attend", "strange")]
-    operations.append({"op": "select, 8 heads", "bytes": 0, "ms": 0.005})
-    steps = [step("full", 1, 4096, 100, 1.0), step("hybrid", 1, 4096, 60, 1.5), step("paper", 1, 4096, 80, 1.2)]
-    results = {
-        "ops": {"read_tb_s": 4.0, "rows": operations},
-        "step": {"rows": steps},
-        "alone": {"rows": [step("full", 1, 4096, 100, 1.0)]},
-        "elsewhere": {"read_tb_s": None, "rows": operations},
-    }
-    for name, result in results.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({"result": result}), encoding="utf-8")
-    assert [path.name for path in draw(tmp_path)] == ["ops.png", "step.png"]
-    text = render(tmp_path)
-    assert f"![What operations read a second, over what they must read]({tmp_path.name}/ops.png)" in text
-    assert f"![Speed-up of a decode step over full attention]({tmp_path.name}/step.png)" in text
+    operations = [{"op": op, "bytes": 10**7, "ms": 0.01, "share": 0.5, "batch": 1, "context": 4096}
+                  for op in ("full, ours", "full, sdpa", "attend")]  # fmt: skip
+    steps = [step(form, 1, context, 100, 1.0) for form in ("full", "hybrid") for context in (4096, 8192)]
+    machine = {"environment": {"machine": {"gpus": ["NVIDIA H200"]}}}
+    equal = {"7 tokens of prose, 1 passkey": {name: score(name, 0.1, 1) for name in ("hybrid", "quest")}}
+    write(
+        tmp_path,
+        ops={"result": {"read_tb_s": 4.0, "rows": operations}},
+        step={"command": "bench step", "settings": {"model": "llama-3-8b"}, "result": {"rows": steps}, **machine},
+        dot={"command": "bench step", "settings": {"model": "qwen3-8b"}, "result": {"rows": steps[::2]}},
+        elsewhere={"result": {"read_tb_s": None, "rows": operations}},
+        peers={"settings": {"match_bytes": True}, "result": {"cells": equal}},
+    )
+    assert [path.name for path in draw(tmp_path)] == ["front.png", "ms-llama-3-8b-1x-h200.png", "ops.png", "peers.png"]
+    assert "ms-llama-3-8b-1x-h200.png)" in part(render(tmp_path), "## Pictures")
 
 
 def test_on_the_command_line(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
-    (folder / "a.json").write_text(json.dumps({"result": {"rows": [{"op": "scan", "ms": 2}]}}), encoding="utf-8")
+    write(folder, a={"result": {"rows": [{"op": "scan", "ms": 2}]}})
     command = [sys.executable, "-m", "experiments.report", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -164,19 +297,8 @@ def test_long_files_begin_with_an_overview(tmp_path):
         "short": {"full": score("full", 0, 9), "hybrid": score("hybrid", 0.01, 3), "quest": score("quest", 0.02, 3)},
         "long": {"hybrid": score("hybrid", 0.01, 3), "quest": score("quest", 0.08, 3), "duo": {"left_out": "Why."}},
     }
-    rows = [
-        {"task": task, "length": 4096, "policy": policy, "metric": "recall", "score": value}
-        for task, scores in {"easy": (0.9, 0.8), "hard": (0.1, 0.3)}.items()
-        for policy, value in zip(("full", "hybrid"), scores, strict=True)
-    ]
-    averages = {"ruler, 4096 tokens": {"full": 0.5, "hybrid": 0.55}}
-    files = {"f": {"cells": cells}, "t": {"rows": rows, "averages": averages}}
-    for name, result in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({"result": result}), encoding="utf-8")
-    text = render(tmp_path)
+    write(tmp_path, f={"result": {"cells": cells}})
+    text = part(render(tmp_path), "### f: f")
     assert "| quest | 0.02 | 0.08 | 4 |" in text  # the geometric mean of 2 and 8
     assert "| duo |  |  |  |" in text
-    assert "| hard, 4096 tokens, recall | 0.1 | 0.3 |" in text
-    assert "| average: ruler, 4096 tokens | 0.5 | 0.55 |" in text
-    assert "| average: 1 tasks that full attention solves (50% or more) | 0.9 | 0.8 |" in text
-    assert text.count("<summary>All numbers</summary>") == 2
+    assert text.index("geometric mean") < text.index("<summary>All numbers</summary>")

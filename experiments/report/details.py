@@ -1,0 +1,60 @@
+"""A section of the page for each result file: machine, picture, what it says, and folded, all its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.report import summaries, tables
+from experiments.report.pictures import Picture
+from experiments.report.sources import Row, Source
+
+SHORT = 12
+"""Lines up to which numbers are not folded."""
+_DENSE = "`paper` reads more than the others: its retrieval heads read the whole cache."
+NOTES = {
+    "continuations-qwen2.5-coder-1.5b": "`one plan for all budgets` is the plan that ships; its coupling of 0.2 was "
+    "chosen on these prompts. Everything after the prefill ran in bfloat16: differences below that of `full attention "
+    f"by another kernel` are rounding. {_DENSE}",
+    "continuations-smollm2-135m": f"These plans are the study's; the one that ships was found on passkeys. {_DENSE}",
+}
+"""What a reader of a file has to know and its numbers do not say."""
+
+
+def _scored(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Rows of tasks on which full attention scores at all, and a line that says which others are left out."""
+    zero = {_place(row) for row in rows if row["policy"] == "full" and row["score"] == 0}
+    kept = [row for row in rows if _place(row) not in zero]
+    if not zero:
+        return kept, []
+    names = ", ".join(f"{task} ({length} tokens)" if length else str(task) for task, length, _ in sorted(zero, key=str))
+    return kept, [f"Left out, for full attention scores 0%: {names}.", ""]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row["task"], row.get("length"), row["metric"]
+
+
+def section(source: Source, drawn: Sequence[Picture]) -> str:
+    """The section's text."""
+    result = source.result
+    lines = [f"### {source.name}: {result.command}", "", *tables.machine_line(result.environment), ""]
+    if source.name in NOTES:
+        lines += [NOTES[source.name], ""]
+    for picture in drawn:
+        if picture.of == source.name:
+            lines += [f"![{picture.caption}]({source.folder}/{picture.name})", ""]
+    found = result.to_json()["result"]
+    if result.command == "evaluate tasks":
+        found["rows"], unsolved = _scored(source.rows)
+        lines += unsolved
+    summary = list(summaries.lines(found))
+    if "variants" in found:
+        summary, numbers = [], list(tables.variant_lines(found["variants"]))
+    else:
+        numbers = list(tables.result_lines(found))
+    if len(summary) > 2 * SHORT:
+        summary, numbers = [], [*summary, "", *numbers]
+    if len(numbers) > SHORT:
+        numbers = ["<details><summary>All numbers</summary>", "", *numbers, "", "</details>"]
+    return "\n".join([*lines, *summary, *([""] if summary else []), *numbers]) + "\n"

@@ -1,0 +1,138 @@
+"""The second table: milliseconds a token with full attention and with hybrid, and what is in them.
+
+Of several files that timed the same case on the same kind of machine, the latest counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from experiments.report.sources import Row, Source, tokens
+
+Key = tuple[Any, ...]
+Found = tuple[Key, dict[str, Any]]
+SHOWN = ("hybrid", "hybrid+centroid")
+"""Forms of a decode step that the table shows; the details have all."""
+
+
+def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The rows of the table, whole generations first."""
+    latest: dict[Key, dict[str, Any]] = {}
+    for source in sorted(sources, key=lambda one: one.date):
+        for key, row in KINDS.get(source.result.command, lambda _: ())(source):
+            latest[key, source.machine] = row
+    order = list(KINDS)
+    ranked = sorted(latest.items(), key=lambda item: (order.index(item[0][0][0]), *map(str, item[0][0][1:3])))
+    return [row for _, row in ranked]
+
+
+def _steps(source: Source) -> Iterator[Found]:
+    full = {_case(row): row for row in source.rows if row["form"] == "full"}
+    for row in source.rows:
+        base = full.get(_case(row))
+        if row["form"] in SHOWN and base is not None:
+            key = ("bench step", source.model, row["form"], *_case(row))
+            timed = "decode step" + (", with completion" if row["form"] == "hybrid+centroid" else "")
+            yield key, _row(source, timed, row, base["ms"], row["ms"], _tenths(row), source.settings.get("steps"))
+
+
+def _serving(source: Source) -> Iterator[Found]:
+    stock = {_case(row): row for row in source.rows if row["way"] == "stock"}
+    ranks = source.settings.get("tensor_parallel_size", 1)
+    for row in source.rows:
+        base = stock.get(_case(row))
+        if row["way"] == "hybrid" and base is not None:
+            key = ("bench serving", source.model, ranks, *_case(row))
+            timed = f"vLLM {source.version('vllm')}, decode" + (f", {ranks} ranks" if ranks > 1 else "")
+            spread = f"{row['fast_ms']:.2f} to {row['slow_ms']:.2f}"
+            yield key, _row(source, timed, row, base["ms"], row["ms"], spread, source.settings.get("repeats"))
+
+
+def _generations(source: Source) -> Iterator[Found]:
+    """From prompt to last token, and the decoding alone."""
+    ways = {(row["way"], _case(row)): row for row in source.rows}
+    for (way, case), row in ways.items():
+        full, other = ways.get(("full", case)), ways.get(("transformers", case))
+        if way != "hybrid" or full is None:
+            continue
+        count = source.settings.get("tokens", row["steps"] + 1)
+        for timed, ms in ((f"prefill and {count} tokens, whole", _whole), ("decode of the same, a token", _decode)):
+            found = _row(source, timed, row, ms(full), ms(row), "", 1)
+            found["others"] = f"transformers {_number(ms(other))}" if other else ""
+            yield ("bench generate", source.model, case, timed), found
+
+
+def _whole(row: Row) -> float:
+    return (row["prefill_seconds"] + row["decode_seconds"]) * 1e3
+
+
+def _decode(row: Row) -> float:
+    return row["ms"]
+
+
+def _lossless(source: Source) -> Iterator[Found]:
+    """Rounds with a given number of tokens gained; texts of real models, where they are counted."""
+    real = {_case(row): row for row in source.rows if row["part"] == "real" and row["way"] == "full"}
+    for row in source.rows:
+        if row["part"] == "rounds" and "full_ms" in row:
+            timed = f"lossless, decode; {row['drafts']} drafts, {row['gained']} tokens gained a round taken as given"
+            key = ("bench lossless", source.model, "rounds", row["drafts"], row["refresh"], *_case(row))
+            yield key, _row(source, timed, row, row["full_ms"], row["ms_per_token"], "", source.settings.get("steps"))
+        elif row["part"] == "real" and row["way"] != "full" and _case(row) in real:
+            base = real[_case(row)]
+            timed = f"lossless, decode of texts; drafts: {row['way']}, {row['gained']:.1f} tokens gained a round"
+            key = ("bench lossless", source.model, "real", row["way"], *_case(row))
+            texts = f"{row['batch']} x {row['tokens']} tokens"
+            yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
+
+
+def group(row: Row) -> tuple[Any, ...]:
+    """What the cases of a series have in common."""
+    return row["timed"], row["model"], row["machine"]
+
+
+def gain(row: Row) -> float:
+    """How many times as fast."""
+    return float(row["gain"].rstrip("x"))
+
+
+def _of_batch(row: Row) -> float:
+    """Milliseconds in which every sequence gains a token."""
+    return row["batch"] * 1e3 / row["tokens_per_second"]
+
+
+KINDS: dict[str, Callable[[Source], Iterator[Found]]] = {
+    "bench generate": _generations,
+    "bench step": _steps,
+    "bench lossless": _lossless,
+    "bench serving": _serving,
+}
+"""Command -> rows of the table that its result files give."""
+
+
+def _case(row: Row) -> tuple[int, int]:
+    return row["batch"], row["context"]
+
+
+def _row(source: Source, timed: str, row: Row, full: float, hybrid: float, spread: str, count: Any) -> dict[str, Any]:
+    return {
+        "timed": timed,
+        "model": source.model,
+        "batch x context": f"{row['batch']} x {tokens(row['context'])}",
+        "full": _number(full),
+        "hybrid": _number(hybrid) + (f" ({spread})" if spread else ""),
+        "gain": f"{full / hybrid:.2f}x",
+        "others": "",
+        "n": count,
+        "machine": source.machine,
+        "file": source.link,
+    }
+
+
+def _number(ms: float) -> str:
+    return f"{ms:.2f} ms" if ms < 1000 else f"{ms / 1000:.2f} s"
+
+
+def _tenths(row: Row) -> str:
+    return f"{row['fast_ms']:.2f} to {row['slow_ms']:.2f}" if "fast_ms" in row else ""

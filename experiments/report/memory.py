@@ -1,0 +1,89 @@
+"""The third table: what of the KV cache lies on the GPU, and what a token reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from experiments.report.sources import Row, Source, tokens
+
+
+def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The rows of the table: caches in host memory, then bytes read."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for source in sorted(sources, key=lambda one: one.date):
+        if source.result.command == "bench memory":
+            latest |= dict(_kept(source))
+        elif source.result.command == "bench step":
+            latest |= dict(_read(source))
+    return [row for _, row in sorted(latest.items(), key=lambda item: (item[0][0], *map(str, item[0][1:])))]
+
+
+def _kept(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Every size of the store beside the resident cache."""
+    resident = {_case(row): row for row in source.rows if row["store_percent"] is None}
+    for row in source.rows:
+        base = resident.get(_case(row))
+        if row["store_percent"] is None or base is None:
+            continue
+        key = (0, source.model, source.machine, *_case(row), row["store_percent"])
+        times = [one.get("ms") for one in (base, row)]
+        yield (
+            key,
+            {
+                "what": f"kept on the GPU, a store of {row['store_percent']}% of a selection",
+                "model": source.model,
+                "batch x context": f"{row['batch']} x {tokens(row['context'])}",
+                "full": size(base["bytes_on_gpu"]),
+                "hybrid": size(row["bytes_on_gpu"]),
+                "share": f"{row['bytes_on_gpu'] / base['bytes_on_gpu']:.1%}",
+                "ms a token, resident and so (decode)": "" if None in times else f"{times[0]:.2f}, {times[1]:.2f}",
+                "n": f"{source.settings.get('tokens')} tokens",
+                "machine": source.machine,
+                "file": source.link,
+            },
+        )
+
+
+def _read(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What a decode step reads besides the weights."""
+    weights = source.result.summary.get("weight_bytes", 0)
+    full = {_case(row): row for row in source.rows if row["form"] == "full"}
+    for row in source.rows:
+        base = full.get(_case(row))
+        if row["form"] != "hybrid" or base is None:
+            continue
+        read = [one["bytes"] - weights for one in (base, row)]
+        yield (
+            (1, source.model, source.machine, *_case(row)),
+            {
+                "what": "read by a decode step",
+                "model": source.model,
+                "batch x context": f"{row['batch']} x {tokens(row['context'])}",
+                "full": size(read[0]),
+                "hybrid": size(read[1]),
+                "share": f"{read[1] / read[0]:.1%}",
+                "n": source.settings.get("steps"),
+                "machine": source.machine,
+                "file": source.link,
+            },
+        )
+
+
+def group(row: Row) -> tuple[Any, ...]:
+    """What the cases of a series have in common."""
+    return row["what"].partition(",")[0], row["model"], row["machine"]
+
+
+def share(row: Row) -> float:
+    """Of what full attention keeps or reads, in percent."""
+    return float(row["share"].rstrip("%"))
+
+
+def _case(row: Row) -> tuple[int, int]:
+    return row["batch"], row["context"]
+
+
+def size(count: float) -> str:
+    """Bytes for people, with a thousand to a step."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

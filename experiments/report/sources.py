@@ -1,0 +1,108 @@
+"""Result files as the report sees them: what was measured, on which model and machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lycheedecode.results import Result
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A result file."""
+
+    name: str
+    folder: str
+    result: Result
+
+    @property
+    def settings(self) -> Row:
+        return self.result.settings
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return self.result.rows
+
+    @property
+    def cells(self) -> Mapping[str, Mapping[str, Row]]:
+        """Kind of prompt -> policy -> score, of what measures fidelity; nothing else has any."""
+        return self.result.summary.get("cells") or {}
+
+    @property
+    def link(self) -> str:
+        return f"[{self.name}]({self.folder}/{self.name}.json)"
+
+    @property
+    def date(self) -> str:
+        return str(self.result.environment.get("date", ""))
+
+    @property
+    def model(self) -> str:
+        """As a reader knows it; of random weights only the shape counts."""
+        name = Path(str(self.settings.get("model") or "smollm2-135m")).name.removesuffix(".gguf")
+        known = _MODELS.get(name.lower(), name)
+        layers = self.settings.get("layers")
+        return f"{known}, {layers} of its layers" if layers else known
+
+    @property
+    def machine(self) -> str:
+        """`1 x H200`, `2 CPU cores`."""
+        machine = self.result.environment.get("machine") or {}
+        gpus = machine.get("gpus") or []
+        if gpus:
+            return f"{len(gpus)} x {gpus[0].removeprefix('NVIDIA ').split()[0]}"
+        return f"{machine.get('cores', '?')} CPU cores"
+
+    def version(self, package: str) -> str:
+        """`vllm` -> `0.26`; nothing where it was not there."""
+        return ".".join(str((self.result.environment.get("versions") or {}).get(package, "")).split(".")[:2])
+
+
+_MODELS = {
+    "llama-3-8b": "Llama-3-8B's shape",
+    "llama-3-70b": "Llama-3-70B's shape",
+    "qwen3-8b": "Qwen3-8B's shape",
+    "smollm2-135m": "SmolLM2-135M",
+    "coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct",
+    "coder-1.5b": "Qwen2.5-Coder-1.5B-Instruct",
+}
+
+
+def read(folder: Path) -> list[Source]:
+    """The result files of a folder."""
+    return [Source(path.stem, folder.name, Result.load(path)) for path in sorted(folder.glob("*.json"))]
+
+
+@dataclass(frozen=True)
+class PromptKind:
+    """A kind of prompt: `30000 tokens of code, 64 tokens continued` or `code:30000:continuation:64`."""
+
+    text: str
+    length: int
+    asked: str
+
+    @property
+    def continues(self) -> bool:
+        return "continu" in self.asked
+
+    @classmethod
+    def parse(cls, label: str) -> PromptKind:
+        """Of either spelling; what is neither is a text of no length."""
+        if found := re.fullmatch(r"(\d+) tokens of (\S+), (.+)", label):
+            return cls(found[2], int(found[1]), found[3])
+        if found := re.fullmatch(r"(.+):(\d+):(\w+):(\d+)", label):
+            task, count = found[3], found[4]
+            asked = f"{count} tokens continued" if task == "continuation" else f"{count} x {task.replace('_', ' ')}"
+            return cls(found[1], int(found[2]), asked)
+        return cls(label, 0, "")
+
+
+def tokens(count: int) -> str:
+    """`131072` -> `128K`; round decimal numbers stay as they are."""
+    return f"{count // 1024}K" if count >= 1024 and count % 1024 == 0 else f"{count}"
