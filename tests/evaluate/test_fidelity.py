@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
+from lycheedecode.errors import ConfigError
 from lycheedecode.evaluate import fidelity
 from lycheedecode.evaluate.engines import Coverage, coverage_for
 from lycheedecode.evaluate.fidelity import Choice, Long, measure_fidelity
@@ -200,6 +201,45 @@ def test_finished_cells_are_kept(llama, tokenizer):
     assert seen == [str(LONG)]
 
 
+def test_all_read_what_the_first_plan_reads(llama, tokenizer):
+    config, cell = replace(CONFIG, budget_tokens=96), Cell("noise", 400)
+    half = HeadPlan.from_donors([[(0, 0), (0, 1)], *[[(0, 0), (0, 0)]] * 3])
+    compared = variants(["hybrid", "paper"], {"tiny": tiny.plan(), "half": half}, config, match_bytes=True)
+    found = measure_fidelity(llama, tokenizer, compared, [cell], prompts=1, match_bytes=True)[str(cell)]
+    most = found["hybrid, plan tiny"]["kv_bytes_per_token"]
+    assert found["hybrid, plan tiny"]["budget_tokens"] == 96
+    assert found["hybrid, plan half"]["budget_tokens"] > 96  # it scans with half as many heads
+    for label in ("hybrid, plan half", "paper, plan half"):
+        assert 0.9 * most < found[label]["kv_bytes_per_token"] <= most
+    assert "reads at least" in found["paper, plan tiny"]["left_out"]
+
+
+def test_kinds_share_the_time_and_say_how_far_they_came(llama, tokenizer, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(fidelity.time, "perf_counter", lambda: now[0])
+
+    def a_minute_each(*_):
+        now[0] += 60
+
+    short, long = Cell("noise", 200, "continuation", 4), Cell("noise", 400, "continuation", 4)
+    found = measure(
+        llama, tokenizer, ["hybrid"], [short, long], prompts=20, minutes=8.5, report=a_minute_each
+    )  # 8.5 in all: 2.8, and then what is left
+    assert [found[str(cell)]["hybrid"]["prompts"] for cell in (short, long)] == [3, 6]
+    found = measure(llama, tokenizer, ["hybrid"], [short], prompts=20, batch_size=2, minutes=0)
+    assert found[str(short)]["hybrid"]["prompts"] == 2
+
+
+def test_kinds_of_one_name_are_refused(llama, tokenizer, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text("Some words in a row. " * 300)
+    cells = [Cell(str(tmp_path / name / "text.txt"), 300, "continuation", 4) for name in ("one", "two")]
+    assert str(cells[0]) == "300 tokens of text.txt, 4 tokens continued"
+    with pytest.raises(ConfigError, match="2 kinds of prompts would be called"):
+        measure(llama, tokenizer, ["hybrid"], cells)
+
+
 def test_positions_add_up():
     sums, mask = Sums(), torch.arange(20) < torch.tensor([[20], [7]])
     kl = torch.rand(2, 20)
@@ -239,6 +279,7 @@ def test_variants_are_those_that_make_a_difference():
     assert labels[1] == "hybrid, plan a, 64 tokens, blocks of 8"
     assert labels[9:] == ["tidaldecode, 64 tokens", "tidaldecode, 128 tokens", "full+correction"]
     assert len(labels) == len(set(labels)) == 12
-    matched = [each.label for each in variants(["streaming"], two, CONFIG, match_bytes=True)]
-    assert matched == ["full", "streaming, plan a", "streaming, plan b"]
+    matched = variants(["streaming", "duo"], two, CONFIG, match_bytes=True)
+    assert [each.label for each in matched] == ["full", "streaming", "duo, plan a", "duo, plan b"]
+    assert {each.like for each in matched[1:]} == {two["a"]}
     assert [each.label for each in variants(["streaming", "quest"], {}, CONFIG)] == ["full", "streaming", "quest"]

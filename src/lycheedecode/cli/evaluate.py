@@ -99,10 +99,17 @@ def fidelity(
         str | None, typer.Option(metavar="NUMBERS", help="Several block sizes, as 16,32.")
     ] = None,
     match_bytes: Annotated[
-        bool, typer.Option("--match-bytes", help="Give every policy the budget at which it reads what hybrid reads.")
+        bool,
+        typer.Option(
+            "--match-bytes",
+            help="Give every policy the budget at which it reads what hybrid reads with the first plan.",
+        ),
     ] = False,
     prompts: Annotated[int, typer.Option(help="Prompts of each kind.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no batch after so many; kinds of prompts share them by their lengths.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts and of drawn tokens.")] = 0,
     temperature: Annotated[float, typer.Option(help="At which answers are drawn; 0 is greedy.")] = TEMPERATURE,
     max_kl: Annotated[
@@ -122,6 +129,8 @@ def fidelity(
     for name, value in (("--prompts", prompts), ("--batch-size", batch_size)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}.")
+    if minutes is not None and not minutes >= 0:
+        raise ConfigError(f"--minutes must be at least 0, not {minutes}.")
     if temperature < 0:
         raise ConfigError(f"--temperature must be at least 0, not {temperature}.")
     names = [name.strip() for name in policies.split(",")]
@@ -166,7 +175,7 @@ def fidelity(
             measured = measure_fidelity(
                 network, tokenizer, compared, kinds,
                 prompts=prompts, batch_size=batch_size, seed=seed, temperature=temperature, match_bytes=match_bytes,
-                finished=dict(found.summary["cells"]), on_cell=on_cell, report=steps.show,
+                minutes=minutes, finished=dict(found.summary["cells"]), on_cell=on_cell, report=steps.show,
             )  # fmt: skip
     if "hybrid" in names and not any(sweep.values()):
         say_what_is_covered(max(kind.length for kind in kinds), config.budget_tokens)

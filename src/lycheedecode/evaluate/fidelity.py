@@ -12,8 +12,11 @@ that is not decoded again; and what it is fed equals what it would generate up t
 from __future__ import annotations
 
 import random
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from ..config import HybridConfig
 from ..engine.engine import Context, Engine
 from ..errors import ConfigError
 from ..prompts.makers import Cell, Prompt, PromptMaker, makers_for
+from ..prompts.text import name_of
 from .engines import Coverage, coverage_for, make_engines
 from .scores import Sums
 from .variants import Variant
@@ -67,7 +71,7 @@ class Long:
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.length} tokens of {self.text}, {self.tokens} tokens generated"
+        return f"{self.length} tokens of {name_of(self.text)}, {self.tokens} tokens generated"
 
     def make(self, makers: Mapping[str, PromptMaker], number: int, rng: random.Random) -> list[Prompt]:
         """`number` prompts of this kind."""
@@ -92,6 +96,7 @@ def measure_fidelity(
     seed: int = 0,
     temperature: float = TEMPERATURE,
     match_bytes: bool = False,
+    minutes: float | None = None,
     finished: dict[str, Scores] | None = None,
     on_cell: Callable[[str, Scores], None] = lambda cell, scores: None,
     report: Callable[[str, int, int], None] = lambda stage, step, steps: None,
@@ -108,8 +113,10 @@ def measure_fidelity(
         seed: of the prompts, and of drawn tokens.
         temperature: at which the answers to continuations and long questions are drawn, and continued by every policy
             with the same random numbers, and at which drafts are accepted; 0 is greedy.
-        match_bytes: give every policy the budget at which it reads as many bytes as `hybrid` does with its plan and
-            config while the answer is decoded.
+        match_bytes: give every policy the budget at which it reads as many bytes as `hybrid` does with the first plan
+            and this config while the answer is decoded.
+        minutes: after which no further batch is begun, but the first of each kind; the kinds share them by their
+            lengths, and scores say how many prompts they are of.
         finished: results of an interrupted call.
         on_cell: called with every finished kind.
         report: called with kind, prompts done and prompts in all.
@@ -117,21 +124,26 @@ def measure_fidelity(
     Returns:
         `{kind: {label: ...}}`, see `Scores`.
     """
-    makers, coverage = makers_for(tokenizer, cells, "evaluate"), coverage_for(model, tokenizer, variants, cells)
+    makers = makers_for(tokenizer, cells, "evaluate")
     variants = [variants[0], _rounding(variants[0].config), *variants[1:]]
-    results = dict(finished or {})
-    for cell in cells:
-        if str(cell) in results:
-            continue
+    results, cells = dict(finished or {}), tuple(dict.fromkeys(cells))
+    for name, number in Counter(map(str, cells)).items():
+        if number > 1:
+            raise ConfigError(f"{number} kinds of prompts would be called {name!r}: rename a text file.")
+    open_cells = [cell for cell in cells if str(cell) not in results]
+    clock = _Clock(minutes, [cell.length for cell in open_cells])
+    for cell in open_cells:
         # Strings seed alike on every machine; the cell is part of it, so cells can be run one by one.
         name = f"fidelity/{seed}/{cell}"
         drawn = cell.make(makers, prompts, random.Random(name))
         longest = generated_tokens(cell) or max(len(prompt.answer_ids) for prompt in drawn)
-        match_at = cell.length + 1 if match_bytes else 0
+        match_at, coverage = cell.length + 1 if match_bytes else 0, coverage_for(model, tokenizer, variants, [cell])
         engines, scores = _engines(model, tokenizer, variants, coverage, match_at, longest)
         _check_room(engines["full"], cell, longest)
-        sums = {label: Sums() for label in engines}
+        sums, deadline = {label: Sums() for label in engines}, clock.next_deadline()
         for start in range(0, prompts, batch_size):
+            if start and time.perf_counter() >= deadline:
+                break
             batch = drawn[start : start + batch_size]
             if tokens := generated_tokens(cell):
                 choose = Choice(temperature, f"{name}/{start}")
@@ -144,6 +156,21 @@ def measure_fidelity(
         results[str(cell)] = scores
         on_cell(str(cell), scores)
     return results
+
+
+class _Clock:
+    """Gives kinds of prompts their shares of the time, in turn; what one leaves is for those that follow."""
+
+    def __init__(self, minutes: float | None, lengths: Sequence[int]) -> None:
+        self._end = inf if minutes is None else time.perf_counter() + 60 * minutes
+        self._left = list(lengths)
+
+    def next_deadline(self) -> float:
+        """Of the next kind, as `time.perf_counter` counts."""
+        now = time.perf_counter()
+        share = self._left[0] / sum(self._left)
+        del self._left[0]
+        return now + (self._end - now) * share
 
 
 def _rounding(config: HybridConfig) -> Variant:

@@ -28,6 +28,7 @@ class Variant:
         policy: a name that `policies.make` knows.
         config: budget, block size, form.
         plan: roles and donors; `plan_name` says which.
+        like: the plan whose bytes it is to read, where bytes are matched; None: `plan`.
         exact: it is full attention in another way, whose budget is everything.
     """
 
@@ -36,6 +37,7 @@ class Variant:
     config: HybridConfig
     plan: HeadPlan | None = None
     plan_name: str | None = None
+    like: HeadPlan | None = None
     exact: bool = False
 
     @property
@@ -51,13 +53,13 @@ class Variant:
         steps: int = policies.STEPS,
     ) -> policies.Decoding:
         """What decodes; with `match_at`, at the budget whose bytes in `steps` steps from so many tokens on are those of
-        the plan. `coverage` is asked at the budget that decodes."""
+        `hybrid` with the plan `like`. `coverage` is asked at the budget that decodes."""
         config, given = self.config, dict[str, Any](shape=shape, plan=self.plan)
         if match_at and policies.has_budget(self.policy) and not self.exact:
             heads = len(shape.global_layers) * shape.num_kv_heads
             any_anchors = torch.zeros(heads, heads) if self.is_calibrated else None  # all read as much
             config = policies.match_bytes(
-                self.policy, config=config, context=match_at, steps=steps, coverage=any_anchors, **given
+                self.policy, config=config, context=match_at, steps=steps, coverage=any_anchors, like=self.like, **given
             )
         calibrated = coverage(config) if self.is_calibrated and coverage is not None else None
         return policies.make(self.policy, config=config, coverage=calibrated, **given)
@@ -92,14 +94,14 @@ def variants(
         config: what is common to all.
         budgets: in tokens; none: that of `config`.
         block_sizes: none: that of `config`.
-        match_bytes: budgets will be matched to the plan's bytes, so that every policy depends on the plan.
+        match_bytes: budgets will be matched to the bytes of `hybrid` with the first plan.
     """
-    found = [Variant("full", "full", config)]
+    found, like = [Variant("full", "full", config)], next(iter(plans.values()), None) if match_bytes else None
     for name in dict.fromkeys(names):
         if name == "full":
             continue
         budgeted = policies.has_budget(name)
-        planned = policies.needs_plan(name) or (match_bytes and budgeted)
+        planned = policies.needs_plan(name)
         choices = product(
             (*plans,) if planned and plans else (next(iter(plans), None),),
             (budgets if budgeted else ()) or (None,),
@@ -112,5 +114,6 @@ def variants(
             changes: dict[str, Any] = {} if block is None else {"block_size": block}
             if budget is not None:
                 changes |= {"budget_tokens": budget, "budget_ratio": None, "selection": "top_k"}
-            found.append(Variant(", ".join(parts), name, replace(config, **changes), plans.get(plan or ""), plan))
+            form = replace(config, **changes)
+            found.append(Variant(", ".join(parts), name, form, plans.get(plan or ""), plan, like))
     return found

@@ -59,16 +59,22 @@ def match_bytes(
     context: int,
     steps: int = STEPS,
     coverage: Tensor | None = None,
+    like: HeadPlan | None = None,
 ) -> HybridConfig:
     """The config whose budget, in whole blocks, lets a policy read at most what `hybrid` reads with `config`, and one
     block more would be too much; in `steps` steps of which the first sees `context` tokens.
+
+    Args:
+        name, shape, config, plan, coverage: as in `make`.
+        context, steps: as in `bytes_at`.
+        like: the plan that `hybrid` has; None: `plan`.
 
     Raises:
         PolicyError: the policy has no budget, or reads more even with the smallest.
     """
     if not has_budget(name):
         raise PolicyError(f"The policy {name!r} has no budget.")
-    allowed = bytes_at(make("hybrid", shape=shape, config=config, plan=plan), shape, context, steps)
+    allowed = bytes_at(make("hybrid", shape=shape, config=config, plan=like or plan), shape, context, steps)
     block = make(name, shape=shape, config=config, plan=plan, coverage=coverage).config.block_size
 
     def with_blocks(blocks: int) -> HybridConfig:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from ..checks import check_types
 from ..errors import ConfigError, InputError
-from .text import NOISE, Split, TextError, load_side
+from .text import NOISE, Split, TextError, load_side, name_of
 
 Task = Literal["passkey", "multi_hop", "continuation"]
 
@@ -202,9 +202,9 @@ class Cell:
 
     def __str__(self) -> str:
         if self.task == "continuation":
-            return f"{self.length} tokens of {self.text}, {self.count} tokens continued"
+            return f"{self.length} tokens of {name_of(self.text)}, {self.count} tokens continued"
         what = f"{self.count} passkey{'s' * (self.count > 1)}" if self.task == "passkey" else f"{self.count} hops"
-        return f"{self.length} tokens of {self.text}, {what}"
+        return f"{self.length} tokens of {name_of(self.text)}, {what}"
 
     def make(self, makers: dict[str, PromptMaker], number: int, rng: random.Random) -> list[Prompt]:
         """`number` prompts of this kind."""

@@ -68,6 +68,11 @@ def load_side(source: str, split: Split) -> list[str]:
     return [text[:middle] if split == "identify" else text[middle:]]
 
 
+def name_of(source: str) -> str:
+    """What results call a text: they do not say in which folder a file lies."""
+    return Path(source).name
+
+
 def _builtin(source: str) -> tuple[builtin.Document, ...]:
     return builtin.prose() if source == "prose" else builtin.code()
 
