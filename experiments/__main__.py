@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+import experiments.real_models  # noqa: F401  # declares stages
 from experiments.stages import STAGES, gpu_name
 from experiments.stages import run as run_stage
 from lycheedecode.bench.settings import StepSettings
@@ -71,9 +72,16 @@ def _stage(name: str) -> Callable[..., None]:
         gpu: Annotated[
             str | None, typer.Option(help="What the GPU is called in their names. \\[default: as it says]")
         ] = None,
+        model: Annotated[
+            str | None, typer.Option(help="A folder, GGUF file or hub id for stages on a real model.")
+        ] = None,
+        data: Annotated[Path, typer.Option(metavar="DIR", help="Folder of data sets.")] = Path("data"),
+        minutes: Annotated[
+            float | None, typer.Option(help="End the stage after so many; results are written as they come.")
+        ] = None,
         dry: Annotated[bool, typer.Option("--dry", help="Only print the commands.")] = False,
     ) -> None:
-        run_stage(name, out.absolute(), gpu or gpu_name(), dry)
+        run_stage(name, out.absolute(), gpu or gpu_name(), dry, model=model, data=data, minutes=minutes)
 
     run.__doc__ = f"Measure: {STAGES[name].makes}. Needs {STAGES[name].needs}, about {STAGES[name].minutes} minutes."
     return run

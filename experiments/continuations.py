@@ -207,8 +207,8 @@ class Study:
                 if form is main and name.endswith("uncompleted"):
                     found += self._compared(name, plan, none)
             for name in options.plan if form.joined else ():
-                plan = HeadPlan.load(name)
-                found.append(Student(f"{form.name}-plan-{Path(name).stem}", plan, form.config))
+                label = f"{form.name}-plan-{Path(name).name.removesuffix('.json')}"
+                found.append(Student(label, HeadPlan.load(name), form.config))
         return found
 
     def _compared(self, name: str, plan: HeadPlan, none: HybridConfig) -> list[Student]:

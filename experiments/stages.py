@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +32,17 @@ class Stage:
         makes: what it measures.
         needs: the machine.
         minutes: about so many, on an H100 or the CPU that its results were made on.
-        commands: takes the folder of results and the GPU's name, gives the arguments of `lycheedecode`, in which OUT
-            stands for the folder; those that begin with `-m` are modules of their own.
+        commands: takes the folder of results and the GPU's name, gives the arguments of `lycheedecode`; those that
+            begin with `-m` are modules of their own. OUT stands for the folder, MODEL and DATA for those that were
+            named, MINUTES for what is left of the time.
+        model: what MODEL stands for by default.
     """
 
     makes: str
     needs: str
     minutes: int
     commands: Callable[[Path, str], Iterator[str]]
+    model: str = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 
 
 class StageError(LycheeError):
@@ -51,11 +54,13 @@ class StageError(LycheeError):
 STAGES: dict[str, Stage] = {}
 
 
-def stage(makes: str, needs: str, minutes: int) -> Callable[[Callable[[Path, str], Iterator[str]]], Stage]:
+def stage(
+    makes: str, needs: str, minutes: int, **others: str
+) -> Callable[[Callable[[Path, str], Iterator[str]]], Stage]:
     """Declare the stage that a function is named after."""
 
     def declare(commands: Callable[[Path, str], Iterator[str]]) -> Stage:
-        return STAGES.setdefault(commands.__name__, Stage(makes, needs, minutes, commands))
+        return STAGES.setdefault(commands.__name__, Stage(makes, needs, minutes, commands, **others))
 
     return declare
 
@@ -209,23 +214,58 @@ def cpu(out: Path, gpu: str) -> Iterator[str]:
 # ---------------------------------------------------------------------- running them
 
 
-def run(name: str, out: Path, gpu: str, dry: bool = False) -> None:
-    """Run a stage, and say how long it took; `dry`: only print its commands."""
+def run(
+    name: str,
+    out: Path,
+    gpu: str,
+    dry: bool = False,
+    *,
+    model: str | None = None,
+    data: Path = Path("data"),
+    minutes: float | None = None,
+) -> None:
+    """Run a stage, and say how long it took.
+
+    Args:
+        name: of the stage.
+        out, gpu: as in `Stage.commands`.
+        dry: only print its commands.
+        model, data: what MODEL and DATA stand for; None: the stage's own model.
+        minutes: after which it is ended, whatever it does; results are written as they come.
+    """
     if name not in STAGES:
         raise ConfigError(f"There is no stage {name!r}: there are {', '.join(STAGES)}.")
     began = time.perf_counter()
+    places = {"OUT": str(out), "MODEL": model or STAGES[name].model, "DATA": str(data)}
     for words in map(str.split, STAGES[name].commands(out, gpu)):
-        command = as_process([word.replace("OUT/", f"{out}/") for word in words])
+        left = 60 * (minutes or STAGES[name].minutes) - (time.perf_counter() - began)
+        places["MINUTES"] = f"{max(left - _STARTING, 0) / 60:.2f}"
+        command = as_process([_placed(word, places) for word in words])
         print(" ".join(["python", *command[1:]] if command[0] == sys.executable else command), file=sys.stderr)
-        status = 0 if dry else execute(command)
+        status = 0 if dry else execute(command, None if minutes is None else max(left, 0))
+        if status is None:
+            print(f"{name} is out of time: what it found lies in {out}.", file=sys.stderr)
+            break
         if status:
             raise StageError(f"{' '.join(words)} ended with status {status}.")
     print(f"{name} took {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 
-def execute(command: Command) -> int:
-    """Run a process to its end; its exit status."""
-    return subprocess.run(command, cwd=ROOT, env=_environment()).returncode
+_STARTING = 20
+"""Seconds until a command has loaded its model."""
+
+
+def _placed(word: str, places: Mapping[str, str]) -> str:
+    name, slash, rest = word.partition("/")
+    return places[name] + slash + rest if name in places else word
+
+
+def execute(command: Command, seconds: float | None = None) -> int | None:
+    """Run a process to its end; its exit status, or None where it took longer than `seconds`, and was ended."""
+    try:
+        return subprocess.run(command, cwd=ROOT, env=_environment(), timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def as_process(words: Command) -> Command:

@@ -16,6 +16,7 @@ from lycheedecode.evaluate.fidelity import Choice, Long, measure_fidelity
 from lycheedecode.evaluate.scores import Sums, overall
 from lycheedecode.evaluate.variants import variants
 from lycheedecode.identify import Cell
+from lycheedecode.policies import PolicyError
 from lycheedecode.prompts.makers import makers_for
 
 CONFIG = HybridConfig(budget_tokens=48, block_size=8, sink_tokens=4, recent_tokens=8)
@@ -201,6 +202,19 @@ def test_finished_cells_are_kept(llama, tokenizer):
     assert seen == [str(LONG)]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("papre@tiny", "did you mean paper"),
+        ("quest@tiny", "'quest' has no plan: leave '@tiny' away"),
+        ("hybrid@other", "no plan 'other' among tiny"),
+    ],
+)
+def test_a_policy_goes_with_a_plan_that_there_is(name, message):
+    with pytest.raises(PolicyError, match=message):
+        variants([name], PLANS, CONFIG)
+
+
 def test_all_read_what_the_first_plan_reads(llama, tokenizer):
     config, cell = replace(CONFIG, budget_tokens=96), Cell("noise", 400)
     half = HeadPlan.from_donors([[(0, 0), (0, 1)], *[[(0, 0), (0, 0)]] * 3])
@@ -279,6 +293,8 @@ def test_variants_are_those_that_make_a_difference():
     assert labels[1] == "hybrid, plan a, 64 tokens, blocks of 8"
     assert labels[9:] == ["tidaldecode, 64 tokens", "tidaldecode, 128 tokens", "full+correction"]
     assert len(labels) == len(set(labels)) == 12
+    labels = [each.label for each in variants(["hybrid@b", "paper@a", "duo"], two, CONFIG)]
+    assert labels == ["full", "hybrid, plan b", "paper, plan a", "duo, plan a", "duo, plan b"]
     matched = variants(["streaming", "duo"], two, CONFIG, match_bytes=True)
     assert [each.label for each in matched] == ["full", "streaming", "duo, plan a", "duo, plan b"]
     assert {each.like for each in matched[1:]} == {two["a"]}

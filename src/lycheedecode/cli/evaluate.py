@@ -15,7 +15,7 @@ from ..config import HybridConfig
 from ..errors import ConfigError, PackageError
 from ..evaluate.fidelity import CELLS, TEMPERATURE, Long, measure_fidelity
 from ..evaluate.scores import overall
-from ..evaluate.variants import POLICIES, variants
+from ..evaluate.variants import POLICIES, check_policy, variants
 from ..identify import Cell
 from ..integrations import lm_eval_private
 from ..models.load import DEFAULT_MODEL, load_model
@@ -89,7 +89,8 @@ def fidelity(
         str,
         typer.Option(
             metavar="NAMES",
-            help=f"To compare: {', '.join(all_policies.NAMES)}; others may carry such an ending, too.",
+            help=f"To compare: {', '.join(all_policies.NAMES)}; others may carry such an ending, too; of "
+            "several plans, paper@NAME takes one.",
         ),
     ] = ",".join(POLICIES),
     budgets: Annotated[
@@ -135,8 +136,9 @@ def fidelity(
         raise ConfigError(f"--temperature must be at least 0, not {temperature}.")
     names = [name.strip() for name in policies.split(",")]
     for name in names:
-        all_policies.check_name(name)
-    if max_kl is not None and "hybrid" not in names:
+        check_policy(name)
+    bare = {name.partition("@")[0] for name in names}
+    if max_kl is not None and "hybrid" not in bare:
         raise ConfigError("--max-kl is about hybrid, which is not among --policies.")
     sweep = {
         "budget_tokens": parse_numbers("--budgets", budgets),
@@ -150,7 +152,7 @@ def fidelity(
         raise ConfigError(f"--match-bytes needs a budget: what {config.selection} reads is not known beforehand.")
     kinds = tuple(map(_parse_kind, cells)) if cells else CELLS
     texts = {source: load_text(source) for source in sorted({kind.text for kind in kinds})}
-    plans = _plans(plan, model, device, match_bytes or any(map(all_policies.needs_plan, names)))
+    plans = _plans(plan, model, device, match_bytes or any(map(all_policies.needs_plan, bare)))
     compared = variants(names, plans, config, sweep["budget_tokens"], sweep["block_size"], match_bytes)
     settings = {
         "model": model, "plan": list(plans), "config": config.to_dict(), "cells": list(map(str, kinds)),
@@ -177,7 +179,7 @@ def fidelity(
                 prompts=prompts, batch_size=batch_size, seed=seed, temperature=temperature, match_bytes=match_bytes,
                 minutes=minutes, finished=dict(found.summary["cells"]), on_cell=on_cell, report=steps.show,
             )  # fmt: skip
-    if "hybrid" in names and not any(sweep.values()):
+    if "hybrid" in bare and not any(sweep.values()):
         say_what_is_covered(max(kind.length for kind in kinds), config.budget_tokens)
     means = overall(measured)
     out = screen(json_file)
@@ -218,7 +220,8 @@ def _plans(given: Sequence[str] | None, model: str, device: str, needed: bool) -
     plans = (
         {name: load_plan(name, model, device) for name in given} if given else {model: load_plan(None, model, device)}
     )
-    short = [Path(name).stem for name in plans]  # results do not say where files lie, unless they must
+    # Results do not say where files lie, unless they must.
+    short = [Path(name).name.removesuffix(".json") for name in plans]
     return dict(zip(short, plans.values(), strict=True)) if len(set(short)) == len(short) else plans
 
 

@@ -131,7 +131,7 @@ def measure_fidelity(
         if number > 1:
             raise ConfigError(f"{number} kinds of prompts would be called {name!r}: rename a text file.")
     open_cells = [cell for cell in cells if str(cell) not in results]
-    clock = _Clock(minutes, [cell.length for cell in open_cells])
+    shares = _Shares(minutes, [cell.length for cell in open_cells])
     for cell in open_cells:
         # Strings seed alike on every machine; the cell is part of it, so cells can be run one by one.
         name = f"fidelity/{seed}/{cell}"
@@ -140,7 +140,7 @@ def measure_fidelity(
         match_at, coverage = cell.length + 1 if match_bytes else 0, coverage_for(model, tokenizer, variants, [cell])
         engines, scores = _engines(model, tokenizer, variants, coverage, match_at, longest)
         _check_room(engines["full"], cell, longest)
-        sums, deadline = {label: Sums() for label in engines}, clock.next_deadline()
+        sums, deadline = {label: Sums() for label in engines}, shares.next_deadline()
         for start in range(0, prompts, batch_size):
             if start and time.perf_counter() >= deadline:
                 break
@@ -158,7 +158,7 @@ def measure_fidelity(
     return results
 
 
-class _Clock:
+class _Shares:
     """Gives kinds of prompts their shares of the time, in turn; what one leaves is for those that follow."""
 
     def __init__(self, minutes: float | None, lengths: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -78,6 +78,16 @@ class Variant:
         return row
 
 
+def check_policy(name: str, plans: Collection[str] | None = None) -> None:
+    """Raise `PolicyError` for an unknown policy, or one that goes with a plan and cannot, or is not among `plans`."""
+    policy, at, only = name.partition("@")
+    policies.check_name(policy)
+    if at and not policies.needs_plan(policy):
+        raise policies.PolicyError(f"The policy {policy!r} has no plan: leave {at + only!r} away.")
+    if at and plans is not None and only not in plans:
+        raise policies.PolicyError(f"{name!r}: there is no plan {only!r} among {', '.join(plans) or 'none'}.")
+
+
 def variants(
     names: Sequence[str],
     plans: Mapping[str, HeadPlan],
@@ -89,21 +99,27 @@ def variants(
     """Full attention, and every policy with every plan, budget and block size that makes a difference to it.
 
     Args:
-        names: policies.
+        names: policies; `paper@NAME` goes with one of the plans only.
         plans: head plans by name.
         config: what is common to all.
         budgets: in tokens; none: that of `config`.
         block_sizes: none: that of `config`.
         match_bytes: budgets will be matched to the bytes of `hybrid` with the first plan.
+
+    Raises:
+        PolicyError: an unknown policy, a plan that is not among these.
     """
+    for name in names:
+        check_policy(name, plans)
     found, like = [Variant("full", "full", config)], next(iter(plans.values()), None) if match_bytes else None
-    for name in dict.fromkeys(names):
+    for full_name in dict.fromkeys(names):
+        name, _, only = full_name.partition("@")
         if name == "full":
             continue
         budgeted = policies.has_budget(name)
         planned = policies.needs_plan(name)
         choices = product(
-            (*plans,) if planned and plans else (next(iter(plans), None),),
+            (only,) if only else (*plans,) if planned and plans else (next(iter(plans), None),),
             (budgets if budgeted else ()) or (None,),
             (block_sizes if policies.has_blocks(name) else ()) or (None,),
         )

