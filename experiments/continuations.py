@@ -2,10 +2,13 @@
 
     python -m experiments.continuations --model DIR --json docs/results/continuations.json
 
-Identifies plans on continuations of one half of the texts, then compares policies on the other half: answers that the
-model draws at temperature 0.7, fed to every policy over one dense prefill (see `identify.replay`: all answer tokens at
-once, attention weights in float32). Results are written after every batch, so that a run that is cut short leaves what
-it has; plans lie beside them.
+    identify   plans, on continuations of one half of the texts
+    choose     of several couplings the best for each number of heads, on other continuations of that half
+    evaluate   policies, on the other half
+
+The model draws answers at temperature 0.7, which are fed to every policy over one dense prefill (see `identify.replay`:
+all answer tokens at once, attention weights in float32). Results are written after every batch, so that a run that is
+cut short leaves what it has; plans lie beside them.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from lycheedecode.models.versions import cache_argument
 from lycheedecode.plan import HeadPlan
 from lycheedecode.policies.plans import random_roles, same_index
 from lycheedecode.prompts.makers import makers_for
+from lycheedecode.prompts.text import Split
 from lycheedecode.results import Result
 
 
@@ -50,7 +54,8 @@ class Student:
 
 @dataclass(frozen=True)
 class Form:
-    """A config that plans are found for: `NAME=VALUE,...:HEADS,...`, and whether a plan for several has to serve it."""
+    """A config that plans are found for: `NAME=VALUE,...:HEADS,...`, and whether a plan for several has to serve it.
+    Without heads none is found; `--plan` names some that were found before."""
 
     name: str
     config: HybridConfig
@@ -63,7 +68,8 @@ class Form:
         settings, _, heads = text.partition(":")
         changes = {key: int(value) for key, value in (part.split("=") for part in settings.split(","))}
         config = HybridConfig(**{"block_size": block_size, **changes})
-        return cls(settings, config, tuple(map(int, heads.split(","))), set(changes) == {"budget_tokens"})
+        numbers = tuple(int(number) for number in heads.split(",") if number)
+        return cls(settings, config, numbers, set(changes) == {"budget_tokens"})
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,6 @@ class Job:
 
 def search(job: Job, reach: Reach, factors: Sequence[float]) -> HeadPlan:
     """The plan that a search finds."""
-    torch.set_num_threads(1)
     surrogate = Surrogate(job.table[..., : len(factors)], reach, job.coupling, factors)
     return surrogate.plan(surrogate.assign(surrogate.search(job.heads)))
 
@@ -166,15 +171,19 @@ class Study:
 
     def find(self, jobs: dict[str, Job]) -> dict[str, HeadPlan]:
         """The plans that the search finds, side by side: each takes a core for some seconds."""
-        factors, found = self.settings.completion_factors, {}
+        factors = self.settings.completion_factors
         workers = min(len(jobs), max(len(os.sched_getaffinity(0)) - 1, 1), 12)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            running = {
-                name: pool.submit(search, job, self.reach, factors if job.completed else factors[:1])
-                for name, job in sorted(jobs.items(), key=lambda pair: -pair[1].heads)
-            }
-            for name in jobs:
-                found[name] = running[name].result()
+        given = {
+            name: (job, self.reach, factors if job.completed else factors[:1])
+            for name, job in sorted(jobs.items(), key=lambda pair: -pair[1].heads)
+        }
+        if workers == 1:
+            found = {name: search(*given[name]) for name in jobs}
+        else:
+            single = multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+            with ProcessPoolExecutor(workers, *single) as pool:
+                running = {name: pool.submit(search, *each) for name, each in given.items()}
+                found = {name: running[name].result() for name in jobs}
         for name, plan in found.items() if self.options.plans else ():
             replace(
                 plan,
@@ -184,9 +193,12 @@ class Study:
         self._say(f"{len(jobs)} searches")
         return found
 
-    def students(self, forms: Sequence[Form], tables: dict[str, Tensor]) -> list[Student]:
-        """What is compared: ours in every form, and policies that are plans."""
-        options, main, found = self.options, forms[0], []
+    def plans(self, forms: Sequence[Form]) -> dict[str, HeadPlan]:
+        """Ours by name, for every form and for all budgets together; of several couplings the one that is chosen."""
+        options, main = self.options, forms[0]
+        if not any(form.heads for form in forms):
+            return {}
+        tables = self.measure(forms)
         joined = [form for form in forms if form.joined]
         jobs = {f"{form.name}-{heads}": Job(tables[form.name], heads) for form in forms for heads in form.heads}
         table = torch.cat([tables[form.name] for form in joined])
@@ -196,6 +208,26 @@ class Study:
             if not options.few:
                 jobs[f"{main.name}-{heads}-uncompleted"] = Job(tables[main.name], heads, completed=False)
         plans = self.find(jobs)
+        return plans if len(options.couplings) < 2 else self.chosen(main, plans)
+
+    def chosen(self, form: Form, plans: dict[str, HeadPlan]) -> dict[str, HeadPlan]:
+        """Without the joined plans whose coupling is worse than another's on prompts that are not evaluated."""
+        rivals = {name: Student(name, plan, form.config) for name, plan in plans.items() if name.startswith("joined-")}
+        figures: dict[str, Figures] = {}
+        for cell in map(_cell, self.options.identify):
+            for lesson in self.lessons(cell, self.options.choose_prompts, "identify"):
+                self._judge(lesson, rivals.values(), figures)
+        kl = {name: figures[name].to_dict()["kl_mean"] for name in rivals}
+        self.keep(chosen_by=kl)
+        best: dict[str, str] = {}
+        for name in sorted(rivals, key=kl.__getitem__):
+            best.setdefault(name.partition("-coupling-")[0], name)
+        self._say(f"{len(rivals)} plans compared")
+        return {name: plan for name, plan in plans.items() if name not in rivals or name in best.values()}
+
+    def students(self, forms: Sequence[Form], plans: dict[str, HeadPlan]) -> list[Student]:
+        """What is compared: ours in every form, and policies that are plans."""
+        options, main, found = self.options, forms[0], []
         own = HeadPlan.all_retrieval(self.shape.num_layers, self.shape.num_kv_heads)
         for form in forms:
             none, ones = (replace(form.config, completion=kind) for kind in ("none", "centroid"))
@@ -223,11 +255,11 @@ class Study:
 
     # ------------------------------------------------------------------ evaluation
 
-    def lessons(self, cell: Cell) -> Iterator[TeacherBatch]:
-        """Held-out prompts of one kind with answers that the model draws, a batch at a time."""
+    def lessons(self, cell: Cell, number: int, split: Split = "evaluate") -> Iterator[TeacherBatch]:
+        """Fresh prompts of one kind with answers that the model draws, a batch at a time."""
         options = self.options
-        makers = makers_for(self.tokenizer, [cell], "evaluate")
-        prompts = cell.make(makers, options.prompts, random.Random(f"evaluate/{options.seed}/{cell}"))
+        makers = makers_for(self.tokenizer, [cell], split)
+        prompts = cell.make(makers, number, random.Random(f"evaluate/{options.seed}/{cell}"))
         random.Random(0).shuffle(prompts)  # cut short, they still come from all over the text
         for first in range(0, len(prompts), options.evaluate_batch):
             batch = prompts[first : first + options.evaluate_batch]
@@ -248,7 +280,7 @@ class Study:
     def evaluate(self, students: Sequence[Student]) -> None:
         """Every student on every kind, a batch of each kind in turn, until the time is over."""
         figures: dict[str, dict[str, Figures]] = {}
-        running = {name: self.lessons(_cell(name)) for name in self.options.evaluate}
+        running = {name: self.lessons(_cell(name), self.options.prompts) for name in self.options.evaluate}
         while running and self.seconds < 60 * self.options.minutes:
             for name in list(running):
                 lesson = next(running[name], None)
@@ -320,6 +352,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--minutes", type=float, default=60)
     add("--couplings", type=float, nargs="+", default=[0.2], help="of the plans that have to serve all budgets")
+    add("--choose-prompts", type=int, default=12, help="of each kind of --identify, to choose between --couplings")
     add("--plan", nargs="*", default=[], help="plans that were found before")
     add("--few", action="store_true", help="without other people's policies")
     add("--float32", action="store_true", help="answers pass through the model in float32, over the same prefill")
@@ -328,8 +361,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model)
     study = Study(model, tokenizer, options)
     forms = [Form.parse(text, options.block_size) for text in options.forms]
-    students = study.students(forms, study.measure(forms))
-    study.evaluate(students)
+    study.evaluate(study.students(forms, study.plans(forms)))
     for name, cell in study.result.summary["cells"].items():
         for label, each in cell.items():
             print(f"{name}  {label:55}  {each['kl_mean']:.5f} +- {each['kl_error']:.5f}  p99 {each['kl_p99']:.4f}")

@@ -14,7 +14,7 @@ from ..engine.engine import Context
 from ..errors import ConfigError
 from ..models.load import load_model, load_tokenizer
 from ..models.shape import ModelShape
-from ..plan import HeadPlan, bundled_plans
+from ..plan import HeadPlan, bundled_plan_of, bundled_plans
 from ..prompts.text import load_text
 from .workload import Shape, spread_plan
 
@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def build(name: str, layers: int | None = None, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A model in eval mode: a random one of `MODELS`, which `layers` cuts short, or a real one with a bundled plan."""
     if name not in MODELS:
-        if name not in bundled_plans():
+        if bundled_plan_of(name) is None:
             known = ", ".join([*MODELS, *bundled_plans()])
             raise ConfigError(
                 f"There is no model {name!r} to time, random or with a bundled plan: take one of {known}."
@@ -81,7 +81,7 @@ def build_from(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
 def prompts_for(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     """int64 `[batch, length]`: for real models stretches of prose, for random ones random tokens."""
     name = ModelShape.of(model).name
-    if name not in bundled_plans():
+    if bundled_plan_of(name) is None:
         return torch.randint(4, model.config.vocab_size, (batch, length))
     text = torch.tensor(load_tokenizer(name)(load_text("prose"), verbose=False).input_ids)
     if length > len(text):
@@ -117,8 +117,8 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def plan_for(model: PreTrainedModel) -> HeadPlan:
     """The bundled plan; of random models an eighth of the heads, layer 0 and others spread over every second layer."""
     shape = ModelShape.of(model)
-    if shape.name in bundled_plans():
-        return HeadPlan.load(shape.name)
+    if (bundled := bundled_plan_of(shape.name)) is not None:
+        return bundled
     heads = shape.num_layers * shape.num_kv_heads
     spread = Shape(
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.num_layers, max(heads // 8, shape.num_kv_heads)
