@@ -68,6 +68,16 @@ def real_speed(out: Path, gpu: str) -> Iterator[str]:
     yield f"bench generate --model MODEL {sizes} --json OUT/{gpu}-generate-coder-1.5b.json"
 
 
+@stage("plans for SmolLM2 of more heads, with couplings chosen on other prompts", "1 GPU", 4, model="smollm2-135m")
+def small_plan(out: Path, gpu: str) -> Iterator[str]:
+    texts = "--identify code:6144:continuation:64 prose:6144:continuation:64"
+    cells = "--evaluate code:6000:continuation:64 prose:6000:continuation:64 prose:4096:passkey:5 noise:4096:passkey:1"
+    forms = "--forms budget_tokens=512:14,28 budget_tokens=2048 --couplings 0.05 0.2 0.5 --few --plan smollm2-135m"
+    sizes = "--identify-prompts 24 --batch-size 8 --evaluate-batch 15 --block-size 16 --minutes MINUTES"
+    files = "--plans OUT/plans/small --json OUT/small-plan.json"
+    yield f"-m experiments.continuations --model MODEL {texts} {cells} {forms} {sizes} {files}"
+
+
 @stage("a plan of a coder of 0.5B, and how faithful it is", _MODEL, 3, model="Qwen/Qwen2.5-Coder-0.5B-Instruct")
 def half_plan(out: Path, gpu: str) -> Iterator[str]:
     plan = "OUT/plans/qwen2.5-coder-0.5b-instruct.json"
