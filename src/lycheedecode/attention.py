@@ -116,13 +116,22 @@ class HybridState(State):
         if self.means is not None:
             self.means.follow(store_of, begin, end, most, starts)
 
+    def copy_of(self, layer: int) -> Tensor | None:
+        """What the retrieval heads of a layer scan in place of the cache (`ops.scan_blocks`)."""
+        return None if self.copy is None else self.copy.of_layer(layer)
+
+    def means_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Mean keys and mean values of a completed layer, as a `Completion` has them."""
+        assert self.means is not None
+        return self.means.of_layer(layer)
+
     def scan_bytes(self, key_bytes: int) -> float:
         """Bytes of a key that is scanned, where the cache's have `key_bytes`."""
         return key_bytes if self.copy is None else self.copy.key_bytes(key_bytes)
 
-    def first_rows(self, rows: int) -> HybridState:
-        """Selections and limits of the first `rows` sequences; views."""
-        return HybridState(self.selections.sequences(rows), limits=None if self.limits is None else self.limits[:rows])
+    def mean_bytes(self, key_bytes: int) -> float:
+        """Bytes of a mean key, likewise."""
+        return key_bytes
 
 
 class DecodeAttention(Protocol):
@@ -181,7 +190,11 @@ class HybridAttention:
     Args:
         plan: the donor of every KV head.
         config: budget, strategy, form, completion.
-        layers: the layers that follow the plan, None for all; only `count_bytes` needs to know.
+        layers: the layers that follow the plan, None for all.
+
+    Attributes:
+        completed: those of them in which some head is completed.
+        scanned: the retrieval heads of each.
     """
 
     graph_safe = True
@@ -193,15 +206,16 @@ class HybridAttention:
         self._layers = [_Roles.of(plan, layer) for layer in range(plan.num_layers)]
         layers = range(plan.num_layers) if layers is None else layers
         self._factors = _completion_factors(plan, config, layers)
+        self.completed = tuple(self._factors)
         self._scans, self._readers, self._completed = self._count_readers(layers)
-        self._scanned = {layer: plan.retrieval_heads(layer) for layer in layers}
+        self.scanned = {layer: plan.retrieval_heads(layer) for layer in layers}
 
     def allocate(self, batch: int, slots: int, device: torch.device | str) -> HybridState:
         config = self.config
         num_blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
         size = len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks)
         chunks = max(slots // config.chunk_tokens, 1) if self._factors else 0
-        copy = KeyCopy(self._scanned, config.refresh_every) if config.scan_keys == "float8" else None
+        copy = KeyCopy(self.scanned, config.refresh_every) if config.scan_keys == "float8" else None
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens) if self._factors else None
         return HybridState(Selections.allocate(*size, device, chunks), copy, means)
 
@@ -237,12 +251,8 @@ class HybridAttention:
         selects, own = bool(roles.retrieval) and refresh, {}
         if selects:
             chosen = selections.rows(roles.first_row, len(roles.retrieval))
-            copy = None if state.copy is None else state.copy.of_layer(layer)
-            own = {"out": chosen, "copy": copy, "limits": state.limits, **more}
-        completion = None
-        if layer in self._factors:
-            mean_keys, mean_values = state.means.of_layer(layer)
-            completion = Completion(mean_keys, mean_values, config.chunk_tokens, self._factors[layer])
+            own = {"out": chosen, "copy": state.copy_of(layer), "limits": state.limits, **more}
+        completion = self.completion_of(layer, state)
         if config.retrieval_attention == "full" and roles.retrieval:  # the paper's form
             if selects and state.limits is None and sinks is None and scales is None:
                 dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
@@ -262,6 +272,11 @@ class HybridAttention:
         more["completion"] = completion
         return ops.attend_blocks(query, kv, selections, donor_rows, config.block_size, scale, out=out, **more)
 
+    def completion_of(self, layer: int, state: HybridState) -> Completion | None:
+        """What stands for the tokens that the layer's heads leave unread; None where it is nothing."""
+        factors = self._factors.get(layer)
+        return None if factors is None else Completion(*state.means_of(layer), self.config.chunk_tokens, factors)
+
     def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
         """Keys scanned by retrieval heads, keys and values attended by every head, and means (see `DecodeAttention`).
 
@@ -272,7 +287,8 @@ class HybridAttention:
         scan_bytes = 2 * key_bytes if dense else refreshed * state.scan_bytes(key_bytes)
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
         whole_up_to = selections.whole_up_to(config.strategy, config.block_size, config.refresh_every)
-        means = Means(self._completed, config.chunk_tokens, 2.0 * key_bytes) if self._factors else None
+        mean_bytes = 2.0 * state.mean_bytes(key_bytes)
+        means = Means(self._completed, config.chunk_tokens, mean_bytes) if self._factors else None
         whole_up_to, limits = (0, None) if dense else (whole_up_to, state.limits)
         ops.count_bytes(total, lengths, selections, costs, config.block_size, whole_up_to, means, limits)
 

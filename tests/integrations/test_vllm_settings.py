@@ -19,7 +19,8 @@ def vllm_config(given, backend="CUSTOM", layers=tiny.LAYERS, heads=tiny.KV_HEADS
         hf_config=SimpleNamespace(architectures=[architecture]),
     )
     attention = SimpleNamespace(backend=backend and SimpleNamespace(name=backend))
-    return SimpleNamespace(additional_config=given, model_config=model, attention_config=attention)
+    cache = SimpleNamespace(cache_dtype="fp8")
+    return SimpleNamespace(additional_config=given, model_config=model, attention_config=attention, cache_config=cache)
 
 
 @pytest.fixture
@@ -45,6 +46,18 @@ def test_no_plan(given):
         settings.read(vllm_config(given))
 
 
+def test_whether_some_head_is_completed(plan_file, tmp_path):
+    def completes(plan, **given):
+        return settings.read(vllm_config({"lycheedecode": {"plan": plan, **given}})).completes
+
+    fitted = str(tmp_path / "fitted.json")
+    HeadPlan.from_donors(tiny.plan().donors, completion=[[0.0, 0.0], [0.0, 0.5], [0.0, 0.0], [0.0, 0.0]]).save(fitted)
+    assert not completes(plan_file)
+    assert completes(plan_file, completion="centroid")
+    assert completes(fitted)
+    assert not completes(fitted, completion="none")
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -53,7 +66,7 @@ def test_no_plan(given):
         ({"refresh_every": 2}, "refresh_every must be 1 in vLLM"),
         ({"correction_every": 32}, "correction_every must be 0 in vLLM"),
         ({"verify_every": 4}, "verify_every must be 0 in vLLM"),
-        ({"scan_keys": "float8"}, "scan_keys must be 'cache' in vLLM"),
+        ({"scan_keys": "float8"}, "scan_keys must be 'cache' with a KV cache in FP8"),
     ],
     ids=["unknown", "senseless", "refresh", "correction", "rounds", "8-bit scan"],
 )

@@ -97,7 +97,7 @@ def test_half_the_bytes_of_a_16_bit_cache():
     [
         (torch.zeros(2, 1, 90, 16), "copy must be float8_e4m3fn"),
         (torch.zeros(2, 1, 80, 16).to(torch.float8_e4m3fn), ">= 90"),
-        (torch.zeros(2, 2, 90, 16).to(torch.float8_e4m3fn), "does not fit 2 sequences, 1 heads of 16"),
+        (torch.zeros(2, 2, 90, 16).to(torch.float8_e4m3fn), "does not fit 1 heads of keys"),
     ],
 )
 def test_a_copy_that_does_not_fit_is_refused(copy, said):
@@ -106,9 +106,32 @@ def test_a_copy_that_does_not_fit_is_refused(copy, said):
         scan_blocks(torch.zeros(2, 6, 16), kv, (1,), 4, 0.25, copy=copy)
 
 
-def test_pages_have_no_copy():
-    pages = torch.zeros(6, 2, 16, 16)
-    kv = KV(pages, pages, torch.tensor([90], dtype=torch.int32), None, torch.arange(6, dtype=torch.int32)[None])
-    copy = torch.zeros(1, 1, 96, 16).to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="contiguous cache, not with pages"):
-        scan_blocks(torch.zeros(1, 6, 16), kv, (1,), 4, 0.25, copy=copy)
+def test_a_copy_in_pages_is_one_of_the_sequence():
+    """Whole pages are written at once, the newest token by the scan that needs it; an empty sequence has no page."""
+    torch.manual_seed(0)
+    plain = torch.randn(3, 2, 96, 16)
+    table = torch.randperm(18).view(3, 6)
+    pages = torch.empty(18, 2, 16, 16)
+    pages[table.flatten()] = plain.unflatten(2, (6, 16)).transpose(1, 2).flatten(0, 1)
+    lengths = torch.tensor([90, 0, 33], dtype=torch.int32)
+    kv = KV(pages, pages, lengths, None, table.int().masked_fill(torch.tensor([[False], [True], [False]]), 999))
+    copy, own = (torch.zeros(size, 1, slots, 16).to(torch.float8_e4m3fn) for size, slots in ((18, 16), (3, 96)))
+    reference.write_pages_to_copy(copy, pages, (1,), torch.cat((table[0, :5], table[2, :2])))
+    newest = table[0, 5], table[2, 2]
+    config, query = HybridConfig(**TIGHT), torch.randn(3, 6, 16)
+    found, right = (Selections.allocate(1, 3, 6, "cpu") for _ in range(2))
+    scan_select(query[[0, 2]], at(kv, [0, 2]), (1,), config, 0.25, found.sequences(2), copy)
+    reference.write_copy(own, plain, (1,), 0, 96)
+    alone = KV(plain, plain, lengths)
+    scan_select(query[[0, 2]], at(alone, [0, 2]), (1,), config, 0.25, right.sequences(2), own[[0, 2]])
+    assert torch.equal(found.blocks.sort().values, right.blocks.sort().values)
+    for page, entry, token in ((newest[0], 9, plain[0, 1, 89]), (newest[1], 0, plain[2, 1, 32])):
+        written = copy[page, 0].float()
+        assert torch.equal(written[entry], token.to(torch.float8_e4m3fn).float())
+        assert (written[entry + 1 :] == 0).all()
+
+
+def at(kv, rows):
+    if kv.page_table is not None:
+        return kv._replace(lengths=kv.lengths[rows], page_table=kv.page_table[rows])
+    return KV(kv.keys[rows], kv.values[rows], kv.lengths[rows])

@@ -8,7 +8,13 @@ from .append.reference import append
 from .attend.reference import attend, attend_blocks, attend_select, attend_tokens
 from .complete.reference import write_means
 from .count.reference import count_bytes
-from .scan.reference import scan_blocks, write_copy, write_newest_to_copy, write_slots_to_copy
+from .scan.reference import (
+    scan_blocks,
+    write_copy,
+    write_newest_to_copy,
+    write_pages_to_copy,
+    write_slots_to_copy,
+)
 from .select.reference import select_blocks
 
 __all__ = [
@@ -23,5 +29,6 @@ __all__ = [
     "write_copy",
     "write_means",
     "write_newest_to_copy",
+    "write_pages_to_copy",
     "write_slots_to_copy",
 ]

@@ -114,10 +114,10 @@ class Completion(NamedTuple):
 
     The means of chunk `c` of a contiguous cache are entry `c` of page `b`. Of a paged cache they belong to the page of
     the chunk's last token, slot `s`: entry `s % page // chunk` of page `page_table[b, s // page]`, so sequences that
-    share pages share means.
+    share pages share means; a page has `ceil(page / chunk)` of them.
 
     Attributes:
-        keys: `[P, Hkv, C, D]`, in the dtype of the cache.
+        keys: `[P, Hkv, C, D]`, in the dtype of queries. Of a cache in 8-bit floats: before its scales.
         values: like `keys`, with the same strides.
         chunk: tokens per chunk, a power of two, and whole blocks.
         factors: of each KV head of the layer, on the weight of an unread token; 0: its unread tokens do not count.

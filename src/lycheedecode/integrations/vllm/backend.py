@@ -19,7 +19,7 @@ from torch import Tensor
 from ...attention import HybridState
 from ...ops import KV
 from . import self_check
-from .group import FLOAT8, Group, part_of_this_process
+from .group import Group, Rows, memory_left, part_of_this_process
 from .parts import (
     FIELDS_OF_ROWS,
     Attention,
@@ -27,7 +27,9 @@ from .parts import (
     CommonAttentionMetadata,
     get_current_vllm_config,
     get_layers_from_vllm_config,
+    reserve,
 )
+from .settings import FLOAT8
 
 
 class BatchStep(NamedTuple):
@@ -59,6 +61,8 @@ class HybridBuilder:
         if self.hybrid is not None:
             self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
             self.supports_update_block_table = False  # the page table is in `BatchStep`, too
+            modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+            self._modules = {index: modules[name] for name, index in self.hybrid.layers.items()}
         self._is_all = self.hybrid is not None and len(self.hybrid.layers) == len(layer_names)
         if self.hybrid is not None and self.hybrid.settings.self_check:
             self_check.check(self, get_layers_from_vllm_config(vllm_config, Attention, layer_names), device)
@@ -82,15 +86,40 @@ class HybridBuilder:
         hybrid = self.hybrid is not None and not common_prefix_len
         rows = decode_rows(common_attn_metadata) if hybrid else 0
         if self.hybrid is not None:
-            self.hybrid.begin_step(rows, int(common_attn_metadata.query_start_loc_cpu[rows]))  # padding has no tokens
+            self._begin(rows, common_attn_metadata)
         return self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        if self.hybrid is not None:
+            self._fit()
         return self._build(0 if self.hybrid is None else common_attn_metadata.num_reqs, 0, common_attn_metadata, False)
 
     def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
         # It reads a prefix once for many sequences; rows that use hybrid attention hardly read it.
         return self.hybrid is None and super().use_cascade_attention(*arguments, **options)
+
+    def _begin(self, rows: int, common: CommonAttentionMetadata) -> None:
+        self._fit()
+        tokens = common.query_start_loc_cpu.diff()[: common.num_reqs]
+        single = int((tokens == 1).int().cumprod(0).sum())
+        lengths, table = common.seq_lens[:single], common.block_table_tensor[:single]
+
+        def kv_of(layer: int) -> KV:
+            module = self._modules[layer]
+            return KV(*module.impl.views(module.kv_cache), lengths, None, table)
+
+        def on_host() -> list[int]:
+            known = common.seq_lens_cpu_upper_bound  # exact, without speculation
+            return (lengths.cpu() if known is None else known[:single]).tolist()
+
+        tokens_decoding = int(common.query_start_loc_cpu[rows])  # padding has no tokens
+        self.hybrid.begin_step(Rows(rows, tokens_decoding, single), kv_of, on_host)
+
+    def _fit(self) -> None:
+        """Room beside the pages of vLLM's cache, which is there by now; before a CUDA graph needs it."""
+        module = next(iter(self._modules.values()))
+        if module.kv_cache.numel():
+            self.hybrid.beside.fit(len(module.impl.cache(module.kv_cache)[0]))
 
     def _build(self, rows: int, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
         # The backend need not plan work that it will not do.
@@ -118,6 +147,7 @@ class HybridLayer:
         vllm_config = get_current_vllm_config()
         if vllm_config.speculative_config is None:  # whose drafts have a model of their own
             part_of_this_process(vllm_config)  # refuses before any weights are loaded
+            reserve(memory_left)
         self._extras: dict[str, Any] | None = None
 
     def cache(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:

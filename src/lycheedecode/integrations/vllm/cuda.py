@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backend import HybridBuilder, HybridLayer  # isort: skip  (refuses unknown versions)
+from . import settings
 
+from .backend import HybridBuilder, HybridLayer  # isort: skip  (refuses unknown versions)
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
+
+from .parts import get_current_vllm_config
 
 
 class HybridBackend(FlashAttentionBackend):
@@ -25,6 +28,13 @@ class HybridBackend(FlashAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[HybridMetadataBuilder]:
         return HybridMetadataBuilder
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Pages as long as chunks: shorter ones would have room for means that nobody needs (see `beside`)."""
+        preferred = super().get_preferred_block_size(default_block_size)
+        told = settings.read(get_current_vllm_config())
+        return max(preferred, min(told.config.chunk_tokens, 128)) if told.completes else preferred
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...attention import FullAttention, HybridAttention, HybridState
+from ...attention import FullAttention, HybridAttention
 from ...ops import EVERYTHING, KV, has_float8
 from ...ops.dispatch import kernel_obstacle
 from ...plan import HeadPlan
 from . import counters, settings
+from .beside import Beside, Page, PagedState, share_of_memory
 from .parts import (
     Attention,
     AttentionType,
@@ -32,12 +33,9 @@ from .parts import (
     init_logger,
 )
 from .requests import Requests
+from .settings import FLOAT8
 
 logger = init_logger("vllm.lycheedecode")  # below `vllm`, whose handlers print it
-
-
-FLOAT8 = ("fp8", "fp8_e4m3")
-"""vLLM's names for caches in float8_e4m3fn."""
 
 
 class Part(NamedTuple):
@@ -57,6 +55,21 @@ def part_of_this_process(vllm_config: Any) -> Part:
     stage, rank = pipeline.rank_in_group, get_tensor_model_parallel_rank()
     own = settings.of_rank(plan, rank, parallel.tensor_parallel_size, stages, stage)
     return Part(own, told, stages[stage][0])
+
+
+class Rows(NamedTuple):
+    """Of a step.
+
+    Attributes:
+        decoding: how many sequences decode, the first of the batch; padding of a CUDA graph counts.
+        tokens: those of them that have a token.
+        single: how many sequences get a single token, the first of the batch without padding; in a CUDA graph all of
+            them are hybrid.
+    """
+
+    decoding: int
+    tokens: int
+    single: int
 
 
 class Group:
@@ -91,12 +104,14 @@ class Group:
         if limits.most is not None:  # room for the largest budget that a request may have
             config = replace(config, budget_tokens=limits.most)
         self.attention = HybridAttention(part.plan, config, tuple(layers.values()))
-        self.requests = Requests(limits)
+        self.requests = Requests(limits, vllm_config.kv_transfer_config is not None)
+        self.beside = Beside(self.attention, _page(spec, vllm_config), device)
         self._key_bytes = spec.head_size * spec.dtype.itemsize
         self._full = FullAttention(len(layers), part.plan.num_kv_heads)
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, graphs)  # a graph may hold rows of padding
-        self._state = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device)
+        selections = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device).selections
+        self._state = PagedState(selections, beside=self.beside)
         capacity = self._state.selections.blocks.shape[-1]
         self._default = capacity if limits.default is None else min(limits.default, capacity)
         self._state.limits = torch.full((rows,), self._default, dtype=torch.int32, device=device)
@@ -111,11 +126,11 @@ class Group:
             self._make_once(part, vllm_config, spec, device)
         follow_requests()
 
-    def state(self, rows: int) -> HybridState:
+    def state(self, rows: int) -> PagedState:
         """Of the first `rows` sequences of a step."""
         return self._state.first_rows(rows)
 
-    def add_bytes(self, lengths: Tensor, state: HybridState) -> None:
+    def add_bytes(self, lengths: Tensor, state: PagedState) -> None:
         """Count on the device what the step read: after its last layer; a CUDA graph repeats it."""
         for attention, total in zip((self.attention, self._full), self._bytes, strict=True):
             attention.count_bytes(total[: len(lengths)], lengths, state, True, self._key_bytes)
@@ -134,19 +149,30 @@ class Group:
         self.reset_limits()
         self._bytes.zero_()
 
-    def begin_step(self, rows: int, tokens: int) -> None:
-        """Give rows what their requests ask for; count `tokens` of them, and now and then say so."""
-        asked = self.requests.take(rows)
+    def begin_step(self, rows: Rows, kv_of: Callable[[int], KV], lengths: Callable[[], Sequence[int]]) -> None:
+        """Give rows what their requests ask for, and pages what belongs beside them; count, and now and then say so.
+
+        Args:
+            rows: of the step.
+            kv_of: a layer's cache, with the rows that get a single token.
+            lengths: tokens of these, on the host.
+        """
+        names = self.requests.take()[: rows.single]
+        asked = self.requests.blocks(names)
         if any(blocks is not None for blocks in asked):
             given = [self._default if blocks is None else blocks for blocks in asked]
             pinned = self._state.limits.is_cuda
-            limits = self.limits_of(rows)
+            limits = self.limits_of(len(given))
             limits.copy_(torch.tensor(given, dtype=torch.int32, pin_memory=pinned), non_blocking=True)
         elif self._some_ask:
             self.reset_limits()
-        off = sum(blocks == EVERYTHING for blocks in asked[:tokens])
-        self.counters["hybrid_steps" if tokens else "dense_steps"] += 1
-        self.counters["hybrid_tokens"] += tokens - off
+        if names and self.beside.is_used:
+            after = list(lengths())[: len(names)]
+            before = self.requests.grow(names, after, rows.decoding)
+            self.beside.write({layer: kv_of(layer) for layer in self.beside.layers}, before, after)
+        off = sum(blocks == EVERYTHING for blocks in asked[: rows.tokens])
+        self.counters["hybrid_steps" if rows.tokens else "dense_steps"] += 1
+        self.counters["hybrid_tokens"] += rows.tokens - off
         self.counters["off_tokens"] += off
         if time.monotonic() >= self._report_at:
             self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
@@ -189,6 +215,8 @@ class Group:
         one = torch.ones(1, dtype=torch.int32, device=device)
         pages = ceil(128 * ceil(vllm_config.model_config.max_model_len / 128) / spec.block_size)
         kv = KV(keys, keys, one, None, torch.zeros((1, pages), dtype=torch.int32, device=device))
+        self.beside.fit(1)
+        self.beside.write(dict.fromkeys(self.beside.layers, kv), [0], [spec.block_size + 1])
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         query = torch.zeros((1, heads, spec.head_size), dtype=dtype, device=device)
         for sinks in (None, torch.zeros(heads, device=device)) if self._has_sinks else (None,):
@@ -219,6 +247,33 @@ class Group:
         settings.check_donors(part.plan, set(layers.values()), part.first_layer)
         sinks = any(getattr(modules[name].impl, "sinks", None) is not None for name in chosen)
         return cls(part, layers, vllm_config, spec, device, sinks)
+
+
+def _page(spec: Any, vllm_config: Any) -> Page:
+    return Page(spec.num_kv_heads, spec.block_size, spec.head_size, vllm_config.model_config.dtype)
+
+
+def memory_left(worker: Any) -> float:
+    """The share of the KV cache's memory that is left to it in a worker whose model is loaded."""
+    vllm_config = worker.vllm_config
+    if not settings.is_chosen(vllm_config) or vllm_config.speculative_config is not None:
+        return 1.0
+    specs = {
+        name: spec
+        for name, spec in worker.model_runner.get_kv_cache_spec().items()
+        if type(spec) is FullAttentionSpec and not spec.attention_chunk_size
+    }
+    if not specs:
+        return 1.0
+    part, spec = part_of_this_process(vllm_config), next(iter(specs.values()))
+    layers = [extract_layer_index(name) - part.first_layer for name in specs]
+    layers = [layer for layer in layers if 0 <= layer < part.plan.num_layers]
+    attention = HybridAttention(part.plan, part.settings.config, tuple(layers))
+    beside = Beside(attention, _page(spec, vllm_config), torch.device("meta"))
+    share = share_of_memory(beside.bytes_of_page, [spec.page_size_bytes for spec in specs.values()])
+    if beside.is_used:
+        logger.info("LycheeDecode: %.1f%% of the KV cache's memory hold what lies beside its pages.", 100 * (1 - share))
+    return share
 
 
 def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | None:

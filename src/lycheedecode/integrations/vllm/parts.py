@@ -49,6 +49,7 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "init_logger",
     "input_processor",
+    "reserve",
     "version",
 ]
 
@@ -81,6 +82,29 @@ def follow_requests() -> None:
             setattr(runner, method, _telling(getattr(runner, method), rows_of))
 
 
+def reserve(left: Callable[[Any], float]) -> None:
+    """Let workers that this process has loaded give the cache less memory than vLLM would.
+
+    Args:
+        left: takes a worker, whose model is loaded; the share of the cache's memory that is left to it.
+    """
+    for module, name in (("vllm.v1.worker.gpu_worker", "Worker"), ("vllm.v1.worker.cpu_worker", "CPUWorker")):
+        worker = getattr(sys.modules.get(module), name, None)
+        if worker is None or hasattr(worker.determine_available_memory, "__wrapped__"):
+            continue
+        stock = worker.determine_available_memory
+        if worker.__dict__.get("determine_available_memory") is stock:
+            worker.determine_available_memory = _reserving(stock, left)
+
+
+def _reserving(stock: Callable[[Any], int], left: Callable[[Any], float]) -> Callable[[Any], int]:
+    @functools.wraps(stock)
+    def determine_available_memory(self: Any) -> int:
+        return int(stock(self) * left(self))
+
+    return determine_available_memory
+
+
 def _telling(stock: Callable[..., Any], rows_of: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def prepare(self: Any, scheduler_output: Any, *others: Any, **named: Any) -> Any:
@@ -90,7 +114,11 @@ def _telling(stock: Callable[..., Any], rows_of: Callable[[Any, Any], tuple[Any,
             hybrid = getattr(group.get_metadata_builder(), "hybrid", None)
             if hybrid is not None:
                 new = {request.req_id: request.sampling_params for request in scheduler_output.scheduled_new_reqs}
-                hybrid.requests.note(new, alive, batch.req_ids)
+                moved = {
+                    *scheduler_output.scheduled_cached_reqs.resumed_req_ids,
+                    *(scheduler_output.preempted_req_ids or ()),
+                }
+                hybrid.requests.note(new, alive, batch.req_ids, moved)
         return result
 
     return prepare

@@ -84,20 +84,29 @@ class Limits(NamedTuple):
 
 
 class Requests:
-    """What the requests of a worker asked for, and which of them are in the rows of the step to come."""
+    """What the requests of a worker asked for, how long they were, and which of them are in the rows of a step to come.
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    Args:
+        limits: what they may ask for.
+        loads: whether the pages of a new request may still be loading at its first step, from a KV connector.
+    """
+
+    def __init__(self, limits: Limits, loads: bool = False) -> None:
+        self._limits, self._loads = limits, loads
         self._asked: dict[str, int] = {}
-        self._rows: Sequence[str] | None = None
+        self._seen: dict[str, int] = {}
+        self._rows: Sequence[str] = ()
 
-    def note(self, new: Mapping[str, Any], alive: Collection[str], rows: Sequence[str]) -> None:
+    def note(
+        self, new: Mapping[str, Any], alive: Collection[str], rows: Sequence[str], moved: Collection[str] = ()
+    ) -> None:
         """A step is to come.
 
         Args:
             new: sampling params of the requests that have just come, by id.
             alive: ids of all requests.
             rows: ids in the order of the batch.
+            moved: ids of those that were preempted, whose pages are others than before.
         """
         for name, params in new.items():
             blocks = self._limits.blocks(getattr(params, "extra_args", None))
@@ -105,12 +114,36 @@ class Requests:
                 self._asked[name] = blocks
             else:
                 self._asked.pop(name, None)
-        if len(self._asked) > len(alive):
-            self._asked = {name: blocks for name, blocks in self._asked.items() if name in alive or name in new}
+        for name in (*new, *moved):
+            self._seen.pop(name, None)
+        for kept in (self._asked, self._seen):
+            if len(kept) > len(alive):
+                for name in [name for name in kept if name not in alive and name not in new]:
+                    del kept[name]
         self._rows = rows
 
-    def take(self, rows: int) -> list[int | None]:
-        """For each of the first `rows` rows of this step: most blocks, None for the default; only once a step."""
-        names, self._rows = self._rows or (), None
-        asked = [self._asked.get(name) for name in names[:rows]] if self._asked else []
-        return asked + [None] * (rows - len(asked))
+    def take(self) -> Sequence[str]:
+        """Ids in the rows of this step; only once a step."""
+        rows, self._rows = self._rows, ()
+        return rows
+
+    def blocks(self, rows: Sequence[str]) -> list[int | None]:
+        """For each row: most blocks, None for the default."""
+        return [self._asked.get(name) for name in rows] if self._asked else [None] * len(rows)
+
+    def grow(self, rows: Sequence[str], lengths: Sequence[int], decoding: int) -> list[int]:
+        """What each sequence had when it last got a single token, 0 if that was never; and remember what it has now.
+
+        Args:
+            rows: that get a single token each.
+            lengths: their tokens, that one included.
+            decoding: how many of them, the first, decode; of others the newest token's entries may lack what a hybrid
+                step writes beside them.
+        """
+        before = []
+        for row, (name, length) in enumerate(zip(rows, lengths, strict=True)):
+            seen = self._seen.get(name)
+            before.append(seen if seen is not None and seen < length else 0)
+            loading = seen is None and self._loads
+            self._seen[name] = 0 if loading else length if row < decoding else length - 1
+        return before

@@ -2,13 +2,14 @@
 
 A small cache of random numbers is filled by vLLM's backend; then every hybrid layer decodes a token of three sequences
 both ways. One gets everything, one is shorter than any budget, one is cut short. The first two must agree with vLLM;
-of the third the kernels must agree with their definition. Layout and scales of the cache, sinks, kernels and the
-device are all in it.
+of the third the kernels must agree with their definition. Layout and scales of the cache, what lies beside its pages,
+sinks, kernels and the device are all in it.
 """
 
 from __future__ import annotations
 
 import copy
+from math import ceil
 from typing import Any
 
 import torch
@@ -33,10 +34,15 @@ def check(builder: Any, modules: dict[str, Any], device: torch.device) -> None:
     """
     group, spec = builder.hybrid, builder.kv_cache_spec
     rows = min(3, builder.vllm_config.scheduler_config.max_num_seqs)  # buffers hold no more
-    lengths = [2 * spec.block_size + 3, 2, 3 * spec.block_size][:rows]
-    table = [[5, 1, 4], [3, 0, 0], [2, 6, 7]][:rows]
+    longest = 3 * spec.block_size
+    if group.attention.completed:  # by two chunks, unread as far as nothing forces them
+        longest = max(longest, 2 * group.attention.config.chunk_tokens + 3)
+    pages = [2, 6, *range(7, 5 + ceil(longest / spec.block_size))]
+    lengths = [2 * spec.block_size + 3, 2, longest][:rows]
+    table = [[*row, *[0] * (len(pages) - len(row))] for row in ([5, 1, 4], [3], pages)][:rows]
     common = _batch(lengths, table, spec.block_size, device)
-    shape = (8, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
+    shape = (pages[-1] + 1, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
+    group.beside.fit(shape[0])
     made = torch.Generator().manual_seed(0)
     with torch.no_grad():
         limits = torch.tensor([EVERYTHING, EVERYTHING, _few(group)], dtype=torch.int32)
@@ -48,6 +54,8 @@ def check(builder: Any, modules: dict[str, Any], device: torch.device) -> None:
             cache = torch.zeros(shape, dtype=spec.dtype, device=device)
             layer = modules[name]
             query, new = _fill(layer, cache, lengths, table, spec, made, device)
+            kv = KV(*layer.impl.views(cache), common.seq_lens, None, common.block_table_tensor)
+            group.beside.write({group.layers[name]: kv}, [0] * rows, lengths)
             outputs = [torch.zeros_like(query) for _ in range(2)]
             for output, of in zip(outputs, (metadata, stock), strict=True):
                 given = _as_the_layer_gives_it(layer, query)
@@ -119,11 +127,11 @@ def _defined(layer: Any, query: Tensor, cache: Tensor, step: Any, stock: Tensor)
     index = group.layers[layer.layer_name]
     if group.attention.config.retrieval_attention == "full":
         return torch.cat((stock[:2], torch.full_like(stock[2:], float("nan"))))
-    more = layer.impl.extras(layer)
+    more = {**layer.impl.extras(layer), "completion": group.attention.completion_of(index, step.state)}
     kv = KV(*layer.impl.views(cache), step.lengths, None, step.page_table)
     rows = torch.tensor(group.attention.plan.donor_rows(index), device=query.device)
     size = group.attention.config.block_size
-    cut = reference.attend_blocks(query, kv, step.state.selections, rows, size, layer.impl.scale, None, None, **more)
+    cut = reference.attend_blocks(query, kv, step.state.selections, rows, size, layer.impl.scale, None, **more)
     return torch.cat((stock[:2], cut[2:].to(stock.dtype)))
 
 

@@ -8,9 +8,8 @@ Nothing here needs vLLM; its configuration is only read.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ...config import HybridConfig
@@ -18,6 +17,9 @@ from ...plan import HeadPlan, PlanError
 from .requests import NAME, Limits, ServingError
 
 OLDEST, NEWEST = (0, 26), (0, 33)
+
+FLOAT8 = ("fp8", "fp8_e4m3")
+"""vLLM's names for caches in float8_e4m3fn."""
 
 
 def check_version(version: str) -> None:
@@ -51,6 +53,12 @@ class Settings:
     self_check: bool
     limits: Limits
 
+    @property
+    def completes(self) -> bool:
+        """Whether unread tokens count as their chunk's mean in some head."""
+        factors = self.plan.completion or ()
+        return self.config.completion == "centroid" or (self.config.completion == "plan" and any(map(any, factors)))
+
     def announcement(self, hybrid: Collection[int], max_model_len: int) -> str:
         """What is hybrid when the layers `hybrid` are, and how much a selection holds of the longest context."""
         plan, config = self.plan, self.config
@@ -79,9 +87,7 @@ def read(vllm_config: Any) -> Settings:
         num_kv_heads=model.get_total_num_kv_heads(),
         architecture=None if is_wrapped else next(iter(model.hf_config.architectures or ()), None),
     )
-    if plan.completion is not None and config.completion == "plan":
-        warnings.warn("vLLM's pages have no means yet: the head plan's completion is left out.", stacklevel=2)
-    return Settings(plan, replace(config, completion="none"), self_check, limits)
+    return Settings(plan, config, self_check, limits)
 
 
 def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
@@ -91,11 +97,11 @@ def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
     self_check, allow_off = (_switch(given, name) for name in ("self_check", "allow_off"))
     most = given.pop("max_budget_tokens", None)
     config = HybridConfig.from_dict(given)
-    for name, only in (("refresh_every", 1), ("correction_every", 0), ("verify_every", 0), ("scan_keys", "cache")):
+    for name, only in (("refresh_every", 1), ("correction_every", 0), ("verify_every", 0)):
         if getattr(config, name) != only:
             raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
-    if config.completion == "centroid":
-        raise ServingError("completion must be 'plan' or 'none' in vLLM, whose pages have no means yet.")
+    if config.scan_keys != "cache" and vllm_config.cache_config.cache_dtype in FLOAT8:
+        raise ServingError("scan_keys must be 'cache' with a KV cache in FP8, which has 8 bits already.")
     return config, Limits.of(config, most, allow_off), self_check
 
 

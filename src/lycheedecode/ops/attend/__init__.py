@@ -61,9 +61,7 @@ def attend_blocks(
     if places is not None:
         _check_places(places, kv, selections)
     if completion is not None:
-        if scales is not None:
-            raise ValueError("a completion does not go with keys and values in 8 bits.")
-        _check_completion(completion, selections, kv, block_size, places is not None)
+        _check_completion(completion, query, selections, kv, block_size, places is not None)
     arguments = (query, kv, selections, rows, block_size, scale, heads)
     kernels = kernels_for(query)
     if kernels is not None:
@@ -160,11 +158,11 @@ def _check_places(places: Tensor, kv: KV, selections: Selections) -> None:
 
 
 def _check_completion(
-    completion: Completion, selections: Selections, kv: KV, block_size: int, placed: bool = False
+    completion: Completion, query: Tensor, selections: Selections, kv: KV, block_size: int, placed: bool = False
 ) -> None:
     keys, values, chunk, factors = completion
-    if keys.shape != values.shape or keys.stride() != values.stride() or {keys.dtype, values.dtype} != {kv.keys.dtype}:
-        raise ValueError("mean keys and mean values must have one shape, the same strides, and the cache's dtype.")
+    if keys.shape != values.shape or keys.stride() != values.stride() or {keys.dtype, values.dtype} != {query.dtype}:
+        raise ValueError("mean keys and mean values must have one shape, the same strides, and the query's dtype.")
     heads, dim = kv.keys.shape[1], kv.keys.shape[3]
     if keys.shape[1] != heads or keys.shape[3] != dim or keys.shape[0] != kv.keys.shape[0] or len(factors) != heads:
         raise ValueError(

@@ -51,7 +51,7 @@ def attend_blocks(
     values = floats(_blocks(kv.values, row, block_size).view(shape))
     rest = None
     if completion is not None:
-        rest = unread(grouped, kv, selections, rows, block_size, scale, heads, completion)
+        rest = unread(grouped.float() * scale, kv, selections, rows, block_size, heads, completion)
     if rest is None:
         return (logits.softmax(-1) @ values).flatten(1, 2).to(query.dtype)
     read, more = torch.cat((logits, rest[0]), -1).softmax(-1).split((logits.shape[-1], rest[0].shape[-1]), -1)

@@ -55,7 +55,8 @@ def attend_blocks(
     logits = (scaled(grouped, scale, kv, scales, heads) @ keys.mT).masked_fill_(~chosen[:, :, None], -inf)
     if completion is not None:
         most = None if places is None else completion.keys.shape[2]
-        rest = unread(grouped, kv, selections, rows, block_size, scale, heads, completion, most)
+        asked = scaled(grouped, scale, kv, scales, heads)
+        rest = unread(asked, kv, selections, rows, block_size, heads, completion, most)
         if rest is not None:
             logits, values = torch.cat((logits, rest[0]), -1), torch.cat((values, rest[1]), -2)
     logits = with_sinks(logits, sinks, kv, heads)

@@ -10,6 +10,7 @@ keys and values do not wait for loads of indices. The last of a head's programs 
 
 With a completion, tiles of chunks' means come after those of tokens, shared out in the same turn: a mean is read like a
 token, from another place, and its logit has a bias. What is looked up ahead is then how much of the chunk was taken.
+Where tokens have 8 bits, means have 16, and a loop of their own after that of the tokens.
 """
 
 from __future__ import annotations
@@ -98,13 +99,19 @@ def _attend_blocks_kernel(
         some = (chosen * BLOCK < count) & (log_factor > float("-inf"))
         complete = tl.where(some, tl.maximum(count - 1, 0) // MEAN_OF, 0)
         end += tl.cdiv(complete, TILE)
-    found = _look_up(split, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
+    last = end
+    if key_scales is not None:
+        last = tiles
+    if taken is None or key_scales is not None:
+        found = _look_up(split, tiles, blocks, K, everything, None, 0, BLOCK, TILE)
+    else:
+        found = _look_up(split, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
     placed = found
     if places is not None:
         placed = _place(split, tiles, places, K, BLOCK, TILE)
-    for tile in range(split, end, SPLITS):
+    for tile in range(split, last, SPLITS):
         at = tile * TILE + tl.arange(0, TILE)
-        if taken is None:
+        if taken is None or key_scales is not None:
             token = found * BLOCK + at % BLOCK
             exists = (found >= 0) & (token < count)
             if places is not None:
@@ -138,10 +145,25 @@ def _attend_blocks_kernel(
             )  # fmt: skip
         if key_scales is not None:
             k, v = k.to(q.dtype), v.to(q.dtype)
-        found = _look_up(tile + SPLITS, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
+        if taken is None or key_scales is not None:
+            found = _look_up(tile + SPLITS, tiles, blocks, K, everything, None, 0, BLOCK, TILE)
+        else:
+            found = _look_up(tile + SPLITS, tiles, blocks, K, everything, taken, complete, BLOCK, TILE)
         if places is not None:
             placed = _place(tile + SPLITS, tiles, places, K, BLOCK, TILE)
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale, bias)
+
+    if taken is not None and key_scales is not None:
+        for tile in range(tiles + (split + SPLITS - tiles % SPLITS) % SPLITS, end, SPLITS):
+            chunk = (tile - tiles) * TILE + tl.arange(0, TILE)
+            unread = MEAN_OF - tl.load(taken + chunk, mask=chunk < complete, other=0) * BLOCK
+            exists = (chunk < complete) & (unread > 0)
+            page, entry = common.locate_means(b, first, chunk, exists, page_table, stride_table, PAGE, MEAN_OF)
+            k = common.load_tokens(mean_keys, page, entry, head, exists, stride_mp, stride_mh, stride_ms, D, DP)
+            v = common.load_tokens(mean_values, page, entry, head, exists, stride_mp, stride_mh, stride_ms, D, DP)
+            bias = tl.log2(tl.maximum(unread, 1).to(tl.float32)) + log_factor
+            k, v = k.to(q.dtype), v.to(q.dtype)
+            acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale, bias)
 
     if value_scales is not None:
         acc *= tl.load(value_scales + head)
@@ -241,6 +263,6 @@ def default_tuning(pairs: int, kv: KV, capacity: int, completed: bool = False) -
         programs, tuning = 512, Tuning(1, min(common.tile_of(kv, 16384), 64), 2, 2, 2 * pdl)
     tuning = common.fitting(tuning, kv)
     if completed and kv.page_table is not None and kv.keys.shape[3] > 128:  # two places of each token, in registers
-        tuning = tuning._replace(tile=max(tuning.tile // 2, 16))
+        tuning = tuning._replace(tile=max(tuning.tile // (4 if kv.keys.element_size() == 1 else 2), 16))
     tiles = triton.cdiv(min(capacity, max(kv.slots, 1)), tuning.tile)
     return tuning._replace(splits=common.even_splits(pairs, tiles, programs, 32))

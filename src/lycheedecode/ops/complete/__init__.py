@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..dispatch import kernel_obstacle
@@ -21,13 +22,15 @@ def write_means(
     Args:
         kv: a layer's cache.
         chunk: tokens per chunk.
-        keys, values: of a `Completion` of that cache; written in place.
+        keys, values: of a `Completion` of that cache; written in place. Of a cache in 8-bit floats they are the means
+            of its numbers as they stand there, without scales.
         first: int32 `[B]`, the chunks of each sequence that are known already; None: none.
         most: how many more a sequence has, at most; None: as many as there is room for. Others are not written.
     """
     if keys.shape != values.shape or keys.stride() != values.stride():
         raise ValueError("mean keys and mean values must have the same shape and strides.")
-    if keys.shape[1] != kv.keys.shape[1] or keys.shape[3] != kv.keys.shape[3] or keys.dtype != kv.keys.dtype:
+    same = keys.dtype == kv.keys.dtype or kv.keys.dtype == torch.float8_e4m3fn
+    if keys.shape[1] != kv.keys.shape[1] or keys.shape[3] != kv.keys.shape[3] or not same:
         raise ValueError(f"means {keys.dtype} {tuple(keys.shape)} do not fit a cache {tuple(kv.keys.shape)}.")
     most = kv.slots // chunk if most is None else most
     if not most:

@@ -22,7 +22,7 @@ def write_means(kv: KV, chunk: int, keys: Tensor, values: Tensor, first: Tensor 
         for means, cache in ((keys, kv.keys), (values, kv.values)):
             tokens = _tokens(cache, kv, b, begin, end).unflatten(1, (-1, chunk))  # [Hkv, chunks, chunk, D]
             # On a CPU `mean` takes thirty times as long as `sum` here.
-            means[page, :, entry] = (tokens.sum(2, dtype=torch.float32) / chunk).to(means.dtype).transpose(0, 1)
+            means[page, :, entry] = (tokens.float().sum(2) / chunk).to(means.dtype).transpose(0, 1)
 
 
 def unread(
@@ -31,15 +31,15 @@ def unread(
     selections: Selections,
     rows: Tensor,
     block_size: int,
-    scale: float,
     heads: tuple[int, ...] | None,
     completion: Completion,
     most: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """What a head's unread tokens add to its softmax: logits `[B, H, G, C]` and mean values `[B, H, C, D]`, float32.
 
-    Logits are -inf where nothing is unread, and values 0. None where no chunk is complete. `query` is `[B, H, G, D]`;
-    other arguments as in `ops.attend_blocks`. `most`: chunks of a sequence, where the slots of `kv` do not say.
+    Logits are -inf where nothing is unread, and values 0. None where no chunk is complete. `query`, `[B, H, G, D]`, has
+    the factor on logits in it; other arguments as in `ops.attend_blocks`. `most`: chunks of a sequence, where the slots
+    of `kv` do not say.
     """
     most = (kv.slots - 1) // completion.chunk if most is None else most
     chunks = min(selections.taken.shape[-1], most)
@@ -54,7 +54,7 @@ def unread(
     weight = number * factor[:, None]  # [B, H, C]
     keys, values = (_means(x, kv, completion.chunk, chunk, heads) for x in (completion.keys, completion.values))
     nothing = weight <= 0
-    logits = ((query.float() * scale) @ keys.mT + weight.log()[:, :, None]).masked_fill_(nothing[:, :, None], -inf)
+    logits = (query @ keys.mT + weight.log()[:, :, None]).masked_fill_(nothing[:, :, None], -inf)
     return logits, values.masked_fill(nothing[..., None], 0.0)
 
 

@@ -41,7 +41,8 @@ def scan_blocks(
         scale: factor on the logits, usually `D ** -0.5`.
         score: `mass` or `max`.
         copy: float8_e4m3fn `[B, R, S, D]`, the keys of `heads` in this order and in the slots of a contiguous cache
-            (`reference.write_copy` makes it); scanned in place of the cache's own, in half the time.
+            (`reference.write_copy` makes it), or `[P, R, page, D]`, in its pages (`reference.write_pages_to_copy`);
+            scanned in place of the cache's own, in half the time.
         sinks, scales: as in `attend_blocks`.
 
     Returns:
@@ -97,12 +98,10 @@ def has_float8(device: torch.device) -> bool:
 def _check_copy(copy: Tensor | None, kv: KV, heads: tuple[int, ...]) -> None:
     if copy is None:
         return
-    if kv.page_table is not None:
-        raise ValueError("a copy of keys goes with a contiguous cache, not with pages.")
     if not has_float8(copy.device):
         raise DeviceError("8-bit floats (scan_keys='float8') need a GPU of compute capability 8.9 or above.")
-    batch, _, slots, dim = kv.keys.shape
+    pages, _, slots, dim = kv.keys.shape
     if copy.dtype != torch.float8_e4m3fn or copy.dim() != 4 or copy.shape[2] < slots:
         raise ValueError(f"copy must be float8_e4m3fn [B, R, >= {slots}, D], not {copy.dtype} {tuple(copy.shape)}.")
-    if copy.shape[:2] != (batch, len(heads)) or copy.shape[3] != dim:
-        raise ValueError(f"copy {tuple(copy.shape)} does not fit {batch} sequences, {len(heads)} heads of {dim}.")
+    if copy.shape[:2] != (pages, len(heads)) or copy.shape[3] != dim:
+        raise ValueError(f"copy {tuple(copy.shape)} does not fit {len(heads)} heads of keys {tuple(kv.keys.shape)}.")

@@ -27,7 +27,7 @@ def scan_blocks(
     exists = existing_tokens(kv)
     scores = []
     for row, head in enumerate(heads):
-        keys = all_tokens(kv.keys, kv, head) if copy is None else copy[:, row, : kv.slots]
+        keys = all_tokens(kv.keys, kv, head) if copy is None else all_tokens(copy, kv, row)[:, : kv.slots]
         factor = scale if scales is None else scale * scales[0][head]
         logits = (grouped[:, head].float() * factor) @ floats(keys).mT  # [B, G, S]
         if exists is not None:
@@ -56,19 +56,34 @@ def write_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], begin: int, e
 
 
 def write_newest_to_copy(copy: Tensor, kv: KV, heads: tuple[int, ...], newest: int) -> None:
-    """Write the last `newest` tokens of every sequence, or as many as it has, into a copy `[B, R, S, D]`."""
+    """Write the last `newest` tokens of every sequence, or as many as it has, into a copy."""
     first = torch.zeros_like(kv.token_counts()) if kv.starts is None else kv.starts
     last = first + kv.token_counts() - 1
     back = torch.arange(newest, device=last.device)
-    write_slots_to_copy(copy, kv.keys, heads, (last[:, None] - back).maximum(first[:, None]).long())
+    slot = (last[:, None] - back).maximum(first[:, None]).long()
+    if kv.page_table is None:
+        write_slots_to_copy(copy, kv.keys, heads, slot)
+        return
+    slot = slot[last >= first]  # a sequence without tokens has no page
+    page = kv.page_table[last >= first].gather(1, slot // kv.keys.shape[2]).long()
+    _write_to_copy(copy, kv.keys, heads, page, slot % kv.keys.shape[2])
+
+
+def write_pages_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], pages: Tensor) -> None:
+    """Write whole pages, int64 `[n]`, of a cache `[P, Hkv, page, D]` into a copy `[P, R, page, D]`."""
+    for row, head in enumerate(heads):
+        copy.view(torch.uint8)[pages, row] = _as_float8(keys[pages, head]).view(torch.uint8)
 
 
 def write_slots_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], slot: Tensor) -> None:
     """Write slots int64 `[B, n]` of each sequence from a store `[B, Hkv, S, D]` into a copy `[B, R, S, D]`."""
-    sequence = torch.arange(slot.shape[0], device=slot.device)[:, None]
+    _write_to_copy(copy, keys, heads, torch.arange(slot.shape[0], device=slot.device)[:, None], slot)
+
+
+def _write_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], page: Tensor, entry: Tensor) -> None:
     for row, head in enumerate(heads):
-        key = _as_float8(keys[sequence, head, slot])
-        copy.view(torch.uint8)[sequence, row, slot] = key.view(torch.uint8)  # floats of 8 bits cannot be indexed
+        key = _as_float8(keys[page, head, entry])
+        copy.view(torch.uint8)[page, row, entry] = key.view(torch.uint8)  # floats of 8 bits cannot be indexed
 
 
 def _as_float8(keys: Tensor) -> Tensor:

@@ -38,15 +38,16 @@ class Worth(NamedTuple):
 @triton.jit
 def _write_newest(
     copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks, split,
-    D: tl.constexpr, DP: tl.constexpr, NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    page_table, stride_table, PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NEWEST: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The last `NEWEST` tokens of a sequence, those that lie in this program's tiles: from the cache to the copy."""
     token = count - 1 - tl.arange(0, triton.next_power_of_2(NEWEST))
     mine = (token >= tl.maximum(count - NEWEST, 0)) & (token // TILE % SPLITS == split)
-    slot = (first + token).to(tl.int64)
-    k = common.load_tokens(keys, slot * 0 + b, slot, head, mine, stride_kp, stride_kh, stride_ks, D, DP)
+    page, entry = common.locate(b, first + token, mine, page_table, stride_table, PAGE)
+    k = common.load_tokens(keys, page, entry, head, mine, stride_kp, stride_kh, stride_ks, D, DP)
     d = tl.arange(0, DP)[None, :]
-    row = b.to(tl.int64) * stride_cb + r.to(tl.int64) * stride_cr + slot * stride_cs
+    row = page * stride_cb + r.to(tl.int64) * stride_cr + entry * stride_cs
     k = tl.clamp(k.to(tl.float32), -448.0, 448.0).to(copy.dtype.element_ty)
     tl.store(copy + row[:, None] + d, k, mask=mine[:, None] & (d < D))
     tl.debug_barrier()  # other threads of the program read it
@@ -85,7 +86,7 @@ def _scan_kernel(
     if copy is not None and NEWEST > 0:
         _write_newest(
             copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks,
-            split, D, DP, NEWEST, TILE, SPLITS,
+            split, page_table, stride_table, PAGE, D, DP, NEWEST, TILE, SPLITS,
         )  # fmt: skip
     if key_scales is not None:
         scale *= tl.load(key_scales + head)

@@ -1,0 +1,171 @@
+"""What lies beside vLLM's pages, page for page: the means of chunks, and 8-bit copies of the keys that are scanned.
+
+    a step is to come, before any CUDA graph   `Beside.write`: what is not there yet of the sequences that get a token
+    a layer of it                              reads both; a scan writes the copy of the newest token itself
+
+Nothing is believed of the past of a page. When a sequence decodes for the first time, all that belongs beside its pages
+is written from what vLLM's cache holds; that reads the cache once, like one dense step. After that it is a chunk every
+`chunk` steps, and a step's graph has nothing to write. So whatever filled the pages (prefill, prefix cache, a KV
+connector), and wherever they lie after a preemption, means and copies are theirs; sequences that share pages write the
+same there.
+
+A page has means for `ceil(page / chunk)` chunks: with pages shorter than chunks most stay unused, so that pages as long
+as chunks, vLLM's `--block-size`, cost least (`bytes_of_page`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...attention import HybridAttention, HybridState
+from ...ops import KV, reference, write_means
+
+
+class Page(NamedTuple):
+    """Of vLLM's cache of a layer: KV heads, tokens, head dim, and the dtype of queries."""
+
+    heads: int
+    tokens: int
+    dim: int
+    dtype: torch.dtype
+
+
+class Beside:
+    """Means and copies of the layers of a group.
+
+    Args:
+        attention: which layers are completed, which heads scan, and whether they scan copies.
+        page: what vLLM's pages are like.
+        device: where its cache lies.
+    """
+
+    def __init__(self, attention: HybridAttention, page: Page, device: torch.device) -> None:
+        self.chunk, self._page, self._device = attention.config.chunk_tokens, page, device
+        self._completed = set(attention.completed)
+        copied = attention.config.scan_keys == "float8"
+        self._scanned = {layer: heads for layer, heads in attention.scanned.items() if heads and copied}
+        self.pages = 0
+        self.means: dict[int, Tensor] = {}
+        self.copies: dict[int, Tensor] = {}
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self._completed or self._scanned)
+
+    @property
+    def layers(self) -> list[int]:
+        """That have something beside their pages."""
+        return sorted(self._completed | self._scanned.keys())
+
+    @property
+    def has_copies(self) -> bool:
+        return bool(self._scanned)
+
+    @property
+    def bytes_of_page(self) -> int:
+        """What all layers have beside one page."""
+        means = len(self._completed) * self._page.heads * ceil(self._page.tokens / self.chunk) * self.mean_bytes * 2
+        return means + sum(map(len, self._scanned.values())) * self._page.tokens * self._page.dim
+
+    @property
+    def mean_bytes(self) -> int:
+        """Of a mean key."""
+        return self._page.dim * self._page.dtype.itemsize
+
+    def fit(self, pages: int) -> None:
+        """Have room beside so many pages; what was known is forgotten if that is news."""
+        if pages == self.pages or not self.is_used:
+            return
+        heads, tokens, dim, dtype = self._page
+        self.pages, self.means, self.copies = pages, {}, {}
+        with torch.inference_mode(False):  # the self-check writes it outside of that mode
+            for layer in self._completed:
+                shape = 2, pages, heads, ceil(tokens / self.chunk), dim
+                self.means[layer] = torch.zeros(shape, dtype=dtype, device=self._device)
+            for layer, scanning in self._scanned.items():
+                copy = torch.zeros((pages, len(scanning), tokens, dim), dtype=torch.uint8, device=self._device)
+                self.copies[layer] = copy.view(torch.float8_e4m3fn)
+
+    def write(self, kvs: Mapping[int, KV], before: Sequence[int], after: Sequence[int]) -> None:
+        """Write what belongs beside the pages of sequences that have grown, but for the copy of their newest token.
+
+        Args:
+            kvs: the cache of layers, in a step of all of `layers`; lengths include the newest token, which need not be
+                there yet.
+            before: tokens of each sequence of which everything is written.
+            after: tokens that it has at this step.
+        """
+        first = [max(length - 1, 0) // self.chunk for length in before]
+        chunks = [max(length - 1, 0) // self.chunk - old for old, length in zip(first, after, strict=True)]
+        rows = [row for row, count in enumerate(chunks) if count > 0]
+        if rows and self._completed:
+            known = torch.tensor([first[row] for row in rows], dtype=torch.int32).to(self._device)
+            for layer in kvs.keys() & self._completed:
+                kv = _rows_of(kvs[layer], rows)
+                write_means(kv, self.chunk, *self.means[layer], known, max(chunks[row] for row in rows))
+        if self._scanned:
+            spans = [self._pages_to_copy(old, new) for old, new in zip(before, after, strict=True)]
+            for layer in kvs.keys() & self._scanned.keys():
+                heads = self._scanned[layer]
+                keys, table = kvs[layer].keys, kvs[layer].page_table
+                pages = [table[row, begin:end] for row, (begin, end) in enumerate(spans) if begin < end]
+                if pages:
+                    reference.write_pages_to_copy(self.copies[layer], keys, heads, torch.cat(pages).long())
+
+    def _pages_to_copy(self, before: int, after: int) -> tuple[int, int]:
+        """First page whose copy lacks a token, and the page after the last one; a scan copies token `after - 1`."""
+        if before >= after - 1:
+            return 0, 0
+        return before // self._page.tokens, ceil((after - 1) / self._page.tokens)
+
+
+def _rows_of(kv: KV, rows: list[int]) -> KV:
+    """Some sequences, without their newest token."""
+    if len(rows) < len(kv.lengths):
+        index = torch.tensor(rows).to(kv.lengths.device)
+        kv = kv._replace(lengths=kv.lengths[index], page_table=kv.page_table[index])
+    return kv._replace(lengths=kv.lengths - 1)
+
+
+@dataclass(eq=False)
+class PagedState(HybridState):
+    """What `HybridAttention` keeps of a step: means and copies lie beside pages, whose they are in every batch."""
+
+    beside: Beside | None = None
+
+    def copy_of(self, layer: int) -> Tensor | None:
+        """See `HybridState`."""
+        return self.beside.copies.get(layer)
+
+    def means_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `HybridState`."""
+        keys, values = self.beside.means[layer]
+        return keys, values
+
+    def scan_bytes(self, key_bytes: int) -> float:
+        """See `HybridState`."""
+        return self.beside._page.dim if self.beside.has_copies else key_bytes
+
+    def mean_bytes(self, key_bytes: int) -> float:
+        """See `HybridState`."""
+        return self.beside.mean_bytes
+
+    def first_rows(self, rows: int) -> PagedState:
+        """Of the first `rows` sequences; views."""
+        limits = None if self.limits is None else self.limits[:rows]
+        return PagedState(self.selections.sequences(rows), limits=limits, beside=self.beside)
+
+
+def share_of_memory(bytes_of_page: int, page_bytes: Iterable[int]) -> float:
+    """Of what vLLM would give its cache, the share that is left to it beside `bytes_of_page` for each of its pages.
+
+    `page_bytes`: of a page in every layer whose pages they lie beside.
+    """
+    cache = sum(page_bytes)
+    return cache / (cache + bytes_of_page)
