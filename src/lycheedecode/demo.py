@@ -1,4 +1,4 @@
-"""A pass key in a long text, found by full attention and by hybrid decoding: `make demo`.
+"""A pass key found in a long text, and another text continued, by full and by hybrid attention: `make demo`.
 
 Writes demo.json and demo.png; everything runs on the model that is embedded in an installed package.
 """
@@ -19,6 +19,7 @@ from .evaluate.side_by_side import Comparison, compare
 from .models.load import DEFAULT_MODEL, load_model
 from .plan import HeadPlan
 from .plan_views.png import require_matplotlib
+from .prompts.makers import PromptMaker
 from .prompts.text import NOISE
 from .results import Result
 
@@ -39,15 +40,15 @@ def main() -> None:
         require_matplotlib()
         plan = HeadPlan.load(arguments.plan)
         with quiet(verbose=False):
-            key, comparison = run(arguments.model, plan, arguments.tokens)
+            key, comparison, continued = run(arguments.model, plan, arguments.tokens)
     except LycheeError as error:
         sys.exit(f"{parser.prog}: {error}")
     tell(key, comparison)
+    tell_of_text(continued)
     summary = {
-        "full": _brief(comparison.full),
-        "hybrid": _brief(comparison.hybrid),
+        **_brief(comparison),
         "pass_key": key,
-        **{name: getattr(comparison, name) for name in ("top1_agreement", "kl_mean", "speedup", "prompt_tokens")},
+        "continuation": _brief(continued),
         "plan": {"name": arguments.plan, **plan.to_json()["model"], "retrieval_heads": len(plan.retrieval)},
     }
     settings = {"model": arguments.model, "config": CONFIG.to_dict()}
@@ -56,15 +57,19 @@ def main() -> None:
     print(f"Written: {arguments.out / 'demo.json'}, {arguments.out / 'demo.png'}")
 
 
-def run(model: str, plan: HeadPlan, tokens: int) -> tuple[str, Comparison]:
-    """Hide a pass key in `tokens` tokens and let both ways of decoding continue with it."""
+def run(model: str, plan: HeadPlan, tokens: int) -> tuple[str, Comparison, Comparison]:
+    """Hide a pass key in `tokens` tokens and let both ways of decoding continue with it; then let both go on with as
+    many tokens of plain prose, from the texts that plans are not found on."""
     with progress(f"Loading {model}"):
         network, tokenizer = load_model(model)
     hybrid = Engine(network, tokenizer, plan=plan, config=CONFIG)
     key, prompt_ids = hide(tokenizer, tokens, random.Random(0))
     errors.print(f"Reading {tokens} tokens once, then decoding with full attention and with the plan ...", style="dim")
     full = Engine(network, tokenizer)
-    return key, compare(full, hybrid, prompt_ids, NEW_TOKENS, timed_tokens=NEW_TOKENS, repeats=2)
+    found = compare(full, hybrid, prompt_ids, NEW_TOKENS, timed_tokens=NEW_TOKENS, repeats=2)
+    errors.print(f"The same with {tokens} tokens of prose, which only go on ...", style="dim")
+    prose = PromptMaker(tokenizer, "prose", "evaluate").continuation(tokens, 2 * NEW_TOKENS, random.Random(0))
+    return key, found, compare(full, hybrid, prose.prompt_ids, 2 * NEW_TOKENS, ignore_eos=True)
 
 
 def hide(tokenizer: Any, tokens: int, rng: random.Random) -> tuple[str, list[int]]:
@@ -101,6 +106,17 @@ def tell(key: str, comparison: Comparison) -> None:
     )
 
 
+def tell_of_text(comparison: Comparison) -> None:
+    """How far both agree on plain text, where many tokens would do."""
+    print(f"\n{comparison.prompt_tokens} tokens of prose go on like this:\n")
+    for name, run in (("full attention", comparison.full), ("hybrid", comparison.hybrid)):
+        print(f"  {name:14}  {' '.join(run.answer.split())[:160]} ...")
+    print(
+        f"\nBoth are alike for {comparison.equal_tokens} of {len(comparison.full.token_ids)} tokens. Fed the full "
+        f"answer, they agree in {comparison.top1_agreement:.0%} of the steps (mean KL {comparison.kl_mean:.4f} nats)."
+    )
+
+
 def draw(comparison: Comparison, plan: HeadPlan, path: Path) -> None:
     """Speed and bytes of both ways, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -132,11 +148,15 @@ def draw(comparison: Comparison, plan: HeadPlan, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _brief(run: Any) -> dict[str, Any]:
+def _brief(comparison: Comparison) -> dict[str, Any]:
+    runs = {"full": comparison.full, "hybrid": comparison.hybrid}
+    of_run, of_both = (
+        ("answer", "tokens_per_second", "kv_bytes_per_token"),
+        ("top1_agreement", "kl_mean", "equal_tokens", "speedup", "prompt_tokens"),
+    )
     return {
-        "answer": run.answer,
-        "tokens_per_second": run.tokens_per_second,
-        "kv_bytes_per_token": run.kv_bytes_per_token,
+        **{name: {each: getattr(run, each) for each in of_run} for name, run in runs.items()},
+        **{name: getattr(comparison, name) for name in of_both},
     }
 
 

@@ -83,7 +83,11 @@ def test_the_demo_writes_what_it_found(byte_tokenizer, tmp_path, monkeypatch, ca
         assert set(record[name]) == {"answer", "tokens_per_second", "kv_bytes_per_token"}
     assert {"top1_agreement", "kl_mean", "speedup", "plan"} <= set(record)
     assert (tmp_path / "build" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert record["pass_key"] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert record["pass_key"] in said
+    continued = record["continuation"]
+    assert f"alike for {continued['equal_tokens']} of 64 tokens" in said
+    assert (continued["prompt_tokens"], set(record) - set(continued)) == (400, {"pass_key", "continuation", "plan"})
 
     monkeypatch.setattr(sys, "argv", ["demo", "--plan", "nothing"])
     with pytest.raises(SystemExit, match="no head plan file"):
