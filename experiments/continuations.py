@@ -357,7 +357,7 @@ def main() -> None:
     add("--few", action="store_true", help="without other people's policies")
     add("--float32", action="store_true", help="answers pass through the model in float32, over the same prefill")
     options = parser.parse_args()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest" if options.float32 else "high")
     model, tokenizer = load_model(options.model)
     study = Study(model, tokenizer, options)
     forms = [Form.parse(text, options.block_size) for text in options.forms]
