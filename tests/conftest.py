@@ -4,10 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 # The default model is unpacked once for all of them, and not in the user's folder.
@@ -28,46 +25,48 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
+# transformers takes seconds to import, and kernels in the interpreter need none of it: whoever asks for these pays.
+
+
 @pytest.fixture(scope="session")
 def llama():
+    import tiny
+
     return tiny.model("llama")
 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():
+    import tiny
+
     return tiny.byte_tokenizer()
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Kernels that were launched: compiled for Hopper, and not run."""
-    import hopper
-
-    return hopper.compile_only(monkeypatch, tmp_path)
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    """A token for every byte, no special ones and no chat template: identification without any download."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="session")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    """What is identified: longer texts than `llama`'s, and tokens that are bytes."""
+    import tiny
+
+    return tiny.model("llama", vocab_size=256, max_position_embeddings=4096, pad_token_id=None)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    import tiny
+
+    return tiny.plain_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def _compiled_kernels(tmp_path_factory):
+    """Triton's cache, which the processes of this run share: what one of them has compiled, the others find."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "triton"
+
+
+@pytest.fixture
+def compiled(monkeypatch, _compiled_kernels):
+    """Kernels that were launched: compiled for Hopper, and not run."""
+    import hopper
+
+    return hopper.compile_only(monkeypatch, _compiled_kernels)

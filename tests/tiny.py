@@ -148,6 +148,15 @@ def bytes_read(
     return total.tolist()
 
 
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every byte, no special ones and no chat template: identification without any download."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Four special tokens, then one token for each byte."""
     specials = ["<pad>", "<s>", "</s>", "<user>"]

@@ -1,6 +1,7 @@
 """Every example runs, with a tiny random model in the place of a real one."""
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -36,17 +37,28 @@ def places(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_example_runs(name, places, tmp_path):
-    words = [str(places.get(word, word)) for word in shlex.split(RUNS[name])]
-    command = [sys.executable, EXAMPLES / name] if name.endswith(".py") else ["bash", EXAMPLES / name]
+def words_of(name, places):
+    return [str(places.get(word, word)) for word in shlex.split(RUNS[name])]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.endswith(".py")])
+def test_python_example_runs(name, places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *words_of(name, places)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert SHOWN.get(name, "") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.endswith(".sh")])
+def test_shell_example_runs(name, places, tmp_path):
     small = {"BUDGET_TOKENS": "64", "CELL": "prose:256:passkey:1", "PROMPTS": "1"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", EXAMPLES / name, *words_of(name, places)]
     done = subprocess.run(
-        [*command, *words], cwd=tmp_path, env={**os.environ, **small, "PATH": path}, capture_output=True, text=True
+        command, cwd=tmp_path, env={**os.environ, **small, "PATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert SHOWN.get(name, "") in done.stdout
+    assert SHOWN[name] in done.stdout
 
 
 def test_every_example_is_tried():
