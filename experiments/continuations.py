@@ -135,7 +135,7 @@ class Study:
         self.began = time.perf_counter()
         settings = {name: value for name, value in vars(options).items() if name not in ("json", "plans")}
         settings["model"] = Path(options.model).name
-        self.result = Result("continuations", settings, summary={"cells": {}, "seconds": {}})
+        self.result = Result("continuations", settings, summary={"seconds": {}})
 
     @property
     def seconds(self) -> float:
@@ -289,7 +289,8 @@ class Study:
                     continue
                 self._judge(lesson, students, figures.setdefault(name, {}))
                 scores = {label: each.to_dict() for label, each in figures[name].items()}
-                self.keep(cells={**self.result.summary["cells"], name: scores})
+                self.result = self.result.with_cells({**self.result.cells, name: scores})
+                self.keep()
 
     @torch.no_grad()
     def _judge(self, lesson: TeacherBatch, students: Iterable[Student], figures: dict[str, Figures]) -> None:
@@ -362,7 +363,7 @@ def main() -> None:
     study = Study(model, tokenizer, options)
     forms = [Form.parse(text, options.block_size) for text in options.forms]
     study.evaluate(study.students(forms, study.plans(forms)))
-    for name, cell in study.result.summary["cells"].items():
+    for name, cell in study.result.cells.items():
         for label, each in cell.items():
             print(f"{name}  {label:55}  {each['kl_mean']:.5f} +- {each['kl_error']:.5f}  p99 {each['kl_p99']:.4f}")
 

@@ -40,6 +40,25 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     assert (plain.command, plain.rows, plain.summary) == ("plain", [{"a": 1}], {"b": 2})
 
 
+def test_scores_of_kinds_of_prompts_are_flat_rows(tmp_path):
+    """As the first version wrote them, nested, they are read alike."""
+    along = [{"first": 0, "last": 3, "kl_mean": 0.2}, {"first": 4, "last": 7, "kl_mean": 0.3}]
+    cells = {
+        "short": {"full": {"policy": "full", "kl_mean": 0.0, "by_position": []}, "duo": {"left_out": "Why."}},
+        "long": {"hybrid, 64 tokens": {"policy": "hybrid", "kl_mean": 0.25, "by_position": along}},
+    }
+    (tmp_path / "old.json").write_text(json.dumps({"command": "evaluate fidelity", "result": {"cells": cells, "a": 1}}))
+    old = Result.load(tmp_path / "old.json")
+    Result("evaluate fidelity", summary={"a": 1}).with_cells(cells).save(tmp_path / "new.json")
+    new = Result.load(tmp_path / "new.json")
+    cells["short"]["full"].pop("by_position")
+    assert new.cells == old.cells == cells
+    assert new.rows[2] == {"kind": "long", "label": "hybrid, 64 tokens", "policy": "hybrid", "kl_mean": 0.25}
+    assert new.summary["by_position"][1] == {"kind": "long", "label": "hybrid, 64 tokens", **along[1]}
+    assert new.summary["a"] == old.summary["a"] == 1
+    assert new.add(best=3).with_cells({"long": cells["long"]}).cells == {"long": cells["long"]}
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"result": 3}'])
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "f.json").write_text(text)

@@ -44,7 +44,7 @@ def section(source: Source, drawn: Sequence[Picture]) -> str:
     for picture in drawn:
         if picture.of == source.name:
             lines += [f"![{picture.caption}]({source.folder}/{picture.name})", ""]
-    found = result.to_json()["result"]
+    found = source.found
     if result.command == "evaluate tasks":
         found["rows"], unsolved = _scored(source.rows)
         lines += unsolved

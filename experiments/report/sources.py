@@ -32,7 +32,16 @@ class Source:
     @property
     def cells(self) -> Mapping[str, Mapping[str, Row]]:
         """Kind of prompt -> policy -> score, of what measures fidelity; nothing else has any."""
-        return self.result.summary.get("cells") or {}
+        return self.result.cells
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """Rows and summary; where there are `cells`, these in place of their rows."""
+        found = self.result.to_json()["result"]
+        if self.cells:
+            rest = {name: value for name, value in found.items() if name not in ("rows", "by_position")}
+            return {"cells": self.cells, **rest}
+        return found
 
     @property
     def link(self) -> str:

@@ -62,6 +62,28 @@ class Result:
         """The same with more rows, and with these parts of the summary."""
         return replace(self, rows=[*self.rows, *rows], summary={**self.summary, **summary})
 
+    @property
+    def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Scores by kind of prompt and label, of rows that have both: what measures fidelity makes them."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in self.rows:
+            if "kind" in row and "label" in row:
+                found.setdefault(row["kind"], {})[row["label"]] = _without(row, "kind", "label")
+        for part in self.summary.get("by_position", ()):
+            score = found[part["kind"]][part["label"]]
+            score.setdefault("by_position", []).append(_without(part, "kind", "label"))
+        return found
+
+    def with_cells(self, cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Result:
+        """The same with these `cells` for its rows; how scores change along the answers is a table of the summary."""
+        scores = [
+            ({"kind": kind, "label": label}, score) for kind, each in cells.items() for label, score in each.items()
+        ]
+        along = [{**place, **part} for place, score in scores for part in score.get("by_position", ())]
+        rows = [{**place, **_without(score, "by_position")} for place, score in scores]
+        summary = _without(self.summary, "by_position") | ({"by_position": along} if along else {})
+        return replace(self, rows=rows, summary=summary)
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in a file."""
         found = {"command": self.command, "settings": self.settings}
@@ -92,13 +114,18 @@ class Result:
         if not isinstance(data, dict) or not isinstance(found := _found(data), dict):
             raise InputError(f"{str(path)!r} is not a result file.")
         parts = {name: data.get(name) or {} for name in ("settings", "fingerprint", "options", "environment")}
-        rows = found.pop("rows", [])
-        return cls(data.get("command") or data.get("what") or path.stem, rows=rows, summary=found, **parts)
+        rows, cells = found.pop("rows", []), found.pop("cells", None)
+        result = cls(data.get("command") or data.get("what") or path.stem, rows=rows, summary=found, **parts)
+        return result.with_cells(cells) if cells else result
 
 
 def _found(data: dict[str, Any]) -> Any:
     """Rows and summary; a study of the first version has `variants` beside its settings."""
     return {"variants": data["variants"]} if "variants" in data else data.get("result")
+
+
+def _without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def _plain(value: Any) -> Any:

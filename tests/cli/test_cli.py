@@ -20,6 +20,7 @@ from lycheedecode.cli import COMMANDS, app
 from lycheedecode.cli.report import Steps, show_table
 from lycheedecode.errors import MismatchError
 from lycheedecode.identify import IdentifySettings, pipeline
+from lycheedecode.results import Result
 
 runner = CliRunner()
 PROMPT = "A prompt of some length, so that a small budget leaves something out. " * 3
@@ -377,7 +378,7 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     assert "mean KL of the plan: " in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     first = json.loads((tmp_path / "fidelity.json").read_text(encoding="utf-8"))
-    [(cell, scores)] = first["result"]["cells"].items()
+    [(cell, scores)] = Result.load(out).cells.items()
     assert cell == "400 tokens of noise, 1 passkey"
     assert list(scores) == list(first["result"]["overall"])
     assert scores.pop("full, other kernel")["kl_mean"] < 1e-6
@@ -426,7 +427,7 @@ def test_fidelity_sweeps_budgets_block_sizes_and_plans(model_folder, plan_file, 
     )  # fmt: skip
     assert "all kinds of prompts" in done.stdout
     result = json.loads(out.read_text(encoding="utf-8"))["result"]
-    passkey, long = result["cells"].values()
+    passkey, long = Result.load(out).cells.values()
     assert list(passkey) == list(long) == list(result["overall"])
     kinds = [score["policy"] for score in passkey.values()]
     assert {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)} == {
@@ -448,7 +449,7 @@ def test_fidelity_matches_bytes_or_says_why_not(model_folder, plan_file, tmp_pat
     )  # fmt: skip
     assert "duo is left out. The policy 'duo' reads at least" in " ".join(done.stderr.split())
     result = json.loads(out.read_text(encoding="utf-8"))["result"]
-    [scores] = result["cells"].values()
+    [scores] = Result.load(out).cells.values()
     assert scores["hybrid"]["budget_tokens"] == 64 < scores["streaming"]["budget_tokens"]
     assert scores["streaming"]["kv_bytes_per_token"] == pytest.approx(scores["hybrid"]["kv_bytes_per_token"], rel=0.1)
     assert list(result["overall"]) == ["full", "full, other kernel", "hybrid", "streaming"]

@@ -163,21 +163,21 @@ def fidelity(
         with progress(f"Loading {model}"):
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         known = fingerprint(network, plans, texts)
-        found = Result("evaluate fidelity", settings, summary={"cells": {}}, fingerprint=known, options=options)
+        found = Result("evaluate fidelity", settings, fingerprint=known, options=options)
         if resume and json_file is not None:
             found = continued(json_file, found.command, settings, known) or found
         _keep(json_file, found)
 
         def on_cell(cell: str, scores: Mapping[str, Any]) -> None:
             nonlocal found
-            found = found.add(cells={**found.summary["cells"], cell: scores})
+            found = found.with_cells({**found.cells, cell: scores})
             _keep(json_file, found)
 
         with Steps() as steps:
             measured = measure_fidelity(
                 network, tokenizer, compared, kinds,
                 prompts=prompts, batch_size=batch_size, seed=seed, temperature=temperature, match_bytes=match_bytes,
-                minutes=minutes, finished=dict(found.summary["cells"]), on_cell=on_cell, report=steps.show,
+                minutes=minutes, finished=found.cells, on_cell=on_cell, report=steps.show,
             )  # fmt: skip
     if "hybrid" in bare and not any(sweep.values()):
         say_what_is_covered(max(kind.length for kind in kinds), config.budget_tokens)
@@ -188,11 +188,11 @@ def fidelity(
     _show(out, "all kinds of prompts", means)
     # Of several plans or budgets, the one that strays most.
     ours = [means[variant.label]["kl_mean"] for variant in compared if variant.policy == "hybrid"]
-    result: dict[str, Any] = {"cells": measured, "overall": means}
+    result: dict[str, Any] = {"overall": means}
     if ours:
         result |= {"kl_mean": max(ours), "max_kl": max_kl, "faithful": max_kl is None or max(ours) <= max_kl}
         out.print(f"\nmean KL of the plan: {max(ours):.4f} nats per answer token")
-    save(json_file, found.add(**result))
+    save(json_file, found.with_cells(measured).add(**result))
     if not result.get("faithful", True):
         errors.print(f"lycheedecode: the mean KL {max(ours):.4f} exceeds {max_kl}.")
         raise typer.Exit(1)
