@@ -258,7 +258,7 @@ class HybridAttention:
                 dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
             else:
                 if selects:
-                    ops.scan_select(query, kv, roles.retrieval, config, scale, **own)
+                    self.select(layer, query, kv, roles.retrieval, scale, **own)
                 dense = ops.attend(query, kv, scale, roles.retrieval, **more)
             rows = tuple(roles.donor_rows[head] for head in roles.sparse)
             forms = (roles.retrieval, roles.sparse, rows)
@@ -267,7 +267,7 @@ class HybridAttention:
             )
             return output if out is None else out.copy_(output)
         if selects:
-            ops.scan_select(query, kv, roles.retrieval, config, scale, **own)
+            self.select(layer, query, kv, roles.retrieval, scale, **own)
         donor_rows = constant(roles.donor_rows, torch.int64, query.device)
         more["completion"] = completion
         return ops.attend_blocks(query, kv, selections, donor_rows, config.block_size, scale, out=out, **more)
@@ -276,6 +276,12 @@ class HybridAttention:
         """What stands for the tokens that the layer's heads leave unread; None where it is nothing."""
         factors = self._factors.get(layer)
         return None if factors is None else Completion(*state.means_of(layer), self.config.chunk_tokens, factors)
+
+    def select(
+        self, layer: int, query: Tensor, kv: KV, heads: tuple[int, ...], scale: float, out: Selections, **more: Any
+    ) -> None:
+        """A layer's retrieval heads select; arguments as of `ops.scan_select`, `heads` as `kv` has them."""
+        ops.scan_select(query, kv, heads, self.config, scale, out=out, **more)
 
     def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
         """Keys scanned by retrieval heads, keys and values attended by every head, and means (see `DecodeAttention`).

@@ -55,7 +55,7 @@ def test_the_numbers_of_llama():
     ways = {row["way"]: row for row in result["rows"]}
     cache = 3 * 131072 * 131072  # 128 KiB for a token
     assert ways["full attention"]["gpu_bytes"] == ways["host"]["host_bytes"] == cache
-    assert ways["host"]["gpu_bytes"] < cache / 7.5
+    assert ways["host"]["gpu_bytes"] <= cache / 8
     assert ways["host, 8-bit scan"]["gpu_bytes"] < cache / 10
     assert result["weight_bytes"] == 2 * 8030261248
     assert (result["retrieval_heads"], result["fits"]) == (32, "full attention")

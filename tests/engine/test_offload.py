@@ -8,8 +8,10 @@ import tiny
 import torch
 
 from lycheedecode import Engine, HybridConfig
+from lycheedecode.engine.memory import CacheMemoryError
 from lycheedecode.engine.offload import HostCache, HostMemoryError, pinned
 from lycheedecode.engine.offload import cache as host
+from lycheedecode.engine.offload.choice import check_room
 from lycheedecode.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Without a GPU")
@@ -221,6 +223,14 @@ def test_too_little_host_memory(llama, monkeypatch):
     monkeypatch.setattr(host, "free_host_bytes", lambda: 1000)
     with pytest.raises(HostMemoryError, match=r"2 x 256 tokens in host memory needs 0\.0 GiB, but 0\.0 GiB are free"):
         engine.prefill(tiny.prompts(20, 30))
+
+
+def test_too_little_memory_on_the_gpu(llama):
+    engine = engine_of(llama, cache="host")
+    size = engine.attention.size(engine.shape, 2, 300, 4)
+    check_room(size, size.gpu)
+    with pytest.raises(CacheMemoryError, match=r"this batch keeps 0\.0 GiB on the GPU, but 0\.0 GiB are free"):
+        check_room(size, size.gpu - 1)
 
 
 def test_without_a_gpu_it_says_that_it_gains_nothing(llama):

@@ -10,7 +10,8 @@ are the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -20,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..engine.engine import Context, Engine
+from ..errors import DeviceError
 from ..models.versions import attention_name
 from ..results import Result
 from .harness import say
 from .models import build, prompts_for, release
-from .settings import GenerateSettings
+from .settings import FORMS, GenerateSettings
 from .step import make_engine
 
 
@@ -36,23 +38,38 @@ def run(settings: GenerateSettings, device: str) -> dict[str, Any]:
         for batch in settings.batches:
             prompts = prompts_for(model, batch, context)
             found = {row["way"]: row for row in _ours(model, prompts, settings)}
-            release()  # before somebody else's cache of the same prompts
-            if "transformers" in settings.ways:
-                found["transformers"] = {"way": "transformers", **_transformers(model, prompts, settings)}
+            release()  # before another cache of the same prompts
+            for way in settings.ways:
+                if way not in FORMS:
+                    time_it = _from_host if way == "hybrid+host" else _transformers
+                    found[way] = {"way": way, **_with_peak(device, partial(time_it, model, prompts, way, settings))}
                 release()
             shape = {"batch": batch, "context": context}
             rows += _compared([{"way": way, **shape, **found[way]} for way in settings.ways])
     return {"rows": rows}
 
 
+def _with_peak(device: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row that `make` makes, and the most memory of the GPU that it took."""
+    if device != "cuda":
+        return make()
+    torch.cuda.reset_peak_memory_stats()
+    return {**make(), "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
 def _ours(model: PreTrainedModel, prompts: Tensor, settings: GenerateSettings) -> Iterator[dict[str, Any]]:
     context: Context | None = None
     for form in settings.ways:
-        if form == "transformers":
+        if form not in FORMS:
             continue
         engine = make_engine(model, form, settings, settings.execution)
         context = context or engine.prefill(prompts.tolist(), room=settings.tokens)
-        yield {"way": form, **_generate(engine, context, settings)}
+        yield {"way": form, **_with_peak(engine.device.type, partial(_generate, engine, context, settings))}
+
+
+def _from_host(model: PreTrainedModel, prompts: Tensor, _: str, settings: GenerateSettings) -> dict[str, Any]:
+    engine = make_engine(model, "hybrid", settings, settings.execution, cache="host")
+    return _generate(engine, engine.prefill(prompts.tolist(), room=settings.tokens), settings)
 
 
 def _generate(engine: Engine, context: Context, settings: GenerateSettings) -> dict[str, Any]:
@@ -80,7 +97,10 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _transformers(model: PreTrainedModel, prompts: Tensor, settings: GenerateSettings) -> dict[str, Any]:
+def _transformers(model: PreTrainedModel, prompts: Tensor, way: str, settings: GenerateSettings) -> dict[str, Any]:
+    offloaded = way.endswith("+offloaded")
+    if offloaded and not next(model.parameters()).is_cuda:
+        raise DeviceError("Hugging Face's offloaded cache (transformers+offloaded) needs a CUDA GPU.")
     prompts, clock = prompts.to(next(model.parameters()).device), _Clock()
     tokens = model.generate(
         prompts,
@@ -89,6 +109,7 @@ def _transformers(model: PreTrainedModel, prompts: Tensor, settings: GenerateSet
         min_new_tokens=settings.tokens,
         do_sample=False,
         streamer=clock,
+        cache_implementation="offloaded" if offloaded else None,
     )
     began, first, *_rest, last = clock.times
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -17,15 +17,20 @@ Settings = TypeVar("Settings", bound=BenchSettings)
 
 
 def measure(
-    command: str, settings: Settings, run: Callable[[Settings, str], dict[str, Any]], needs_gpu: bool = True
+    command: str,
+    settings: Settings,
+    run: Callable[[Settings, str], dict[str, Any] | Iterator[dict[str, Any]]],
+    needs_gpu: bool = True,
+    keep: Callable[[Result], None] | None = None,
 ) -> Result:
     """The result of a benchmark.
 
     Args:
         command: its name in the result.
         settings: what it is asked for.
-        run: takes settings and device, returns rows and what sums them up.
+        run: takes settings and device, returns rows and what sums them up, or yields a row at a time.
         needs_gpu: refuse to run without one, unless a smoke test is all that is asked for.
+        keep: takes the result so far, after each row.
 
     Raises:
         DeviceError: there is no GPU.
@@ -36,7 +41,14 @@ def measure(
         raise DeviceError("There is no CUDA GPU here, and times mean something on one only: --smoke verifies without.")
     torch.manual_seed(settings.seed)
     found = run(settings.shrunk() if settings.smoke else settings, device)
-    return Result(command, asdict(settings)).add(**found)
+    result = Result(command, asdict(settings))
+    if isinstance(found, dict):
+        return result.add(**found)
+    for row in found:
+        result = result.add([row])
+        if keep is not None:
+            keep(result)
+    return result
 
 
 def say(line: str) -> None:

@@ -1,9 +1,8 @@
-"""`bench memory`: generation with the KV cache in host memory, by the size of the store, against a resident cache.
+"""`bench memory`: the KV cache in host memory against a resident one, and what either takes.
 
-    prompts -> Engine, resident -> its tokens -> Engine, host, for every size of the store: the same tokens, or no times
-
-Selections of trained models change little from token to token; those of random weights do as they like, so misses mean
-something with a real model alone.
+texts    real texts are continued: the same tokens, or no times; how often blocks are missing, by the store's size
+steps    of a model with random weights, whose selections change as those texts' did: the same logits, or no times
+prefill  of random tokens: the same logits, or no times
 """
 
 from __future__ import annotations
@@ -12,103 +11,95 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..config import HybridConfig
-from ..engine.context import Context
 from ..engine.engine import Engine
 from ..errors import MismatchError
 from ..results import Result
 from .harness import say
+from .memory_steps import bench_steps
+from .memory_texts import bench_texts
 from .models import build, plan_for, prompts_for, release
 from .settings import MemorySettings
+from .verify import relative_error
+
+_TOLERANCE = 0.15
+"""Of logits after a prompt in other chunks, relative; see `bench.step`."""
+_WARM_UP = 2048
 
 
-def run(settings: MemorySettings, device: str) -> dict[str, Any]:
-    """Generate greedily, never ending early."""
+def run(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
+    """Rows of all parts, as they come."""
+    parts = {"steps": bench_steps, "prefill": bench_prefill, "texts": bench_texts}
+    for part in settings.parts:
+        for row in parts[part](settings, device):
+            row = {"part": part, **row}
+            say(format_row(row))
+            yield row
+
+
+def bench_prefill(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
+    """Seconds of prompts whose cache stays on the GPU, and of those whose cache goes to host memory meanwhile."""
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = []
-    for context in settings.contexts:
-        for batch in settings.batches:
-            prompts = prompts_for(model, batch, context).tolist()
-            resident, tokens = _resident(model, prompts, settings)
+    config = HybridConfig(budget_tokens=settings.budgets[0], block_size=settings.block_size)
+    for batch, length in settings.pairs:
+        prompts, right, seconds = prompts_for(model, batch, length).tolist(), None, 0.0
+        for place in ("resident", "host"):
+            engine = Engine(model, plan=plan_for(model), config=config, cache=place)
+            engine.prefill([prompt[:_WARM_UP] for prompt in prompts])
             release()
-            for row in (resident, *_from_host(model, prompts, settings, tokens)):
-                rows.append({"batch": batch, "context": context, **row})
-                say(format_row(rows[-1]))
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            context = engine.prefill(prompts, room=1)
+            error = 0.0 if right is None else relative_error(context.logits, right)
+            if not error <= _TOLERANCE:
+                raise MismatchError(
+                    f"Logits after {length} tokens differ by {error:.1e} from those of a resident cache."
+                )
+            right = context.logits if right is None else right
+            seconds = context.prefill_seconds if place == "resident" else seconds
+            yield {
+                "cache": place,
+                "batch": batch,
+                "context": length,
+                "prefill_seconds": context.prefill_seconds,
+                "slower": context.prefill_seconds / seconds - 1,
+                "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+                "error": error,
+            }
+            del context
             release()
-    return {"rows": rows}
-
-
-def _engine(model: nn.Module, settings: MemorySettings, **options: Any) -> Engine:
-    config = HybridConfig(budget_tokens=settings.budget_tokens, block_size=settings.block_size)
-    return Engine(model, plan=plan_for(model), config=config, execution=settings.execution, **options)
-
-
-def _resident(
-    model: nn.Module, prompts: list[list[int]], settings: MemorySettings
-) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
-    engine = _engine(model, settings)
-    row, tokens = _generated(engine, engine.prefill(prompts, room=settings.tokens), settings)
-    return {"store_percent": None, **row}, tokens
-
-
-def _from_host(
-    model: nn.Module, prompts: list[list[int]], settings: MemorySettings, expected: list[tuple[int, ...]]
-) -> Iterator[dict[str, Any]]:
-    context = None
-    for percent in settings.store_percents:
-        engine = _engine(model, settings, cache="host", store_ratio=percent / 100)
-        context = engine.prefill(prompts, room=settings.tokens) if context is None else context
-        row, tokens = _generated(engine, context, settings)
-        if tokens != expected:
-            raise MismatchError(
-                f"With a store of {percent}% of a selection, tokens differ from those of a resident cache."
-            )
-        yield {"store_percent": percent, **row}
-
-
-def _generated(
-    engine: Engine, context: Context, settings: MemorySettings
-) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    made = engine.generate(context, settings.tokens, ignore_eos=True)
-    seconds, steps = max(one.decode_seconds for one in made), max(settings.tokens - 1, 1)
-    times: dict[str, float | None] = {
-        "prefill_seconds": made[0].prefill_seconds,
-        "ms": seconds / steps * 1e3,
-        "tokens_per_second": len(made) * steps / seconds,
-    }
-    if engine.device.type != "cuda":  # there is no link to wait for, so they say nothing
-        times = dict.fromkeys(times)
-    row = {
-        **times,
-        "bytes_on_gpu": made[0].bytes_on_gpu,
-        "bytes_on_host": made[0].bytes_on_host,
-        "peak_bytes": torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else None,
-        "miss_rate": sum(one.miss_rate for one in made) / len(made),
-        "execution": engine.way,
-    }
-    return row, [one.token_ids for one in made]
 
 
 HEADER = (
-    f"{'store':>8} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms/token':>9} {'GPU MB':>8} {'host MB':>8} {'new':>6}"
+    f"{'':7} {'cache':>8} {'store':>5} {'budget':>6} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms/step':>8} "
+    f"{'tokens/s':>8} {'slower':>6} {'GPU MB':>8} {'host MB':>8} {'peak MB':>8} {'new':>6} {'fetched MB':>10}"
 )
 
 
 def format_row(row: Mapping[str, Any]) -> str:
     """A line of the table under `HEADER`."""
-    store = "resident" if row["store_percent"] is None else f"{row['store_percent']}%"
-    sizes = f"{row['bytes_on_gpu'] / 1e6:8.1f} {row['bytes_on_host'] / 1e6:8.1f}"
-    times = " " * 19 if row["ms"] is None else f"{row['prefill_seconds']:9.2f} {row['ms']:9.3f}"
-    return f"{store:>8} {row['batch']:5} {row['context']:8} {times} {sizes} {row['miss_rate']:6.1%}"
+    size = f"{row['batch']:5} {row['context']:8}"
+    if "left_out" in row:
+        return f"{row['part']:7} {row['cache']:>8} {'':5} {'':6} {size} left out: {row['left_out']}"
+
+    def number(name: str, form: str, scale: float = 1.0) -> str:
+        width = int(form.split(".")[0].lstrip("+"))
+        value = row.get(name)
+        return " " * width if value is None else format(value * scale, form)
+
+    sizes = " ".join(number(name, "8.1f", 1e-6) for name in ("bytes_on_gpu", "bytes_on_host", "peak_bytes"))
+    store = number("store_percent", "4.0f") + ("%" if row.get("store_percent") else " ")
+    times = f"{number('prefill_seconds', '9.2f')} {number('ms', '8.3f')} {number('tokens_per_second', '8.1f')}"
+    more = f"{number('slower', '6.1%')} {sizes} {number('miss_rate', '6.1%')} {number('fetched_bytes', '10.1f', 1e-6)}"
+    return f"{row['part']:7} {row['cache']:>8} {store} {number('budget_tokens', '6.0f')} {size} {times} {more}"
 
 
 def lines(result: Result) -> Iterator[str]:
     """The measurements, a line each."""
     yield HEADER
     yield from (format_row(row) for row in result.rows)
-    yield "Times are those of a GPU; none are given without."
-    yield "store: in percent of a selection; new: share of selected blocks that were fetched, for every head."
+    yield (
+        "store: in percent of a selection; new: share of selected blocks that were fetched, for every head; slower: "
+        "than with a resident cache. Without a GPU, texts have no times."
+    )

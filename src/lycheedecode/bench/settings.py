@@ -16,8 +16,8 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "hybrid+centroid": {"completion": "centroid"},
 }
 """Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
-WAYS = (*FORMS, "transformers")
-"""Who generates: our engine with a form of attention, or Hugging Face."""
+WAYS = (*FORMS, "hybrid+host", "transformers", "transformers+offloaded")
+"""Who generates: our engine with a form of attention, or Hugging Face; either of them with its cache in host memory."""
 SERVERS = ("stock", "hybrid")
 """Attention in vLLM: its own, or the plugin's."""
 SHORT = 3
@@ -169,7 +169,7 @@ class GenerateSettings(ModelSettings):
     """What `bench generate` times.
 
     Attributes:
-        ways: to generate: a form of attention as in `bench step`, or transformers.
+        ways: to generate: a form of attention as in `bench step`, hybrid+host, transformers, transformers+offloaded.
         tokens: new tokens of each sequence.
         execution: how our steps run.
     """
@@ -186,34 +186,60 @@ class GenerateSettings(ModelSettings):
         return replace(super().shrunk(), tokens=6)
 
 
+MEMORY_PARTS = ("steps", "prefill", "texts")
+"""What `bench memory` times."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class MemorySettings(ModelSettings):
+class MemorySettings(BenchSettings):
     """What `bench memory` times.
 
     Attributes:
-        model: shape of the model, with random weights, or a real one with a bundled plan.
-        batches: sequences decoded together.
-        contexts: tokens of each prompt.
+        parts: steps: random weights, selections that change as real ones do; prefill: of random tokens; texts: real
+            texts continued.
+        model: shape of the model, with random weights, or a real one (texts).
+        plan: head plan of a real model; the bundled one without.
+        layers: so many of the model's, when it is to be cut short.
+        cases: batches and contexts, as 1x131072,3x131072.
+        budgets: tokens of a selection.
+        block_size: tokens of a block.
         store_percents: sizes of the store, in percent of a selection.
-        tokens: new tokens of each sequence.
+        reuse: a result of texts, whose misses are replayed (steps).
+        steps: that are timed (steps).
+        texts: what is continued (texts).
+        tokens: new tokens of each sequence (texts).
         execution: how steps run.
     """
 
+    parts: tuple[str, ...] = ("texts",)
     model: str = "smollm2-135m"
-    batches: tuple[int, ...] = (1,)
-    contexts: tuple[int, ...] = (4096,)
-    budget_tokens: int = 512
+    plan: str | None = None
+    layers: int | None = None
+    cases: tuple[str, ...] = ("1x4096",)
+    budgets: tuple[int, ...] = (512,)
+    block_size: int = 32
     store_percents: tuple[int, ...] = (100, 150, 200, 300)
+    reuse: str | None = None
+    steps: int = 60
+    texts: tuple[str, ...] = ("code", "prose")
     tokens: int = 64
     execution: Literal["auto", "compiled", "graph", "eager"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_names("parts", self.parts, MEMORY_PARTS)
         if min(self.store_percents) < 100:
             raise ConfigError("store_percents must be at least 100, so that the store holds a whole selection.")
+        _ = self.pairs  # refuses what is none
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The cases as numbers."""
+        return as_pairs(self.cases)
 
     def shrunk(self) -> MemorySettings:
-        return replace(super().shrunk(), tokens=12)
+        small = replace(self, model="tiny", plan=None, layers=None, cases=("1x300", "2x300"), reuse=None)
+        return replace(small, budgets=(64,), block_size=16, steps=6, tokens=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,13 +280,7 @@ class ServingSettings(BenchSettings):
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """The cases as numbers."""
-        found = []
-        for case in self.cases:
-            batch, _, context = case.partition("x")
-            if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context) > 1):
-                raise ConfigError(f"{case!r} is not a batch and a context, like 4x131072.")
-            found.append((int(batch), int(context)))
-        return found
+        return as_pairs(self.cases)
 
     def shrunk(self) -> ServingSettings:
         small = replace(self, budget_tokens=64, block_size=16, tokens=12, repeats=1)
@@ -270,6 +290,17 @@ class ServingSettings(BenchSettings):
 def _smallest(value: Any) -> float:
     numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, (int, float))]
     return min((n for n in numbers if not isinstance(n, bool)), default=1)
+
+
+def as_pairs(cases: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Batches and contexts; raises `ConfigError` for what is none."""
+    found = []
+    for case in cases:
+        batch, _, context = case.partition("x")
+        if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context) > 1):
+            raise ConfigError(f"{case!r} is not a batch and a context, like 4x131072.")
+        found.append((int(batch), int(context)))
+    return found
 
 
 def check_names(name: str, given: tuple[str, ...], known: Any) -> None:

@@ -84,7 +84,7 @@ def run(settings: StepSettings, device: str) -> dict[str, Any]:
     left_out: list[str] = []
     for context in settings.contexts:
         for batch in settings.batches:
-            missing = _missing_bytes(model, batch, context)
+            missing = missing_bytes(model, batch, context)
             if missing > 0:
                 left_out.append(f"batch {batch}, context {context}: {missing / 1e9:.0f} GB of memory are missing")
                 say(f"left out: {left_out[-1]}")
@@ -131,9 +131,12 @@ def _bench_case(
     release()
 
 
-def make_engine(model: PreTrainedModel, form: str, settings: ModelSettings, execution: Execution) -> Engine:
-    """An engine whose decode steps have this form of attention."""
-    how: dict[str, Any] = {"backend": None if settings.backend == "ours" else settings.backend, "execution": execution}
+def make_engine(
+    model: PreTrainedModel, form: str, settings: ModelSettings, execution: Execution, **options: Any
+) -> Engine:
+    """An engine whose decode steps have this form of attention; `options` are the engine's."""
+    backend = None if settings.backend == "ours" else settings.backend
+    how: dict[str, Any] = {"backend": backend, "execution": execution, **options}
     form_settings = FORMS[form]
     if form_settings is None:
         return Engine(model, **how)
@@ -141,7 +144,7 @@ def make_engine(model: PreTrainedModel, form: str, settings: ModelSettings, exec
     return Engine(model, plan=plan_for(model), config=config, **how)
 
 
-def _missing_bytes(model: PreTrainedModel, batch: int, length: int) -> int:
+def missing_bytes(model: PreTrainedModel, batch: int, length: int) -> int:
     """How much more memory than there is this GPU would need; 0 or less: it fits."""
     if model.device.type != "cuda":
         return 0
@@ -177,9 +180,9 @@ def step_times(engine: Engine, context: Context, steps: int, together: int) -> l
     warm_up = max(steps // 4, 3)
     events = []
     for _ in range(warm_up + steps):
-        events.append(_now(engine.device))
+        events.append(event_now(engine.device))
         token_ids = engine.decode_one_token(context, token_ids).argmax(-1)
-    events.append(_now(engine.device))
+    events.append(event_now(engine.device))
     marks = events[warm_up::together]
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
@@ -189,7 +192,8 @@ def step_times(engine: Engine, context: Context, steps: int, together: int) -> l
     return sorted(time / together for time in times)
 
 
-def _now(device: torch.device) -> Any:
+def event_now(device: torch.device) -> Any:
+    """A CUDA event; the time in seconds elsewhere."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

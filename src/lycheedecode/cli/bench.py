@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -62,7 +63,8 @@ def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = T
     check_writable(json_file)
     with quiet(verbose=False):
         module, harness = (import_module(f"...bench.{part}", __name__) for part in (name, "harness"))
-        result = harness.measure(f"bench {name}", settings, module.run, needs_gpu)
+        keep = None if str(json_file) == "-" else partial(save, json_file)
+        result = harness.measure(f"bench {name}", settings, module.run, needs_gpu, keep)
     out = screen(json_file)
     for line in module.lines(result):
         out.print(line, soft_wrap=True, markup=False)
@@ -92,10 +94,11 @@ def lossless(given: dict[str, Any], json_file: Json = None) -> None:
 
 
 @app.command()
-@takes("given", MemorySettings, panels={})
+@takes("given", MemorySettings, leave_out=("budget_tokens",), panels={})
 def memory(given: dict[str, Any], json_file: Json = None) -> None:
     """Compare and time generations with the KV cache in host memory."""
-    _run("memory", MemorySettings(**given), json_file, needs_gpu=False)
+    settings = MemorySettings(**given)
+    _run("memory", settings, json_file, needs_gpu=settings.parts != ("texts",))
 
 
 @app.command(cls=_Benchmark)

@@ -163,7 +163,8 @@ class Engine:
         is_long = 0 < self._positions.turn < longest
         if context is None:
             starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
-            asked = self._place, self.model, self.shape, len(rows), longest + room, self._reaches, starts
+            size = len(rows), longest + room
+            asked = self._place, self.model, self.shape, *size, self._reaches, starts, self.attention
             context = new_context(self.model, new_cache(*asked), len(rows), is_long)
         check_continued(context, self.model, len(rows))
         sizes = len(rows), context.cache.missing(longest + room), context.cache.layers_in_prefill

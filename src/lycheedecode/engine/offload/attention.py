@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -14,6 +14,7 @@ from ... import ops
 from ...attention import HybridAttention, HybridState
 from ...config import HybridConfig
 from ...errors import ConfigError
+from ...models.shape import ModelShape
 from ...ops import KV, ChunkMeans, Completion, Selections
 from ...ops.append.rope import Rotation
 from ...ops.fetch import newest_keys
@@ -21,6 +22,7 @@ from ...ops.types import constant
 from ...plan import HeadPlan
 from ..step import FixedStep, Forward
 from .cache import HostCache
+from .size import CacheSize, offloaded_size
 from .store import BlockStore, ScanKeys, readers_of
 
 
@@ -83,6 +85,12 @@ class OffloadedAttention(HybridAttention):
         super().__init__(plan, config, layers)
         self._global, self._ratio = tuple(layers), store_ratio
 
+    def size(self, shape: ModelShape, batch: int, slots: int, itemsize: int) -> CacheSize:
+        """What it is going to need of a batch."""
+        retrieval = sum(len(self._scanned[layer]) for layer in self._global)
+        config = self.config if self._factors else replace(self.config, completion="none")
+        return offloaded_size(shape, batch, slots, itemsize, config, retrieval, self._ratio)
+
     def allocate_offloaded(self, cache: HostCache) -> OffloadedState:
         """What it keeps of the batch of a cache in host memory."""
         config, slots, device = self.config, cache.capacity, cache.layers[self._global[0]].device
@@ -128,7 +136,7 @@ class OffloadedAttention(HybridAttention):
             chosen = state.selections.rows(roles.first_row, len(roles.retrieval))
             heads, scales = tuple(range(len(roles.retrieval))), state.scanned.scales(layer)
             seen = scanned._replace(keys=copy, values=copy)
-            ops.scan_select(asking, seen, heads, config, scale, out=chosen, scales=scales)
+            self.select(layer, asking, seen, heads, scale, out=chosen, scales=scales)
             store.take(self._position[layer])
         completion = None
         if layer in self._factors:

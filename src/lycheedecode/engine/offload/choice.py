@@ -8,15 +8,17 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from ...attention import DecodeAttention
 from ...config import HybridConfig
 from ...errors import ConfigError
 from ...models.routing import Window
 from ...models.shape import ModelShape
 from ...plan import HeadPlan
 from ..cache import KVCache
-from ..memory import free_bytes, slot_bytes
-from .attention import refuse_unfit
+from ..memory import CacheMemoryError, free_bytes, slot_bytes
+from .attention import OffloadedAttention, refuse_unfit
 from .cache import HostCache
+from .size import CacheSize
 
 CachePlace = Literal["resident", "host", "auto"]
 
@@ -59,18 +61,32 @@ def new_cache(
     slots: int,
     reaches: Sequence[Window],
     starts: Tensor | None,
+    attention: DecodeAttention,
 ) -> KVCache:
     """An empty cache with room for `slots` slots of `batch` sequences, where `place` says.
 
     Raises:
         HostMemoryError: host memory does not hold it.
+        CacheMemoryError: the GPU does not hold what `attention` keeps there of a cache in host memory.
     """
     cache = KVCache(shape.num_layers, starts)
     if _is_in_host_memory(place, model, shape, batch, slots):
         weight = next(model.parameters())
+        if weight.is_cuda and isinstance(attention, OffloadedAttention):
+            check_room(attention.size(shape, batch, slots, weight.element_size()), free_bytes(weight.device))
         cache = HostCache(shape, batch, weight.dtype, weight.device, reaches, starts)
     cache.reserve(slots)
     return cache
+
+
+def check_room(size: CacheSize, free: int) -> None:
+    """Raise `CacheMemoryError` unless what decoding is going to keep on the GPU fits into `free` bytes."""
+    if size.gpu > free:
+        raise CacheMemoryError(
+            f"Beside {size.host / 2**30:.1f} GiB of its KV cache in host memory, this batch keeps "
+            f"{size.gpu / 2**30:.1f} GiB on the GPU, but {free / 2**30:.1f} GiB are free: give fewer sequences or "
+            "shorter ones, a smaller budget, scan_keys='float8' or a lower store_ratio."
+        )
 
 
 def _is_in_host_memory(place: str, model: nn.Module, shape: ModelShape, batch: int, slots: int) -> bool:

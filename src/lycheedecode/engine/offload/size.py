@@ -8,6 +8,7 @@ from math import ceil
 from ...config import HybridConfig
 from ...models.shape import ModelShape
 from ..cache import grown
+from .store import pool_blocks
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def offloaded_size(
     slots, layers = grown(slots, 0), len(shape.global_layers)
     blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
     capacity = config.capacity_blocks(blocks)
-    held = min(ceil(store_ratio * capacity), max(blocks, capacity))
-    tail = 2 + ceil((config.refresh_every - 1) / config.block_size)
+    held, tail = pool_blocks(store_ratio, capacity, blocks, config.block_size, config.refresh_every)
     token = _token_bytes(shape, itemsize)
     known = blocks + 3 * held + 2 * capacity + 1
     return CacheSize(

@@ -16,6 +16,17 @@ from .lane import Lane, Mark
 from .pinned import wait_for
 
 
+def pool_blocks(ratio: float, capacity: int, blocks: int, block_size: int, refresh_every: int) -> tuple[int, int]:
+    """Slots and tail of a head's pool, in blocks: `ratio` selections of `capacity` blocks, if that is enough.
+
+    A map, which takes less than a block of each head that reads its row, is part of that. Slots hold a whole selection.
+    In the tail the newest block is being filled, the one before it may not be in host memory yet; and while a selection
+    stands, more may follow, which must not take the place of those that it knows.
+    """
+    tail = 2 + ceil((refresh_every - 1) / block_size)
+    return min(max(ceil(ratio * capacity) - tail - 1, capacity), max(blocks, capacity)), tail
+
+
 class BlockStore:
     """Blocks of the cache that are at hand, for one attention; see `ops.fetch` for how a pool is laid out.
 
@@ -26,12 +37,13 @@ class BlockStore:
         selections: of the attention.
         block_size: tokens per block.
         blocks: of a sequence, at most.
-        ratio: slots of a head, in selections.
+        ratio: blocks of a head at hand and their map, in selections.
         refresh_every: steps from one selection to the next.
         starts: as in `KVCache`.
         device: of the pools.
 
     Attributes:
+        readers: as given.
         lane: where blocks are fetched that later layers are going to read.
     """
 
@@ -49,11 +61,8 @@ class BlockStore:
         device: torch.device,
     ) -> None:
         num_rows, batch, capacity = selections.blocks.shape
-        self.source, self.selections, self.block_size = source, selections, block_size
-        self.slots = min(ceil(ratio * capacity), max(blocks, capacity))
-        # The newest block is being filled, the one before it may not be in host memory yet; and while a selection
-        # stands, more may follow, which must not take the place of those that it knows.
-        self.tail_blocks = 2 + ceil((refresh_every - 1) / block_size)
+        self.source, self.selections, self.block_size, self.readers = source, selections, block_size, readers
+        self.slots, self.tail_blocks = pool_blocks(ratio, capacity, blocks, block_size, refresh_every)
         self._ahead = refresh_every - 1
         layers, _, heads, _, dim = source.keys.shape
         shape = layers, batch, heads, (self.slots + self.tail_blocks) * block_size, dim

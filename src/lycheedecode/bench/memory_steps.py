@@ -1,0 +1,273 @@
+"""Steps of a model with random weights over a cache in host memory, against those over a resident one.
+
+    host memory, filled once with random numbers -> a HostCache of every case, in turn -> its steps, timed
+                                                 -> the same numbers on the GPU        -> steps over these: same logits?
+
+Selections are replayed (`reuse`), after the scan that would have made them: random weights select as they like.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import DecodeAttention, HybridAttention
+from ..config import HybridConfig
+from ..engine.cache import KVCache, grown
+from ..engine.context import Context
+from ..engine.engine import Engine
+from ..engine.memory import slot_bytes
+from ..engine.offload import HostCache, OffloadedAttention
+from ..engine.offload.pinned import Region, free_host_bytes
+from ..engine.offload.store import BlockStore
+from ..errors import ConfigError, MismatchError
+from ..models.routing import Window
+from ..models.shape import ModelShape
+from ..ops import KV, Selections
+from .models import build, plan_for, release
+from .reuse import Misses, misses_of, replay
+from .settings import MemorySettings
+from .step import ROOM, event_now, missing_bytes, weight_bytes
+from .verify import relative_error
+
+_TOLERANCE = 1e-2
+"""Of logits, relative: the same kernels over the same blocks, in as many parts."""
+_SMOKE: Misses = {100: 0.2, 150: 0.1, 200: 0.06, 300: 0.03}
+_SAMPLES = 256
+_PIECE = 1 << 27
+
+
+class _Replayed(HybridAttention):
+    """Scans and selects as ever, then decodes with given selections, int32 `[steps, R, B, K]`."""
+
+    def give(self, made: Tensor, first: int) -> None:
+        """`first`: tokens of a sequence at the step that gets the first of them."""
+        self._given, self._begin = made, first
+        self._parts: dict[int, Tensor] = {}
+
+    def select(
+        self, layer: int, query: Tensor, kv: KV, heads: tuple[int, ...], scale: float, out: Selections, **more: Any
+    ) -> None:
+        """See `HybridAttention`."""
+        super().select(layer, query, kv, heads, scale, out, **more)
+        if layer not in self._parts:
+            first, (rows, batch, capacity) = self._layers[layer].first_row, out.blocks.shape
+            mine = self._given[:, first : first + rows].reshape(len(self._given), rows * batch * capacity)
+            self._parts[layer] = mine.to(out.blocks.device)
+        if layer == 0:
+            self._step = (kv.token_counts()[:1] - self._begin) % len(self._given)
+        torch.index_select(self._parts[layer], 0, self._step, out=out.blocks.view(1, -1))
+
+
+class _ReplayedOffloaded(_Replayed, OffloadedAttention):
+    pass
+
+
+def bench_steps(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
+    """Rows of every case: full attention and a resident cache where they fit, and host memory."""
+    if settings.reuse is None and not settings.smoke:
+        raise ConfigError(
+            "Random weights select as they like: give --reuse a result of bench memory on a real model, whose misses "
+            "are replayed."
+        )
+    model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    region, seconds = None, 0.0
+    sizes = {case: _host_bytes(model, *case) for case in settings.pairs}
+    free = free_host_bytes()
+    fitting = [size for size in sizes.values() if size <= free]
+    if fitting:
+        began = time.perf_counter()
+        region = Region(max(fitting), torch.device(device))
+        seconds = time.perf_counter() - began
+        _fill(region, model)
+    for case, size in sizes.items():
+        if size <= free and region is not None:
+            for row in _Case(model, settings, region, *case).rows():
+                yield {**row, "pin_gib_per_second": region.data.nbytes / 2**30 / seconds}
+        else:
+            missing = f"{size / 2**30:.0f} GiB of host memory are needed, {free / 2**30:.0f} are free"
+            yield {"cache": "host", "batch": case[0], "context": case[1], "left_out": missing}
+        release()
+
+
+class _Case:
+    """A batch and a context.
+
+    Args:
+        region: host memory that is full of random numbers.
+    """
+
+    def __init__(self, model: nn.Module, settings: MemorySettings, region: Region, batch: int, length: int) -> None:
+        self._model, self._settings, self._region = model, settings, region
+        self._shape, self._batch, self._length = ModelShape.of(model), batch, length
+        self._weight = next(model.parameters())
+        self._fits = missing_bytes(model, batch, length) <= 0  # on the GPU, as a whole
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The measurements; raises `MismatchError` where steps differ from those over a resident cache."""
+        size = {"batch": self._batch, "context": self._length}
+        host, first = self._host_cache(), []
+        for budget in self._settings.budgets:
+            misses = self._misses(budget)
+            for percent in self._settings.store_percents:
+                attention = self._attention(_ReplayedOffloaded, budget, misses, percent / 100)
+                context = self._context(host)
+                row, logits = self._measured(attention, context)
+                first.append((budget, row, logits))
+                _check_store(host.state.store)
+                row |= size | {"cache": "host", "budget_tokens": budget, "store_percent": percent}
+                row["replayed_misses"] = misses
+                if not self._fits:
+                    yield row | {"error": None}
+                del context
+                host.forget_state()
+                release()
+        if self._fits:
+            yield from self._against(host, first, size)
+
+    def _against(
+        self, host: HostCache, found: list[tuple[int, dict[str, Any], Tensor]], size: dict[str, int]
+    ) -> Iterator[dict[str, Any]]:
+        """The rows so far, and those of steps over a copy of the cache on the GPU."""
+        copy = self._resident(host)
+        for budget in self._settings.budgets:
+            attention = self._attention(_Replayed, budget, self._misses(budget))
+            resident, right = self._measured(attention, self._context(copy))
+            yield resident | size | {"cache": "resident", "budget_tokens": budget}
+            for row, logits in ((row, logits) for other, row, logits in found if other == budget):
+                error = relative_error(logits, right)
+                if not error <= _TOLERANCE:
+                    raise MismatchError(f"Logits of {size} from host memory differ by {error:.1e} from resident ones.")
+                yield row | {"error": error, "slower": row["mean_ms"] / resident["mean_ms"] - 1}
+            copy.forget_state()
+            release()
+        full, _ = self._measured(None, self._context(copy))
+        yield full | size | {"cache": "full"}
+
+    # ------------------------------------------------------------------ caches
+
+    def _host_cache(self) -> HostCache:
+        reaches = Window.of_layers(self._model, self._shape)
+        where = (self._batch, self._weight.dtype, self._weight.device)
+        cache = HostCache(self._shape, *where, reaches, region=self._region)
+        cache.reserve(self._length + ROOM)
+        return self._filled(cache)
+
+    def _resident(self, host: HostCache) -> KVCache:
+        cache = KVCache(self._shape.num_layers)
+        cache.reserve(self._length + ROOM)
+        self._filled(cache)
+        for layer, whole in zip(cache.layers, host.layers, strict=True):
+            for near, far in zip(layer.store, whole.store, strict=True):
+                near.copy_(far, non_blocking=True)
+        return cache
+
+    def _filled(self, cache: KVCache) -> Any:
+        token = self._weight.new_empty(self._batch, self._shape.num_kv_heads, 1, self._shape.head_dim)
+        for layer in cache.layers:
+            layer.lazy_initialization(token, token)
+            layer.length = self._length
+        return cache
+
+    def _context(self, cache: KVCache) -> Context:
+        cache.truncate(self._length)
+        logits = torch.zeros(self._batch, 1, device=self._weight.device)
+        kv_bytes = torch.zeros(self._batch, dtype=torch.float64, device=self._weight.device)
+        return Context(cache, logits, [self._length] * self._batch, 0.0, kv_bytes)
+
+    # ------------------------------------------------------------------ steps
+
+    def _misses(self, budget: int) -> Misses:
+        return _SMOKE if self._settings.reuse is None else misses_of(self._settings.reuse, budget, self._length)
+
+    def _attention(self, kind: type[_Replayed], budget: int, misses: Misses, *more: float) -> _Replayed:
+        config = HybridConfig(budget_tokens=budget, block_size=self._settings.block_size, completion="none")
+        plan, steps, length = plan_for(self._model), 2 * self._settings.steps, self._length
+        attention = kind(plan, config, self._shape.global_layers, *more)
+        capacity = config.capacity_blocks(length // config.block_size)
+        size = len(plan.retrieval), self._batch, capacity, length, config.block_size
+        attention.give(replay(misses, steps, *size, self._settings.seed), length + 1)
+        return attention
+
+    def _measured(self, attention: DecodeAttention | None, context: Context) -> tuple[dict[str, Any], Tensor]:
+        """Times of `steps` steps after as many that fill the store, and the logits of the first and the last ones."""
+        engine = Engine(self._model, attention=attention, execution=self._settings.execution)
+        steps, cache, on_gpu = self._settings.steps, context.cache, engine.device.type == "cuda"
+        kept: list[Tensor] = []
+        events: list[Any] = []
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        token_ids, before = torch.full((self._batch,), 7, device=engine.device), [(0.0, 0.0)] * self._batch
+        for step in range(2 * steps):
+            if step == steps:
+                before = [cache.fetches(b) for b in range(self._batch)]
+            events.append(event_now(engine.device))
+            logits = engine.decode_one_token(context, token_ids)
+            token_ids = logits.argmax(-1)
+            if step < 2 or step >= 2 * steps - 2:
+                kept.append(logits.cpu())
+        events.append(event_now(engine.device))
+        if on_gpu:
+            torch.cuda.synchronize()
+        after = [cache.fetches(b) for b in range(self._batch)]
+        asked, missed = (sum(a[i] - b[i] for a, b in zip(after, before, strict=True)) for i in range(2))
+        times = _intervals(events)[steps:-2]  # the last ones wait for what is kept
+        near, far = cache.memory()
+        token = 2 * self._shape.head_dim * self._weight.element_size()
+        whole = (self._length + ROOM) * slot_bytes(self._shape, self._batch, self._weight.dtype)
+        read = weight_bytes(self._model) + int(context.kv_bytes.sum()) // context.steps
+        return {
+            "ms": median(times),
+            "mean_ms": mean(times),
+            "tokens_per_second": self._batch * 1e3 / mean(times),
+            "bytes_on_gpu": near,
+            "bytes_on_host": far,
+            "part_of_full_cache": near / whole,
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "weight_bytes": sum(weight.nbytes for weight in self._model.parameters()),
+            "bytes_read": read,
+            "miss_rate": missed / asked if asked else 0.0,
+            "fetched_bytes": missed * self._settings.block_size * token / steps,
+            "execution": engine.way,
+        }, torch.stack(kept)
+
+
+def _intervals(events: list[Any]) -> list[float]:
+    if isinstance(events[0], float):
+        return [(end - begin) * 1e3 for begin, end in pairwise(events)]
+    return [begin.elapsed_time(end) for begin, end in pairwise(events)]
+
+
+def _host_bytes(model: nn.Module, batch: int, length: int) -> int:
+    return grown(length + ROOM, 0) * slot_bytes(ModelShape.of(model), batch, next(model.parameters()).dtype)
+
+
+def _fill(region: Region, model: nn.Module) -> None:
+    """With numbers that the GPU makes."""
+    weight = next(model.parameters())
+    numbers = region.data.view(weight.dtype)
+    for piece in numbers.split(_PIECE):
+        piece.copy_(torch.randn(len(piece), dtype=weight.dtype, device=weight.device))
+
+
+def _check_store(store: BlockStore) -> None:
+    """Raise `MismatchError` unless what the store holds, some of it, is what host memory does."""
+    size, (held, slot_of) = store.block_size, (part.cpu() for part in (store.known.block_of, store.known.slot_of))
+    pairs = [(row, layer, head) for row, readers in enumerate(store.readers) for layer, head in readers]
+    some = torch.randint(len(pairs), (_SAMPLES,)).tolist()
+    for row, layer, head in (pairs[i] for i in some):
+        b = int(torch.randint(held.shape[1], ()))
+        slot = int(torch.randint(held.shape[2], ()))
+        block = int(held[row, b, slot])
+        if block < 0:
+            continue
+        for near, whole in zip(store.pool, store.source, strict=True):
+            here = near[layer, b, head, slot * size : (slot + 1) * size].cpu()
+            if slot_of[row, b, block] != slot or not torch.equal(here, whole[layer, b, head, block * size :][:size]):
+                raise MismatchError(f"Block {block} of head {head} in layer {layer} is not the cache's.")

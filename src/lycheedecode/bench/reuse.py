@@ -1,0 +1,85 @@
+"""Selections that change from step to step as those of a trained model do, for models with random weights.
+
+What `bench memory` counts on a real model, misses by the size of the store, says how far down a list of blocks, the one
+selected last on top, a step looks for its own:
+
+    recently selected  | first budget | to 1.5 budgets | to 2 | to 3 | all others |
+    share of a step      1 - m(1)       m(1) - m(1.5)    ...    ...    m(3)
+
+m(f) are the misses of a store of f budgets. Steps drawn from such a list miss as often as the real ones did, in a store
+of any of these sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from math import ceil, log
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..results import Result
+
+Misses = Mapping[int, float]
+"""Share of selected blocks that a store of so many percent of a selection does not hold."""
+
+
+def misses_of(path: str | Path, budget_tokens: int, context: int) -> Misses:
+    """Of a result of `bench memory` on a real model: the rows that read the share of the context most like this one."""
+    rows = [row for row in Result.load(path).rows if row.get("store_percent") and row.get("part", "texts") == "texts"]
+    if not rows or not all("budget_tokens" in row for row in rows):
+        raise InputError(f"{str(path)!r} has no misses by the size of the store: make it with bench memory.")
+
+    def distance(row: Mapping[str, float]) -> float:
+        return abs(log(row["budget_tokens"] / row["context"]) - log(budget_tokens / context))
+
+    nearest = min(map(distance, rows))
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if distance(row) == nearest:
+            found.setdefault(row["store_percent"], []).append(row["miss_rate"])
+    return {percent: sum(rates) / len(rates) for percent, rates in sorted(found.items())}
+
+
+def replay(
+    misses: Misses, steps: int, rows: int, batch: int, capacity: int, context: int, block_size: int, seed: int
+) -> Tensor:
+    """int32 `[steps, rows, batch, capacity]`: selections, the sink and the two newest blocks among them."""
+    generator, fixed = np.random.default_rng(seed), 3
+    others = capacity - fixed
+    blocks = np.arange(1, context // block_size - 1, dtype=np.int32)
+    if others < 1 or len(blocks) < 4 * capacity:
+        raise InputError(f"{context} tokens are too few for selections of {capacity} blocks that change.")
+    edges = [0, *(min(ceil(percent * capacity / 100), len(blocks)) for percent in misses), len(blocks)]
+    left = [1.0, *misses.values(), 0.0]
+    shares = [max(before - after, 0.0) for before, after in pairwise(left)]
+    made = np.empty((steps, rows, batch, capacity), dtype=np.int32)
+    newest = (context + np.arange(steps)) // block_size
+    made[..., 0] = 0
+    made[..., 1], made[..., 2] = newest[:, None, None], newest[:, None, None] - 1
+    for row in range(rows):
+        for b in range(batch):
+            recent = generator.permutation(blocks)
+            for step in range(steps):
+                at = _positions(generator, edges, shares, others)
+                chosen = recent[at]
+                made[step, row, b, fixed:] = generator.permutation(chosen)
+                recent = np.concatenate((chosen, np.delete(recent, at)))
+    return torch.from_numpy(made)
+
+
+def _positions(generator: np.random.Generator, edges: list[int], shares: list[float], count: int) -> np.ndarray:
+    """`count` places in the list of blocks, of each stretch its share."""
+    wanted = np.floor(np.cumsum(shares) / sum(shares) * count + generator.random())
+    wanted[-1] = count
+    numbers = np.diff(wanted, prepend=0).astype(int)
+    found, more = [], 0
+    for (begin, end), number in zip(pairwise(edges), numbers, strict=True):
+        taken = min(number + more, end - begin)  # what a short stretch does not have, the next one gives
+        more += number - taken
+        found.append(begin + generator.choice(end - begin, taken, replace=False))
+    return np.concatenate(found)
