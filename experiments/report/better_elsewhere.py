@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.report.faithful import reads_no_more
+from experiments.report.memory import from_host
 from experiments.report.names import PEERS, name_of
 from experiments.report.sources import Row, Source, tokens
 
@@ -161,9 +162,7 @@ def _slower_from_host(source: Source) -> str | None:
     """Decoding from host memory against a resident cache, where both were timed."""
     if source.result.command != "bench memory":
         return None
-    base = {(row["batch"], row["context"]): row for row in source.rows if row["store_percent"] is None}
-    pairs = [(row, base[row["batch"], row["context"]]) for row in source.rows if row["store_percent"] is not None]
-    timed = [(row, own) for row, own in pairs if row.get("ms") and own.get("ms")]
+    timed = [(row, own) for row, own in from_host(source.rows) if own and row.get("ms") and own.get("ms")]
     slower = [
         f"{_subject(row)}, a store of {row['store_percent']}%, {row['ms']:.2f} ms (resident: {own['ms']:.2f})"
         for row, own in timed if row["ms"] > own["ms"]

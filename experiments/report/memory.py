@@ -19,30 +19,47 @@ def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return [row for _, row in sorted(latest.items(), key=lambda item: (item[0][0], *map(str, item[0][1:])))]
 
 
+def from_host(rows: Sequence[Row]) -> Iterator[tuple[Row, Row | None]]:
+    """Rows of steps over a cache in host memory, each beside that of a resident one, None where it did not fit."""
+    steps = [row for row in rows if "bytes_on_gpu" in row]
+    resident = {_alike(row): row for row in steps if _place(row) == "resident"}
+    yield from ((row, resident.get(_alike(row))) for row in steps if _place(row) == "host")
+
+
+def _place(row: Row) -> str:
+    return row.get("cache", "host" if row.get("store_percent") else "resident")
+
+
+def _alike(row: Row) -> tuple[Any, ...]:
+    return row.get("part"), row.get("budget_tokens"), *_case(row)
+
+
 def _kept(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Every size of the store beside the resident cache."""
-    resident = {_case(row): row for row in source.rows if row["store_percent"] is None}
-    for row in source.rows:
-        base = resident.get(_case(row))
-        if row["store_percent"] is None or base is None:
-            continue
-        key = (0, source.model, source.machine, *_case(row), row["store_percent"])
-        times = [one.get("ms") for one in (base, row)]
+    for row, base in from_host(source.rows):
+        key = (0, source.model, source.machine, *_case(row), row.get("budget_tokens", 0), row["store_percent"])
+        whole, times = row["bytes_on_host"] if base is None else base["bytes_on_gpu"], ""
+        if row.get("ms"):
+            times = (
+                f"{base['ms']:.2f}, {row['ms']:.2f}" if base and base.get("ms") else f"does not fit, {row['ms']:.2f}"
+            )
+        budget = f" of {row['budget_tokens']} tokens" if "budget_tokens" in row else ""
         yield (
             key,
             {
-                "what": f"kept on the GPU, a store of {row['store_percent']}% of a selection",
+                "what": f"kept on the GPU, a store of {row['store_percent']}% of a selection{budget}",
                 "model": source.model,
                 "batch x context": f"{row['batch']} x {tokens(row['context'])}",
-                "full": size(base["bytes_on_gpu"]),
+                "full": size(whole),
                 "hybrid": size(row["bytes_on_gpu"]),
-                "share": f"{row['bytes_on_gpu'] / base['bytes_on_gpu']:.1%}",
-                "ms a token, resident and so (decode)": "" if None in times else f"{times[0]:.2f}, {times[1]:.2f}",
-                "n": f"{source.settings.get('tokens')} tokens",
+                "share": f"{row['bytes_on_gpu'] / whole:.1%}",
+                "ms a token, resident and so (decode)": times,
+                "n": source.settings.get("steps") if row.get("part") == "steps"
+                else f"{source.settings.get('tokens')} tokens",
                 "machine": source.machine,
                 "file": source.link,
             },
-        )
+        )  # fmt: skip
 
 
 def _read(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -236,6 +236,26 @@ def test_memory_by_store(tmp_path):
     assert "a store of 200% of a selection" not in text  # folded
 
 
+def test_memory_of_steps_that_do_not_fit_elsewhere(tmp_path):
+    def row(cache, batch, ms, near, far=0.0, percent=None):
+        return {"part": "steps", "cache": cache, "batch": batch, "context": 131072, "budget_tokens": 4096, "ms": ms,
+                "bytes_on_gpu": near, "bytes_on_host": far, "store_percent": percent}  # fmt: skip
+
+    rows = [
+        row("resident", 1, 5.0, 16e9), row("host", 1, 5.5, 2e9, 16e9, 200), row("full", 1, 8.0, 16e9),
+        row("host", 6, 12.5, 12e9, 96e9, 200),
+        {"part": "steps", "cache": "host", "batch": 1, "context": 1 << 20, "left_out": "too much"},
+        {"part": "prefill", "cache": "resident", "batch": 1, "context": 131072, "prefill_seconds": 12.0},
+        {"part": "prefill", "cache": "host", "batch": 1, "context": 131072, "prefill_seconds": 12.5},
+    ]  # fmt: skip
+    write(tmp_path, m={"command": "bench memory", "settings": {"steps": 60}, "result": {"rows": rows}})
+    text = part(render(tmp_path), "## How much memory")
+    alone, six = "1 x 128K | 16.00 GB | 2.00 GB | 12.5% | 5.00, 5.50", "6 x 128K | 96.00 GB | 12.00 GB | 12.5%"
+    assert f"a store of 200% of a selection of 4096 tokens | SmolLM2-135M | {alone} | 60 |" in text
+    assert f"{six} | does not fit, 12.50 |" in text
+    assert "a store of 200%, 5.50 ms (resident: 5.00)." in text
+
+
 @pytest.mark.parametrize("error", [0.01, None])
 def test_pictures_are_the_same_every_time(tmp_path, error):
     pytest.importorskip("matplotlib")

@@ -68,7 +68,8 @@ def _prompts(model: nn.Module, tokenizer: Any, batch: int, length: int, settings
 
 def _engine(model: nn.Module, plan: HeadPlan, settings: MemorySettings, budget: int, **options: Any) -> Engine:
     config = HybridConfig(budget_tokens=budget, block_size=settings.block_size)
-    return Engine(model, plan=plan, config=config, execution=settings.execution, **options)
+    options |= {"prefill_chunk": settings.prefill_chunk, "execution": settings.execution}
+    return Engine(model, plan=plan, config=config, **options)
 
 
 def _resident(

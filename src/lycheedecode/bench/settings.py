@@ -208,6 +208,7 @@ class MemorySettings(BenchSettings):
         steps: that are timed (steps).
         texts: what is continued (texts).
         tokens: new tokens of each sequence (texts).
+        prefill_chunk: prompt tokens that pass through the model at once, the same for every cache (texts).
         execution: how steps run.
     """
 
@@ -223,6 +224,7 @@ class MemorySettings(BenchSettings):
     steps: int = 60
     texts: tuple[str, ...] = ("code", "prose")
     tokens: int = 64
+    prefill_chunk: int = 4096
     execution: Literal["auto", "compiled", "graph", "eager"] = "auto"
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from ..config import HybridConfig
 from ..engine.offload.attention import refuse_unfit
+from ..engine.offload.pinned import MARGIN
 from ..engine.offload.size import CacheSize, offloaded_size, resident_size
 from ..errors import ConfigError
 from ..models.shape import ModelShape
@@ -105,7 +106,7 @@ def _ways(
 
 def _row(way: Placement, weights: int, gpu: float, host: float) -> dict[str, Any]:
     total = weights + way.size.gpu
-    fits = total <= gpu * GIB and way.size.host <= host * GIB
+    fits = total <= gpu * GIB and way.size.host <= host * GIB - MARGIN * bool(way.size.host)
     return {"way": way.name, "options": way.options, "gpu_bytes": way.size.gpu, "host_bytes": way.size.host,
             "total_bytes": total, "fits": fits, **asdict(way.size)}  # fmt: skip
 
@@ -122,7 +123,10 @@ def _most(
 ) -> int:
     """Most sequences of so many tokens that fit in any of the ways."""
     one = [way.size for way in _ways(shape, 1, slots, config, retrieval, ratio)]
-    counts = [min((gpu * GIB - weights) // size.gpu, host * GIB // size.host if size.host else 2**31) for size in one]
+    counts = [
+        min((gpu * GIB - weights) // size.gpu, (host * GIB - MARGIN) // size.host if size.host else 2**31)
+        for size in one
+    ]
     return max(int(max(counts)), 0)
 
 

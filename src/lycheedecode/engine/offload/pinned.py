@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..memory import CacheMemoryError
 
-_MARGIN = 2**30
+MARGIN = 2**30
 """Bytes of host memory that are left to everybody else."""
 _PIECE = 2**28
 """Bytes that a thread touches at a time."""
@@ -112,7 +112,7 @@ def free_host_bytes() -> int:
         free = int(found["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(min(free, _container_left()) - _MARGIN, 0)
+    return max(min(free, _container_left()) - MARGIN, 0)
 
 
 def _container_left() -> int:
