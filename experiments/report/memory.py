@@ -21,7 +21,7 @@ def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 def from_host(rows: Sequence[Row]) -> Iterator[tuple[Row, Row | None]]:
     """Rows of steps over a cache in host memory, each beside that of a resident one, None where it did not fit."""
-    steps = [row for row in rows if "bytes_on_gpu" in row]
+    steps = [row for row in rows if "bytes_on_gpu" in row and row.get("ahead", True)]
     resident = {_alike(row): row for row in steps if _place(row) == "resident"}
     yield from ((row, resident.get(_alike(row))) for row in steps if _place(row) == "host")
 

@@ -44,10 +44,12 @@ def test_steps_and_prefill(tmp_path):
     path = tmp_path / "steps.json"
     rows = rows_of(path, "--parts", "steps,prefill", "--store-percents", "100,300")
     steps, prefill = ([row for row in rows if row["part"] == part] for part in ("steps", "prefill"))
-    assert [(row["batch"], row["cache"]) for row in steps] == [
-        (batch, cache) for batch in (1, 2) for cache in ("resident", "host", "host", "full")
-    ]
-    for resident, small, large, full in (steps[:4], steps[4:]):
+    assert [(row["batch"], row["cache"], row.get("ahead")) for row in steps] == [
+        (batch, *kind) for batch in (1, 2) for kind in
+        (("resident", None), *[("host", True), ("host", False)] * 2, ("full", None))
+    ]  # fmt: skip
+    for resident, small, at_once, large, _, full in (steps[:6], steps[6:]):
+        assert at_once["miss_rate"] == small["miss_rate"]
         assert small["error"] < 1e-5
         assert large["error"] < 1e-5
         assert 0 < large["miss_rate"] < small["miss_rate"] < 0.5

@@ -90,9 +90,10 @@ def format_row(row: Mapping[str, Any]) -> str:
 
     sizes = " ".join(number(name, "8.1f", 1e-6) for name in ("bytes_on_gpu", "bytes_on_host", "peak_bytes"))
     store = number("store_percent", "4.0f") + ("%" if row.get("store_percent") else " ")
+    cache = row["cache"] if row.get("ahead", True) else "at once"
     times = f"{number('prefill_seconds', '9.2f')} {number('ms', '8.3f')} {number('tokens_per_second', '8.1f')}"
     more = f"{number('slower', '6.1%')} {sizes} {number('miss_rate', '6.1%')} {number('fetched_bytes', '10.1f', 1e-6)}"
-    return f"{row['part']:7} {row['cache']:>8} {store} {number('budget_tokens', '6.0f')} {size} {times} {more}"
+    return f"{row['part']:7} {cache:>8} {store} {number('budget_tokens', '6.0f')} {size} {times} {more}"
 
 
 def lines(result: Result) -> Iterator[str]:
@@ -101,5 +102,5 @@ def lines(result: Result) -> Iterator[str]:
     yield from (format_row(row) for row in result.rows)
     yield (
         "store: in percent of a selection; new: share of selected blocks that were fetched, for every head; slower: "
-        "than with a resident cache. Without a GPU, texts have no times."
+        "than with a resident cache; at once: nothing is fetched ahead. Without a GPU, texts have no times."
     )

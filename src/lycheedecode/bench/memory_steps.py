@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from statistics import mean, median
 from typing import Any
 
@@ -115,13 +115,13 @@ class _Case:
         host, first = self._host_cache(), []
         for budget in self._settings.budgets:
             misses = self._misses(budget)
-            for percent in self._settings.store_percents:
-                attention = self._attention(_ReplayedOffloaded, budget, misses, percent / 100)
+            for percent, ahead in product(self._settings.store_percents, (True, False)):
+                attention = self._attention(_ReplayedOffloaded, budget, misses, percent / 100, ahead)
                 context = self._context(host)
                 row, logits = self._measured(attention, context)
                 first.append((budget, row, logits))
                 _check_store(host.state.store)
-                row |= size | {"cache": "host", "budget_tokens": budget, "store_percent": percent}
+                row |= size | {"cache": "host", "budget_tokens": budget, "store_percent": percent, "ahead": ahead}
                 row["replayed_misses"] = misses
                 if not self._fits:
                     yield row | {"error": None}

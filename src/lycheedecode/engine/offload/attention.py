@@ -79,11 +79,14 @@ class OffloadedAttention(HybridAttention):
     Args:
         plan, config, layers: as there; of a config that `refuse_unfit` lets pass.
         store_ratio: blocks of a head that are kept at hand, in selections.
+        ahead: fetch what later layers are going to read beside the model; False: at once.
     """
 
-    def __init__(self, plan: HeadPlan, config: HybridConfig, layers: Sequence[int], store_ratio: float) -> None:
+    def __init__(
+        self, plan: HeadPlan, config: HybridConfig, layers: Sequence[int], store_ratio: float, ahead: bool = True
+    ) -> None:
         super().__init__(plan, config, layers)
-        self._global, self._ratio = tuple(layers), store_ratio
+        self._global, self._ratio, self._ahead = tuple(layers), store_ratio, ahead
 
     def size(self, shape: ModelShape, batch: int, slots: int, itemsize: int) -> CacheSize:
         """What it is going to need of a batch."""
@@ -100,7 +103,7 @@ class OffloadedAttention(HybridAttention):
         selections = Selections.allocate(*size, device, chunks)
         readers, rows = readers_of(self.plan, cache.position)
         shape = config.block_size, blocks, self._ratio, config.refresh_every
-        store = BlockStore(cache.tokens, readers, rows, selections, *shape, cache.starts, device)
+        store = BlockStore(cache.tokens, readers, rows, selections, *shape, cache.starts, device, self._ahead)
         keys = cache.tokens.keys
         dtype = torch.float8_e4m3fn if config.scan_keys == "float8" else keys.dtype
         heads = {layer: mine for layer, mine in self._scanned.items() if mine}

@@ -41,6 +41,7 @@ class BlockStore:
         refresh_every: steps from one selection to the next.
         starts: as in `KVCache`.
         device: of the pools.
+        ahead: fetch what later layers are going to read beside the model; False: at once.
 
     Attributes:
         readers: as given.
@@ -59,6 +60,7 @@ class BlockStore:
         refresh_every: int,
         starts: Tensor | None,
         device: torch.device,
+        ahead: bool = True,
     ) -> None:
         num_rows, batch, capacity = selections.blocks.shape
         self.source, self.selections, self.block_size, self.readers = source, selections, block_size, readers
@@ -76,7 +78,7 @@ class BlockStore:
         self._rows, self._starts = dict(rows), starts
         self._first = [0] * batch if starts is None else starts.tolist()
         self._readers = {layer: self._tables(layer, readers, device) for layer in self._rows}
-        self.lane = Lane(device)
+        self.lane = Lane(device if ahead else torch.device("cpu"))
         self._arriving: dict[int, tuple[int, Mark]] = {}
         self._launched = self._arrived = 0
         self.written = -1
