@@ -45,7 +45,14 @@ def test_options_named_in_the_text_exist():
     known = (
         "".join(
             CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"}).stdout
-            for command in (["generate"], ["inspect"], ["memory"], ["evaluate", "fidelity"], ["evaluate", "tasks"])
+            for command in (
+                ["generate"],
+                ["inspect"],
+                ["memory"],
+                ["bench", "memory"],
+                ["evaluate", "fidelity"],
+                ["evaluate", "tasks"],
+            )
         )
         + CliRunner().invoke(app, ["identify", "--help-all"], env={"COLUMNS": "300"}).stdout
     )
