@@ -9,7 +9,7 @@ import torch
 
 from lycheedecode import Engine, HybridConfig
 from lycheedecode.engine.memory import CacheMemoryError
-from lycheedecode.engine.offload import HostCache, HostMemoryError, pinned
+from lycheedecode.engine.offload import HostCache, HostMemoryError, pinned, staging
 from lycheedecode.engine.offload import cache as host
 from lycheedecode.engine.offload.choice import check_room
 from lycheedecode.errors import ConfigError
@@ -257,6 +257,45 @@ def test_prompts_pass_through_a_buffer_that_all_layers_share(family, monkeypatch
             assert torch.equal(whole[number, :, :, :60], right[:, :, :60])
     compare(one, two, answers, *engines)
     assert two.cache._staging is None
+
+
+class LateCopies:
+    """A lane for prompts that copies when somebody waits for it."""
+
+    def __init__(self, device):
+        self.work = []
+
+    def run(self, work):
+        self.work.append(work)
+        return len(self.work)
+
+    def wait(self, mark):
+        for i in range(mark):
+            self.work[i]()
+            self.work[i] = lambda: None
+
+
+class EmptyStaging(staging.Staging):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for buffer in self._buffers:
+            buffer.fill_(nan)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_prompt_waits_for_its_copies(llama, monkeypatch, waits):
+    monkeypatch.setattr(HostCache, "is_staged", property(lambda cache: True, lambda cache, value: None), raising=False)
+    monkeypatch.setattr(staging, "Lane", LateCopies)
+    monkeypatch.setattr(host, "Staging", EmptyStaging)
+    if not waits:
+        monkeypatch.setattr(LateCopies, "wait", lambda *_: None)
+    rows = tiny.prompts(60, 37)
+    one, two = (engine_of(llama, cache=place, prefill_chunk=23).prefill(rows) for place in ("resident", "host"))
+    assert torch.equal(two.logits, one.logits) == waits
+    two.cache._settle()
+    for layer, number in two.cache.position.items():
+        for whole, right in zip(two.cache.tokens, one.cache.layers[layer].store, strict=True):
+            assert torch.equal(whole[number, :, :, :60], right[:, :, :60]) == waits
 
 
 @batches

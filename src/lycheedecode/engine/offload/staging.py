@@ -29,7 +29,8 @@ class Staging:
     def __init__(self, source: Tokens, device: torch.device) -> None:
         self._source, self._lane = source, Lane(device)
         shape = (2, *source.keys.shape[1:])
-        self._buffers = [torch.empty(shape, dtype=source.keys.dtype, device=device) for _ in range(BUFFERS)]
+        with torch.inference_mode(False):
+            self._buffers = [torch.empty(shape, dtype=source.keys.dtype, device=device) for _ in range(BUFFERS)]
         self._turn = 0
         self._ahead: tuple[int, int, Mark] | None = None
 
