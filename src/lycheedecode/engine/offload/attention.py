@@ -15,7 +15,7 @@ from ...attention import HybridAttention, HybridState
 from ...config import HybridConfig
 from ...errors import ConfigError
 from ...models.shape import ModelShape
-from ...ops import KV, ChunkMeans, Completion, Selections
+from ...ops import KV, ChunkMeans, Selections
 from ...ops.append.rope import Rotation
 from ...ops.fetch import newest_keys
 from ...ops.types import constant
@@ -90,7 +90,7 @@ class OffloadedAttention(HybridAttention):
 
     def size(self, shape: ModelShape, batch: int, slots: int, itemsize: int) -> CacheSize:
         """What it is going to need of a batch."""
-        retrieval = sum(len(self._scanned[layer]) for layer in self._global)
+        retrieval = sum(len(self.scanned[layer]) for layer in self._global)
         config = self.config if self._factors else replace(self.config, completion="none")
         return offloaded_size(shape, batch, slots, itemsize, config, retrieval, self._ratio)
 
@@ -106,7 +106,7 @@ class OffloadedAttention(HybridAttention):
         store = BlockStore(cache.tokens, readers, rows, selections, *shape, cache.starts, device, self._ahead)
         keys = cache.tokens.keys
         dtype = torch.float8_e4m3fn if config.scan_keys == "float8" else keys.dtype
-        heads = {layer: mine for layer, mine in self._scanned.items() if mine}
+        heads = {layer: mine for layer, mine in self.scanned.items() if mine}
         scanned = ScanKeys(heads, dtype, cache.batch, slots, keys.shape[-1], device)
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens, device) if self._factors else None
         self._position = cache.position
@@ -141,12 +141,9 @@ class OffloadedAttention(HybridAttention):
             seen = scanned._replace(keys=copy, values=copy)
             self.select(layer, asking, seen, heads, scale, out=chosen, scales=scales)
             store.take(self._position[layer])
-        completion = None
-        if layer in self._factors:
-            completion = Completion(*state.means.of_layer(layer), config.chunk_tokens, self._factors[layer])
         store.wait_for(self._position[layer])
         rows = constant(roles.donor_rows, torch.int64, query.device)
-        more: dict[str, Any] = {"completion": completion, "places": store.known.places}
+        more: dict[str, Any] = {"completion": self.completion_of(layer, state), "places": store.known.places}
         return ops.attend_blocks(query, kv, state.selections, rows, config.block_size, scale, **more)
 
 
