@@ -4,22 +4,26 @@ import pytest
 import torch
 from hopper import spilled_bytes
 
+from lycheedecode.fusion.operator import EIGHT_BITS
 from lycheedecode.fusion.triton import linear
 from lycheedecode.ops import kernel_common as common
 
 LLAMA_3_8B = [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336), ((128256,), 4096)]
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("rows", "dtype"), [
+    (1, torch.bfloat16), (8, torch.bfloat16), (16, torch.bfloat16), (1, EIGHT_BITS), (4, EIGHT_BITS), (32, EIGHT_BITS),
+])  # fmt: skip
 @pytest.mark.parametrize(("sizes", "columns"), LLAMA_3_8B, ids=str)
-def test_default_launches(compiled, rows, sizes, columns, tmp_path, monkeypatch):
+def test_default_launches(compiled, rows, dtype, sizes, columns, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "has_pdl", lambda device: True)
     x = torch.empty(rows, columns, dtype=torch.bfloat16)
-    weights = [torch.empty(size, columns, dtype=torch.bfloat16) for size in sizes]  # memory that nobody touches
+    weights = [torch.empty(size, columns, dtype=dtype) for size in sizes]  # memory that nobody touches
+    scales = [torch.empty(size) for size in sizes] if dtype == EIGHT_BITS else []
     gated = len(sizes) == 2
     norm = None if len(sizes) == 1 else x[0]
     residual = torch.empty(rows, 4096, dtype=torch.bfloat16) if sizes == (4096,) else None
-    linear(x, weights, [], residual, norm, 1e-5, gated)
+    linear(x, weights, [], residual, norm, 1e-5, gated, scales)
     (kernel,) = compiled
     assert spilled_bytes(kernel, tmp_path) <= 8  # one address at most, no sums
     assert kernel.metadata.shared <= 113 * 1024  # two programs at least

@@ -11,6 +11,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="The kernel needs Triton.")
 
 from lycheedecode.fusion import reference  # noqa: E402
+from lycheedecode.fusion.operator import quantize  # noqa: E402
 from lycheedecode.fusion.triton import LinearTuning, default_tuning, linear  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -48,7 +49,7 @@ def check(rows, sizes, columns, tuning=None, dtype=torch.float32, bias=False, re
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 40])
 def test_rows_and_dtypes(rows, dtype):
     check(rows, (96,), 256, dtype=dtype)
     check(rows, (64, 32, 32), 128, dtype=dtype, bias=True)
@@ -79,6 +80,31 @@ def test_every_way_of_cutting_the_work(tuning):
         check(7, (64, 48), 640, tuning, dtype, residual=True, norm=True)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16, 33])
+@pytest.mark.parametrize(("sizes", "columns"), [((63,), 80), ((64, 32, 17), 256), ((48, 48), 144)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_in_8_bits(rows, sizes, columns, dtype):
+    """Every row of a weight has a scale of its own, and they lie far from each other."""
+    gated = len(sizes) == 2
+    wide = [random(size, columns, scale=columns**-0.5) * 10 ** random(size, 1, scale=0.5) for size in sizes]
+    weights, scales = map(list, zip(*map(quantize, wide), strict=True))
+    biases, norm = [random(size, dtype=dtype) for size in sizes], random(columns, dtype=dtype)
+    residual = random(rows, sizes[0] if gated else sum(sizes), dtype=dtype)
+    x = random(rows, columns, dtype=dtype)
+    exact = [weight.double() * scale[:, None] for weight, scale in zip(weights, scales, strict=True)]
+    for more in ({"norm": norm, "eps": 1e-5}, {"biases": biases, "residual": residual}):
+        doubled = {
+            name: [one.double() for one in value] if isinstance(value, list) else
+            value.double() if isinstance(value, torch.Tensor) else value for name, value in more.items()
+        }  # fmt: skip
+        right = reference(x.double(), exact, gated=gated, **doubled)
+        result = linear(x, weights, gated=gated, scales=scales, **more)
+        assert result.dtype == dtype
+        assert (result.double() - right).norm() / right.norm() < TOLERANCE[dtype]
+        by_definition = reference(x, weights, gated=gated, scales=scales, **more)
+        assert (by_definition.double() - right).norm() / right.norm() < 2 * TOLERANCE[dtype]
+
+
 def test_splits_need_no_atomic_sums():
     """The same bits every time."""
     x, weight = random(4, 4096), random(64, 4096)
@@ -90,7 +116,7 @@ def test_splits_need_no_atomic_sums():
 def test_bad_input_is_named():
     x, weight = random(2, 32), random(8, 32)
     with pytest.raises(ValueError, match="rows"):
-        linear(random(17, 32), [weight])
+        linear(random(65, 32), [weight])
     with pytest.raises(ValueError, match="weights"):
         linear(x, [weight], gated=True)
     with pytest.raises(ValueError, match="contiguous"):
@@ -101,6 +127,10 @@ def test_bad_input_is_named():
         linear(x, [weight], residual=x)
     with pytest.raises(ValueError, match="norm"):
         linear(x, [weight], norm=weight)
+    with pytest.raises(ValueError, match="scales"):
+        linear(x, [weight.to(torch.float8_e4m3fn)], scales=[torch.ones(7, device=DEVICE)])
+    with pytest.raises(ValueError, match="float32"):
+        linear(x, [weight], scales=[torch.ones(8, device=DEVICE)])
     with pytest.raises(ValueError, match="biases"):
         linear(x, [weight], [x[0]])
 

@@ -5,6 +5,7 @@
     residual + linear(x)                 one launch
     q, k -> norm, rotation, cache        one launch (`rotated`)
 
+Linear layers with weights in 8-bit floats come as calls of `linear`, one for each layer, and merge in the same way.
 It looks at the graph only, never at classes of models. What does not match exactly, stays as it was.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from ..ops.torch_private import compile_by_inductor
 from .match import Norm, annotated, changes, erase, is_parameter, name_of, only_user, rms_norm, value_of
-from .operator import MAX_ROWS, MAX_WEIGHTS  # this registers the operator, too
+from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS, ROWS_OF_16_BITS  # this registers the operator, too
 from .patterns import GATED, SUM, find
 from .rotated import use_rotation
 
@@ -49,9 +50,9 @@ def use_linear(gm: GraphModule, norms: bool = True, everywhere: bool = False) ->
     """Replace the linear layers of a graph that `linear` can compute; returns how many calls of it there are now."""
     groups: dict[Any, list[Node]] = {}
     for node in gm.graph.nodes:
-        if name_of(node) == "linear" and _suits(node, everywhere):
-            x, _weight, bias = _arguments(node)
-            groups.setdefault((x, bias is None), []).append(node)
+        if _suits(node, everywhere):
+            x, _weight, bias, scale = _arguments(node)
+            groups.setdefault((x, bias is None, scale is None), []).append(node)
     return sum(_replace(gm, group, norms) for group in groups.values())
 
 
@@ -98,33 +99,47 @@ def _call(
     gated: bool = False,
 ) -> Node:
     """A call of the operator in front of a node."""
-    x, weights, biases = _arguments(group[0])[0], [_arguments(n)[1] for n in group], [_arguments(n)[2] for n in group]
-    biases = [] if biases[0] is None else biases
-    before_norm, scale, eps = (x, None, 0.0) if norm is None else norm[:3]
+    layers = [_arguments(node) for node in group]
+    weights, biases, scales = ([one[i] for one in layers if one[i] is not None] for i in (1, 2, 3))
+    before_norm, factor, eps = (layers[0].x, None, 0.0) if norm is None else norm[:3]
     with gm.graph.inserting_before(before):
-        arguments = (before_norm, weights, biases, residual, scale, eps, gated)
+        arguments = (before_norm, weights, biases, residual, factor, eps, gated, scales)
         return annotated(gm.graph.call_function(torch.ops.lycheedecode.linear.default, arguments))
 
 
-def _arguments(node: Node) -> tuple[Any, Any, Any]:
-    """Input, weight and bias of a linear layer."""
+class _Linear(NamedTuple):
+    """What a linear layer is given; `scale` where its weight is in 8-bit floats."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    scale: Any = None
+
+
+def _arguments(node: Node) -> _Linear:
+    if node.target is torch.ops.lycheedecode.linear.default:
+        x, weights, biases, *_, scales = node.args
+        return _Linear(x, *(one[0] if one else None for one in (weights, biases, scales)))  # type: ignore[index]
     named = dict(zip(("input", "weight", "bias"), node.args, strict=False), **node.kwargs)
-    return named.get("input"), named.get("weight"), named.get("bias")
+    return _Linear(named.get("input"), named.get("weight"), named.get("bias"))
 
 
 def _suits(node: Node, everywhere: bool) -> bool:
-    """Whether `linear` computes this linear layer, and faster."""
-    x, weight, bias = _arguments(node)
+    """Whether this is a linear layer that `linear` computes, and faster."""
+    if node.target is not torch.ops.lycheedecode.linear.default and name_of(node) != "linear":
+        return False
+    x, weight, bias, scale = _arguments(node)
     values = [value_of(x), value_of(weight), value_of(node)]
     if not all(isinstance(value, Tensor) for value in values):
         return False
-    if not is_parameter(weight, 2) or not (bias is None or is_parameter(bias, 1)):
+    if not is_parameter(weight, 2) or not all(one is None or is_parameter(one, 1) for one in (bias, scale)):
         return False
-    if len({value.dtype for value in values}) > 1 or len({value.device for value in values}) > 1:
+    dtypes = [values[0].dtype, values[0].dtype if scale is None else EIGHT_BITS, values[0].dtype]
+    if [value.dtype for value in values] != dtypes or len({value.device for value in values}) > 1:
         return False
     if any(isinstance(size, torch.SymInt) for value in values for size in value.shape) or values[2].requires_grad:
         return False
-    if not 1 <= values[0].shape[:-1].numel() <= MAX_ROWS or changes(x):
+    if not 1 <= values[0].shape[:-1].numel() <= (ROWS_OF_16_BITS if scale is None else MAX_ROWS) or changes(x):
         return False
     return everywhere or (values[0].is_cuda and values[0].dtype in (torch.bfloat16, torch.float16))
 

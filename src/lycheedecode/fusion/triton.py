@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..ops import kernel_common as common
 from ..ops.kernel_common import power_of_two
-from .operator import MAX_ROWS, MAX_WEIGHTS
+from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS
 
 PROGRAMS = 396
 """Programs that an H200's 132 multiprocessors hold at once, three each: one wave, whose loads keep the memory busy."""
@@ -56,7 +56,7 @@ class LinearTuning(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a launch is chosen by."""
+    """What a launch is chosen by; `dtype` is that of the weights."""
 
     rows: int
     sizes: tuple[int, ...]
@@ -121,9 +121,12 @@ def _read(at, exists, EVEN: tl.constexpr):
 
 @triton.jit
 def _multiply(acc, w, v, DOT: tl.constexpr):
-    """Add the product of `w [TN, TK]` and `v [TK, BP]`; without `DOT`, `v` is `[1, TK]` and columns stay apart."""
+    """Add the product of `w [TN, TK]` and `v [TK, BP]`; without `DOT`, `v` is `[1, TK]` and columns stay apart.
+
+    Weights in 8-bit floats become what `v` is, which holds all of their values.
+    """
     if DOT:
-        acc = tl.dot(w, v, acc, input_precision="ieee")
+        acc = tl.dot(w.to(v.dtype), v, acc, input_precision="ieee")
     else:
         acc += w.to(tl.float32) * v.to(tl.float32)
     return acc
@@ -131,10 +134,15 @@ def _multiply(acc, w, v, DOT: tl.constexpr):
 
 @triton.jit
 def _store(
-    out, y, gate, b_y, b_gate, residual, n, b, N, first, stride_out, stride_r, B: tl.constexpr, GATED: tl.constexpr
-):
+    out, y, gate, s_y, s_gate, b_y, b_gate, residual, n, b, N, first, stride_out, stride_r,
+    B: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
     """Write sums `y [TN, BP]`, after everything that follows them."""
     exists = (n < N)[:, None] & (b < B)[None, :]
+    if s_y is not None:
+        y *= tl.load(s_y + n, mask=n < N, other=0.0)[:, None]
+        if GATED:
+            gate *= tl.load(s_gate + n, mask=n < N, other=0.0)[:, None]
     if b_y is not None:
         y += tl.load(b_y + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if GATED:
@@ -149,23 +157,23 @@ def _store(
 
 @triton.jit(do_not_specialize=["N0", "N1", "N2", "steps", "trigger", "prefetch", "eps"])
 def _linear_kernel(
-    out, x, w0, w1, w2, b0, b1, b2, residual, norm, partial, sums, arrivals,
+    out, x, w0, w1, w2, s0, s1, s2, b0, b1, b2, residual, norm, partial, sums, arrivals,
     N0, N1, N2, K, steps, trigger, prefetch, stride_out, stride_x, stride_r, eps,
     B: tl.constexpr, BP: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     DOT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     program, split = tl.program_id(0), tl.program_id(1)
-    weight, bias, N, first, tile = w0, b0, N0, N0 * 0, program
+    weight, size, bias, N, first, tile = w0, s0, b0, N0, N0 * 0, program
     if GATED:
-        bias = b1  # what the gate multiplies comes from w1 and b1
+        size, bias = s1, b1  # what the gate multiplies comes from w1, s1 and b1
     elif w1 is not None:
         tiles = tl.cdiv(N0, TN)
         if program >= tiles:
-            weight, bias, N, first, tile = w1, b1, N1, N0, program - tiles
+            weight, size, bias, N, first, tile = w1, s1, b1, N1, N0, program - tiles
         if w2 is not None:
             tiles += tl.cdiv(N1, TN)
             if program >= tiles:
-                weight, bias, N, first, tile = w2, b2, N2, N0 + N1, program - tiles
+                weight, size, bias, N, first, tile = w2, s2, b2, N2, N0 + N1, program - tiles
 
     n = tile * TN + tl.arange(0, TN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # rows past the end are the last one again, never stored
@@ -225,7 +233,7 @@ def _linear_kernel(
             scale = tl.rsqrt(square / K + eps)[None, :]
             y *= scale
             gate *= scale
-        _store(out, y, gate, bias, b0, residual, n, b, N, first, stride_out, stride_r, B, GATED)
+        _store(out, y, gate, size, s0, bias, b0, residual, n, b, N, first, stride_out, stride_r, B, GATED)
 
 
 def linear(
@@ -236,16 +244,17 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    scales: Sequence[Tensor] = (),
     tuning: LinearTuning | None = None,
 ) -> Tensor:
     """See `linear.linear`."""
-    check(x, weights, biases, residual, norm, gated)
+    check(x, weights, biases, residual, norm, gated, scales)
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
     sizes = [weight.shape[0] for weight in weights]
     width = sizes[0] if gated else sum(sizes)
     out = x.new_empty((*x.shape[:-1], width))
     if tuning is None:
-        kind = Kind(rows, tuple(sizes), columns, x.dtype, gated, norm is not None, residual is not None)
+        kind = Kind(rows, tuple(sizes), columns, weights[0].dtype, gated, norm is not None, residual is not None)
         tuning = _launch_of(kind)
     if gated and tuning.splits > 1:
         raise ValueError("A gated linear layer takes no splits.")
@@ -262,14 +271,16 @@ def linear(
         partial = x.new_empty((tiles, tuning.splits, tuning.rows, padded), dtype=torch.float32)
         sums = x.new_empty((tiles, tuning.splits, padded), dtype=torch.float32) if norm is not None else None
         arrivals = common.take_arrivals(tiles, x.device)
-    left = tuning.overlap * 2**20 / (sum(sizes) * columns * x.element_size())
-    piece = -(-32 * tuning.warps // tuning.rows) * (16 // x.element_size())  # columns, at 16 bytes for every thread
+    number_bytes = weights[0].element_size()
+    left = tuning.overlap * 2**20 / (sum(sizes) * columns * number_bytes)
+    piece = -(-32 * tuning.warps // tuning.rows) * (16 // number_bytes)  # columns, at 16 bytes for every thread
     prefetch = min(tuning.prefetch, steps * tuning.depth) // piece * piece
     pdl = prefetch > 0 and even and _aligned(weights) and common.has_pdl(x.device)
     missing = [None] * (MAX_WEIGHTS - len(weights))
     with common.on_device(x):
         _linear_kernel[(tiles, tuning.splits)](
-            *(out, flat, *weights, *missing, *biases, *[None] * (MAX_WEIGHTS - len(biases))),
+            *(out, flat, *weights, *missing, *scales, *[None] * (MAX_WEIGHTS - len(scales))),
+            *(*biases, *[None] * (MAX_WEIGHTS - len(biases))),
             *(flat_residual, norm, partial, sums, arrivals, *sizes, *[0] * len(missing), columns, steps),
             *(max(steps - ceil(steps * left), 0), prefetch),
             *(width, flat.stride(0), 0 if residual is None else flat_residual.stride(0), eps),
@@ -292,7 +303,14 @@ def linear(
 
 @lru_cache(maxsize=1024)
 def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> LinearTuning:
-    """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it."""
+    """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it.
+
+    Weights in 8-bit floats take the same tiles, and more of them at once. With more rows of input than 16, tiles are
+    larger, since every program reads all of the input.
+    """
+    if dtype == EIGHT_BITS:
+        usual = default_tuning(rows, sizes, columns, torch.bfloat16, gated)
+        return usual._replace(stages=max(usual.stages, 4), prefetch=2 * usual.prefetch)
     far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
     out = sizes[0] if gated else sum(sizes)
     if rows == 1:
@@ -305,6 +323,10 @@ def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch
         if out <= 4096:
             return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
         return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+    if rows > 16:
+        tiles = sum(-(-size // 128) for size in sizes)
+        splits = 1 if gated else min(power_of_two(max(PROGRAMS // tiles // 2, 1)), max(columns // 64, 1))
+        return LinearTuning(rows=64 if gated else 128, depth=64, splits=splits, warps=4, stages=4, prefetch=near)
     if gated:
         return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
     tiles = sum(-(-size // 64) for size in sizes)
@@ -325,6 +347,7 @@ def check(
     residual: Tensor | None,
     norm: Tensor | None,
     gated: bool,
+    scales: Sequence[Tensor] = (),
 ) -> None:
     """Refuse what the kernel cannot compute, naming the argument."""
     rows, columns = x.numel() // max(x.shape[-1], 1), x.shape[-1]
@@ -335,10 +358,12 @@ def check(
     for weight in weights:
         if weight.ndim != 2 or weight.shape[1] != columns or not weight.is_contiguous():
             raise ValueError(f"A weight must be contiguous [out, {columns}], not {tuple(weight.shape)}.")
-        if weight.dtype != x.dtype or weight.device != x.device:
+        if weight.dtype != (EIGHT_BITS if scales else x.dtype) or weight.device != x.device:
             raise ValueError(f"A weight is {weight.dtype} on {weight.device}, but x {x.dtype} on {x.device}.")
     if gated and weights[0].shape != weights[1].shape:
         raise ValueError("The gate and what it multiplies must have the same shape.")
+    if scales and [(scale.shape[0], scale.dtype) for scale in scales] != [(w.shape[0], torch.float32) for w in weights]:
+        raise ValueError("scales must fit weights, one in float32 for each.")
     if biases and [bias.shape[0] for bias in biases] != [weight.shape[0] for weight in weights]:
         raise ValueError("biases must fit weights, one for each.")
     if norm is not None and tuple(norm.shape) != (columns,):
