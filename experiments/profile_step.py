@@ -67,7 +67,7 @@ def run_rounds(settings: LosslessSettings, device: str) -> dict[str, Any]:
         context = random_context(model, batch, length, ROOM)
         case = {"batch": batch, "context": length, "drafts": drafts}
         found = {"full step": profile_step(Engine(model, execution=settings.execution), context)}
-        engine, rounds = make_rounds(model, context, settings, drafts, max(settings.refresh))
+        engine, rounds = make_rounds(model, context, settings, drafts, max(settings.refresh), settings.weights[-1])
         with engine._decoder.route:
             for name, part in rounds.parts.items():
                 found[name] = trace(part, rounds.clear)

@@ -14,6 +14,7 @@ Selection = Literal["top_k", "ratio", "top_p", "threshold"]
 RetrievalAttention = Literal["selected", "full"]
 BlockScore = Literal["mass", "max"]
 ScanKeys = Literal["cache", "float8"]
+StepWeights = Literal["model", "float8"]
 Completion = Literal["plan", "centroid", "none"]
 VerifyEvery = int | Literal["auto"]
 
@@ -57,6 +58,9 @@ class HybridConfig:
         correction_every: Cache Correction: after this many decoded tokens a dense pass rewrites their cache entries.
             0 switches it off.
         refresh_every: retrieval heads select anew at every n-th decoded token and keep their selection in between.
+        step_weights: what linear layers of decode steps multiply by: the weights of the `model`, or a copy of them in
+            8-bit floats (`float8`), which takes half the time and half as much memory again. Prefill, Cache Correction
+            and the pass of `verify_every` keep the model's own; `Engine` only.
         verify_every: lossless: `Engine.generate` drafts n tokens a round this way, then one dense pass verifies them
             and keeps those that full attention would have written, too; the text is full attention's. `auto` chooses n
             while it runs, and drafts nothing where that does not pay. 0 switches it off. In a round, retrieval heads
@@ -78,6 +82,7 @@ class HybridConfig:
     completion_chunk: int = 128
     correction_every: int = 0
     refresh_every: int = 1
+    step_weights: StepWeights = "model"
     verify_every: VerifyEvery = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +102,7 @@ class HybridConfig:
             "retrieval_attention": RetrievalAttention,
             "block_score": BlockScore,
             "scan_keys": ScanKeys,
+            "step_weights": StepWeights,
             "completion": Completion,
         }
         for name, kind in choices.items():

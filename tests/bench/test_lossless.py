@@ -19,12 +19,15 @@ def run(*arguments, status=0):
 def test_smoke_writes_its_report(tmp_path):
     path = tmp_path / "lossless.json"
     arguments = ["--smoke", "--batches", "1,2", "--drafts", "3", "--refresh", "1,8", "--gained", "3.5"]
+    arguments += ["--weights", "model,float8"]
     done = run(*arguments, "--json", str(path))
     rows = json.loads(path.read_text())["result"]["rows"]
-    assert [(row["batch"], row["refresh"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert [(row["batch"], row["weights"], row["refresh"]) for row in rows] == [
+        (batch, weights, refresh) for batch in (1, 2) for weights in ("model", "float8") for refresh in (1, 3)
+    ]
     assert all(row["error"] < (2e-2 if torch.cuda.is_available() else 1e-4) for row in rows)
     assert all(row["ms_per_token"] == row["round_ms"] / 3.5 for row in rows)
-    assert ["keep_ms" in row for row in rows] == [False, True] * 2
+    assert ["keep_ms" in row for row in rows] == [False, True] * 4
     assert "if 3.5 tokens are gained a round" in done.stdout
 
 

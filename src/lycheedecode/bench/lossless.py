@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,10 +138,11 @@ def bench_rounds(settings: LosslessSettings, device: str) -> list[dict[str, Any]
             spare = spare_slots(HybridConfig(verify_every=max(settings.drafts)))
             context = random_context(model, batch, length, _ROOM + spare)
             full_ms = _full_ms(model, context, settings)
-            for drafts in settings.drafts:
+            for weights, drafts in product(settings.weights, settings.drafts):
                 for refresh in sorted({min(refresh, drafts) for refresh in settings.refresh}):
-                    row = {"batch": batch, "context": length, "full_ms": full_ms, "drafts": drafts, "refresh": refresh}
-                    rows.append(row | _round(model, context, settings, drafts, refresh, full_ms))
+                    case = {"drafts": drafts, "refresh": refresh, "weights": weights}
+                    row: dict[str, Any] = {"batch": batch, "context": length, "full_ms": full_ms, **case}
+                    rows.append(row | _round(model, context, settings, drafts, refresh, weights, full_ms))
                     say(format_round(rows[-1]))
             del context
             release()
@@ -158,10 +159,16 @@ def _full_ms(model: PreTrainedModel, context: Context, settings: LosslessSetting
 
 
 def _round(
-    model: PreTrainedModel, context: Context, settings: LosslessSettings, drafts: int, refresh: int, full_ms: float
+    model: PreTrainedModel,
+    context: Context,
+    settings: LosslessSettings,
+    drafts: int,
+    refresh: int,
+    weights: str,
+    full_ms: float,
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    engine, rounds = make_rounds(model, context, settings, drafts, refresh)
+    engine, rounds = make_rounds(model, context, settings, drafts, refresh, weights)
     made = time.perf_counter() - began
     error = _verified(engine, rounds, context)
     with torch.inference_mode(), engine._decoder.route:
@@ -187,12 +194,12 @@ def _round(
 
 
 def make_rounds(
-    model: PreTrainedModel, context: Context, settings: LosslessSettings, drafts: int, refresh: int
+    model: PreTrainedModel, context: Context, settings: LosslessSettings, drafts: int, refresh: int, weights: str
 ) -> tuple[Engine, Rounds]:
     """Rounds over a context, compiled and captured, and the engine that they belong to."""
-    config = HybridConfig(
-        budget_tokens=settings.budget_tokens, block_size=settings.block_size, refresh_every=refresh, verify_every=drafts
-    )
+    form: dict[str, Any] = {"budget_tokens": settings.budget_tokens, "block_size": settings.block_size}
+    form |= {"step_weights": weights}
+    config = HybridConfig(**form, refresh_every=refresh, verify_every=drafts)
     engine = Engine(model, plan=plan_for(model), config=config, execution=settings.execution)
     context.rewind()
     return engine, Rounds.over(engine._decoder, engine._full, context, Sampling(), config)
@@ -236,8 +243,9 @@ def _ms(run: Callable[[], Any], times: int, device: torch.device, between: Calla
 def format_round(row: Mapping[str, Any]) -> str:
     """A line for people."""
     keep = f", without scan {row['keep_ms']:.3f}" if "keep_ms" in row else ""
+    eight = " in 8 bits" if row["weights"] == "float8" else ""
     return (
-        f"{row['batch']} x {row['context']}, {row['drafts']} drafts, selected every {row['refresh']}: full step "
+        f"{row['batch']} x {row['context']}, {row['drafts']} drafts{eight}, selected every {row['refresh']}: full step "
         f"{row['full_ms']:.3f} ms, draft {row['select_ms']:.3f}{keep}, pass {row['verify_ms']:.3f}, round "
         f"{row['round_ms']:.3f}; if {row['gained']} tokens are gained a round: {row['ms_per_token']:.3f} ms a token, "
         f"{row['speedup']:.2f}x  (error {row['error']:.1e}, {row['way']})"

@@ -14,6 +14,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "hybrid+float8": {"scan_keys": "float8"},
     "hybrid+refresh2": {"refresh_every": 2},
     "hybrid+centroid": {"completion": "centroid"},
+    "hybrid+weights8": {"step_weights": "float8"},
 }
 """Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
 WAYS = (*FORMS, "hybrid+host", "transformers", "transformers+offloaded")
@@ -99,7 +100,7 @@ class StepSettings(ModelSettings):
     """What `bench step` times.
 
     Attributes:
-        forms: of attention, of full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid.
+        forms: of attention, of full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid, hybrid+weights8.
         steps: that are timed.
         execution: how a step runs.
     """
@@ -128,6 +129,7 @@ class LosslessSettings(ModelSettings):
         parts: attend: attention of several tokens; rounds: a round of a model with random weights; real: texts.
         drafts: of a round (rounds).
         refresh: drafts from one selection to the next (rounds, real).
+        weights: of drafts: model or float8 (rounds, real).
         gained: tokens that a round is taken to gain, measured on real models (rounds).
         steps: that are timed (rounds).
         tune: try other launches, too (attend).
@@ -143,6 +145,7 @@ class LosslessSettings(ModelSettings):
     parts: tuple[str, ...] = ("rounds",)
     drafts: tuple[int, ...] = (8,)
     refresh: tuple[int, ...] = (1,)
+    weights: tuple[str, ...] = ("model",)
     gained: float = 7.4
     steps: int = 20
     tune: bool = False
@@ -157,6 +160,7 @@ class LosslessSettings(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("parts", self.parts, PARTS)
+        check_names("weights", self.weights, ("model", "float8"))
         if "real" in self.parts and self.plan is None and not self.smoke:
             raise ConfigError("parts=real needs a plan.")
 

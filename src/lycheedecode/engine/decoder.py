@@ -9,8 +9,10 @@ Off a GPU the first two run without a graph: slower than eager, but the same com
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from ..attention import DecodeAttention, State
 from ..errors import ConfigError
-from ..models.routing import Window
+from ..models.routing import AttentionRoute, Window
 from . import step as steps
 from .context import Context
 from .offload import HostCache, OffloadStep
@@ -38,6 +40,7 @@ class Decoder:
         attention: what its global layers do. An attention is `graph_safe` when it says so: its launches depend on
             shapes alone, and it reads nothing from the device.
         reaches: of every layer.
+        steps_of: the model that decode steps run, where they have one of their own (`weights`).
         execution: one of the ways above, or `auto`: the first that works, on a GPU; `eager` elsewhere.
         backend: of `torch.compile`; None: ours, which is faster (`lycheedecode.fusion`).
     """
@@ -49,12 +52,16 @@ class Decoder:
         reaches: Sequence[Window],
         execution: Execution = "auto",
         backend: Any = None,
+        steps_of: nn.Module | None = None,
     ) -> None:
         if execution not in get_args(Execution):
             raise ConfigError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}.")
         self.attention = attention
         self.model, self.reaches = model, reaches
-        self.route = steps.route(model)
+        self.steps_of = model if steps_of is None else steps_of
+        self.route = _Routes(
+            [steps.route(one) for one in ([model] if steps_of in (None, model) else [model, steps_of])]
+        )
         self._backend = backend
         self._ways = [execution]
         self._may_fall_back = execution == "auto"
@@ -100,12 +107,23 @@ class Decoder:
                 self._step_down(context, error)
 
     def capture(
-        self, run: Callable[[Forward, nn.Module], Tensor | None], kept: Sequence[Tensor], compiled: bool = True
+        self,
+        run: Callable[[Forward, nn.Module], Tensor | None],
+        kept: Sequence[Tensor],
+        compiled: bool = True,
+        model: nn.Module | None = None,
     ) -> Captured:
-        """`run`, captured in the way that steps run, but for what is not worth compiling; `kept` as in `Captured`."""
+        """`run`, captured in the way that steps run.
+
+        Args:
+            run: over the model, or over another one of this decoder's.
+            kept: as in `Captured`.
+            compiled: False for what is not worth it.
+            model: what to run in place of the model.
+        """
         forward = self._forward() if compiled else steps.forward
         with self.route, torch.inference_mode():
-            return Captured(lambda: run(forward, self.model), kept, self.way)
+            return Captured(lambda: run(forward, self.model if model is None else model), kept, self.way)
 
     def _forward(self) -> Forward:
         return steps.compiled_forward(self._backend) if self.way == "compiled" else steps.forward
@@ -119,7 +137,7 @@ class Decoder:
                 step = self._fixed(context, state, refresh)
                 step.token_ids.copy_(token_ids)
                 step.filled.fill_(cache.length + 1)
-                kept[self, refresh] = Replay(step, self._forward(), self.model, self.way)
+                kept[self, refresh] = Replay(step, self._forward(), self.steps_of, self.way)
         return kept[self, refresh]
 
     def _fixed(self, context: Context, state: State | None, refresh: bool) -> FixedStep:
@@ -134,7 +152,7 @@ class Decoder:
             fixed.token_ids.copy_(token_ids)
             fixed.filled.fill_(cache.length + 1)
             with self.route:
-                logits = fixed.run(steps.forward, self.model)
+                logits = fixed.run(steps.forward, self.steps_of)
             fixed.check_layers()
             cache.advance()
             return logits
@@ -144,7 +162,7 @@ class Decoder:
             lengths -= cache.starts
         step = FlexibleStep(cache, self.attention, self.reaches, state, refresh)
         with self.route, steps.running(step):
-            logits = steps.forward(self.model, token_ids, lengths, filled)
+            logits = steps.forward(self.steps_of, token_ids, lengths, filled)
         cache.check_length(filled)
         self.attention.count_bytes(context.kv_bytes, lengths, state, refresh, cache.key_bytes)
         return logits
@@ -158,6 +176,22 @@ class Decoder:
             f"{reason[:300]}).",
             stacklevel=5,
         )
+
+
+class _Routes:
+    """Routes that open together."""
+
+    def __init__(self, routes: Sequence[AttentionRoute]) -> None:
+        self._routes, self._open = routes, threading.local()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for route in self._routes:
+                stack.enter_context(route)
+            self._open.stack = stack.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.stack.__exit__(*error)
 
 
 class Captured:

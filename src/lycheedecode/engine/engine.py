@@ -43,6 +43,7 @@ from .proof import prove
 from .sampling import Sampling
 from .tokens import SingleSteps
 from .verify import Rounds, draft_config, spare_slots
+from .weights import model_of_steps
 
 TokenIds = Tensor | Sequence[Sequence[int]]
 """int64 `[B, S]`, or one sequence of token ids for each prompt; lengths may differ."""
@@ -119,7 +120,8 @@ class Engine:
             self.attention = OffloadedAttention(plan, self.config, self.shape.global_layers, store_ratio)
         self._prefill_chunk = prefill_chunk
         self._reaches = Window.of_layers(model, self.shape)
-        self._decoder = Decoder(model, self.attention, self._reaches, execution, backend)
+        steps_of = model_of_steps(model, self.config)
+        self._decoder = Decoder(model, self.attention, self._reaches, execution, backend, steps_of)
         self._route = prefill.route(model)
         self._positions = Positions.of(text_config(inner_model(model)))
         if check:

@@ -252,21 +252,22 @@ class Rounds:
 
     def _capture(self) -> None:
         """Whatever is missing; what a round changes stays as it is."""
+        model, drafter = self._decoder.model, self._decoder.steps_of
         parts: dict[str, Any] = {}
         if self._hybrid:
-            parts["select"] = self._drafting(True)
+            parts["select"] = self._drafting(True), drafter
             if self._decoder.attention.refresh_every > 1:
-                parts["keep"] = self._drafting(False)
+                parts["keep"] = self._drafting(False), drafter
             if self._config.verify_every == "auto":
-                parts["full"] = self._full_step()
-        parts["verify"] = self._verifying()
+                parts["full"] = self._full_step(), model
+        parts["verify"] = self._verifying(), model
         kept = [
             self._window, self._filled, self._known, self._drawn_before, self._drafted, self._result,
             self._context.kv_bytes,
         ]  # fmt: skip
-        for name, run in parts.items():
+        for name, (run, of) in parts.items():
             if name not in self.parts:
-                self.parts[name] = self._decoder.capture(run, kept)
+                self.parts[name] = self._decoder.capture(run, kept, model=of)
 
     def _step(self, attention: DecodeAttention, refresh: bool) -> FixedStep:
         cache, context = self._context.cache, self._context

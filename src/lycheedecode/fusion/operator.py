@@ -16,6 +16,7 @@ LARGEST = 448.0
 """Of these numbers."""
 
 
+@torch.no_grad()
 def quantize(weight: Tensor, rows: int = 8192) -> tuple[Tensor, Tensor]:
     """A weight `[out, in]` in 8-bit floats, and what to multiply its rows by, float32 `[out]`.
 

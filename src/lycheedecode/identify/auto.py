@@ -88,8 +88,9 @@ def cache_folder() -> Path:
 
 
 def _form(config: HybridConfig) -> HybridConfig:
-    """What a plan depends on: not how often a step selects, corrects or verifies, nor which keys it scans."""
-    return replace(config, refresh_every=1, correction_every=0, verify_every=0, scan_keys="cache")
+    """What a plan depends on: not how often a step selects, corrects or verifies, nor on which copies it works."""
+    config = replace(config, scan_keys="cache", step_weights="model")
+    return replace(config, refresh_every=1, correction_every=0, verify_every=0)
 
 
 def _fits(plan: HeadPlan, model: nn.Module) -> bool:

@@ -60,6 +60,8 @@ def hybrid(
         raise ConfigError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
     if config.scan_keys != "cache":
         raise ConfigError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
+    if config.step_weights != "model":
+        raise ConfigError("step_weights='float8' keeps a copy of the weights, which only Engine does.")
     head_plan = plan_from(plan, model, tokenizer, config)
     if head_plan is None:
         raise ConfigError("Hybrid decoding needs a plan: a HeadPlan, the name or file of one, or 'auto'.")
