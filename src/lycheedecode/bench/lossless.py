@@ -3,7 +3,8 @@
     attend   attention of 1, 5, 9, 16 query tokens over one cache       they should take the time of one
     rounds   a full step, a draft, the pass, a whole round              random weights say nothing of acceptance: the
              of a model with random weights                             tokens that a round gains are given
-    real     texts continued by full attention, and losslessly          same tokens? how many drafts stand? how fast?
+    real     texts continued by full attention, and losslessly          how many drafts stand? how fast?
+    exact    the same, with many budgets and seeds                      are all tokens full attention's?
 
 Passes are verified against full steps before anything is timed.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import product, takewhile
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +25,13 @@ from ..engine.context import Context
 from ..engine.engine import Engine
 from ..engine.sampling import Sampling
 from ..engine.verify import Rounds, spare_slots
-from ..errors import ConfigError, DeviceError, MismatchError
-from ..models.load import load_model
+from ..errors import DeviceError, MismatchError
 from ..ops import KV
 from ..ops.attend import triton_rows
 from ..ops.kernel_common import Tuning
-from ..plan import HeadPlan
-from ..prompts.text import load_text
 from ..results import Result
 from .harness import say
+from .lossless_texts import bench_real, check_exact, format_exact, format_real
 from .models import MODELS, build, plan_for, random_context, release
 from .settings import LosslessSettings
 from .timing import read_bandwidth, time_calls
@@ -48,13 +47,13 @@ def run(settings: LosslessSettings, device: str) -> dict[str, Any]:
     """Verify and time; raises `MismatchError`, and then there are no times."""
     if "attend" in settings.parts and device == "cpu":
         raise DeviceError("Attention of several tokens is timed on a CUDA GPU.")
-    parts = {"attend": bench_attend, "rounds": bench_rounds, "real": bench_real}
+    parts = {"attend": bench_attend, "rounds": bench_rounds, "real": bench_real, "exact": check_exact}
     return {"rows": [{"part": part, **row} for part in settings.parts for row in parts[part](settings, device)]}
 
 
 def lines(result: Result) -> Iterator[str]:
     """The measurements, a line each."""
-    shown = {"attend": format_attend, "rounds": format_round, "real": format_real}
+    shown = {"attend": format_attend, "rounds": format_round, "real": format_real, "exact": format_exact}
     yield from (shown[row["part"]](row) for row in result.rows)
 
 
@@ -121,8 +120,8 @@ def _attend_rows(kv: KV, heads: int, tune: bool) -> Iterator[dict[str, Any]]:
 
 def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
     """Launches around the usual one."""
-    splits = [16, 33, 50, 66] if pairs <= 16 else [4, 8, 12, 16]
-    shapes = (64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 4), (32, 4, 3), (128, 4, 2)
+    splits = [16, 33, 49] if pairs <= 16 else [4, 8, 12]
+    shapes = (64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 3), (32, 4, 5)
     return [usual, *(Tuning(s, *shape, usual.pdl) for s in splits for shape in shapes)]
 
 
@@ -249,93 +248,4 @@ def format_round(row: Mapping[str, Any]) -> str:
         f"{row['full_ms']:.3f} ms, draft {row['select_ms']:.3f}{keep}, pass {row['verify_ms']:.3f}, round "
         f"{row['round_ms']:.3f}; if {row['gained']} tokens are gained a round: {row['ms_per_token']:.3f} ms a token, "
         f"{row['speedup']:.2f}x  (error {row['error']:.1e}, {row['way']})"
-    )
-
-
-# ---------------------------------------------------------------------- real models
-
-
-def bench_real(settings: LosslessSettings, device: str) -> list[dict[str, Any]]:
-    """Texts continued by every way; the first one is full attention."""
-    model, tokenizer = load_model(settings.model, device=device, dtype=settings.dtype)
-    plan = HeadPlan.load(settings.plan or settings.model)
-    rows: list[dict[str, Any]] = []
-    for length in settings.contexts:
-        for batch in settings.batches:
-            prompts = [
-                prompt
-                for i, source in enumerate(settings.texts)
-                for prompt in _slices(tokenizer, source, length, batch * (i + 1) // len(settings.texts)
-                                      - batch * i // len(settings.texts))
-            ]  # fmt: skip
-            rows += _real_case(model, tokenizer, plan, prompts, length, settings)
-    return rows
-
-
-def _slices(tokenizer: Any, source: str, length: int, count: int) -> list[list[int]]:
-    """`count` slices of a text, far from each other."""
-    ids = tokenizer(load_text(source), verbose=False)["input_ids"]
-    if len(ids) < length:
-        raise ConfigError(f"{source} has {len(ids)} tokens, not {length}.")
-    return [ids[begin : begin + length] for begin in (i * (len(ids) - length) // max(count, 1) for i in range(count))]
-
-
-def _real_case(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    plan: HeadPlan,
-    prompts: list[list[int]],
-    length: int,
-    settings: LosslessSettings,
-) -> Iterator[dict[str, Any]]:
-    sampling = Sampling(temperature=settings.temperature or 0.0, seed=settings.seed)
-    base: dict[str, Any] = {"budget_tokens": settings.budget_tokens, "block_size": settings.block_size}
-    engines = {"full": Engine(model, tokenizer, execution=settings.execution)}
-    for every in settings.ways:
-        for refresh in settings.refresh if every != "hybrid" else [1]:
-            rounds: dict[str, Any] = (
-                {} if every == "hybrid" else {"verify_every": int(every) if every.isdigit() else every}
-            )
-            config = HybridConfig(**base, refresh_every=refresh, **rounds)
-            name = f"{every}, selected every {refresh}"
-            engines[name] = Engine(model, tokenizer, plan=plan, config=config, execution=settings.execution)
-    spare = max(spare_slots(engine.config) for engine in engines.values())
-    context = next(iter(engines.values())).prefill(prompts, room=settings.tokens + spare)
-    first: list[Any] = []
-    for name, engine in engines.items():
-        given: dict[str, Any] = {"sampling": sampling, "ignore_eos": True}
-        engine.generate(context, min(settings.tokens, 40), **given)  # compiles and captures
-        results = engine.generate(context, settings.tokens, **given)
-        first = first or results
-        yield _real_row(name, results, first, length)
-        say(format_real(_real_row(name, results, first, length)))
-        context._kept_steps.clear()
-    del context
-    release()
-
-
-def _real_row(name: str, results: list[Any], first: list[Any], length: int) -> dict[str, Any]:
-    seconds = max(result.decode_seconds for result in results)
-    total = sum(len(result.token_ids) - 1 for result in results)
-    speed, base = total / seconds, sum(len(result.token_ids) - 1 for result in first)
-    rounds, drafted, accepted = (sum(getattr(r, n) for r in results) for n in ("rounds", "drafted", "accepted"))
-    same = [
-        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.token_ids, b.token_ids, strict=False)))
-        for a, b in zip(results, first, strict=True)
-    ]
-    return {
-        "way": name, "batch": len(results), "context": length, "tokens": len(results[0].token_ids), "seconds": seconds,
-        "tokens_per_second": speed, "speedup": speed / (base / max(result.decode_seconds for result in first)),
-        "gained": total / rounds if rounds else 1.0, "stood": accepted / drafted if drafted else None,
-        "same": same, "kv_bytes_per_token": sum(r.kv_bytes_per_token for r in results) / len(results),
-    }  # fmt: skip
-
-
-def format_real(row: Mapping[str, Any]) -> str:
-    """A line for people."""
-    stood = "" if row["stood"] is None else f", {row['gained']:.2f} tokens a round, {row['stood']:.0%} of drafts stood"
-    return (
-        f"{row['way']:28} {row['batch']} x {row['context']}: {row['tokens_per_second']:8.1f} tokens/s, "
-        f"{row['speedup']:.2f}x{stood}; first {min(row['same'])} to {max(row['same'])} of {row['tokens']} tokens are "
-        f"full attention's"
     )

@@ -117,7 +117,7 @@ class StepSettings(ModelSettings):
         return replace(super().shrunk(), steps=4)
 
 
-PARTS = ("attend", "rounds", "real")
+PARTS = ("attend", "rounds", "real", "exact")
 """What `bench lossless` times."""
 
 
@@ -126,19 +126,22 @@ class LosslessSettings(ModelSettings):
     """What `bench lossless` times.
 
     Attributes:
-        parts: attend: attention of several tokens; rounds: a round of a model with random weights; real: texts.
+        parts: attend: attention of several tokens; rounds: a round of a model with random weights; real: texts, and
+            how fast they are; exact: texts, and whether they are full attention's.
         drafts: of a round (rounds).
         refresh: drafts from one selection to the next (rounds, real).
-        weights: of drafts: model or float8 (rounds, real).
+        weights: of drafts: model or float8 (rounds, real, exact).
         gained: tokens that a round is taken to gain, measured on real models (rounds).
         steps: that are timed (rounds).
         tune: try other launches, too (attend).
-        plan: head plan (real).
-        ways: drafts of a round, auto, or hybrid (real).
-        texts: what is continued (real).
-        tokens: new tokens of each text (real).
+        plan: head plan (real, exact); the bundled one of the model without.
+        ways: drafts of a round, auto, or hybrid (real, exact).
+        texts: what is continued (real, exact).
+        tokens: new tokens of each text (real, exact).
         temperature: of sampling; greedy without (real).
-        dtype: of the model (real).
+        budgets: of tokens (exact).
+        seeds: of sampling at temperature 0.7, besides greedy texts (exact).
+        dtype: of the model (real, exact).
         execution: how steps run.
     """
 
@@ -154,6 +157,8 @@ class LosslessSettings(ModelSettings):
     texts: tuple[str, ...] = ("code", "prose")
     tokens: int = 256
     temperature: float | None = None
+    budgets: tuple[int, ...] = (64, 256, 1024)
+    seeds: tuple[int, ...] = (1, 2, 3)
     dtype: str = "auto"
     execution: Literal["auto", "compiled", "graph", "eager"] = "auto"
 
@@ -161,8 +166,9 @@ class LosslessSettings(ModelSettings):
         super().__post_init__()
         check_names("parts", self.parts, PARTS)
         check_names("weights", self.weights, ("model", "float8"))
-        if "real" in self.parts and self.plan is None and not self.smoke:
-            raise ConfigError("parts=real needs a plan.")
+        for way in self.ways:
+            if way not in ("auto", "hybrid") and not way.isdecimal():
+                raise ConfigError(f"ways must be auto, hybrid, or a number of drafts, not {way!r}.")
 
     def shrunk(self) -> LosslessSettings:
         return replace(super().shrunk(), budget_tokens=128, steps=2, parts=("rounds",), execution="graph")

@@ -90,7 +90,7 @@ def step(given: dict[str, Any], json_file: Json = None) -> None:
 def lossless(given: dict[str, Any], json_file: Json = None) -> None:
     """Verify and time rounds of drafts and the pass that verifies them."""
     settings = LosslessSettings(**given)
-    _run("lossless", settings, json_file, needs_gpu=settings.parts != ("real",))
+    _run("lossless", settings, json_file, needs_gpu=not set(settings.parts) <= {"real", "exact"})
 
 
 @app.command()

@@ -98,8 +98,12 @@ class Sampler:
         Returns:
             int64 `[...]`.
         """
+        return self.scores(logits, sequences, positions).argmax(-1)
+
+    def scores(self, logits: Tensor, sequences: Tensor | None = None, positions: Tensor | int = 0) -> Tensor:
+        """What the token drawn has most of, float `[..., V]`; arguments as above."""
         if self._greedy:
-            return logits.argmax(-1)
+            return logits
         shape = logits.shape[:-1]
         if sequences is None:
             sequences = torch.arange(shape[0], device=logits.device)
@@ -109,8 +113,7 @@ class Sampler:
         rows = logits.float().flatten(0, -2)
         for keep in self._filters:
             rows = keep(None, rows)
-        drawn = ops.add_noise(rows, self._seed, *places)
-        return drawn.argmax(-1).unflatten(0, shape)
+        return ops.add_noise(rows, self._seed, *places).unflatten(0, shape)
 
 
 # ---------------------------------------------------------------------- text

@@ -159,19 +159,23 @@ def most_rows(kv: KV) -> int:
 
 
 def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
-    """What was fastest on an H200; `bench lossless --parts attend --tune` measures it.
+    """What was fastest on an H100 and on an H200; `bench lossless --parts attend --tune` measures it.
 
-    A single token is read as by `triton_dense`. With more rows a tile's arithmetic takes half as long as its bytes: two
-    programs a processor, of three stages, so that one computes while the other waits.
+    A single token is read as by `triton_dense`. With more rows a tile's arithmetic takes half as long as its bytes on
+    an H200: two programs a processor, of three stages, so that one computes while the other waits. On an H100, whose
+    memory is slower, one program computes beside its own loads, and there is half as much to merge.
     """
-    pdl, tile = common.has_pdl(kv.keys.device), min(common.tile_of(kv, 16384), 64)
+    device, pdl = kv.keys.device, common.has_pdl(kv.keys.device)
+    tile = min(common.tile_of(kv, 16384), 64)
     tiles = triton.cdiv(max(kv.slots, 1), tile)
     if rows <= 16:
         tuning = common.fitting(Tuning(8, tile, 4, 4, pdl), kv)
         return tuning._replace(splits=common.even_splits(pairs, tiles, 128, 64)) if pairs <= 16 else tuning
-    held = min(common.power_of_two(rows), most_rows(kv)) * common.power_of_two(kv.keys.shape[3])
+    row_tile = min(common.power_of_two(rows), most_rows(kv))
+    held = row_tile * common.power_of_two(kv.keys.shape[3])
     warps = 8 if held > 64 * 128 or kv.keys.dtype == torch.float32 else 4
-    places = 2 * _processors(kv.keys.device)
+    alone = row_tile == 64 and kv.keys.element_size() == 2 and common.read_rate(device) < 30e9
+    places = (1 if alone else 2) * _processors(device)
     return common.fitting(Tuning(min(_splits(pairs, places), max(tiles, 1)), tile, warps, 3, pdl), kv)
 
 
