@@ -29,6 +29,7 @@ from lycheedecode.bench.settings import BenchSettings, check_names
 from lycheedecode.bench.timing import Call, read_bandwidth, rotations, time_calls
 from lycheedecode.bench.verify import check_close
 from lycheedecode.fusion import backend, reference
+from lycheedecode.fusion.operator import EIGHT_BITS, quantize
 
 TOLERANCE = 1e-2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU, tests only
@@ -44,6 +45,7 @@ class Projection(NamedTuple):
         norm: an RMSNorm comes first.
         residual: something is added to the output.
         gated: of two layers, `SiLU(first) * second`.
+        eight_bits: weights are in 8-bit floats.
     """
 
     sizes: tuple[int, ...]
@@ -51,16 +53,18 @@ class Projection(NamedTuple):
     norm: bool = False
     residual: bool = False
     gated: bool = False
+    eight_bits: bool = False
 
     @property
     def bytes(self) -> int:
         """Of the weights."""
-        return sum(self.sizes) * self.columns * 2
+        return sum(self.sizes) * self.columns * (1 if self.eight_bits else 2)
 
     @classmethod
     def of(cls, kind: Any) -> Projection:
         """That of a `linear.triton.Kind`."""
-        return cls(kind.sizes, kind.columns, kind.norm, kind.residual, kind.gated)
+        eight_bits = kind.dtype == EIGHT_BITS
+        return cls(kind.sizes, kind.columns, kind.norm, kind.residual, kind.gated, eight_bits)
 
 
 LLAMA_3_8B = {
@@ -80,6 +84,7 @@ class LinearSettings(BenchSettings):
     Attributes:
         names: of the projections.
         batches: sequences decoded together.
+        eight_bits: with weights in 8-bit floats.
         inductor: time what torch.compile makes of them, too.
         seconds: spent on each measurement.
         step_layers: time steps of a model with so many layers instead.
@@ -87,6 +92,7 @@ class LinearSettings(BenchSettings):
 
     names: tuple[str, ...] = tuple(LLAMA_3_8B)
     batches: tuple[int, ...] = (1, 2, 4, 8)
+    eight_bits: bool = False
     inductor: bool = False
     seconds: float = 0.05
     step_layers: int | None = None
@@ -103,12 +109,14 @@ class TuneLinearSettings(BenchSettings):
     Attributes:
         names: of the projections.
         batches: sequences decoded together.
+        eight_bits: with weights in 8-bit floats.
         most: launches of a projection and batch that are timed.
         limit: seconds that it takes.
     """
 
     names: tuple[str, ...] = tuple(LLAMA_3_8B)
     batches: tuple[int, ...] = (1, 2, 4, 8)
+    eight_bits: bool = False
     most: int = 32
     limit: float = 85
 
@@ -124,6 +132,7 @@ class LinearProblem:
     projection: Projection
     inputs: Tensor
     fused: list[Tensor]
+    scales: list[Tensor]
     norm: Tensor | None
     residual: Tensor | None
 
@@ -135,10 +144,14 @@ class LinearProblem:
 
         rows, columns = sum(projection.sizes), projection.columns
         width = projection.sizes[0] if projection.gated else rows
+        fused, scales = [numbers(rows, columns, scale=columns**-0.5) for _ in range(sets)], []
+        if projection.eight_bits:
+            fused, scales = map(list, zip(*map(quantize, fused), strict=True)) if sets else ([], [])
         return cls(
             projection,
             numbers(batch, 1, columns),
-            [numbers(rows, columns, scale=columns**-0.5) for _ in range(sets)],
+            fused,
+            scales,
             numbers(columns) if projection.norm else None,
             numbers(batch, 1, width) if projection.residual else None,
         )
@@ -146,15 +159,20 @@ class LinearProblem:
     def with_batch(self, batch: int) -> LinearProblem:
         """The same weights, other inputs."""
         new = LinearProblem.random(self.projection, batch, 0)
-        return LinearProblem(self.projection, new.inputs, self.fused, self.norm, new.residual)
+        return LinearProblem(self.projection, new.inputs, self.fused, self.scales, self.norm, new.residual)
 
     def weights(self, i: int) -> list[Tensor]:
         return list(self.fused[i % len(self.fused)].split(self.projection.sizes))
 
+    def factors(self, i: int) -> list[Tensor]:
+        """What rows of the weights are multiplied by; none in 16 bits."""
+        return list(self.scales[i % len(self.scales)].split(self.projection.sizes)) if self.scales else []
+
     def compute(self, run: Callable[..., Tensor], i: int, x: Tensor | None = None, **more: Any) -> Tensor:
         """By `linear` or something with its signature."""
         x = self.inputs if x is None else x
-        return run(x, self.weights(i), [], self.residual, self.norm, 1e-5, self.projection.gated, **more)
+        arguments = (self.weights(i), [], self.residual, self.norm, 1e-5, self.projection.gated, self.factors(i))
+        return run(x, *arguments, **more)
 
     def cublas(self, i: int) -> Tensor:
         """The bare product with the fused weight."""
@@ -166,9 +184,9 @@ class LinearProblem:
         return [lambda i=i: run(i) for i in range(count)]
 
 
-def make_problems(names: Sequence[str]) -> dict[str, LinearProblem]:
+def make_problems(names: Sequence[str], eight_bits: bool) -> dict[str, LinearProblem]:
     """Weights for each projection; random ones, more than the L2 holds."""
-    sizes = {name: LLAMA_3_8B[name] for name in names}
+    sizes = {name: LLAMA_3_8B[name]._replace(eight_bits=eight_bits) for name in names}
     return {name: LinearProblem.random(p, 1, rotations(p.bytes, 2, 16)) for name, p in sizes.items()}
 
 
@@ -205,22 +223,25 @@ def run(settings: LinearSettings, device: str) -> dict[str, Any]:
     """Verify and time; raises `MismatchError`, and then there are no times."""
     if settings.step_layers:
         return time_steps(settings.step_layers, settings.batches, settings.seconds)
-    return time_projections(settings.names, settings.batches, settings.inductor, settings.seconds)
+    return time_projections(settings)
 
 
-def time_projections(names: Sequence[str], batches: Sequence[int], inductor: bool, seconds: float) -> dict[str, Any]:
+def time_projections(settings: LinearSettings) -> dict[str, Any]:
     """Every projection by everyone who can."""
     from lycheedecode.fusion.triton import linear
 
-    problems = make_problems(names)
+    names, batches = settings.names, settings.batches
+    inductor = settings.inductor and not settings.eight_bits
+    problems = make_problems(names, settings.eight_bits)
     everything = {(name, batch): problems[name].with_batch(batch) for batch in batches for name in names}
     errors = {f"{name}, batch {batch}": verify(problem, f"{name}, batch {batch}", linear)
               for (name, batch), problem in everything.items()}  # fmt: skip
-    meter = LinearMeter(measured_bandwidth(), seconds, [])
+    meter = LinearMeter(measured_bandwidth(), settings.seconds, [])
     say(f"verified; read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s\n{HEADER}")
     for (name, batch), problem in everything.items():
         size = problem.projection.bytes
-        meter.add(name, batch, "cuBLAS, bare product", problem.calls(problem.cublas), size)
+        if not settings.eight_bits:
+            meter.add(name, batch, "cuBLAS, bare product", problem.calls(problem.cublas), size)
         if inductor:
             torch._dynamo.reset()  # it counts compilations, and gives up at some number
             compiled = torch.compile(reference, dynamic=False, options={"coordinate_descent_tuning": True})
@@ -228,8 +249,9 @@ def time_projections(names: Sequence[str], batches: Sequence[int], inductor: boo
             meter.add(name, batch, "Inductor", runs, size)
         meter.add(name, batch, "ours", problem.calls(lambda i, problem=problem: problem.compute(linear, i)), size)
     if set(LAYER) <= set(names):
-        size = sum(LLAMA_3_8B[name].bytes for name in LAYER)
-        for batch, (by, run) in product(batches, (("reference", reference), ("ours", linear))):
+        size = sum(problems[name].projection.bytes for name in LAYER)
+        ways = [("reference", reference), ("ours", linear)][settings.eight_bits :]
+        for batch, (by, run) in product(batches, ways):
             own = {name: everything[name, batch] for name in LAYER}
             calls = [lambda i=i, own=own, run=run: layer(own, run, i) for i in range(4)]
             meter.add("layer", batch, by, calls, size)
@@ -286,12 +308,12 @@ def candidates(projection: Projection, batch: int) -> list[Any]:
 
     out = projection.sizes[0] if projection.gated else sum(projection.sizes)
     plain = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 128), (16, 512)] if batch == 1 else []
-    dotted = [(64, 64), (64, 128), (64, 256), (32, 128), (32, 256), (128, 64)]
+    dotted = [(64, 64), (64, 128), (64, 256), (32, 128), (32, 256), (128, 64), (128, 128)]
     shapes = [(0, *shape) for shape in plain] + [(8, *shape) for shape in dotted] + [(16, *dotted[1])]
-    found = []
+    number_bytes, found = (1 if projection.eight_bits else 2), []
     for (dot, rows, depth), splits, stages in product(shapes, (1, 2, 4, 7, 8), (3, 5)):
         programs = -(-out // rows) * splits
-        stage = rows * depth * 2 * (2 if projection.gated else 1)
+        stage = rows * depth * number_bytes * (2 if projection.gated else 1)
         fits = min((220 << 10) // (stage * stages), 8)
         in_flight = min(fits, programs / 132) * stage * (stages - 1)
         splits_well = splits == 1 or (
@@ -307,11 +329,12 @@ def tune(settings: TuneLinearSettings, device: str) -> dict[str, Any]:
     """Time at most `most` launches of every projection, in about `limit` seconds; prints the best few."""
     names, batches, most, limit = settings.names, settings.batches, settings.most, settings.limit
     began = time.perf_counter()
-    grids = {(name, batch): candidates(LLAMA_3_8B[name], batch) for name, batch in product(names, batches)}
+    sizes = {name: LLAMA_3_8B[name]._replace(eight_bits=settings.eight_bits) for name in names}
+    grids = {(name, batch): candidates(sizes[name], batch) for name, batch in product(names, batches)}
     grids = {key: evenly(grid, most) for key, grid in grids.items()}
-    compile_ahead([(LLAMA_3_8B[name], batch, t) for (name, batch), grid in grids.items() for t in grid])
+    compile_ahead([(sizes[name], batch, t) for (name, batch), grid in grids.items() for t in grid])
     say(f"compiled {sum(map(len, grids.values()))} launches in {time.perf_counter() - began:.0f} s")
-    problems, bandwidth, found = make_problems(names), measured_bandwidth(), []
+    problems, bandwidth, found = make_problems(names, settings.eight_bits), measured_bandwidth(), []
     for at, ((name, batch), grid) in enumerate(grids.items()):
         now = time.perf_counter()
         until = now + (began + limit - now) / (len(grids) - at)

@@ -49,6 +49,15 @@ def test_bench(tmp_path, capsys):
     assert "layer" in capsys.readouterr().err
 
 
+def test_bench_of_weights_in_8_bits(tmp_path):
+    """Only ours takes them; they are half as large."""
+    run("linear", "--batches", "1,3", "--eight-bits", "--json", str(tmp_path / "result.json"))
+    rows = json.loads((tmp_path / "result.json").read_text())["result"]["rows"]
+    assert {row["by"] for row in rows} == {"ours"}
+    assert len(rows) == 2 * (len(bench.LLAMA_3_8B) + 1)
+    assert rows[0]["bytes"] == 80 * 32
+
+
 def test_step(monkeypatch, capsys):
     monkeypatch.setattr(bench, "_random_llama", lambda layers: tiny.model(num_hidden_layers=layers))
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)
@@ -72,7 +81,8 @@ def test_tune(monkeypatch, capsys):
 
 
 def test_candidates_fit_the_gpu():
-    for projection in (bench.Projection((4096, 1024, 1024), 4096), bench.Projection((14336, 14336), 4096, gated=True)):
+    shapes = bench.Projection((4096, 1024, 1024), 4096), bench.Projection((14336, 14336), 4096, gated=True)
+    for projection in (*shapes, *(shape._replace(eight_bits=True) for shape in shapes)):
         for batch in (1, 8):
             found = bench.candidates(projection, batch)
             assert 8 <= len(found) <= 64
