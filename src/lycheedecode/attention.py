@@ -52,6 +52,7 @@ class State:
         self,
         store_of: Callable[[int], tuple[Tensor, Tensor]],
         begin: Tensor,
+        written: Tensor,
         end: Tensor,
         most: int,
         starts: Tensor | None = None,
@@ -62,8 +63,8 @@ class State:
 
         Args:
             store_of: a layer's keys and values, `[B, Hkv, capacity, D]`.
-            begin, end: int32 `[B]`, first slot of each sequence that was written, and the one after those that may be
-                read before the next pass.
+            begin, written, end: int32 `[B]`, first slot of each sequence that was written, the one after the last, and
+                the one after those that may be read before the next pass.
             most: slots from `begin` to `end`, at most.
             starts: as in `before_step`.
         """
@@ -106,6 +107,7 @@ class HybridState(State):
         self,
         store_of: Callable[[int], tuple[Tensor, Tensor]],
         begin: Tensor,
+        written: Tensor,
         end: Tensor,
         most: int,
         starts: Tensor | None = None,
@@ -114,7 +116,7 @@ class HybridState(State):
         if self.copy is not None:
             self.copy.follow(store_of, begin, most)
         if self.means is not None:
-            self.means.follow(store_of, begin, end, most, starts)
+            self.means.follow(store_of, begin, written, end, most, starts)
 
     def copy_of(self, layer: int) -> Tensor | None:
         """What the retrieval heads of a layer scan in place of the cache (`ops.scan_blocks`)."""

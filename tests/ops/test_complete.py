@@ -53,6 +53,20 @@ def test_only_new_chunks_are_written():
     assert (~means[0, :, 0, :, 0].isnan()).int().tolist() == [[0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [0] * 6]
 
 
+def test_what_is_still_to_come_stays_out_of_the_means():
+    kv = make_cache([5 * CHUNK, 3 * CHUNK], slots=5 * CHUNK)
+    written = torch.tensor([3 * CHUNK + 3, 3 * CHUNK], dtype=torch.int32)
+    for cache in kv[:2]:
+        cache[0, :, written[0] :] = nan
+    means = room_for_means(kv)
+    ops.write_means(kv, CHUNK, *means, torch.tensor([2, 1], dtype=torch.int32), 4, written)
+    for mean, cache in zip(means, kv[:2], strict=True):
+        torch.testing.assert_close(mean[0, :, 2], cache[0, :, 2 * CHUNK : 3 * CHUNK].mean(1))
+        torch.testing.assert_close(mean[0, :, 3], cache[0, :, 3 * CHUNK : written[0]].mean(1))
+        assert (mean[0, :, 4] == 0).all()
+        torch.testing.assert_close(mean[1, :, 2], cache[1, :, 2 * CHUNK : 3 * CHUNK].mean(1))
+
+
 # ---------------------------------------------------------------------- attention
 
 

@@ -46,16 +46,18 @@ def close(result, expected, dtype):
 @runs_kernels
 @layouts
 @pytest.mark.parametrize("page", [0, 8, 64])
-@pytest.mark.parametrize("first", [None, 2])
-def test_means(layout, page, first):
+@pytest.mark.parametrize(("first", "missing"), [(None, None), (2, None), (None, 3), (2, 20)])
+def test_means(layout, page, first, missing):
+    """All of them, new ones only, and where the last tokens are still to come."""
     from lycheedecode.ops.complete.triton import write_means
 
     kv = of(layout, dtype=torch.float16)
     kv = paged(kv, page) if page else kv
     known = None if first is None else torch.full((kv.batch,), first, dtype=torch.int32, device=DEVICE)
+    written = None if missing is None else (kv.token_counts() - missing).clamp(min=0).int()
     found, right = room_for_means(kv), room_for_means(kv)
     for function, out in ((write_means, found), (reference.write_means, right)):
-        function(kv, CHUNK, *out, known, 4)
+        function(kv, CHUNK, *out, known, 4, written)
     torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 

@@ -337,5 +337,6 @@ class Rounds:
             tokens = self.tokens
             layers = self._context.cache.layers
             end = (self._filled + tokens).clamp(max=layers[0].capacity)
-            self._state.follow(lambda layer: layers[layer].store, self._known, end, 2 * tokens, self._starts)
+            bounds = self._known, self._filled, end
+            self._state.follow(lambda layer: layers[layer].store, *bounds, 2 * tokens, self._starts)
         self._known.copy_(self._filled)

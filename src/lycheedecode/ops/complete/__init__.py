@@ -15,7 +15,13 @@ __all__ = ["write_means"]
 
 
 def write_means(
-    kv: KV, chunk: int, keys: Tensor, values: Tensor, first: Tensor | None = None, most: int | None = None
+    kv: KV,
+    chunk: int,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor | None = None,
+    most: int | None = None,
+    written: Tensor | None = None,
 ) -> None:
     """Write the mean key and mean value of chunks whose tokens are all there.
 
@@ -26,6 +32,8 @@ def write_means(
             of its numbers as they stand there, without scales.
         first: int32 `[B]`, the chunks of each sequence that are known already; None: none.
         most: how many more a sequence has, at most; None: as many as there is room for. Others are not written.
+        written: int32 `[B]`, tokens of each sequence that its cache holds so far; what a chunk has beyond them is still
+            to come, and stays out of its means. None: all are there.
     """
     if keys.shape != values.shape or keys.stride() != values.stride():
         raise ValueError("mean keys and mean values must have the same shape and strides.")
@@ -40,4 +48,4 @@ def write_means(
         from . import triton
 
         implementation = triton
-    implementation.write_means(kv, chunk, keys, values, first, most)
+    implementation.write_means(kv, chunk, keys, values, first, most, written)

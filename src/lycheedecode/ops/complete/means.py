@@ -68,16 +68,16 @@ class ChunkMeans:
         self,
         store_of: Callable[[int], tuple[Tensor, Tensor]],
         begin: Tensor,
+        written: Tensor,
         end: Tensor,
         most: int,
         starts: Tensor | None = None,
     ) -> None:
         """Write the means of chunks that end in slots from `begin` to before `end`; see `attention.State.follow`."""
-        first = ((begin if starts is None else begin - starts) // self.chunk).int()
-        lengths = (end if starts is None else end - starts).int()
+        begin, written, end = ((x if starts is None else x - starts).int() for x in (begin, written, end))
         for layer in self.layers:
-            kv = KV(*store_of(layer), lengths, starts)
-            write_means(kv, self.chunk, *self.of_layer(layer), first, most // self.chunk + 1)
+            kv = KV(*store_of(layer), end, starts)
+            write_means(kv, self.chunk, *self.of_layer(layer), begin // self.chunk, most // self.chunk + 1, written)
 
     def write(self, layer: int, kv: KV) -> None:
         """Write the means of a layer anew, for a cache of which nothing is known."""

@@ -10,10 +10,14 @@ from torch import Tensor
 from ..types import KV, Completion, Selections, constant
 
 
-def write_means(kv: KV, chunk: int, keys: Tensor, values: Tensor, first: Tensor | None, most: int) -> None:
+def write_means(
+    kv: KV, chunk: int, keys: Tensor, values: Tensor, first: Tensor | None, most: int, written: Tensor | None = None
+) -> None:
     starts = [0] * kv.batch if kv.starts is None else kv.starts.tolist()
     known = [0] * kv.batch if first is None else first.tolist()
-    for b, count in enumerate(kv.token_counts().tolist()):
+    counts = kv.token_counts().tolist()
+    there = counts if written is None else written.tolist()
+    for b, count in enumerate(counts):
         chunks = min(count // chunk, known[b] + most)
         if chunks <= known[b]:
             continue
@@ -21,8 +25,12 @@ def write_means(kv: KV, chunk: int, keys: Tensor, values: Tensor, first: Tensor 
         page, entry = _places(torch.arange(known[b], chunks, device=keys.device), b, kv, chunk)
         for means, cache in ((keys, kv.keys), (values, kv.values)):
             tokens = _tokens(cache, kv, b, begin, end).unflatten(1, (-1, chunk))  # [Hkv, chunks, chunk, D]
+            if there[b] < count:
+                token = torch.arange(known[b] * chunk, chunks * chunk, device=keys.device).view(-1, chunk, 1)
+                tokens = tokens.masked_fill(token >= there[b], 0)
+            number = (there[b] - torch.arange(known[b], chunks, device=keys.device) * chunk).clamp(1, chunk)[:, None]
             # On a CPU `mean` takes thirty times as long as `sum` here.
-            means[page, :, entry] = (tokens.float().sum(2) / chunk).to(means.dtype).transpose(0, 1)
+            means[page, :, entry] = (tokens.float().sum(2) / number).to(means.dtype).transpose(0, 1)
 
 
 def unread(
