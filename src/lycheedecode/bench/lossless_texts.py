@@ -33,20 +33,30 @@ if TYPE_CHECKING:
 _NEAR = 4.0
 """Scores of two tokens are a near tie when they lie no further apart than so many times what rounding does to them."""
 _TEMPERATURE = 0.7
+_CHARACTERS = 6
+"""Of a token, at most, in texts that are not odd."""
 
 
 def _prompts(tokenizer: Any, settings: LosslessSettings, length: int, batch: int) -> list[list[int]]:
-    """Slices of the texts, far from each other."""
+    """Slices from all over the texts."""
     rows: list[list[int]] = []
     for i, source in enumerate(settings.texts):
-        share = len(settings.texts)
+        text, share = load_text(source), len(settings.texts)
         count = batch * (i + 1) // share - batch * i // share
-        ids = tokenizer(load_text(source), verbose=False)["input_ids"]
-        if len(ids) < length:
-            raise ConfigError(f"{source} has {len(ids)} tokens, not {length}.")
-        begins = [i * (len(ids) - length) // max(count, 1) for i in range(count)]
-        rows += [ids[begin : begin + length] for begin in begins]
+        last = max(len(text) - _CHARACTERS * length, 0)
+        rows += [_slice(tokenizer, source, text[at * last // max(count - 1, 1) :], length) for at in range(count)]
     return rows
+
+
+def _slice(tokenizer: Any, source: str, text: str, length: int) -> list[int]:
+    """The first tokens of a text, of which no more is read than that takes."""
+    size = 0
+    while size < len(text):
+        size = max(2 * size, _CHARACTERS * length)
+        ids: list[int] = tokenizer(text[:size], verbose=False)["input_ids"]
+        if len(ids) > length:
+            return ids[:length]
+    raise ConfigError(f"{source} has {len(text)} characters only, too few for a prompt of {length} tokens.")
 
 
 def _config(way: str, budget_tokens: int, settings: LosslessSettings, refresh: int, weights: str) -> HybridConfig:
