@@ -14,6 +14,7 @@ from torch import nn
 
 from lycheedecode.fusion import backend, linear, reference
 from lycheedecode.fusion.graph import use_linear
+from lycheedecode.fusion.operator import quantize
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="On a GPU test_linear_triton.py runs by itself.")
@@ -153,5 +154,9 @@ def test_operator():
     x, weights, norm = torch.randn(2, 1, 16), [torch.randn(8, 16) for _ in range(2)], torch.randn(16)
     arguments = ([torch.randn(8), torch.randn(8)], torch.randn(2, 1, 8), norm, 1e-5, True)
     torch.testing.assert_close(linear(x, weights, *arguments), reference(x, weights, *arguments))
-    torch.library.opcheck(torch.ops.lycheedecode.linear.default, (x, weights, *arguments))
+    torch.library.opcheck(torch.ops.lycheedecode.linear.default, (x, weights, *arguments, []))
+    eight, scales = map(list, zip(*map(quantize, weights), strict=True))
+    # Its check of the schema multiplies what it is given, and torch cannot multiply 8-bit floats.
+    eight_bits = (x, eight, *arguments, scales)
+    torch.library.opcheck(torch.ops.lycheedecode.linear.default, eight_bits, test_utils=("test_faketensor",))
     assert linear(x, weights).shape == (2, 1, 16)
