@@ -65,6 +65,7 @@ def test_whether_some_head_is_completed(plan_file, tmp_path):
         ({"budget_tokens": -1}, "budget_tokens must be"),
         ({"refresh_every": 2}, "refresh_every must be 1 in vLLM"),
         ({"correction_every": 32}, "correction_every must be 0 in vLLM"),
+        ({"step_weights": "float8"}, "step_weights must be 'model' in vLLM"),
         ({"verify_every": 4}, "verify_every must be 0 in vLLM"),
         ({"scan_keys": "float8"}, "scan_keys must be 'cache' with a KV cache in FP8"),
     ],
