@@ -230,6 +230,22 @@ def test_attention_weights_are_refused(llama):
         generate(llama, batch, output_attentions=True, return_dict_in_generate=True)
 
 
+@pytest.mark.parametrize("by_config", [False, True])
+def test_decoding_without_a_cache_is_refused(llama, by_config, monkeypatch):
+    """It would read the whole text anew for each token, densely."""
+    options = {} if by_config else {"use_cache": False}
+    for config in (llama.config, llama.generation_config):
+        monkeypatch.setattr(config, "use_cache", not by_config)
+    batch = tiny.padded(tiny.prompts(40))
+    sentence = r"^Hybrid decoding needs the KV cache: leave use_cache=False away\.$"
+    with hybrid(llama, tiny.plan(), TIGHT):
+        with pytest.raises(ModelError, match=sentence):
+            llama(**batch, **options)
+        with pytest.raises(ModelError, match=sentence):
+            generate(llama, batch, **options)
+    assert generate(llama, batch, use_cache=False).shape == (1, 52)  # outside of it, as ever
+
+
 def test_a_mask_with_gaps_is_refused(llama):
     batch = tiny.padded(tiny.prompts(20))
     batch["attention_mask"][0, 7] = 0

@@ -217,6 +217,15 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
+def mask_if(condition, mask):
+    """`mask` if `condition`, a single truth value, holds, else nothing.
+
+    For a GPU it is `mask & condition`; Triton's interpreter makes int32 of that, which 3.9 takes for no mask.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def extent(b, lengths, starts, slots):
     """First slot of a sequence, and its tokens."""
     first = 0
@@ -289,7 +298,7 @@ def whole_of(b, whole_up_to, limits, BLOCK: tl.constexpr):
 def load_sinks(sinks, head, split, G: tl.constexpr, GP: tl.constexpr):
     """`[GP]`: logits in base 2 of a group's sinks, which the first split counts; -inf for all others."""
     g = tl.arange(0, GP)
-    x = tl.load(sinks + head * G + g, mask=(g < G) & (split == 0), other=float("-inf"))
+    x = tl.load(sinks + head * G + g, mask=mask_if(split == 0, g < G), other=float("-inf"))
     return x * 1.4426950408889634
 
 
@@ -395,10 +404,11 @@ def _merge(
         for c in tl.static_range(CHUNK):
             part = first + chunk + c
             here = chunk + c < SPLITS
-            part_output = tl.load(partial + part * (G * D) + within, mask=mask & here, other=0.0, cache_modifier=".cg")
+            at = partial + part * (G * D) + within
+            part_output = tl.load(at, mask=mask_if(here, mask), other=0.0, cache_modifier=".cg")
             parts += (part_output,)  # type: ignore[assignment]  # the loop is unrolled
             at = sums + part * G + g
-            part_mass = tl.load(at, mask=(g < G) & here, other=float("-inf"), cache_modifier=".cg")
+            part_mass = tl.load(at, mask=mask_if(here, g < G), other=float("-inf"), cache_modifier=".cg")
             masses += (part_mass,)  # type: ignore[assignment]  # the loop is unrolled
         new_peak = peak
         for c in tl.static_range(CHUNK):

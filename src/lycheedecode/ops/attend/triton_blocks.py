@@ -36,14 +36,16 @@ def _look_up(tile, tiles, blocks, K, everything, taken, complete, BLOCK: tl.cons
     """Of each token of a tile, the selected block that it lies in; of each mean, how many blocks were taken."""
     at = tile * TILE + tl.arange(0, TILE)
     if taken is None:
-        found = tl.load(blocks + at // BLOCK, mask=(at // BLOCK < K) & (everything == 0), other=-1)
+        mask = common.mask_if(everything == 0, at // BLOCK < K)
+        found = tl.load(blocks + at // BLOCK, mask=mask, other=-1)
         found = tl.where(everything, at // BLOCK, found)
     else:
         is_mean = tile >= tiles
         place = tl.where(is_mean, at - tiles * TILE, at // BLOCK)
         end = tl.where(is_mean, complete, K)
         listed = is_mean | (everything == 0)
-        found = tl.load(tl.where(is_mean, taken, blocks) + place, mask=(place < end) & listed, other=-1)
+        mask = common.mask_if(listed, place < end)
+        found = tl.load(tl.where(is_mean, taken, blocks) + place, mask=mask, other=-1)
         found = tl.where(listed, found, place)
     return found
 
@@ -52,7 +54,7 @@ def _look_up(tile, tiles, blocks, K, everything, taken, complete, BLOCK: tl.cons
 def _place(tile, tiles, places, K, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Of each token of a tile, the place of its block; see `ops.attend_blocks`."""
     place = (tile * TILE + tl.arange(0, TILE)) // BLOCK
-    return tl.load(places + place, mask=(place < K) & (tile < tiles), other=0)
+    return tl.load(places + place, mask=common.mask_if(tile < tiles, place < K), other=0)
 
 
 @triton.jit(do_not_specialize=["slots", "K"])

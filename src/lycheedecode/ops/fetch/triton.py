@@ -120,7 +120,7 @@ def _fetch_kernel(
         if starts is not None:
             first += tl.load(starts + b)
         row = (layer * batch + b) * HEADS + head
-        here = (i < SIZE) & (layer >= 0)
+        here = common.mask_if(layer >= 0, i < SIZE)
         k = tl.load(source_keys + (row * S + first) * dim + i, mask=here)
         v = tl.load(source_values + (row * S + first) * dim + i, mask=here)
         at = (row * P + slot * BLOCK) * dim + i
@@ -168,7 +168,7 @@ def _write_back_kernel(
     if starts is not None:
         token -= tl.load(starts + pair % batch)
     h, d = tl.arange(0, HP)[:, None], tl.arange(0, DP)[None, :]
-    here = (h < HEADS) & (d < D) & (token >= 0)
+    here = common.mask_if(token >= 0, (h < HEADS) & (d < D))
     at = ((pair * HEADS + h) * P + slots + tl.maximum(token, 0) % TAIL) * D + d
     to = ((pair * HEADS + h) * S + slot) * D + d
     tl.store(target_keys + to, tl.load(keys + at, mask=here), mask=here)

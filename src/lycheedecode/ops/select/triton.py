@@ -41,13 +41,27 @@ _LARGEST = tl.constexpr(0x7F800000)  # of a score
 _ABSENT = tl.constexpr(-1)
 _BITS = tl.constexpr(21)  # of each of three counts in one integer
 _LOW_BITS = tl.constexpr((1 << 21) - 1)
+_LANE_BITS = tl.constexpr(10)  # of each of a lane's three counts in a chunk: it has at most `IN_REGISTERS + 1` keys
+_LOW_LANE_BITS = tl.constexpr((1 << 10) - 1)
+_TWO_CUTS = tl.constexpr(1 | 1 << 10)  # what a key adds to them
+_THREE_CUTS = tl.constexpr(1 | 1 << 10 | 1 << 20)
 
 
 @triton.jit
-def _block(c, rest, LANES: tl.constexpr, EACH: tl.constexpr):
-    """Indices of the blocks in chunk `c`: `[EACH, LANES]`, or the `[1, LANES]` after them."""
+def _vector(rest, EACH: tl.constexpr):
+    """Vectors of a chunk: `[EACH, 1]`, or the `[1, 1]` after them."""
     v = tl.arange(EACH, EACH + 1) if rest else tl.arange(0, EACH)
-    return (c * (EACH + 1) + v)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return v[:, None]
+
+
+@triton.jit
+def _before(end, c, rest, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Which blocks of chunk `c` come before block `end`: `[EACH, LANES]`, or `[1, LANES]`.
+
+    What is compared is a vector's number, a constant in a compiled kernel; an index would take a register a block.
+    """
+    vectors = (end + LANES - 1 - tl.arange(0, LANES)) // LANES
+    return _vector(rest, EACH) < (vectors - c * (EACH + 1))[None, :]
 
 
 @triton.jit
@@ -57,18 +71,26 @@ def _chunks(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
 
 
 @triton.jit
-def _rank(n, row):
-    """Keys of blocks `n`: integers that rank blocks as the contract does."""
+def _scores(scores, c, rest, mask, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Scores of chunk `c`, 0 for those that are not positive or outside `mask`."""
+    at = (scores + c * (EACH + 1) * LANES + tl.arange(0, LANES))[None, :] + _vector(rest, EACH) * LANES
+    return tl.maximum(tl.load(at, mask=mask, other=0.0), 0.0)
+
+
+@triton.jit
+def _rank(row, c, rest, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Keys of chunk `c`: integers that rank blocks as the contract does."""
     scores, N, sinks, recent, exist = row
-    key = tl.maximum(tl.load(scores + n, mask=n < N, other=0.0), 0.0).to(tl.int32, bitcast=True)
-    key = tl.where((n < sinks) | (n >= recent), _FORCED, key)
-    return tl.where(n < exist, key, _ABSENT)
+    score = _scores(scores, c, rest, _before(N, c, rest, LANES, EACH), LANES, EACH)
+    key = tl.where(_before(recent, c, rest, LANES, EACH), score.to(tl.int32, bitcast=True), _FORCED)
+    key = tl.where(_before(sinks, c, rest, LANES, EACH), _FORCED, key)
+    return tl.where(_before(exist, c, rest, LANES, EACH), key, _ABSENT)
 
 
 @triton.jit
 def _read(row, c, LANES: tl.constexpr, EACH: tl.constexpr):
     """Keys of a chunk of the row, in two parts."""
-    return _rank(_block(c, False, LANES, EACH), row), _rank(_block(c, True, LANES, EACH), row)
+    return _rank(row, c, False, LANES, EACH), _rank(row, c, True, LANES, EACH)
 
 
 @triton.jit
@@ -78,15 +100,22 @@ def _add(many, rest):
 
 
 @triton.jit
+def _reach(keys, one, two, three):
+    """Of each lane: how many keys are at least `one`, at least `two`, at least `three`; packed."""
+    cuts = tl.where(keys >= two, _TWO_CUTS, tl.where(keys >= one, 1, 0))
+    return tl.sum(tl.where(keys >= three, _THREE_CUTS, cuts), 0)
+
+
+@triton.jit
 def _count(one, two, three, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
-    """How many keys are at least `one`, at least `two`, at least `three`."""
-    ones, twos, threes = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
+    """How many keys are at least `one`, at least `two`, at least `three`, which ascend."""
+    packed = tl.zeros([LANES], tl.int64)
     for c in range(_chunks(row, LANES, EACH, HELD)):
         many, rest = keys if HELD else _read(row, c, LANES, EACH)
-        ones += _add(many >= one, rest >= one)
-        twos += _add(many >= two, rest >= two)
-        threes += _add(many >= three, rest >= three)
-    packed = (threes.to(tl.int64) << 2 * _BITS) | (twos.to(tl.int64) << _BITS) | ones.to(tl.int64)
+        lane = _reach(many, one, two, three) + _reach(rest, one, two, three)
+        packed += (lane & _LOW_LANE_BITS).to(tl.int64)
+        packed += ((lane >> _LANE_BITS) & _LOW_LANE_BITS).to(tl.int64) << _BITS
+        packed += (lane >> 2 * _LANE_BITS).to(tl.int64) << 2 * _BITS
     found = tl.sum(packed, 0)
     of_one, of_two, of_three = found & _LOW_BITS, (found >> _BITS) & _LOW_BITS, found >> 2 * _BITS
     return of_one.to(tl.int32), of_two.to(tl.int32), of_three.to(tl.int32)
@@ -98,8 +127,8 @@ def _count_equal(key, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, H
     found = tl.zeros([LANES], tl.int32)
     for c in range(_chunks(row, LANES, EACH, HELD)):
         many, rest = keys if HELD else _read(row, c, LANES, EACH)
-        early = _block(c, False, LANES, EACH) < end, _block(c, True, LANES, EACH) < end
-        found += _add((many == key) & early[0], (rest == key) & early[1])
+        early, early_rest = _before(end, c, False, LANES, EACH), _before(end, c, True, LANES, EACH)
+        found += _add((many == key) & early, (rest == key) & early_rest)
     return tl.sum(found, 0)
 
 
@@ -126,9 +155,10 @@ def _forced_mass(row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexp
     found = tl.zeros([LANES], tl.float32)
     for c in range(_chunks(row, LANES, EACH, HELD)):
         for rest in tl.static_range(2):
-            n = _block(c, rest == 1, LANES, EACH)
-            forced = ((n < sinks) | (n >= recent)) & (n < exist)
-            found += tl.sum(tl.maximum(tl.load(scores + n, mask=forced & (n < N), other=0.0), 0.0), 0)
+            after = _before(recent, c, rest == 1, LANES, EACH) == 0
+            forced = (_before(sinks, c, rest == 1, LANES, EACH) | after) & _before(exist, c, rest == 1, LANES, EACH)
+            mask = forced & _before(N, c, rest == 1, LANES, EACH)
+            found += tl.sum(_scores(scores, c, rest == 1, mask, LANES, EACH), 0)
     return tl.sum(found, 0)
 
 
@@ -207,12 +237,13 @@ def _write(blocks, low, end, keys, row, LANES: tl.constexpr, EACH: tl.constexpr,
     before = 0
     for c in range(_chunks(row, LANES, EACH, HELD)):
         many, rest = keys if HELD else _read(row, c, LANES, EACH)
-        n, n_rest = _block(c, False, LANES, EACH), _block(c, True, LANES, EACH)
-        chosen = (many > low) | ((many == low) & (n < end))
-        chosen_rest = (rest > low) | ((rest == low) & (n_rest < end))
+        chosen = (many > low) | ((many == low) & _before(end, c, False, LANES, EACH))
+        chosen_rest = (rest > low) | ((rest == low) & _before(end, c, True, LANES, EACH))
         mine = _add(chosen, chosen_rest)
         at = before + tl.cumsum(mine, 0) - mine
         at_each = at[None, :] + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        lane = (c * (EACH + 1) * LANES + tl.arange(0, LANES))[None, :]
+        n, n_rest = _vector(False, EACH) * LANES + lane, _vector(True, EACH) * LANES + lane
         # Flat: there is but one order then for threads to store in; in two dimensions Triton may turn the keys round.
         flat: tl.constexpr = LANES * EACH
         tl.store(blocks + at_each.reshape(flat), n.reshape(flat), mask=chosen.reshape(flat))
