@@ -37,7 +37,7 @@ def test_texts(tmp_path):
         assert small["bytes_on_host"] == large["bytes_on_host"] == resident["bytes_on_gpu"]
         assert small["bytes_on_gpu"] <= large["bytes_on_gpu"]
         assert 0 < large["miss_rate"] <= small["miss_rate"] < 1
-        assert "ms" not in small
+        assert ("ms" in small) == torch.cuda.is_available()
 
 
 def test_steps_and_prefill(tmp_path):
@@ -50,14 +50,14 @@ def test_steps_and_prefill(tmp_path):
     ]  # fmt: skip
     for resident, small, at_once, large, _, full in (steps[:6], steps[6:]):
         assert at_once["miss_rate"] == small["miss_rate"]
-        assert small["error"] < 1e-5
+        assert small["error"] < 1e-5  # the same blocks in the same order, in 16 bits too
         assert large["error"] < 1e-5
         assert 0 < large["miss_rate"] < small["miss_rate"] < 0.5
         assert small["bytes_on_host"] == full["bytes_on_gpu"]
         assert resident["bytes_read"] < full["bytes_read"]
         assert small["fetched_bytes"] > large["fetched_bytes"] > 0
     assert [row["cache"] for row in prefill] == ["resident", "host"] * 2
-    assert all(row["error"] < 1e-5 for row in prefill)
+    assert all(row["error"] < (0.05 if torch.cuda.is_available() else 1e-5) for row in prefill)
 
 
 def test_what_is_written_as_it_goes_can_be_read(tmp_path, monkeypatch):
