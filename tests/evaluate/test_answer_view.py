@@ -17,25 +17,25 @@ CONFIG = HybridConfig(budget_tokens=32, block_size=8, sink_tokens=4, recent_toke
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def look(plan=None, config=CONFIG, length=120, tokens=12):
+def watched(plan=None, config=CONFIG, length=120, tokens=12):
     engine = Engine(tiny.model(), tiny.byte_tokenizer(), plan=plan or tiny.plan(), config=config)
     [prompt] = tiny.prompts(length)
     return engine, prompt, watch(engine, prompt, tokens, ignore_eos=True)
 
 
 def test_the_answer_is_the_engines():
-    engine, prompt, view = look()
+    engine, prompt, view = watched()
     [made] = engine.generate([prompt], 12, ignore_eos=True)
-    assert "".join(look.text for look in view.looks) == made.text
-    assert len(view.looks) == len(made.token_ids) == 12
+    assert "".join(token.text for token in view.tokens) == made.text
+    assert len(view.tokens) == len(made.token_ids) == 12
     assert len(view.prompt) == 15
     assert view.heads == (8, 4)
 
 
 def test_selections_stay_within_the_budget_and_hold_what_is_forced():
-    _, _, view = look()
-    assert view.looks[0].blocks is None
-    for step, seen in enumerate(look.blocks for look in view.looks[1:]):
+    _, _, view = watched()
+    assert view.tokens[0].blocks is None
+    for step, seen in enumerate(token.blocks for token in view.tokens[1:]):
         assert 0 in seen  # sinks
         assert seen[0] == tiny.LAYERS * tiny.KV_HEADS  # of every head
         assert max(seen) <= 14
@@ -43,33 +43,33 @@ def test_selections_stay_within_the_budget_and_hold_what_is_forced():
 
 
 def test_everything_is_covered_when_the_budget_covers_the_prompt():
-    _, _, view = look(config=HybridConfig(budget_tokens=256, block_size=8))
-    for item in view.looks[1:]:
+    _, _, view = watched(config=HybridConfig(budget_tokens=256, block_size=8))
+    for item in view.tokens[1:]:
         assert item.covered == pytest.approx(1.0, abs=1e-4)
         assert len(item.blocks) == 15
-    assert all(item.otherwise is None for item in view.looks)
+    assert all(item.otherwise is None for item in view.tokens)
 
 
 def test_full_attentions_choice_is_shown_where_it_differs():
-    engine, prompt, view = look(plan=HeadPlan.same_index([], tiny.LAYERS, tiny.KV_HEADS), tokens=40)
+    engine, prompt, view = watched(plan=HeadPlan.same_index([], tiny.LAYERS, tiny.KV_HEADS), tokens=40)
     full = Engine(engine.model)
     context = full.prefill([prompt])
     [made] = engine.generate([prompt], 40, ignore_eos=True)
     logits = torch.cat([context.logits[:, None], full.score(context, [made.token_ids])[:, :-1]], 1)[0]
     for token, chance, other, row in zip(
         made.token_ids,
-        [item.chance for item in view.looks],
-        [item.otherwise for item in view.looks],
+        [item.chance for item in view.tokens],
+        [item.otherwise for item in view.tokens],
         logits.softmax(-1),
         strict=True,
     ):
         assert chance == pytest.approx(float(row[token]), rel=1e-3)
         assert (other is None) == (int(row.argmax()) == token)
-    assert any(item.otherwise for item in view.looks)
+    assert any(item.otherwise for item in view.tokens)
 
 
 def test_the_page_reads_without_scripts_and_fetches_nothing():
-    _, _, view = look()
+    _, _, view = watched()
     page = render(view, "a <title>")
     assert "a &lt;title&gt;" in page
     assert not re.search(r"(src|href)=|@import|url\(|https?:", page)
@@ -85,7 +85,7 @@ def test_full_attention_has_nothing_to_show():
 
 @pytest.mark.skipif(BROWSER is None, reason="There is no Chromium here.")
 def test_a_browser_shows_the_blocks_of_a_token(tmp_path):
-    _, _, view = look()
+    _, _, view = watched()
     page = tmp_path / "view.html"
     page.write_text(render(view), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -94,7 +94,7 @@ def test_a_browser_shows_the_blocks_of_a_token(tmp_path):
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     marked = {int(m[1]): int(m[2]) for m in re.finditer(r'id="b(\d+)"[^>]*data-readers="(\d+)"', done.stdout)}
-    assert marked == view.looks[3].blocks
+    assert marked == view.tokens[3].blocks
     assert "of 15 blocks" in done.stdout
 
 

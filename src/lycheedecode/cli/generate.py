@@ -161,8 +161,8 @@ def generate(
                     engine, prompt_ids, max_new_tokens, sampling,
                     stop=stop or [], ignore_eos=ignore_eos, report=lambda done, total: steps.show("look", done, total),
                 )  # fmt: skip
-            print("".join(look.text for look in view.looks), file=screen(json_file).file)
-            write_whole(html, render(view, f"{model}: {len(view.looks)} tokens after {len(prompt_ids)}"))
+            print("".join(token.text for token in view.tokens), file=screen(json_file).file)
+            write_whole(html, render(view, f"{model}: {len(view.tokens)} tokens after {len(prompt_ids)}"))
             errors.print(f"The page is {html}.", style="dim")
             result = asdict(view)
         else:

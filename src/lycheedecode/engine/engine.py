@@ -41,7 +41,7 @@ from .prefix import new_context, replace_prompts
 from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
 from .proof import prove
 from .sampling import Sampling
-from .tokens import SingleSteps
+from .single_steps import SingleSteps
 from .verify import Rounds, draft_config, spare_slots
 from .weights import model_of_steps
 

@@ -107,7 +107,7 @@ class SequenceState:
         return piece + self._text.finish() if self.finish_reason else piece
 
 
-class Coming:
+class PendingTokens:
     """Token ids `[B]` on their way to the host; what the device was given to do after them does not delay them."""
 
     def __init__(self, token_ids: Tensor) -> None:

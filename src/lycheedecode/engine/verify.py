@@ -31,7 +31,7 @@ from ..config import HybridConfig
 from ..errors import ConfigError
 from .context import Context
 from .decoder import Captured, Decoder
-from .generation import Coming, refuse_nan
+from .generation import PendingTokens, refuse_nan
 from .pace import Pace, Plan
 from .passes import DensePass
 from .sampling import Sampler, Sampling
@@ -75,7 +75,7 @@ class _Round:
     """A round that was given to the device."""
 
     plan: Plan
-    coming: Coming
+    coming: PendingTokens
     marks: list[Any]
 
 
@@ -204,7 +204,7 @@ class Rounds:
                 marks.append(self._now())
             self.parts["verify" if plan.drafts or "full" not in self.parts else "full"]()
             marks.append(self._now())
-            return _Round(plan, Coming(self._result), marks)
+            return _Round(plan, PendingTokens(self._result), marks)
 
     def _learn(self, one: _Round) -> list[list[int]]:
         """Wait for a round; its tokens."""

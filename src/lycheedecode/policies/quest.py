@@ -22,7 +22,7 @@ from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.shape import ModelShape
 from ..ops import KV, Selections
-from ..ops.common import by_kv_head
+from ..ops.reference_common import by_kv_head
 from .base import Decoding, Policy
 
 _DENSE = 2

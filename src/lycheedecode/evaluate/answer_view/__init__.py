@@ -5,6 +5,6 @@ render    AnswerView -> the page; nothing is fetched, and without scripts it sti
 """
 
 from .page import render
-from .watch import AnswerView, Look, watch
+from .watch import AnswerView, TokenView, watch
 
-__all__ = ["AnswerView", "Look", "render", "watch"]
+__all__ = ["AnswerView", "TokenView", "render", "watch"]

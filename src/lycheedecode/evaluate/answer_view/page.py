@@ -18,8 +18,8 @@ def render(view: AnswerView, title: str = "") -> str:
     template = resources.files(__package__) / "page.html"
     heads, retrieval = view.heads
     seen: Counter[int] = Counter()
-    for look in view.looks:
-        seen.update(look.blocks or {})
+    for token in view.tokens:
+        seen.update(token.blocks or {})
     most = max(seen.values(), default=1)
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         title=title or "An answer, and what it looked at",
@@ -28,7 +28,7 @@ def render(view: AnswerView, title: str = "") -> str:
         retrieval=retrieval,
         tokens=view.block_size * len(view.prompt),
         overall=[round(seen[block] / most, 2) for block in range(len(view.prompt))],
-        differences=sum(look.otherwise is not None for look in view.looks),
+        differences=sum(token.otherwise is not None for token in view.tokens),
         data=json.dumps(_data(view), separators=(",", ":")).replace("<", "\\u003c"),
     )
 
@@ -36,9 +36,9 @@ def render(view: AnswerView, title: str = "") -> str:
 def _data(view: AnswerView) -> list[dict[str, Any]]:
     """For each answer token the distances between its blocks, and their readers as shares of all heads."""
     data = []
-    for look in view.looks:
-        blocks = sorted(look.blocks or {})
+    for token in view.tokens:
+        blocks = sorted(token.blocks or {})
         steps = [block - before for block, before in zip(blocks, [0, *blocks], strict=False)]
-        readers = [look.blocks[block] for block in blocks] if look.blocks else []
-        data.append({"d": steps, "n": readers, "m": look.covered})
+        readers = [token.blocks[block] for block in blocks] if token.blocks else []
+        data.append({"d": steps, "n": readers, "m": token.covered})
     return data

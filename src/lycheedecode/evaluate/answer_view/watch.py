@@ -19,7 +19,7 @@ from ...ops import KV
 
 
 @dataclass(frozen=True)
-class Look:
+class TokenView:
     """One answer token, and the step that made it.
 
     Attributes:
@@ -44,13 +44,13 @@ class AnswerView:
 
     Attributes:
         prompt: text of each block of `block_size` tokens.
-        looks: the answer, token by token.
+        tokens: the answer, token by token.
         block_size, budget_tokens: of the selections.
         heads: KV heads in layers with full attention, and how many of them retrieve.
     """
 
     prompt: tuple[str, ...]
-    looks: tuple[Look, ...]
+    tokens: tuple[TokenView, ...]
     block_size: int
     budget_tokens: int | None
     heads: tuple[int, int]
@@ -125,13 +125,13 @@ def watch(
     size = attention.config.block_size
     blocks = _by_block(_texts(tokenizer, prompt_ids), size)
     steps = [(None, None), *((_inside(seen, len(blocks)), _mean(mass)) for seen, mass in watched.steps)]
-    looks = [
-        Look(text, seen, mass, chance, None if other is None else (tokenizer.decode([other[0]]), other[1]))
+    tokens = [
+        TokenView(text, seen, mass, chance, None if other is None else (tokenizer.decode([other[0]]), other[1]))
         for text, (seen, mass), chance, other in zip(texts, steps, chances, others, strict=True)
     ]
     shape = engine.shape
     heads = len(shape.global_layers) * shape.num_kv_heads, len(attention.plan.retrieval)
-    return AnswerView(blocks, tuple(looks), size, attention.config.budget_tokens, heads)
+    return AnswerView(blocks, tuple(tokens), size, attention.config.budget_tokens, heads)
 
 
 def _by_full_attention(

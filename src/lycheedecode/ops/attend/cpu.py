@@ -11,8 +11,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ..common import by_kv_head, floats
 from ..complete.reference import unread
+from ..reference_common import by_kv_head, floats
 from ..types import KV, Completion, Selections
 from . import reference
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import HybridConfig
-from ..common import (
+from ..complete.reference import unread
+from ..reference_common import (
     all_tokens,
     by_kv_head,
     existing_tokens,
@@ -20,7 +21,6 @@ from ..common import (
     unscaled,
     with_sinks,
 )
-from ..complete.reference import unread
 from ..scan.reference import block_scores
 from ..select.reference import select_blocks
 from ..types import EVERYTHING, KV, Completion, Selections

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import all_tokens, by_kv_head, existing_tokens, floats, with_sinks
+from ..reference_common import all_tokens, by_kv_head, existing_tokens, floats, with_sinks
 from ..types import KV
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .context import Context
-from .generation import Coming, refuse_nan
+from .generation import PendingTokens, refuse_nan
 from .sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class SingleSteps:
         next_ids, seconds, drawn = self._next_ids, 0.0, 1
         while True:
             began = time.perf_counter()
-            coming, following = Coming(next_ids), None
+            coming, following = PendingTokens(next_ids), None
             if next_ids.is_cuda and drawn < self._most:  # the GPU need not wait for what the host makes of a token
                 following, drawn = self._step(next_ids, drawn), drawn + 1
             token_ids = coming.tolist()
