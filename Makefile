@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python -m lycheedecode.demo
 
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # What touches other packages, on the oldest versions that are supported; `make test` has the newest.
 test-oldest: $(OLDEST)/.installed

@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
-from lycheedecode.cli import COMMANDS, app
+from lycheedecode.cli import COMMANDS, app, main
 from lycheedecode.cli.report import Steps, show_table
 from lycheedecode.errors import MismatchError
 from lycheedecode.identify import IdentifySettings, pipeline
@@ -526,12 +526,13 @@ def start(*arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_a_process_ends_with_status_and_one_line(base, plan_file, tmp_path):
-    process = start(*base, "--plan", plan_file, "--prompt-file", str(tmp_path / "missing"))
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert out == ""
-    assert errors == f"lycheedecode: There is no file {str(tmp_path / 'missing')!r}.\n"
+def test_the_program_ends_with_status_and_one_line(base, plan_file, tmp_path, monkeypatch, capsys):
+    call = ["lycheedecode", *base, "--plan", plan_file, "--prompt-file", str(tmp_path / "missing")]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", f"lycheedecode: There is no file {str(tmp_path / 'missing')!r}.\n")
 
 
 def test_libraries_stay_silent_unless_asked(base):

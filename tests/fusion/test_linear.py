@@ -2,10 +2,7 @@
 
 from copy import deepcopy
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 
-import interpreter
 import pytest
 import tiny
 import torch
@@ -15,12 +12,6 @@ from torch import nn
 from lycheedecode.fusion import backend, linear, reference
 from lycheedecode.fusion.graph import use_linear
 from lycheedecode.fusion.operator import quantize
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="On a GPU test_linear_triton.py runs by itself.")
-@pytest.mark.skipif(find_spec("triton") is None, reason="The kernel needs Triton.")
-def test_kernel_in_the_interpreter():
-    interpreter.run_tests(Path(__file__).with_name("test_linear_triton.py"))
 
 
 class Graphs:

@@ -1,4 +1,4 @@
-"""The linear kernel against its reference; on a CPU in Triton's interpreter, which `test_linear.py` starts."""
+"""The linear kernel against its reference; on a CPU `ops/test_interpreter.py` runs it."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Without a GPU these tests run in test_linear.py.", allow_module_level=True)
+    pytest.skip("Without a GPU these tests run in ops/test_interpreter.py.", allow_module_level=True)
 pytest.importorskip("triton", reason="The kernel needs Triton.")
 
 from lycheedecode.fusion import reference  # noqa: E402

@@ -4,8 +4,11 @@ from math import nan
 
 import pytest
 import torch
+from covering import covering
 from kernel_cases import (
     DEVICE,
+    DTYPES,
+    LAYOUTS,
     SCALE,
     close,
     dtypes,
@@ -75,12 +78,10 @@ def test_dense_counters_return_to_zero():
         assert torch.equal(attend(query, kv, SCALE, None, Tuning(4, 16, 4, 2)), first)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("score", ["mass", "max"])
+@pytest.mark.parametrize(("layout", "dtype", "score"), covering(LAYOUTS, DTYPES, ["mass", "max"]), ids=str)
 def test_dense_and_worth(layout, dtype, score):
     """The output is that of dense attention, and blocks are worth what a scan says."""
-    kv = make_cache(**layout, dtype=dtype)
+    kv = make_cache(**LAYOUTS[layout], dtype=dtype)
     query, heads = make_query(kv, 3), (1, 0)
     for size, tuning in ((16, None), (4, Tuning(3, 32, 4, 2)), (32, Tuning(2, 64, 2, 2))):
         output, worth = attend_worth(query, kv, heads, size, SCALE, score, tuning)

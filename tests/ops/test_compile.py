@@ -48,15 +48,14 @@ def launch_all(kv, group=4, block_size=32, heads=None, **settings):
     kernels.scan_select(query, kv, heads or tuple(range(count)), config, 0.1, out)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 256])  # 128: below
 def test_head_dims(compiled, dim, tmp_path):
     launch_all(make_cache(dim, torch.bfloat16))
     check(compiled, tmp_path, 5)
 
 
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.float16, 128), (torch.float32, 64), (torch.float32, 128)], ids=str)
-def test_dtypes(compiled, dtype, dim, tmp_path):
-    launch_all(make_cache(dim, dtype))
+def test_float32(compiled, tmp_path):
+    launch_all(make_cache(128, torch.float32))
     check(compiled, tmp_path, 5)
 
 
@@ -66,13 +65,13 @@ def test_pages_and_some_heads(compiled, page, dim, tmp_path):
     check(compiled, tmp_path, 5)
 
 
-@pytest.mark.parametrize(("block_size", "group"), [(1, 1), (16, 7), (64, 1), (256, 7)])
+@pytest.mark.parametrize(("block_size", "group"), [(1, 1), (16, 7), (256, 1)])
 def test_blocks_and_groups(compiled, block_size, group, tmp_path):
     launch_all(make_cache(128, torch.float16, slots=4096 * block_size), group, block_size)
     check(compiled, tmp_path, 5)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [128, 256])
 def test_less_shared_memory(compiled, dim, tmp_path, monkeypatch):
     """What a workstation's GPU has."""
     monkeypatch.setattr(common, "shared_memory", lambda device: 99 * 1024)
@@ -147,7 +146,6 @@ def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
     ("tokens", "group", "dim", "dtype", "page"),
     [
         (9, 4, 128, torch.bfloat16, 0),
-        (9, 6, 128, torch.bfloat16, 0),
         (5, 3, 64, torch.bfloat16, 16),
         (17, 4, 128, torch.float16, 0),
         (32, 8, 128, torch.bfloat16, 16),

@@ -1,13 +1,12 @@
-"""Kernels of completion against the definition; on a CPU the file runs itself again in Triton's interpreter."""
+"""Kernels of completion against the definition; on a CPU `test_interpreter.py` runs the kernels."""
 
 import os
-from importlib.util import find_spec
 from math import nan
 
-import interpreter
 import pytest
 import torch
 from completing import CHUNK, DEVICE, SCALE, make_cache, make_selections, naive, paged, poison, room_for_means
+from covering import covering
 
 from lycheedecode import HybridConfig
 from lycheedecode.ops import Completion, Selections, reference
@@ -26,13 +25,7 @@ LAYOUTS = {
     "wide": {"lengths": [40, 90], "dim": 256},
     "short ones": {"lengths": [0, 33, 3], "dim": 96},
 }
-layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about log2(0) and -inf
-
-
-@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
-def test_in_the_interpreter():
-    interpreter.run_tests(__file__)
 
 
 def of(layout, **changes):
@@ -44,14 +37,16 @@ def close(result, expected, dtype):
 
 
 @runs_kernels
-@layouts
-@pytest.mark.parametrize("page", [0, 8, 64])
-@pytest.mark.parametrize(("first", "missing"), [(None, None), (2, None), (None, 3), (2, 20)])
-def test_means(layout, page, first, missing):
+@pytest.mark.parametrize(
+    ("layout", "page", "some"),
+    covering(LAYOUTS, [0, 8, 64], [(None, None), (2, None), (None, 3), (2, 20)]),
+    ids=str,
+)
+def test_means(layout, page, some):
     """All of them, new ones only, and where the last tokens are still to come."""
     from lycheedecode.ops.complete.triton import write_means
 
-    kv = of(layout, dtype=torch.float16)
+    (first, missing), kv = some, of(LAYOUTS[layout], dtype=torch.float16)
     kv = paged(kv, page) if page else kv
     known = None if first is None else torch.full((kv.batch,), first, dtype=torch.int32, device=DEVICE)
     written = None if missing is None else (kv.token_counts() - missing).clamp(min=0).int()
@@ -62,14 +57,12 @@ def test_means(layout, page, first, missing):
 
 
 @runs_kernels
-@layouts
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page", [0, 8, 32])
+@pytest.mark.parametrize(("layout", "dtype", "page"), covering(LAYOUTS, DTYPES, [0, 8, 32]), ids=str)
 def test_attention(layout, dtype, page):
     """Whatever is neither selected nor a mean of a complete chunk is NaN."""
     from lycheedecode.ops.attend.triton_blocks import attend_blocks
 
-    plain = of(layout, dtype=dtype)
+    plain = of(LAYOUTS[layout], dtype=dtype)
     query = torch.randn(plain.batch, 6, plain.keys.shape[3], device=DEVICE).to(dtype)
     rows, factors = torch.tensor([2, 0], device=DEVICE), (1.0, 0.3)
     selections = make_selections(plain, 3, 9)
@@ -84,14 +77,14 @@ def test_attention(layout, dtype, page):
 
 
 @runs_kernels
-@pytest.mark.parametrize("group", [1, 4, 20])
-@pytest.mark.parametrize("splits", [1, 3, 8])
-@pytest.mark.parametrize(("block", "chunk"), [(1, 16), (8, 8), (8, 128), (64, 64)])
-def test_groups_splits_and_sizes(group, splits, block, chunk):
+@pytest.mark.parametrize(
+    ("group", "splits", "sizes"), covering([1, 4, 20], [1, 3, 8], [(1, 16), (8, 8), (8, 128), (64, 64)]), ids=str
+)
+def test_groups_splits_and_sizes(group, splits, sizes):
     from lycheedecode.ops.attend.triton_blocks import attend_blocks
     from lycheedecode.ops.kernel_common import Tuning
 
-    kv = of({"lengths": [260, 31, 0, 129], "slots": 262})
+    (block, chunk), kv = sizes, of({"lengths": [260, 31, 0, 129], "slots": 262})
     query, rows = torch.randn(4, 2 * group, 64, device=DEVICE), torch.tensor([1, 1], device=DEVICE)
     selections = make_selections(kv, 2, 9, chunk, block)
     means = room_for_means(kv, chunk)
@@ -143,10 +136,8 @@ STRATEGIES = {
 
 
 @runs_kernels
-@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
-@pytest.mark.parametrize("chunk", [8, 32, 256, 1024])
-@pytest.mark.parametrize("held", [True, False])
-def test_selection_counts_what_it_takes(settings, chunk, held, monkeypatch):
+@pytest.mark.parametrize(("strategy", "chunk", "held"), covering(STRATEGIES, [8, 32, 256, 1024], [True, False]))
+def test_selection_counts_what_it_takes(strategy, chunk, held, monkeypatch):
     """Rows that are held and that are read again; chunks of one block, of several, of more than a vector of keys."""
     from lycheedecode.ops import KV
     from lycheedecode.ops.kernel_common import Tuning
@@ -157,7 +148,7 @@ def test_selection_counts_what_it_takes(settings, chunk, held, monkeypatch):
         monkeypatch.setattr(select, "_READ_AGAIN", 2)
     lengths, slots = [1000, 333, 0, 5, 40, 129], 1003
     config = HybridConfig(
-        **{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings}, completion_chunk=chunk
+        **{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **STRATEGIES[strategy]}, completion_chunk=chunk
     )
     scores = torch.rand(2, 6, 126, device=DEVICE)
     cache = torch.empty(6, 1, slots, 16, device=DEVICE)

@@ -1,9 +1,7 @@
-"""Bytes are counted exactly; on a CPU the file runs itself again in Triton's interpreter."""
+"""Bytes are counted exactly; on a CPU `test_interpreter.py` runs the kernels."""
 
 import os
-from importlib.util import find_spec
 
-import interpreter
 import pytest
 import torch
 
@@ -15,11 +13,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
 BLOCK = 4
-
-
-@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
-def test_in_the_interpreter():
-    interpreter.run_tests(__file__)
 
 
 def make_selections(rows, lengths, capacity, lookahead=0):

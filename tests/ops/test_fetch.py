@@ -1,15 +1,14 @@
 """Planning and fetching against plain bookkeeping, kernels against the reference; attention through places.
 
-On a CPU the file runs itself again in Triton's interpreter.
+On a CPU `test_interpreter.py` runs the kernels.
 """
 
 import os
-from importlib.util import find_spec
 from math import nan
 
-import interpreter
 import pytest
 import torch
+from covering import covering
 
 from lycheedecode.ops import KV, Completion, Selections, attend_blocks, fetch, reference
 from lycheedecode.ops.fetch import BlockMap, Tokens
@@ -34,11 +33,6 @@ def way(request):
     from lycheedecode.ops.fetch import triton
 
     return triton
-
-
-@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
-def test_in_the_interpreter():
-    interpreter.run_tests(__file__)
 
 
 def ints(values):
@@ -196,9 +190,9 @@ def test_newest_keys(way, dtype):
 # ---------------------------------------------------------------------- attention through places
 
 
-@pytest.mark.parametrize("lengths", [(70, 33), (64, 1), (5, 0)])
-@pytest.mark.parametrize("completed", [False, True])
-@pytest.mark.parametrize("splits", [None, 1, 4])
+@pytest.mark.parametrize(
+    ("lengths", "completed", "splits"), covering([(70, 33), (64, 1), (5, 0)], [False, True], [None, 1, 4]), ids=str
+)
 def test_places_change_nothing_but_where_it_reads(lengths, completed, splits):
     if splits and not RUNS_KERNELS:
         pytest.skip("This runs in Triton's interpreter.")

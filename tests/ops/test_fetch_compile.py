@@ -16,11 +16,10 @@ def tokens(slots, dim, dtype):
     return Tokens(*(torch.empty(2, 3, 8, slots, dim, dtype=dtype) for _ in range(2)))
 
 
-@pytest.mark.parametrize("pdl", [0, 1])
 @pytest.mark.parametrize(
-    ("dim", "dtype", "block_size", "capacity"),
-    [(128, torch.bfloat16, 32, 128), (80, torch.float16, 16, 256), (64, torch.float32, 64, 64),
-     (256, torch.bfloat16, 1, 1024)],
+    ("dim", "dtype", "block_size", "capacity", "pdl"),
+    [(128, torch.bfloat16, 32, 128, 1), (80, torch.float16, 16, 256, 0), (64, torch.float32, 64, 64, 1),
+     (256, torch.bfloat16, 1, 1024, 1)],
     ids=str,
 )  # fmt: skip
 def test_fetching(compiled, dim, dtype, block_size, capacity, pdl, tmp_path, monkeypatch):

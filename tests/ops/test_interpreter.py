@@ -1,5 +1,6 @@
-"""Runs the kernels' tests in Triton's interpreter."""
+"""Runs the kernels' tests in Triton's interpreter: in few processes, for each takes seconds to start."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,27 +9,28 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent
+FUSION = FOLDER.parent / "fusion"
 PARTS = {
-    "dense": ("test_attend_triton.py", "dense"),
-    "blocks": ("test_attend_triton.py", "blocks"),
-    "tokens": ("test_tokens_triton.py", ""),
-    "scan": ("test_scan_triton.py", ""),
-    "select": ("test_select_triton.py", "not (scan_select or what_fits)"),
-    "scan_select": ("test_select_triton.py", "scan_select or what_fits"),
-    "operators": ("test_operators_triton.py", ""),
-}
-"""Files, and which of their tests: a few parts of about the same length."""
+    "dense": ("dense", [FOLDER / "test_attend_triton.py"]),
+    "blocks": ("blocks", [FOLDER / "test_attend_triton.py"]),
+    "scan": ("", [FOLDER / "test_scan_triton.py"]),
+    "select": ("", [FOLDER / "test_select_triton.py"]),
+    "complete": ("", [FOLDER / "test_complete_triton.py"]),
+    "several": ("", [FOLDER / f"test_{name}_triton.py" for name in ("tokens", "operators", "serving")]),
+    "small": ("", [*(FOLDER / f"test_{name}.py" for name in ("append", "count", "fetch", "noise")),
+                   FUSION / "test_linear_triton.py"]),
+}  # fmt: skip
+"""Which tests, and of which files."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="On a GPU these files run on their own.")
 @pytest.mark.skipif(find_spec("triton") is None, reason="The kernels need Triton.")
-@pytest.mark.parametrize(("file", "chosen"), PARTS.values(), ids=PARTS)
-def test_kernels_in_the_interpreter(file, chosen):
-    interpreter.run_tests("-k", chosen, FOLDER / file)
+@pytest.mark.parametrize(("chosen", "files"), PARTS.values(), ids=PARTS)
+def test_kernels_in_the_interpreter(chosen, files):
+    interpreter.run_tests("-k", chosen, *files)
 
 
 def test_every_test_of_the_kernels_is_in_a_part():
-    """Files with the skip of `kernel_cases`; the others that end in `_triton` run themselves."""
-    files = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("test_*.py")}
-    cases = {name for name, text in files.items() if "\nfrom kernel_cases import" in text}
-    assert cases == {file for file, _ in PARTS.values()}
+    files = {path for folder in (FOLDER, FUSION) for path in folder.glob("test_*.py")} - {Path(__file__)}
+    kernels = {path for path in files if re.search("^from kernel_cases|TRITON_INTERPRET", path.read_text(), re.M)}
+    assert kernels == {path for _, paths in PARTS.values() for path in paths}

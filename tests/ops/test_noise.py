@@ -1,9 +1,7 @@
-"""Noise is the same on every device; on a CPU the file runs itself again in Triton's interpreter."""
+"""Noise is the same on every device; on a CPU `test_interpreter.py` runs the kernels."""
 
 import os
-from importlib.util import find_spec
 
-import interpreter
 import pytest
 import torch
 
@@ -13,11 +11,6 @@ from lycheedecode.ops.noise import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
-def test_in_the_interpreter():
-    interpreter.run_tests(__file__)
 
 
 @pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")

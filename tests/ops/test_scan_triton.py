@@ -4,7 +4,8 @@ from math import nan
 
 import pytest
 import torch
-from kernel_cases import DEVICE, GPU, SCALE, close, dtypes, kernels, layouts, make_cache, make_query, paged, tame
+from covering import covering
+from kernel_cases import DEVICE, DTYPES, GPU, LAYOUTS, SCALE, close, kernels, make_cache, make_query, paged, tame
 
 from lycheedecode import HybridConfig
 from lycheedecode.bench.verify import check_same_blocks
@@ -15,11 +16,9 @@ from lycheedecode.ops.scan import triton as scan
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about log2(0) and -inf
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("score", ["mass", "max"])
+@pytest.mark.parametrize(("layout", "dtype", "score"), covering(LAYOUTS, DTYPES, ["mass", "max"]), ids=str)
 def test_scan(layout, dtype, score):
-    kv = make_cache(**layout, dtype=dtype)
+    kv = make_cache(**LAYOUTS[layout], dtype=dtype)
     kv = kv._replace(values=torch.full_like(kv.values, nan))
     query = make_query(kv, 3)
     result = kernels.scan_blocks(query, kv, (1, 0), 16, SCALE, score)
@@ -57,11 +56,9 @@ def make_copy(kv, heads, newest):
     return copy
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("newest", [1, 3])
+@pytest.mark.parametrize(("layout", "dtype", "newest"), covering(LAYOUTS, DTYPES, [1, 3]), ids=str)
 def test_scan_of_a_copy(layout, dtype, newest):
-    kv = make_cache(**layout, dtype=dtype)
+    kv = make_cache(**LAYOUTS[layout], dtype=dtype)
     if not GPU:  # the interpreter does not round up to the next power of two
         kv.keys.copy_(kv.keys.to(torch.float8_e4m3fn))
     query, heads = make_query(kv, 3), (1, 0)

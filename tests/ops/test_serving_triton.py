@@ -1,15 +1,14 @@
 """What servers add to the operations: budgets of sequences, sinks of heads, caches in 8 bits.
 
-References against plain definitions, kernels against references; on a CPU the file runs itself again in Triton's
-interpreter.
+References against plain definitions, kernels against references; on a CPU `test_interpreter.py` runs the
+kernels.
 """
 
 import os
-from importlib.util import find_spec
 
-import interpreter
 import pytest
 import torch
+from covering import covering
 
 from lycheedecode import HybridConfig, ops
 from lycheedecode.ops import EVERYTHING, KV, Selections, reference
@@ -28,11 +27,6 @@ CONFIGS = {
     "threshold": {"selection": "threshold", "threshold": 0.02},
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
-def test_in_the_interpreter():
-    interpreter.run_tests(__file__)
 
 
 def config_of(given):
@@ -161,13 +155,11 @@ def test_what_does_not_fit_is_refused():
 
 
 @runs_kernels
-@configs
-@pytest.mark.parametrize("page", [0, 8])
-@pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
-def test_scan_and_select(config, page, sinks):
+@pytest.mark.parametrize(("config", "page", "has_sinks"), covering(CONFIGS, [0, 8], [False, True]))
+def test_scan_and_select(config, page, has_sinks):
     from lycheedecode.ops import operators as kernels
 
-    config, (query, kv) = config_of(config), make(page)
+    config, (query, kv), sinks = config_of(CONFIGS[config]), make(page), SINKS if has_sinks else None
     found, right = room(), room()
     kernels.scan_select(query, kv, (0, 1), config, SCALE, found, limits=numbers(LIMITS), sinks=sinks)
     scores = reference.scan_blocks(query, kv, (0, 1), 4, SCALE, sinks=sinks)
@@ -180,9 +172,7 @@ def test_scan_and_select(config, page, sinks):
 
 
 @runs_kernels
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("page", [0, 8])
-@pytest.mark.parametrize("case", ["sinks", "8 bits", "both"])
+@pytest.mark.parametrize(("case", "page", "splits"), covering(["sinks", "8 bits", "both"], [0, 8], [1, 4]))
 def test_attention(case, page, splits):
     from lycheedecode.ops.attend import triton_blocks, triton_dense
     from lycheedecode.ops.kernel_common import Tuning
