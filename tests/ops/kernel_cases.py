@@ -114,8 +114,8 @@ def as_sets(selections):
 
 LAYOUTS = {
     "plain": {"lengths": [163, 163]},
-    "lengths": {"lengths": [163, 40], "slots": 170},
-    "left padding": {"lengths": [20, 163], "starts": [143, 0]},
+    "lengths": {"lengths": [83, 40], "slots": 90},
+    "left padding": {"lengths": [20, 83], "starts": [63, 0]},
     "odd dim": {"lengths": [63, 17], "starts": [0, 5], "dim": 80},
     "wide": {"lengths": [40, 90], "dim": 256},
     "an empty one": {"lengths": [0, 33], "dim": 96},

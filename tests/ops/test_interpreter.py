@@ -16,7 +16,7 @@ PARTS = {
     "scan": ("", [FOLDER / "test_scan_triton.py"]),
     "select": ("", [FOLDER / "test_select_triton.py"]),
     "complete": ("", [FOLDER / "test_complete_triton.py"]),
-    "several": ("", [FOLDER / f"test_{name}_triton.py" for name in ("tokens", "operators", "serving")]),
+    "several": ("", [FOLDER / f"test_{name}_triton.py" for name in ("tokens", "operators", "serving", "paged")]),
     "small": ("", [*(FOLDER / f"test_{name}.py" for name in ("append", "count", "fetch", "noise")),
                    FUSION / "test_linear_triton.py"]),
 }  # fmt: skip

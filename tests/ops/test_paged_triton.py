@@ -1,14 +1,12 @@
 """What lies beside the pages of a server's cache: means of chunks, of 8 bits, too, and copies of scanned keys.
 
-References against plain definitions, kernels against references; on a CPU the file runs itself again in Triton's
-interpreter.
+References against plain definitions, kernels against references; on a CPU `test_interpreter.py` runs the
+kernels.
 """
 
 import os
-from importlib.util import find_spec
 from math import nan
 
-import interpreter
 import pytest
 import torch
 
@@ -25,11 +23,6 @@ LENGTHS, LIMITS = [170, 33, 0, 129, 190], [5, 3, 3, EVERYTHING, 4]
 FACTORS = (1.0, 0.3)
 CONFIG = HybridConfig(budget_tokens=32, block_size=4, sink_tokens=4, recent_tokens=4, completion_chunk=CHUNK)
 SCALES = torch.tensor([0.5, 2.0], device=DEVICE), torch.tensor([3.0, 0.25], device=DEVICE)
-
-
-@pytest.mark.skipif(RUNS_KERNELS or find_spec("triton") is None, reason="Kernels run by themselves, or cannot run.")
-def test_in_the_interpreter():
-    interpreter.run_tests(__file__)
 
 
 def numbers(ints):

@@ -53,18 +53,18 @@ def test_select(settings, levels, each, monkeypatch):
     monkeypatch.setattr(select, "_READ_AGAIN", 1)
     lengths, slots = [1000, 333, 0, 5, 40], 1003
     config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings})
-    scores = make_scores(2, lengths, slots, 8, levels)
+    scores = make_scores(1, lengths, slots, 8, levels)
     kv = KV(*[torch.empty(5, 1, slots, 16, device=DEVICE)] * 2, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     capacity = config.capacity_blocks(ceil((slots + config.refresh_every - 1) / 8))
-    expected = Selections.allocate(2, 5, capacity, DEVICE)
+    expected = Selections.allocate(1, 5, capacity, DEVICE)
     reference.select_blocks(scores, kv, config, expected)
-    everything = Selections.allocate(4, 5, capacity, DEVICE)
+    everything = Selections.allocate(3, 5, capacity, DEVICE)
     everything.blocks.fill_(7)
-    out = everything.rows(1, 2)
+    out = everything.rows(1, 1)
     select.select_blocks(scores, kv, select.Rule.of(config), out, Tuning(1, 32, 1, 1))
     assert as_sets(out) == as_sets(expected)
     assert (everything.blocks[0] == 7).all()
-    assert (everything.blocks[3] == 7).all()
+    assert (everything.blocks[2] == 7).all()
 
 
 @configs
@@ -118,10 +118,10 @@ def test_select_from_rows_of_any_length(levels, held, monkeypatch):
     config = HybridConfig(block_size=8, budget_tokens=96, sink_tokens=10, recent_tokens=9)
     for num_blocks in (1025, 1024, 1023):
         monkeypatch.setattr(select, "IN_REGISTERS", 64 if held else 4)
-        scores = make_scores(2, [8 * num_blocks, 4100, 0], 8 * num_blocks, 8, levels)
+        scores = make_scores(1, [8 * num_blocks, 4100, 0], 8 * num_blocks, 8, levels)
         lengths = torch.tensor([8 * num_blocks, 4100, 0], dtype=torch.int32, device=DEVICE)
         kv = KV(*[torch.empty(3, 1, 8 * num_blocks, 16, device=DEVICE)] * 2, lengths)
-        expected, out = (Selections.allocate(2, 3, 12, DEVICE) for _ in range(2))
+        expected, out = (Selections.allocate(1, 3, 12, DEVICE) for _ in range(2))
         reference.select_blocks(scores, kv, config, expected)
         select.select_blocks(scores, kv, select.Rule.of(config), out)
         assert as_sets(out) == as_sets(expected)

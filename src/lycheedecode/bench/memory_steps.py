@@ -120,6 +120,7 @@ class _Case:
                 context = self._context(host)
                 row, logits = self._measured(attention, context)
                 first.append((budget, row, logits))
+                assert host.state is not None, "a step was measured"
                 _check_store(host.state.store)
                 row |= size | {"cache": "host", "budget_tokens": budget, "store_percent": percent, "ahead": ahead}
                 row["replayed_misses"] = misses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -35,8 +35,8 @@ class OffloadedState(HybridState):
         scanned: keys that retrieval heads scan.
     """
 
-    store: BlockStore | None = None
-    scanned: ScanKeys | None = None
+    store: BlockStore = field(kw_only=True)
+    scanned: ScanKeys = field(kw_only=True)
 
     def before_step(
         self,
@@ -110,7 +110,7 @@ class OffloadedAttention(HybridAttention):
         scanned = ScanKeys(heads, dtype, cache.batch, slots, keys.shape[-1], device)
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens, device) if self._factors else None
         self._position = cache.position
-        return OffloadedState(selections, None, means, None, store, scanned)
+        return OffloadedState(selections, means=means, store=store, scanned=scanned)
 
     def attend_offloaded(
         self,
@@ -169,7 +169,9 @@ def refuse_unfit(config: HybridConfig, store_ratio: float) -> None:
 class OffloadStep(FixedStep):
     """A `FixedStep` over a `HostCache`; layers with limited reach are those of a `FixedStep`."""
 
+    _attention: OffloadedAttention
     _cache: HostCache
+    state: OffloadedState
 
     def __init__(self, cache: HostCache, *arguments: Any) -> None:
         super().__init__(cache, *arguments)
@@ -195,8 +197,9 @@ class OffloadStep(FixedStep):
         self._passed[layer] += 1
         store = self.state.store
         kv = store.kv(self._position[layer], self._lengths)
-        query = ops.append(kv.keys, kv.values, key, value, store.at, query, rotation)
+        rotated = ops.append(kv.keys, kv.values, key, value, store.at, query, rotation)
+        assert rotated is not None  # a query was given
         scanned = KV(kv.keys, kv.values, self._lengths, self._starts)
         return self._attention.attend_offloaded(
-            layer, query, kv, self.state, scale, self._refresh, scanned, self.filled
+            layer, rotated, kv, self.state, scale, self._refresh, scanned, self.filled
         )

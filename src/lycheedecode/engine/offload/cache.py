@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ...ops.fetch import Tokens
 from ..cache import GrowingLayer, KVCache, grown
 from .pinned import HostMemoryError, Region, free_host_bytes, wait_for
 from .staging import BUFFERS, Staging
+
+if TYPE_CHECKING:
+    from .attention import OffloadedState
 
 
 class HostLayer(GrowingLayer):
@@ -35,11 +38,11 @@ class HostLayer(GrowingLayer):
         return keys[self._index], values[self._index]
 
     @property
-    def _keys(self) -> Tensor:
+    def _keys(self) -> Tensor:  # type: ignore[override]  # nobody sets it here: `reserve` is the cache's
         return self.store[0]
 
     @property
-    def _values(self) -> Tensor:
+    def _values(self) -> Tensor:  # type: ignore[override]
         return self.store[1]
 
     @property
@@ -89,6 +92,8 @@ class HostCache(KVCache):
         is_staged: whether prompts pass through a buffer on the device; otherwise this memory is the device's own.
     """
 
+    state: OffloadedState | None
+
     def __init__(
         self,
         shape: ModelShape,
@@ -101,9 +106,11 @@ class HostCache(KVCache):
     ) -> None:
         super().__init__(len(reaches), starts)
         self.position = {layer: i for i, layer in enumerate(i for i, reach in enumerate(reaches) if reach.is_all)}
-        self.batch, self.tokens = batch, None
-        self._region, self._spare = None, region
+        self.batch = batch
+        self._region: Region | None = None
+        self._spare = region
         self._shape = len(self.position), batch, shape.num_kv_heads, 0, shape.head_dim
+        self.tokens = Tokens(*(torch.empty(self._shape, dtype=dtype) for _ in range(2)))
         self._dtype, self._device = dtype, device
         self._staging: Staging | None = None
         self.is_staged = device.type != "cpu"
@@ -123,7 +130,7 @@ class HostCache(KVCache):
     @property
     def slots(self) -> int:
         """Slots there is room for in host memory."""
-        return 0 if self.tokens is None else self.tokens.keys.shape[3]
+        return self.tokens.keys.shape[3]
 
     def grow(self, slots: int) -> None:
         """Make room for `slots` slots; moves the cache when there is none.
@@ -134,11 +141,10 @@ class HostCache(KVCache):
         if slots <= self.slots:
             return
         self._settle()
-        before, filled = self.tokens, max(layer.length for layer in self.layers)
+        before, filled = self.tokens, min(max(layer.length for layer in self.layers), self.slots)
         old = self._allocate_tokens(grown(slots, self.slots))
-        if before is not None:
-            for new, part in zip(self.tokens, before, strict=True):
-                new[:, :, :, :filled] = part[:, :, :, :filled]
+        for new, part in zip(self.tokens, before, strict=True):
+            new[:, :, :, :filled] = part[:, :, :, :filled]
         if old is not None:
             old.release()
 
