@@ -69,7 +69,7 @@ def test_whether_some_head_is_completed(plan_file, tmp_path):
         ({"verify_every": 4}, "verify_every must be 0 in vLLM"),
         ({"scan_keys": "float8"}, "scan_keys must be 'cache' with a KV cache in FP8"),
     ],
-    ids=["unknown", "senseless", "refresh", "correction", "rounds", "8-bit scan"],
+    ids=["unknown", "senseless", "refresh", "correction", "8-bit weights", "rounds", "8-bit scan"],
 )
 def test_settings_that_a_server_cannot_honour(plan_file, setting, words):
     with pytest.raises(ValueError, match=words):
