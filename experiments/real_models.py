@@ -68,6 +68,13 @@ def real_speed(out: Path, gpu: str) -> Iterator[str]:
     yield f"bench generate --model MODEL {sizes} --json OUT/{gpu}-generate-coder-1.5b.json"
 
 
+@stage("what stands best for unread tokens, in SmolLM2 and in a coder of 1.5B", _MODEL, 3)
+def completion(out: Path, gpu: str) -> Iterator[str]:
+    yield "-m experiments.completion --prompts 6 --json OUT/completion-smollm2-135m.json"
+    cells = "--cells code:30000:continuation:64 prose:30000:continuation:64"
+    yield f"-m experiments.completion --model MODEL {cells} --prompts 6 {FORM} --json OUT/completion-coder-1.5b.json"
+
+
 @stage("plans for SmolLM2 of more heads, with couplings chosen on other prompts", "1 GPU", 4, model="smollm2-135m")
 def small_plan(out: Path, gpu: str) -> Iterator[str]:
     texts = "--identify code:6144:continuation:64 prose:6144:continuation:64"
