@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..ops import kernel_common as common
 from ..ops.kernel_common import power_of_two
+from ..ops.merge import is_last, take_arrivals
 from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS
 
 PROGRAMS = 396
@@ -219,7 +220,7 @@ def _linear_kernel(
         tl.store(partial + part * (TN * BP) + cell, y)
         if norm is not None:
             tl.store(sums + part * BP + b, square)
-        last = common.is_last(arrivals, program, SPLITS)
+        last = is_last(arrivals, program, SPLITS)
     if last:
         if SPLITS > 1:
             y = tl.zeros([TN, BP], tl.float32)
@@ -270,7 +271,7 @@ def linear(
     if tuning.splits > 1:
         partial = x.new_empty((tiles, tuning.splits, tuning.rows, padded), dtype=torch.float32)
         sums = x.new_empty((tiles, tuning.splits, padded), dtype=torch.float32) if norm is not None else None
-        arrivals = common.take_arrivals(tiles, x.device)
+        arrivals = take_arrivals(tiles, x.device)
     number_bytes = weights[0].element_size()
     left = tuning.overlap * 2**20 / (sum(sizes) * columns * number_bytes)
     piece = -(-32 * tuning.warps // tuning.rows) * (16 // number_bytes)  # columns, at 16 bytes for every thread

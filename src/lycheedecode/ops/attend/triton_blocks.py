@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
+from ..merge import finish, merge_chunk, merge_space
 from ..types import KV, Completion, Selections, constant
 
 _ANY_LENGTH = 1 << 30
@@ -170,7 +171,7 @@ def _attend_blocks_kernel(
     if value_scales is not None:
         acc *= tl.load(value_scales + head)
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
+    finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
 
 
 def attend_blocks(
@@ -202,7 +203,7 @@ def attend_blocks(
     if completion is not None and not any(completion.of(heads)):
         completion = None
     tuning = tuning or default_tuning(batch * len(rows), kv, blocks.shape[2] * block_size, completion is not None)
-    space = common.merge_space(batch, len(rows), tuning.splits, group, dim, query.device)
+    space = merge_space(batch, len(rows), tuning.splits, group, dim, query.device)
     with common.on_device(query):
         _attend_blocks_kernel[tuning.splits, len(rows), batch](
             *(output, *space, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
@@ -216,7 +217,7 @@ def attend_blocks(
             MEAN_OF=1 if completion is None else completion.chunk,
             TILE=tuning.tile,
             SPLITS=tuning.splits,
-            CHUNK=common.merge_chunk(tuning.splits, group, dim, tuning.warps),
+            CHUNK=merge_chunk(tuning.splits, group, dim, tuning.warps),
             **tuning.launch(kv),
         )
     return output

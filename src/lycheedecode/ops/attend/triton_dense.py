@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
+from ..merge import finish, merge_chunk, merge_space
 from ..types import KV
 
 
@@ -57,7 +58,7 @@ def _attend_kernel(
     if value_scales is not None:
         acc *= tl.load(value_scales + head)
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
+    finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
 
 
 def attend(
@@ -76,7 +77,7 @@ def attend(
     count = kv.keys.shape[1] if heads is None else len(heads)
     output = torch.empty((batch, count * group, dim), dtype=query.dtype, device=query.device)
     tuning = tuning or default_tuning(batch * count, kv)
-    space = common.merge_space(batch, count, tuning.splits, group, dim, query.device)
+    space = merge_space(batch, count, tuning.splits, group, dim, query.device)
     with common.on_device(query):
         _attend_kernel[tuning.splits, count, batch](
             *(output, *space, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
@@ -85,7 +86,7 @@ def attend(
             **common.padded(group, dim),
             TILE=tuning.tile,
             SPLITS=tuning.splits,
-            CHUNK=common.merge_chunk(tuning.splits, group, dim, tuning.warps),
+            CHUNK=merge_chunk(tuning.splits, group, dim, tuning.warps),
             **tuning.launch(kv),
         )
     return output

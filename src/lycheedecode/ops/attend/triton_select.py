@@ -18,6 +18,7 @@ from torch import Tensor
 from ...config import HybridConfig
 from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
+from ..merge import finish, merge_chunk, merge_space
 from ..scan import triton as scan
 from ..scan.triton import Worth
 from ..select import triton as select
@@ -77,7 +78,7 @@ def _attend_worth_kernel(
         peak = new_peak
     tl.store(masses + line * SPLITS + split, peak + tl.log2(total), mask=g < G)
     pair = b * tl.num_programs(1) + h
-    common.finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
+    finish(output, partial, sums, arrivals, acc, peak, total, pair, split, G, D, GP, DP, SPLITS, CHUNK, PDL)
 
 
 def attend_worth(
@@ -100,7 +101,7 @@ def attend_worth(
         torch.empty((*shape, tuning.splits), dtype=torch.float32, device=query.device),
     )
     output = torch.empty((batch, len(heads) * group, dim), dtype=query.dtype, device=query.device)
-    space = common.merge_space(batch, len(heads), tuning.splits, group, dim, query.device)
+    space = merge_space(batch, len(heads), tuning.splits, group, dim, query.device)
     with common.on_device(query):
         _attend_worth_kernel[tuning.splits, len(heads), batch](
             *(output, *space, *worth, query, common.head_index(heads, kv), scale * LOG2_E),
@@ -111,7 +112,7 @@ def attend_worth(
             LARGEST=score == "max",
             TILE=tuning.tile,
             SPLITS=tuning.splits,
-            CHUNK=common.merge_chunk(tuning.splits, group, dim, tuning.warps),
+            CHUNK=merge_chunk(tuning.splits, group, dim, tuning.warps),
             WARPS=tuning.warps,
             **tuning.launch(kv),
         )
