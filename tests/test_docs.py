@@ -2,19 +2,21 @@
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
 from typer.testing import CliRunner
 
-from experiments import api
-from experiments.report import render
+from experiments import api, stages
+from experiments.__main__ import TOOLS
+from experiments.report import front_table, render
 from lycheedecode import HeadPlan
 from lycheedecode.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -23,8 +25,16 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+        if anchor and not target.startswith("https://"):
+            assert anchor in anchors((page.parent / target) if target else page), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What headings of a page are called in links."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -44,21 +54,41 @@ def test_commands_and_their_options_exist(page):
 def test_options_named_in_the_text_exist():
     known = (
         "".join(
-            CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"}).stdout
+            CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "300"}).stdout
             for command in (
-                ["generate"],
-                ["inspect"],
-                ["memory"],
-                ["bench", "memory"],
-                ["evaluate", "fidelity"],
-                ["evaluate", "tasks"],
+                "generate",
+                "inspect",
+                "memory",
+                "evaluate fidelity",
+                "evaluate tasks",
+                "bench step",
+                "bench memory",
+                "bench lossless",
             )
         )
+        + "--only "  # of `python -m experiments.models_sweep`
         + CliRunner().invoke(app, ["identify", "--help-all"], env={"COLUMNS": "300"}).stdout
     )
     for page in PAGES:
         for option in re.findall(r"`[^`\n]*?(--[a-z-]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
             assert f"{option} " in known, f"{page.name}: {option}"
+
+
+def test_modules_and_stages_exist():
+    """`python -m experiments STAGE`, `python -m experiments.MODULE`, files of the package and of the tests."""
+    tools = set(stages.STAGES) | set(TOOLS)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"python -m experiments ([a-z][a-z_-]*)", text):
+            assert name in tools, f"{page.name}: {name}"
+        for module in re.findall(r"python -m ((?:experiments|lycheedecode)\.[a-z_.]+[a-z])", text):
+            assert find_spec(module), f"{page.name}: {module}"
+        for path in re.findall(r"`((?:src|tests|docs|experiments|examples|findings)/[\w./-]*)`", text):
+            assert (ROOT / path.replace("NAME.json", "")).exists() or page.name == "CHANGELOG.md", (
+                f"{page.name}: {path}"
+            )
+        for path in re.findall(r"`([a-z_]+/[\w./]+\.py)`", text):
+            assert any((ROOT / base / path).exists() for base in ("", "src/lycheedecode")), f"{page.name}: {path}"
 
 
 def test_make_targets_exist():
@@ -95,7 +125,16 @@ def test_the_example_plan_is_one(tmp_path, monkeypatch):
 
 def test_the_results_are_those_of_the_result_files():
     written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert written == render(ROOT / "docs" / "results"), "run: make results"
+    folder = ROOT / "docs" / "results"
+    assert written == render(folder), "run: make results"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == front_table.with_table(readme, folder), "run: make results"
+
+
+def test_every_picture_is_shown():
+    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    hidden = [path.name for path in (ROOT / "docs").rglob("*.png") if f"/{path.name})" not in shown]
+    assert hidden == []
 
 
 def test_the_api_page_is_what_the_docstrings_say():

@@ -206,7 +206,7 @@ def test_shards_keep_their_own_donors():
 
 def test_a_donor_on_another_rank_is_refused():
     plan = HeadPlan.from_donors([[(0, 0), (0, 0)]])
-    with pytest.raises(PlanError, match=r"lies on tensor-parallel rank 0, not 1"):
+    with pytest.raises(PlanError, match=r"is on tensor-parallel rank 0, not 1"):
         plan.shard(1, 2)
     with pytest.raises(PlanError, match="cannot be divided evenly over 3 ranks"):
         plan.shard(0, 3)

@@ -5,6 +5,7 @@
     faithful, fast, memory     the three tables that the page starts with
     better_elsewhere  where something else is better: above each of them
     pictures          which there are; draw_speed, draw_fidelity: how; picture: what they share
+    front_table       the small table of README.md
     details           a section for each file: what it says, and folded, all its numbers
     tables            Markdown
 
@@ -31,13 +32,14 @@ _FAITHFUL = (
 )
 _FAST = (
     "Times a token, unless a row says otherwise. Decode is what follows the prefill, which is dense and the same "
-    "computation either way; where it is included, the row says so. In brackets: 10th to 90th percentile of steps, or "
-    "fastest to slowest of repeats. In vLLM, `full` is its own attention and `hybrid` the plugin. Of every series the "
-    "case that gains least and the one that gains most."
+    "computation either way; where it is included, the row says so and takes the mean of both. In brackets: 10th to "
+    "90th percentile of steps, or fastest to slowest of repeats. In vLLM, `full` is its own attention and `hybrid` the "
+    "plugin. Of every series the case that gains least and the one that gains most."
 )
 _MEMORY = (
     "Hybrid attention reads less of the KV cache, but stores all of it on the GPU, unless the cache lies in host "
-    "memory (`--cache host`). Of every series the case with the least and with the most."
+    "memory (`--cache host`). A shape has random weights, whose selections jump about: what it fetches anew, and how "
+    "long that takes, is a worst case. Of every series the case with the least and with the most."
 )
 TABLES: tuple[tuple[str, str, Callable[[Sequence[Source]], list[dict[str, Any]]], str], ...] = (
     ("How faithful", "fidelity", faithful.table_rows, _FAITHFUL),

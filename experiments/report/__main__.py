@@ -1,4 +1,7 @@
-"""`python -m experiments.report FOLDER`: FOLDER/*.json -> FOLDER.md, with its pictures in FOLDER."""
+"""`python -m experiments.report FOLDER`: FOLDER/*.json -> FOLDER.md, with its pictures in FOLDER.
+
+The README two folders up gets its small table, if it has a place for it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.report import draw, render
+from experiments.report import draw, front_table, render
 
 
 def main() -> None:
@@ -19,6 +22,7 @@ def main() -> None:
     pictures = draw(folder)
     target = folder.with_suffix(".md")
     target.write_text(render(folder), encoding="utf-8")
+    front_table.write(folder.resolve().parents[1] / "README.md", folder)
     print(f"{target}: {len(list(folder.glob('*.json')))} result files, {len(pictures)} pictures", file=sys.stderr)
 
 

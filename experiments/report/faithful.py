@@ -146,7 +146,7 @@ def _kl_row(what: str, budget: int, texts: Sequence[Close]) -> dict[str, Any]:
         "hybrid (95% interval)": "; ".join(
             _spread(one.kl, one.error, one.kind.text if several else "") for one in texts
         ),
-        "budget": f"{budget} tokens" + (f", {heads.pop()} heads look" if len(heads) == 1 else ""),
+        "budget": f"{budget} tokens" + (f", {heads.pop()} retrieval heads" if len(heads) == 1 else ""),
         "closest that reads as much": "; ".join(_closest(one, several) for one in texts if one.peers),
         "n": " + ".join(str(one.prompts) for one in texts) if several else texts[0].prompts,
         "machine": texts[0].source.machine,

@@ -54,6 +54,7 @@ def _kept(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
                 "hybrid": size(row["bytes_on_gpu"]),
                 "share": f"{row['bytes_on_gpu'] / whole:.1%}",
                 "ms a token, resident and so (decode)": times,
+                "fetched anew": f"{row['miss_rate']:.1%}" if "miss_rate" in row else "",
                 "n": source.settings.get("steps") if row.get("part") == "steps"
                 else f"{source.settings.get('tokens')} tokens",
                 "machine": source.machine,

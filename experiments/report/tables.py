@@ -60,7 +60,8 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _kernels(profile: Mapping[str, Any], most: int = 8) -> Iterator[str]:
     """The kernels that a step spends most time in."""
-    what = f"{profile['form']}, batch {profile['batch']}, {profile['context']} tokens"
+    what = ", ".join(str(profile[name]) for name in ("form", "part") if name in profile)
+    what += f", batch {profile['batch']}, {profile['context']} tokens"
     yield from ("", f"**Kernels of a step: {what}** (traced: small ones are slower than they are)", "")
     first, rest = profile["kernels"][:most], profile["kernels"][most:]
     rows = [{**kernel, "name": f"`{kernel['name'][:60]}`"} for kernel in first]

@@ -64,7 +64,7 @@ def settings_from(kind: type[Settings], given: Any, name: str) -> Settings:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise `ConfigError` for what is no tokenizer; None is none."""
+    """Raise `ConfigError` for anything that is neither a tokenizer nor None."""
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise ConfigError(f"tokenizer must be a Hugging Face tokenizer or None, not {shown(tokenizer)}.")
 

@@ -25,7 +25,7 @@ MOST_DRAFTS = 31
 
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig:
-    """What a decode step reads. Frozen; raises `ValueError` with one sentence when a value makes no sense.
+    """What a decode step reads. Frozen; raises `ConfigError` for a value that makes no sense.
 
     A *block* is `block_size` consecutive tokens of one KV head. A *selection* is the set of blocks that one retrieval
     head chose at this step; sinks and recent tokens count towards its budget.
@@ -35,8 +35,8 @@ class HybridConfig:
     ('top_k', 63)
 
     Attributes:
-        budget_tokens: most tokens a selection may hold, rounded up to whole blocks. Default 4096 for `top_k`; for
-            the other strategies it is an optional cap.
+        budget_tokens: most tokens a selection may hold, rounded up to whole blocks. Default 4096 for `top_k`; an
+            optional cap for the other strategies.
         budget_ratio: share of the context a selection may hold, in (0, 1]; given alone it implies `selection="ratio"`.
         block_size: tokens per block, a power of two in [1, 256]. Small blocks are more faithful, large ones faster.
         sink_tokens: first tokens of the sequence that every selection contains.
@@ -49,22 +49,22 @@ class HybridConfig:
         retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
             `full`: they attend to the whole cache, as in the paper.
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
-        scan_keys: what retrieval heads scan: the keys of the `cache`, or a copy of theirs in 8-bit floats (`float8`),
-            which takes half the time and some memory.
-        completion: whether the tokens that a head leaves unread still count, each chunk of them as the chunk's mean key
-            and mean value: weighted by the factor that the `plan` has for the head (a plan without factors completes
-            nothing), by 1 for every head (`centroid`), or not at all (`none`).
+        scan_keys: what retrieval heads scan: the keys in the `cache`, or an 8-bit copy of their own (`float8`),
+            which takes half the time and some extra memory.
+        completion: how tokens that a head leaves unread still count, as the mean key and value of their chunk: weighted
+            by the head's factor in the `plan` (which may have none), by 1 for every head (`centroid`), or not at all
+            (`none`).
         completion_chunk: tokens per chunk, a power of two up to 4096; with larger blocks, a chunk is a block.
-        correction_every: Cache Correction: after this many decoded tokens a dense pass rewrites their cache entries.
+        correction_every: Cache Correction: after every n decoded tokens a dense pass rewrites their cache entries.
             0 switches it off.
-        refresh_every: retrieval heads select anew at every n-th decoded token and keep their selection in between.
-        step_weights: what linear layers of decode steps multiply by: the weights of the `model`, or a copy of them in
-            8-bit floats (`float8`), which takes half the time and half as much memory again. Prefill, Cache Correction
-            and the pass of `verify_every` keep the model's own; `Engine` only.
-        verify_every: lossless: `Engine.generate` drafts n tokens a round this way, then one dense pass verifies them
-            and keeps those that full attention would have written, too; the text is full attention's. `auto` chooses n
-            while it runs, and drafts nothing where that does not pay. 0 switches it off. In a round, retrieval heads
-            select anew at the first draft and every `refresh_every` after it; `auto` also tries once a round.
+        refresh_every: retrieval heads select again every n decoded tokens and keep their selection in between.
+        step_weights: what linear layers of decode steps use: the weights of the `model`, or an 8-bit copy (`float8`),
+            which takes half the time and half as much memory again. Prefill, Cache Correction and the pass of
+            `verify_every` keep the model's own; `Engine` only.
+        verify_every: lossless decoding: `Engine.generate` drafts n tokens a round, and one dense pass keeps those that
+            full attention would have written, so the text is full attention's. `auto` chooses n as it goes and drafts
+            nothing where that does not pay. 0 switches it off. In a round, retrieval heads select anew at the first
+            draft and every `refresh_every` after it; `auto` also tries once a round.
     """
 
     budget_tokens: int | None = None
@@ -132,7 +132,7 @@ class HybridConfig:
         for name in ("budget_ratio", "top_p", "threshold"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
-                raise ConfigError(f"{name} must lie in (0, 1], not {value!r}.")
+                raise ConfigError(f"{name} must be in (0, 1], not {value!r}.")
 
     def _check_rounds(self) -> None:
         every = self.verify_every

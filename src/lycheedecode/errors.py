@@ -1,21 +1,21 @@
 """Errors that a user can mend: each message is one sentence, which says what is wrong and how to mend it.
 
-The command line prints the message of a `LycheeError` and exits with its status. Everything else is a fault of ours and
-shows its traceback. All of them are `ValueError`s, so that callers need not know these names. Other modules derive
-theirs: `PlanError`, `ModelError`, `TextError`, ...
+The command line prints the message of a `LycheeError` and exits with its status. Everything else is an internal fault:
+it shows its traceback and exits with 70. All of them are `ValueError`s, so callers need not know these names. Other
+modules derive theirs: `PlanError`, `ModelError`, `TextError`, ...
 
-Contracts between our own parts (shapes and strides of tensors that an operation takes, say) raise plain `ValueError`:
-who meets one through the command line has found a bug.
+Contracts between our own parts (shapes and strides of an operation's tensors, say) raise plain `ValueError`: whoever
+meets one through the command line has found a bug.
 """
 
 from __future__ import annotations
 
 
 class LycheeError(ValueError):
-    """The root of them.
+    """The root of all errors that a user can mend.
 
     Attributes:
-        exit_status: of the command that ends with it: 2 for bad input, 1 where the command ran and the answer is no.
+        exit_status: the exit status of a command that ends with it: 2 for bad input, 1 if it ran and the answer is no.
     """
 
     exit_status = 2

@@ -28,7 +28,7 @@ class PlanError(LycheeError):
 
     >>> HeadPlan.from_donors([[(1, 0)], [(1, 0)]])
     Traceback (most recent call last):
-    lycheedecode.plan.PlanError: The donor (1, 0) of layer 0, KV head 0 lies in a later layer: its selection ...
+    lycheedecode.plan.PlanError: The donor (1, 0) of layer 0, KV head 0 is in a later layer: its selection ...
     """
 
 
@@ -48,13 +48,12 @@ class HeadPlan:
 
     Attributes:
         donors: `L x Hkv` pairs `(layer, KV head)`.
-        model: what the plan was made for: `name`, `revision`, `architecture` (any may be missing).
+        model: the model it was made for: `name`, `revision`, `architecture` (any may be missing).
         gate_means: `L x Hkv` expected gate values from identification, or None.
         provenance: how the plan was made: data, seed, steps, settings, versions.
-        completion: `L x Hkv` factors, at least 0, on the weight of the tokens that a head leaves unread, where their
-            chunk's mean key and mean value stand for them; 0: they do not count. None: the plan has no factors, and
-            completes nothing. What they were fitted for is in `provenance["completion"]`, a mapping with `chunk`
-            (tokens) and, where it was a fixed one, `budget_tokens`.
+        completion: `L x Hkv` factors of at least 0: the weight of the tokens that a head leaves unread, represented by
+            their chunk's mean key and value. 0: they do not count. None completes nothing. `provenance["completion"]`
+            says what they were fitted for: `chunk` (tokens) and, if it was fixed, `budget_tokens`.
     """
 
     donors: tuple[tuple[Head, ...], ...]
@@ -94,7 +93,7 @@ class HeadPlan:
                 f"and {self.num_kv_heads} KV heads."
             )
         if donor_layer > layer:
-            raise PlanError(f"The donor {donor} of {where} lies in a later layer: its selection would come too late.")
+            raise PlanError(f"The donor {donor} of {where} is in a later layer: its selection would come too late.")
         if self.donors[donor_layer][donor_head] != donor:
             raise PlanError(f"The donor {donor} of {where} is not a retrieval head (it is not its own donor).")
 
@@ -102,10 +101,12 @@ class HeadPlan:
 
     @property
     def num_layers(self) -> int:
+        """Layers of the model, `L`."""
         return len(self.donors)
 
     @property
     def num_kv_heads(self) -> int:
+        """KV heads of each layer, `Hkv`."""
         return len(self.donors[0])
 
     @cached_property
@@ -279,7 +280,7 @@ class HeadPlan:
             for head in range(first, first + size):
                 if row[head][1] // size != rank:
                     raise PlanError(
-                        f"The donor {row[head]} of layer {layer}, KV head {head} lies on tensor-parallel rank "
+                        f"The donor {row[head]} of layer {layer}, KV head {head} is on tensor-parallel rank "
                         f"{row[head][1] // size}, not {rank}: identify again with donors kept inside {world} shards."
                     )
             donors.append([(donor[0], donor[1] - first) for donor in row[first : first + size]])
@@ -298,7 +299,7 @@ class HeadPlan:
             for head, donor in enumerate(self.donors[layer]):
                 if donor[0] < first:
                     raise PlanError(
-                        f"The donor {donor} of layer {layer}, KV head {head} lies in an earlier pipeline stage than "
+                        f"The donor {donor} of layer {layer}, KV head {head} is in an earlier pipeline stage than "
                         f"layers {first} to {last - 1}: identify again with donors kept inside stages."
                     )
         donors = [[(donor[0] - first, donor[1]) for donor in row] for row in self.donors[first:last]]

@@ -2,7 +2,7 @@
 
     Result(command, settings, rows, summary, fingerprint, options, environment)  <->  a JSON file
 
-What is interrupted goes on from its file: `resume` returns what is there, and refuses with one sentence what was made
+An interrupted call continues from its file: `resume` returns what is there, and refuses with one sentence what was made
 with other settings, another model, plan or text.
 """
 
@@ -44,7 +44,7 @@ class Result:
         command: as one calls it, `bench ops`.
         settings: what decides the numbers.
         rows: flat objects with the numbers, a table row each.
-        summary: what sums them up, or is no table.
+        summary: what sums them up or does not fit a table.
         fingerprint: model, plans and texts behind the numbers; see `fingerprint`.
         options: of the command line, for a call that resumes this one.
         environment: machine, versions, commit.

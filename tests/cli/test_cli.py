@@ -219,11 +219,11 @@ def test_compare_shows_both(base, plan_file, tmp_path):
         (["x" * 600], "The prompt has 600 tokens; the model has 512 positions"),
         (["x", "-n", "0"], "--max-new-tokens must be at least 1, not 0"),
         (["x", "--budget-tokens", "0"], "budget_tokens must be a whole number of at least 1, not 0"),
-        (["x", "--budget-ratio", "-0.5"], "budget_ratio must lie in (0, 1]"),
+        (["x", "--budget-ratio", "-0.5"], "budget_ratio must be in (0, 1]"),
         (["x", "--block-size", "24"], "block_size must be a power of two"),
         (["x", "--selection", "top_p"], "needs top_p"),
         (["x", "--temperature", "-1"], "temperature must be at least 0"),
-        (["x", "--top-p", "2"], "top_p must lie in (0, 1]"),
+        (["x", "--top-p", "2"], "top_p must be in (0, 1]"),
         (["x", "--compare", "full", "--temperature", "1"], "leave out --full, --stop and sampling options"),
         (["x", "--full"], "--full decodes without a plan and a budget"),
         (["x", "--verify-every", "40"], "verify_every must be 'auto' or a whole number from 0 to 31"),
@@ -391,7 +391,7 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     assert run(*call, "--resume").stdout == done.stdout
     again = ["evaluate", "fidelity", "--json", out, "--resume"]
     assert run(*again).stdout == done.stdout  # with the options of the first call
-    said = "The interrupted call had another --seed (0, not 1): leave it out, or start anew without --resume."
+    said = "The interrupted call had another --seed (0, not 1): leave it out, or start again without --resume."
     assert said in refusal(*again, "--seed", "1")
     assert "had another --cells (noise:400:passkey:1, not noise:300:passkey:1)" in refusal(
         *again, "--cells", "noise:300:passkey:1"

@@ -88,8 +88,8 @@ def test_a_config_is_enough(tmp_path):
     [
         (["--context", "0"], "--context and --batch must be at least 1"),
         (["--context", "9", "--batch", "0"], "--context and --batch must be at least 1"),
-        (["--context", "9", "--gpu", "-1"], "--gpu and --host are memory in GiB"),
-        (["--context", "9", "--gpu", "nan"], "--gpu and --host are memory in GiB"),
+        (["--context", "9", "--gpu", "-1"], "--gpu and --host are GiB"),
+        (["--context", "9", "--gpu", "nan"], "--gpu and --host are GiB"),
         (["--context", "9", "--store-ratio", "0"], "store_ratio must be at least 1"),
         (["--context", "9", "--retrieval-attention", "full"], "reads the whole cache"),
         (["--context", "9", "--plan", "smollm2-135m"], "30 layers"),

@@ -58,7 +58,7 @@ WRONG = {
     "plan": (lambda m, _: Engine(m, plan=3), f"{PLAN}3."),
     "table": (lambda m, _: Engine(m, plan=[[(0, 0)]]), f"{PLAN}[[(0, 0)]]."),
     "bytes": (lambda m, _: hybrid(m, b"x").__enter__(), f"{PLAN}b'x'."),
-    "no plan": (lambda m, _: hybrid(m, None).__enter__(), "Hybrid decoding needs a plan: "),
+    "no plan": (lambda m, _: hybrid(m, None).__enter__(), "Hybrid attention needs a plan: "),
     "json": (lambda m, _: Engine(m, plan={"a": 1}), "plan: not a head plan (it has no 'donors')."),
     "config": (lambda m, _: Engine(m, config=512), f"{CONFIG}512."),
     "class": (lambda m, _: hybrid(m, tiny.plan(), HybridConfig).__enter__(), f"{CONFIG}<class"),
@@ -114,7 +114,7 @@ def test_a_context_that_is_used_anew_ends_the_generation_over_it(llama):
     next(stream)
     expected = Engine(llama).generate(tiny.prompts(20), 12, ignore_eos=True)[0].token_ids
     assert engine.generate(context, 12, ignore_eos=True)[0].token_ids == expected
-    with pytest.raises(LycheeError, match="used anew"):
+    with pytest.raises(LycheeError, match="generation over this Context"):
         list(stream)
 
 

@@ -78,7 +78,7 @@ class Wrapper(nn.Module):
 
 
 def test_masks_of_their_own_are_refused(llama):
-    assert "masks its attention in a way of its own" in refusal(WithBias(llama))
+    assert "masks its attention" in refusal(WithBias(llama))
 
 
 def test_wrapped_models_are_judged_by_the_class_inside_and_work(llama):

@@ -90,7 +90,7 @@ def test_without_a_seed_every_sampler_draws_anew():
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"top_k": -1}, "top_k"),
-        ({"top_p": 0.0}, "top_p must lie in"),
+        ({"top_p": 0.0}, "top_p must be in"),
         ({"min_p": 1.5}, "min_p"),
     ],
     ids=str,

@@ -212,7 +212,7 @@ def test_every_speed_says_what_is_in_it(tmp_path):
     shown, every = text.split("<details>")
     cells = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ") and "---" not in line][1:]
     assert [(row[0][2:], row[3], row[4], row[5]) for row in cells] == [
-        ("prefill and 64 tokens, whole", "9.50 s", "9.25 s", "1.03x"),
+        ("prefill and 64 tokens, whole", "9.50 s", "9.25 s (prefill 9.00 s)", "1.03x"),
         ("decode of the same, a token", "8.00 ms", "4.00 ms", "2.00x"),
         ("decode step", "4.00 ms", "4.00 ms (4.00 to 4.00)", "1.00x"),
         ("decode step", "9.00 ms", "3.00 ms (3.00 to 3.00)", "3.00x"),
@@ -251,7 +251,7 @@ def test_memory_of_steps_that_do_not_fit_elsewhere(tmp_path):
     write(tmp_path, m={"command": "bench memory", "settings": {"steps": 60}, "result": {"rows": rows}})
     text = part(render(tmp_path), "## How much memory")
     alone, six = "1 x 128K | 16.00 GB | 2.00 GB | 12.5% | 5.00, 5.50", "6 x 128K | 96.00 GB | 12.00 GB | 12.5%"
-    assert f"a store of 200% of a selection of 4096 tokens | SmolLM2-135M | {alone} | 60 |" in text
+    assert f"a store of 200% of a selection of 4096 tokens | SmolLM2-135M | {alone} |  | 60 |" in text
     assert f"{six} | does not fit, 12.50 |" in text
     assert "a store of 200%, 5.50 ms (resident: 5.00)." in text
 

@@ -55,7 +55,7 @@ def test_they_need_a_gpu(tool, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = CliRunner().invoke(app, [tool])
     assert done.exit_code == 2
-    assert "There is no CUDA GPU here" in done.stderr
+    assert "There is no CUDA GPU" in done.stderr
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -306,7 +306,7 @@ def test_without_the_backend_a_plan_does_nothing(checkpoint):
         (HeadPlan.all_retrieval(4, 4), TIGHT, {}, PlanError, "4 KV heads per layer; the model has 2"),
         (tiny.plan(), {**TIGHT, "budget": 3}, {}, ValueError, "no setting 'budget'"),
         (tiny.plan(), {**TIGHT, "refresh_every": 2}, {}, ServingError, "refresh_every must be 1"),
-        (tiny.plan(sliding=(1, 3)), TIGHT, {}, PlanError, "lies in a layer that vLLM decodes with full attention"),
+        (tiny.plan(sliding=(1, 3)), TIGHT, {}, PlanError, "is in a layer that vLLM decodes with full attention"),
     ],
     ids=["another model's plan", "unknown setting", "refresh_every", "donor in a sliding layer"],
 )

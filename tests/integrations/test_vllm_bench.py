@@ -106,6 +106,6 @@ def test_two_ranks_decode_what_one_does_and_refuse_what_they_cannot(tmp_path, mo
     assert run(experiments, "ranks", *options) == 0
     result = json.loads((tmp_path / "result.json").read_text())["result"]
     assert [row["same_tokens"] for row in result["rows"]] == [12] * 4
-    assert "lies on tensor-parallel rank 0, not 1" in result["refused"]["a plan whose donors cross ranks"]
+    assert "is on tensor-parallel rank 0, not 1" in result["refused"]["a plan whose donors cross ranks"]
     assert "cannot be divided evenly over 2 ranks" in result["refused"]["more ranks than KV heads"]
     assert "12 of 12 tokens are the same" in capfd.readouterr().out

@@ -48,8 +48,8 @@ def test_each_gets_what_it_asks_for(llm):
     [
         ("lossless", "lycheedecode must be 'hybrid', 'off' or 'budget_tokens=N', not 'lossless'."),
         (7, "lycheedecode must be 'hybrid', 'off' or 'budget_tokens=N', not 7."),
-        ("budget_tokens=33", "budget_tokens must lie between 12 and 32, not be 33."),
-        ("budget_tokens=4", "budget_tokens must lie between 12 and 32, not be 4."),
+        ("budget_tokens=33", "budget_tokens must be between 12 and 32, not be 33."),
+        ("budget_tokens=4", "budget_tokens must be between 12 and 32, not be 4."),
     ],
 )
 def test_what_cannot_be_had_is_refused(llm, given, words):

@@ -137,7 +137,7 @@ def test_sixteen_at_once_some_of_which_hang_up(folder, tmp_path):
     assert alone == results[0]
     assert off == list(engines["off"].generate([prompts[1]], COUNT, ignore_eos=True)[0].token_ids)
     assert refused.status_code == 400
-    assert "budget_tokens must lie between 12 and 16, not be 9999." in refused.message
+    assert "budget_tokens must be between 12 and 16, not be 9999." in refused.message
     lines = [line for line in log.read_text().splitlines() if "LycheeDecode: " in line]
     assert "LycheeDecode: 4 of 8 KV heads retrieve, budget 16 of up to 256 tokens." in lines[0]
     assert any("of what full attention reads" in line for line in lines[1:])

@@ -99,9 +99,9 @@ def test_a_rank_and_stage_gets_its_part():
 @pytest.mark.parametrize(
     ("world", "stages", "words"),
     [
-        (2, [(0, 4)], "lies on tensor-parallel rank 1, not 0"),
+        (2, [(0, 4)], "is on tensor-parallel rank 1, not 0"),
         (4, [(0, 4)], "2 KV heads cannot be divided evenly over 4 ranks"),
-        (1, [(0, 2), (2, 4)], "lies in an earlier pipeline stage"),
+        (1, [(0, 2), (2, 4)], "is in an earlier pipeline stage"),
     ],
     ids=["across ranks", "more ranks than heads", "across stages"],
 )

@@ -371,7 +371,7 @@ def test_what_cannot_be_matched_is_said(shape):
         policies.match_bytes("full", context=401, **given)
     with pytest.raises(PolicyError, match="too short"):
         policies.match_bytes("streaming", context=5, **given)
-    with pytest.raises(PolicyError, match="not known beforehand"):
+    with pytest.raises(PolicyError, match="not known in advance"):
         policies.match_bytes("hybrid", context=401, **{**given, "config": HybridConfig(selection="top_p", top_p=0.9)})
 
 

@@ -38,7 +38,7 @@ def measure(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if needs_gpu and device == "cpu" and not settings.smoke:
-        raise DeviceError("There is no CUDA GPU here, and times mean something on one only: --smoke verifies without.")
+        raise DeviceError("There is no CUDA GPU, and only times on a GPU mean anything; --smoke verifies without one.")
     torch.manual_seed(settings.seed)
     found = run(settings.shrunk() if settings.smoke else settings, device)
     result = Result(command, asdict(settings))

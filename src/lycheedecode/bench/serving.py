@@ -73,7 +73,7 @@ def require_vllm(plugin: bool = True) -> None:
         raise PackageError("This benchmark needs vLLM: pip install 'lycheedecode[vllm]'.")
     if plugin and not entry_points(group="vllm.general_plugins", name=_PLUGIN):
         raise PackageError(
-            "vLLM does not find the plugin: install lycheedecode, its files alone on a path will not do."
+            "vLLM does not find the plugin: install lycheedecode with pip; files on PYTHONPATH are not enough."
         )
     # This process has asked for GPUs, after which a fork could not use them.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

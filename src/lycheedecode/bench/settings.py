@@ -33,9 +33,9 @@ class BenchSettings:
     """What all benchmarks may be asked for.
 
     Attributes:
-        budget_tokens: most tokens of a selection.
-        seed: of random numbers.
-        smoke: run a tiny case, whatever else is said; needs no GPU.
+        budget_tokens: most tokens a selection may hold.
+        seed: seed of random numbers.
+        smoke: run a tiny case, whatever the other options say; needs no GPU.
     """
 
     budget_tokens: int = 4096
@@ -57,11 +57,11 @@ class OpsSettings(BenchSettings):
     """What `bench ops` times.
 
     Attributes:
-        batches: sequences decoded together.
-        contexts: tokens of each sequence.
-        block_sizes: tokens of a block.
-        pool_gib: GiB of random keys and values to time on.
-        seconds: spent on each measurement.
+        batches: batch sizes.
+        contexts: tokens in each sequence's cache.
+        block_sizes: tokens per block.
+        pool_gib: GiB of random keys and values to read from.
+        seconds: time spent on each measurement.
     """
 
     batches: tuple[int, ...] = (1, 8)
@@ -77,11 +77,11 @@ class ModelSettings(BenchSettings):
 
     Attributes:
         model: a shape with random weights (llama-3-8b, qwen3-8b, ...), or a model with a bundled plan (smollm2-135m).
-        layers: so many of the model's, when it is to be cut short.
-        batches: sequences decoded together.
-        contexts: tokens of each sequence.
-        block_size: tokens of a block.
-        backend: of torch.compile: ours or inductor.
+        layers: keep only so many of the model's layers.
+        batches: batch sizes.
+        contexts: tokens in each sequence's cache.
+        block_size: tokens per block.
+        backend: the torch.compile backend: ours or inductor.
     """
 
     model: str = "llama-3-8b"
@@ -100,9 +100,9 @@ class StepSettings(ModelSettings):
     """What `bench step` times.
 
     Attributes:
-        forms: of attention, of full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid, hybrid+weights8.
-        steps: that are timed.
-        execution: how a step runs.
+        forms: of attention: full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid, hybrid+weights8.
+        steps: number of timed steps.
+        execution: how decode steps run.
     """
 
     forms: tuple[str, ...] = ("full", "hybrid")
@@ -126,23 +126,23 @@ class LosslessSettings(ModelSettings):
     """What `bench lossless` times.
 
     Attributes:
-        parts: attend: attention of several tokens; rounds: a round of a model with random weights; real: texts, and
-            how fast they are; exact: texts, and whether they are full attention's.
-        drafts: of a round (rounds).
-        refresh: drafts from one selection to the next (rounds, real).
-        weights: of drafts: model or float8 (rounds, real, exact).
-        gained: tokens that a round is taken to gain, measured on real models (rounds).
-        steps: that are timed (rounds).
-        tune: try other launches, too (attend).
-        plan: head plan (real, exact); the bundled one of the model without.
-        ways: drafts of a round, auto, or hybrid (real, exact).
-        texts: what is continued (real, exact).
-        tokens: new tokens of each text (real, exact).
-        temperature: of sampling; greedy without (real).
-        budgets: of tokens (exact).
-        seeds: of sampling at temperature 0.7, besides greedy texts (exact).
-        dtype: of the model (real, exact).
-        execution: how steps run.
+        parts: attend (attention of several tokens), rounds (of a model with random weights), real (how fast texts are),
+            exact (whether texts are full attention's).
+        drafts: drafts in a round (rounds).
+        refresh: drafts per selection (rounds, real).
+        weights: the drafts' weights: model or float8 (rounds, real, exact).
+        gained: tokens that a round is assumed to gain; measure it with real models (rounds).
+        steps: number of timed steps (rounds).
+        tune: also try other launch settings (attend).
+        plan: the head plan; the model's bundled one without (real, exact).
+        ways: numbers of drafts in a round, auto, or hybrid (real, exact).
+        texts: texts to continue (real, exact).
+        tokens: new tokens for each text (real, exact).
+        temperature: sampling temperature; greedy without (real).
+        budgets: budgets in tokens (exact).
+        seeds: seeds of sampling at temperature 0.7, besides greedy texts (exact).
+        dtype: the model's dtype (real, exact).
+        execution: how decode steps run.
     """
 
     parts: tuple[str, ...] = ("rounds",)
@@ -179,9 +179,9 @@ class GenerateSettings(ModelSettings):
     """What `bench generate` times.
 
     Attributes:
-        ways: to generate: a form of attention as in `bench step`, hybrid+host, transformers, transformers+offloaded.
-        tokens: new tokens of each sequence.
-        execution: how our steps run.
+        ways: who generates: a form of attention as in `bench step`, hybrid+host, transformers, transformers+offloaded.
+        tokens: new tokens in each sequence.
+        execution: how our decode steps run.
     """
 
     ways: tuple[str, ...] = ("full", "hybrid", "transformers")
@@ -205,21 +205,21 @@ class MemorySettings(BenchSettings):
     """What `bench memory` times.
 
     Attributes:
-        parts: steps: random weights, selections that change as real ones do; prefill: of random tokens; texts: real
-            texts continued.
-        model: shape of the model, with random weights, or a real one (texts).
-        plan: head plan of a real model; the bundled one without.
-        layers: so many of the model's, when it is to be cut short.
-        cases: batches and contexts, as 1x131072,3x131072.
-        budgets: tokens of a selection.
-        block_size: tokens of a block.
-        store_percents: sizes of the store, in percent of a selection.
+        parts: steps (random weights, selections that change as real ones do), prefill (of random tokens), texts (real
+            texts continued).
+        model: a shape with random weights, or a real model (texts).
+        plan: the head plan of a real model; its bundled one without.
+        layers: keep only so many of the model's layers.
+        cases: batch sizes and contexts, such as 1x131072,3x131072.
+        budgets: tokens that a selection may hold.
+        block_size: tokens per block.
+        store_percents: store sizes, in percent of a selection.
         reuse: a result of texts, whose misses are replayed (steps).
-        steps: that are timed (steps).
-        texts: what is continued (texts).
-        tokens: new tokens of each sequence (texts).
+        steps: number of timed steps (steps).
+        texts: texts to continue (texts).
+        tokens: new tokens in each sequence (texts).
         prefill_chunk: prompt tokens that pass through the model at once, the same for every cache (texts).
-        execution: how steps run.
+        execution: how decode steps run.
     """
 
     parts: tuple[str, ...] = ("texts",)
@@ -259,16 +259,16 @@ class ServingSettings(BenchSettings):
     """What `bench serving` times.
 
     Attributes:
-        model: shape of the model; weights are random.
-        layers: so many of the model's, when it is to be cut short.
-        cases: batches and contexts, as 1x32768,4x131072.
-        ways: attention of vLLM's own (stock), or the plugin's (hybrid).
+        model: the model's shape; its weights are random.
+        layers: keep only so many of the model's layers.
+        cases: batch sizes and contexts, such as 1x32768,4x131072.
+        ways: vLLM's own attention (stock) or the plugin (hybrid).
         tensor_parallel_size: ranks that share the heads.
-        block_size: tokens of a block.
-        tokens: of the long generation.
-        repeats: pairs of generations that are timed.
-        memory: share of the GPU's memory that vLLM may take.
-        fill: random keys and values, in place of long prefills.
+        block_size: tokens per block.
+        tokens: new tokens of the long generation.
+        repeats: timed pairs of generations.
+        memory: share of the GPU's memory that vLLM may use.
+        fill: fill the cache with random numbers instead of running long prefills.
     """
 
     model: str = "llama-3-8b"

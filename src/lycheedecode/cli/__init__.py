@@ -1,7 +1,7 @@
 """The command line: one subcommand per verb; parses, calls, prints.
 
-Exit status: 0 it ran; 1 it ran and the answer is no; 2 bad input, said in one line on stderr; 70 a fault of ours, with
-its traceback; 130 interrupted.
+Exit status: 0 it ran; 1 it ran and the answer is no; 2 bad input, said in one line on stderr; 70 an internal fault,
+with its traceback; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .program import Program
 COMMANDS = {
     "generate": "Continue a prompt.",
     "identify": "Find the retrieval heads and donors of a model.",
-    "inspect": "Show a head plan: who retrieves, and whose selection the others reuse.",
-    "memory": "Say what a KV cache needs on the GPU and in host memory, and which setting makes it fit.",
-    "evaluate": "Measure what hybrid decoding changes.",
+    "inspect": "Show a head plan: which heads retrieve, and whose selection the others reuse.",
+    "memory": "Compute how much memory a KV cache needs, on the GPU and on the host, and what makes it fit.",
+    "evaluate": "Measure what hybrid attention changes.",
     "bench": "Verify, then time.",
 }
 """Each is a module of this package, loaded when it is called: a help text need not wait for PyTorch."""
@@ -37,7 +37,7 @@ class _Program(Program):
 app = typer.Typer(
     name="lycheedecode",
     cls=_Program,
-    help="Hybrid-head sparse decoding: every head is sparse; a few of them look first.",
+    help="Sparse decoding for long contexts: every head is sparse; a few of them look first.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -88,7 +88,7 @@ def step(given: dict[str, Any], json_file: Json = None) -> None:
 @app.command()
 @takes("given", LosslessSettings, panels={})
 def lossless(given: dict[str, Any], json_file: Json = None) -> None:
-    """Verify and time rounds of drafts and the pass that verifies them."""
+    """Verify and time lossless rounds: drafts and the pass that verifies them."""
     settings = LosslessSettings(**given)
     _run("lossless", settings, json_file, needs_gpu=not set(settings.parts) <= {"real", "exact"})
 
@@ -96,7 +96,7 @@ def lossless(given: dict[str, Any], json_file: Json = None) -> None:
 @app.command()
 @takes("given", MemorySettings, leave_out=("budget_tokens",), panels={})
 def memory(given: dict[str, Any], json_file: Json = None) -> None:
-    """Compare and time generations with the KV cache in host memory."""
+    """Verify and time generation with the KV cache in host memory."""
     settings = MemorySettings(**given)
     _run("memory", settings, json_file, needs_gpu=settings.parts != ("texts",))
 
@@ -104,7 +104,7 @@ def memory(given: dict[str, Any], json_file: Json = None) -> None:
 @app.command(cls=_Benchmark)
 @takes("given", GenerateSettings, panels={})
 def generate(given: dict[str, Any], json_file: Json = None) -> None:
-    """Time generations, ours and Hugging Face's."""
+    """Time generation, ours and Hugging Face's."""
     settings = GenerateSettings(**given)
     from ..bench.models import MODELS
 
@@ -114,5 +114,5 @@ def generate(given: dict[str, Any], json_file: Json = None) -> None:
 @app.command(cls=_Benchmark)
 @takes("given", ServingSettings, panels={})
 def serving(given: dict[str, Any], json_file: Json = None) -> None:
-    """Time vLLM, stock and with hybrid attention."""
+    """Time vLLM with its own attention and with the plugin."""
     _run("serving", ServingSettings(**given), json_file)

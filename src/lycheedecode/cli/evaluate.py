@@ -60,7 +60,7 @@ def harness(context: typer.Context) -> None:
 
 @app.callback()
 def evaluate() -> None:
-    """Measure what hybrid decoding changes."""
+    """Measure what hybrid attention changes."""
 
 
 @app.command()
@@ -74,14 +74,14 @@ def fidelity(
         list[str] | None,
         typer.Option(
             "--plan", "-p",
-            help="Head plan: a bundled name or a file; may be repeated. \\[default: the bundled one of the model]",
+            help="Head plan: a bundled name or a file; may be repeated. \\[default: the model's bundled plan]",
         ),
     ] = None,
     cells: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TEXT:TOKENS:TASK:COUNT",
-            help="A kind of prompt, as code:8192:continuation:64 (64 tokens that full attention continues with), "
+            help="A kind of prompt, such as code:8192:continuation:64 (continue by 64 tokens), "
             "prose:2048:passkey:5, or prose:2048:long:1024 for a long answer of full attention; may be repeated.",
         ),
     ] = None,
@@ -89,33 +89,33 @@ def fidelity(
         str,
         typer.Option(
             metavar="NAMES",
-            help=f"To compare: {', '.join(all_policies.NAMES)}; others may carry such an ending, too; of "
+            help=f"Policies to compare: {', '.join(all_policies.NAMES)}; others take such endings, too; of "
             "several plans, paper@NAME takes one.",
         ),
     ] = ",".join(POLICIES),
     budgets: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="Several budgets, as 128,256,512.")
+        str | None, typer.Option(metavar="NUMBERS", help="Several budgets, such as 128,256,512.")
     ] = None,
     block_sizes: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="Several block sizes, as 16,32.")
+        str | None, typer.Option(metavar="NUMBERS", help="Several block sizes, such as 16,32.")
     ] = None,
     match_bytes: Annotated[
         bool,
         typer.Option(
             "--match-bytes",
-            help="Give every policy the budget at which it reads what hybrid reads with the first plan.",
+            help="Give every policy the budget at which it reads as much as hybrid with the first plan.",
         ),
     ] = False,
     prompts: Annotated[int, typer.Option(help="Prompts of each kind.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     minutes: Annotated[
-        float | None, typer.Option(help="Begin no batch after so many; kinds of prompts share them by their lengths.")
+        float | None, typer.Option(help="Start no batch after so many minutes; kinds of prompts share them by length.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts and of drawn tokens.")] = 0,
-    temperature: Annotated[float, typer.Option(help="At which answers are drawn; 0 is greedy.")] = TEMPERATURE,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and drawn tokens.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Temperature of drawn answers; 0 is greedy.")] = TEMPERATURE,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Exit with 1 when the mean KL of hybrid over all kinds of prompts exceeds this."),
+        typer.Option(help="Exit with 1 if hybrid's mean KL over all kinds of prompts exceeds this."),
     ] = None,
     resume: Resume = False,
     revision: Revision = None,
@@ -125,7 +125,7 @@ def fidelity(
     json_file: Json = None,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Compare the output distributions of policies with those of full attention, on fresh prompts."""
+    """Compare policies' next-token distributions with full attention's, on fresh prompts."""
     check_writable(json_file)
     for name, value in (("--prompts", prompts), ("--batch-size", batch_size)):
         if value < 1:
@@ -149,7 +149,7 @@ def fidelity(
             raise ConfigError(f"Give --{name.replace('_', '-')} or several of them, not both.")
     config = HybridConfig(**{name: values[0] for name, values in sweep.items() if values} | form)
     if match_bytes and config.selection not in ("top_k", "ratio"):
-        raise ConfigError(f"--match-bytes needs a budget: what {config.selection} reads is not known beforehand.")
+        raise ConfigError(f"--match-bytes needs a budget: what {config.selection} reads is not known in advance.")
     kinds = tuple(map(_parse_kind, cells)) if cells else CELLS
     texts = {source: load_text(source) for source in sorted({kind.text for kind in kinds})}
     plans = _plans(plan, model, device, match_bytes or any(map(all_policies.needs_plan, bare)))

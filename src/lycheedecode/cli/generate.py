@@ -71,38 +71,44 @@ def generate(
         typer.Option(
             "--plan",
             "-p",
-            help="Head plan: a bundled name, a file, or auto, which finds one now unless it is known. "
-            "\\[default: the bundled one of the model]",
+            help="Head plan: a bundled name, a file, or auto, which finds one if none is known. "
+            "\\[default: the model's bundled plan]",
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Decode with full attention, without a plan.")] = False,
     against: Annotated[
         Literal["full"] | None,
-        typer.Option("--compare", help="Decode greedily with full attention, too, and show both."),
+        typer.Option("--compare", help="Also decode greedily with full attention, and show both."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most this many new tokens.")] = 256,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: if the model has one]"),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the model's end token.")] = False,
     lossless: Annotated[
-        bool, typer.Option("--lossless", help="Write what full attention would: one pass of it verifies many drafts.")
+        bool,
+        typer.Option("--lossless", help="Write what full attention would: one dense pass verifies several drafts."),
     ] = False,
     verify_every: Annotated[
-        int | None, typer.Option("--verify-every", metavar="N", help="Drafts that a pass verifies; implies --lossless.")
+        int | None, typer.Option("--verify-every", metavar="N", help="Drafts per verifying pass; implies --lossless.")
     ] = None,
     cache: Annotated[
         Literal["resident", "host", "auto"],
-        typer.Option(help="Where keys and values lie: on the device, in host memory, or there if they do not fit."),
+        typer.Option(help="Where the KV cache is kept: on the device, in host memory, or wherever it fits (auto)."),
     ] = "resident",
     store_ratio: Annotated[
-        float, typer.Option(metavar="X", help="With the cache in host memory, blocks kept on the device, in budgets.")
+        float,
+        typer.Option(
+            metavar="X", help="With the cache in host memory: blocks kept on the device, as a multiple of the budget."
+        ),
     ] = 2.0,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a page that shows what each token of the answer looked at."),
+        typer.Option(
+            "--html", metavar="FILE", help="Write a page that shows which blocks each token of the answer selected."
+        ),
     ] = None,
     revision: Revision = None,
     device: Device = "auto",

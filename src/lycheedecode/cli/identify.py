@@ -90,12 +90,14 @@ def _kept(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
 @takes("changes", IdentifySettings, leave_out=_TABLES)
 @takes_form_with_top_p
 def identify(
-    output: Annotated[Path, typer.Argument(metavar="PLAN", help="Where the plan goes (JSON).")],
+    output: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan to write (JSON).")],
     options: dict[str, Any],
     changes: dict[str, Any],
     form: dict[str, Any],
     model: Model = DEFAULT_MODEL,
-    preset: Annotated[Literal["default", "paper"], typer.Option(help="What the options change.")] = "default",
+    preset: Annotated[
+        Literal["default", "paper"], typer.Option(help="Settings that other options change.")
+    ] = "default",
     text: Annotated[
         str | None,
         typer.Option(
@@ -106,9 +108,7 @@ def identify(
     ] = None,
     train: Annotated[list[str] | None, Cells] = None,
     calibrate: Annotated[list[str] | None, Cells] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted call stopped, with its options.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call, with its options.")] = False,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw roles and donors (extra: plot).")] = None,
     gates_png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the gates as they polarise (with --roles gates).")
@@ -120,7 +120,7 @@ def identify(
     json_file: Json = None,
     verbose: Verbose = False,
     help_all: Annotated[
-        bool, typer.Option("--help-all", is_eager=True, callback=show_all, help="Show every option, and exit.")
+        bool, typer.Option("--help-all", is_eager=True, callback=show_all, help="Show all options and exit.")
     ] = False,
 ) -> None:
     """Find the retrieval heads and donors of a model."""

@@ -25,7 +25,7 @@ def inspect(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that needs no network.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Show a head plan: who retrieves, and whose selection the others reuse."""
+    """Show a head plan: which heads retrieve, and whose selection the others reuse."""
     from ..plan_views import facts, page, table
     from ..plan_views import png as picture
 

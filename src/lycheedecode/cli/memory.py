@@ -45,18 +45,20 @@ def memory(
     plan: Annotated[
         str | None, typer.Option("--plan", "-p", help="Head plan. \\[default: an eighth of the heads retrieve]")
     ] = None,
-    store_ratio: Annotated[float, typer.Option(metavar="X", help="Blocks kept on the GPU, in budgets.")] = 2.0,
+    store_ratio: Annotated[
+        float, typer.Option(metavar="X", help="Blocks kept on the GPU, as a multiple of the budget.")
+    ] = 2.0,
     gpu: Annotated[float, typer.Option(metavar="GIB", help="Memory of the GPU.")] = 80.0,
     host: Annotated[float, typer.Option(metavar="GIB", help="Host memory.")] = 128.0,
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:
-    """Say what a KV cache needs on the GPU and in host memory, and which setting makes it fit."""
+    """Compute how much memory a KV cache needs, on the GPU and on the host, and what makes it fit."""
     check_writable(json_file)
     if context < 1 or batch < 1:
         raise ConfigError("--context and --batch must be at least 1.")
     if not (0 < gpu < 1e9 and 0 <= host < 1e9):
-        raise ConfigError("--gpu and --host are memory in GiB, more than nothing.")
+        raise ConfigError("--gpu and --host are GiB of memory and must be above 0.")
     config, head_plan = HybridConfig(**form), None if plan is None else HeadPlan.load(plan)
     refuse_unfit(config, store_ratio)
     if head_plan is not None and head_plan.completion is None and config.completion == "plan":

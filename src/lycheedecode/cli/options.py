@@ -27,7 +27,7 @@ Model = Annotated[
 ]
 Plan = Annotated[
     str | None,
-    typer.Option("--plan", "-p", help="Head plan: a bundled name or a file. \\[default: the bundled one of the model]"),
+    typer.Option("--plan", "-p", help="Head plan: a bundled name or a file. \\[default: the model's bundled plan]"),
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -38,14 +38,16 @@ DeviceMap = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the result with settings, machine, versions and commit."),
+    typer.Option(
+        "--json", metavar="FILE", help="Write the result as JSON, with settings, machine, versions and commit."
+    ),
 ]
 Cells = typer.Option(
     metavar="TEXT:TOKENS:TASK:COUNT",
-    help="A kind of prompt, as code:12288:continuation:64 or prose:2048:passkey:5; may be repeated.",
+    help="A kind of prompt, such as code:12288:continuation:64 or prose:2048:passkey:5; may be repeated.",
 )
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped, with its options.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath report.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted call, with its options.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show messages of the underlying libraries.")]
 
 
 _TITLES = {"HybridConfig": "Hybrid attention", "IdentifySettings": "Identification", "Sampling": "Sampling"}

@@ -1,6 +1,6 @@
 """A command-line program whose subcommands are loaded when they are called, and whose errors are sentences.
 
-What the user can mend becomes one line on stderr and an exit status; everything else is a fault of ours and shows its
+What the user can mend becomes one line on stderr and an exit status; everything else is an internal fault and shows its
 traceback.
 """
 
@@ -21,7 +21,7 @@ from ..errors import LycheeError
 
 _UsageError: Any = typer.BadParameter.__base__  # typer has no public name for it
 FAULT = 70
-"""Exit status of a fault of ours (EX_SOFTWARE of sysexits.h)."""
+"""Exit status of an internal fault (EX_SOFTWARE of sysexits.h)."""
 
 
 def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:

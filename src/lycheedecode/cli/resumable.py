@@ -1,4 +1,4 @@
-"""`--resume`: a command goes on with the options of the call that was interrupted."""
+"""`--resume`: a command continues with the options of the interrupted call."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _said(context: typer.Context, name: str, kept: Any, given: Any) -> str:
     flag = max(flags, key=len)
     before = "no" if kept is None else "another"
     shown = "" if kept is None or isinstance(kept, bool) else f" ({_words(kept)}, not {_words(given)})"
-    return f"The interrupted call had {before} {flag}{shown}: leave it out, or start anew without --resume."
+    return f"The interrupted call had {before} {flag}{shown}: leave it out, or start again without --resume."
 
 
 def _words(value: Any) -> str:

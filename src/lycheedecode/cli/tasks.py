@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _CALIBRATION_TOKENS = 2048
 _FREE = ("tasks", "lengths", "limit", "samples", "text", "data", "policy", "budgets", "batch_size", "execution")
-"""Options that may change when an evaluation goes on: answers are kept by policy, task and prompt."""
+"""Options that may change when an evaluation continues: answers are kept by policy, task and prompt."""
 
 
 @resumable(kept_options, free=_FREE)
@@ -70,32 +70,32 @@ def tasks(
             "--policy",
             "--policies",
             metavar="NAMES",
-            help=f"What to compare with full attention: {', '.join(all_policies.NAMES)}.",
+            help=f"Policies to compare with full attention: {', '.join(all_policies.NAMES)}.",
         ),
     ] = "hybrid",
     budgets: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Several budgets, as 128,256,512.")] = None,
     match_bytes: Annotated[
         int | None,
         typer.Option(
-            metavar="TOKENS", help="Give every policy the budget at which it reads what hybrid reads of so many tokens."
+            metavar="TOKENS", help="Give every policy the budget at which it reads as much as hybrid at this context."
         ),
     ] = None,
-    lengths: Annotated[str, typer.Option(metavar="NUMBERS", help="Tokens of RULER's and GSM8K's items.")] = "4096",
+    lengths: Annotated[str, typer.Option(metavar="NUMBERS", help="Prompt lengths (RULER, GSM8K).")] = "4096",
     limit: Annotated[
-        int | None, typer.Option(help="Items of each task. \\[default: 100 of those with --lengths, all of a data set]")
+        int | None, typer.Option(help="Items per task. \\[default: 100 where --lengths applies, else all]")
     ] = None,
     samples: Annotated[int, typer.Option(help="Solutions to each problem of aime24 and olympiadbench.")] = 1,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of data sets. \\[default: ask the hub]")
+        Path | None, typer.Option(metavar="DIR", help="Folder of data sets. \\[default: the hub]")
     ] = None,
     text: Annotated[str, typer.Option(help="Prose for RULER's haystacks: prose, or a text as for identify.")] = "prose",
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: where a task is made for it]"),
+        typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: where the task suits it]"),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Instead of what the tasks say.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Instead of what the tasks say; 0 is greedy.")] = None,
-    seed: Annotated[int, typer.Option(help="Of generated items, sampling and intervals.")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Instead of the tasks' own.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Instead of the tasks' own; 0 is greedy.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of generated items, sampling and intervals.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     execution: Annotated[Execution, typer.Option(help=f"How steps run: {', '.join(get_args(Execution))}.")] = "auto",
     model: Model = DEFAULT_MODEL,
@@ -108,7 +108,7 @@ def tasks(
     resume: Resume = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Score policies on tasks: RULER, LongBench, mathematics, and what lm-evaluation-harness has."""
+    """Score policies on tasks: RULER, LongBench, mathematics, and any of lm-evaluation-harness."""
     check_writable(json_file)
     if importlib.util.find_spec("lm_eval") is None:
         raise PackageError("Tasks need the package lm_eval: pip install 'lycheedecode[eval]'.")

@@ -16,7 +16,7 @@ from .verify import spare_slots
 
 
 def check_context(context: Context, model: nn.Module) -> None:
-    """Refuse what is no Context, half of one, and one of another model, whose keys mean something else."""
+    """Refuse what is not a Context, half of one, or one of another model, whose keys mean something else."""
     _check_reader(context, model)
     if not context.is_whole:
         raise InputError(
@@ -79,7 +79,7 @@ def check_rounds(
     if turn and first <= turn < first + max_new_tokens + spare_slots(config):
         raise ConfigError(
             f"Positions of {shape.architecture} change at {turn} tokens, which verify_every cannot cross: "
-            "leave it away, or stay on one side."
+            "leave it out, or stay on one side."
         )
     if len(context.prompt_lengths) > 1 and getattr(text_config(inner_model(model)), "attn_temperature_tuning", False):
         raise ConfigError(

@@ -70,7 +70,7 @@ class Context:
         return self.cache.first_slots(len(self.prompt_lengths))
 
     def rewind(self) -> None:
-        """Forget all that was decoded; the prompts stay. A generation that was still going on cannot go on."""
+        """Forget all that was decoded; the prompts stay. A generation that had not ended cannot continue."""
         self._turn += 1
         self.cache.truncate(max(self.prompt_lengths))
         self.kv_bytes.zero_()

@@ -172,7 +172,7 @@ class Decoder:
         what = {"compiled": "compiled", "graph": "captured as a CUDA graph"}[self._ways.pop(0)]
         reason = next(iter(str(error).strip().splitlines()), "")
         warnings.warn(
-            f"Decoding goes on more slowly ({self.way}): the step cannot be {what} ({type(error).__name__}: "
+            f"Decoding continues more slowly ({self.way}): the step cannot be {what} ({type(error).__name__}: "
             f"{reason[:300]}).",
             stacklevel=5,
         )

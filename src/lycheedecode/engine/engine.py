@@ -50,9 +50,9 @@ TokenIds = Tensor | Sequence[Sequence[int]]
 
 
 class Engine:
-    """Decodes with a Hugging Face model whose attention is ours. The model itself is left as it was between calls.
+    """Decodes with a Hugging Face model and our attention. Between calls the model is as it was.
 
-    It computes in its own dtype: autocast is off inside.
+    The model computes in its own dtype; autocast is off inside.
 
     >>> from lycheedecode import HybridConfig, Sampling
     >>> engine = Engine(model, tokenizer, plan=plan, config=HybridConfig(budget_tokens=64, block_size=16))
@@ -63,22 +63,21 @@ class Engine:
 
     Args:
         model: a causal language model in eval mode.
-        tokenizer: needed for text prompts, text results, stop strings and chat templates; None is none.
-        plan: the donor of every KV head; a plan, the name or file of one, or `auto`: the model's, which is found now if
-            nobody has it (`identify.auto`). None decodes with full attention.
-        config: how to decode, an object or a mapping as `{"budget_tokens": 512}`; `correction_every` also holds for
-            full attention.
-        attention: decode attention to use instead of a plan's.
+        tokenizer: needed for text prompts, text results, stop strings and chat templates.
+        plan: the donor of every KV head: a plan, its name or file, or `auto` (the model's known plan, or a new one,
+            see `identify.auto`). None means full attention.
+        config: how to decode, an object or a mapping such as `{"budget_tokens": 512}`; `correction_every` also works
+            with full attention.
+        attention: decode attention to use instead of a plan.
         prefill_chunk: prompt tokens that pass through the model at once; None: as many as memory allows.
-        execution: `auto`: on a GPU a decode step is compiled and replayed as a CUDA graph, as far as that is possible;
-            `compiled`, `graph` or `eager` insist on one way (see `decoder`).
-        backend: of `torch.compile`; None: ours, which is faster than "inductor" (`lycheedecode.fusion`).
-        check: run a few tokens through the model as it is and through the engine's own prefill and decode steps, and
-            refuse a model whose logits differ (see `proof`); once for each model object.
-        cache: where keys and values lie: `resident` on the model's device; `host`: in host memory, except what a plan's
-            retrieval heads scan and the blocks that are selected again and again (`offload`); `auto`: resident where
-            they fit.
-        store_ratio: with a cache in host memory, how many blocks of each head stay on the device, in selections.
+        execution: `auto`: on a GPU, compile the decode step and replay it as a CUDA graph, if possible; `compiled`,
+            `graph` or `eager` insist on one way (see `decoder`).
+        backend: the `torch.compile` backend; None: ours, which is faster than "inductor" (`lycheedecode.fusion`).
+        check: once for each model, compare the logits of a few tokens with those of the engine's own prefill and decode
+            steps, and refuse the model if they differ (see `proof`).
+        cache: where keys and values are kept. `resident`: on the model's device. `host`: in host memory, except
+            what retrieval heads scan and a store of selected blocks (`offload`). `auto`: resident if they fit.
+        store_ratio: with a cache in host memory, the blocks of each head that stay on the device, in selections.
 
     Raises:
         ModelError: the model's attention cannot be replaced, or the engine does not reproduce its logits.
@@ -149,13 +148,13 @@ class Engine:
         """Read prompts with full attention.
 
         Args:
-            prompts: as in `stream`; shorter ones are padded on the left, out of sight.
-            room: tokens to decode later, reserved at once.
+            prompts: as in `stream`; shorter ones are padded on the left and masked.
+            room: cache slots to reserve now for tokens decoded later.
             context: of as many other prompts, which these replace: what both begin with is not read again (`prefix`).
 
         Raises:
-            ValueError: no prompt, an empty one, one with more tokens than the model has positions, or one whose cache
-                does not fit into memory.
+            LycheeError: there is no prompt, or one is empty, exceeds the model's positions, or has a cache that does
+                not fit into memory.
         """
         check_number("room", room, 0)
         rows = encode(prompts, self.tokenizer, vocabulary=self._vocabulary)
@@ -181,10 +180,10 @@ class Engine:
         return context
 
     def decode_one_token(self, context: Context, token_ids: Tensor) -> Tensor:
-        """Feed one token a sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the next.
+        """Feed one token for each sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the next.
 
-        With Cache Correction, every n-th token passes through the model together with the n - 1 before it, densely:
-        their cache entries are rewritten, and the logits come from that pass.
+        With Cache Correction, every n-th token makes a dense pass together with the n - 1 before it, which rewrites
+        their cache entries; the logits come from that pass.
         """
         check_step(context, token_ids, self.model, self._vocabulary)
         context.steps += 1
@@ -199,7 +198,7 @@ class Engine:
         return self._decoder.logits(context, token_ids).clone()
 
     def score(self, prompt: Context | TokenIds, answer_ids: TokenIds) -> Tensor:
-        """Feed answers through decode steps, one token a sequence at a time.
+        """Feed answers through decode steps, one token of each sequence at a time.
 
         Args:
             prompt: prompts, or a Context of this model; a Context is rewound before and after, so one prefill serves
@@ -207,7 +206,7 @@ class Engine:
             answer_ids: one answer for each prompt; shorter ones are padded on the right with token 0.
 
         Returns:
-            float32 `[B, T, V]`: the logits after answer token t. Those before the first one are `Context.logits`.
+            float32 `[B, T, V]`: the logits after answer token t. `Context.logits` has those before the first.
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
         check_context(context, self.model)
@@ -253,17 +252,17 @@ class Engine:
         """Generate, a piece of text at a time.
 
         Args:
-            prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids; or a
-                Context, which is rewound before, so one prefill serves many engines.
-            max_new_tokens: most tokens for each prompt; the model's positions are a limit too.
-            context: of earlier prompts, from `prefill`: a chat or a document goes on without being read again.
-            sampling: greedy by default; an object or a mapping as `{"temperature": 0.7}`.
-            stop: a string that ends a sequence (not part of its text), the id of a token that does, or several of them.
-            chat: wrap string prompts as one user message in the tokenizer's chat template.
-            ignore_eos: go on after the model's own end tokens.
+            prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids. Or a
+                Context, which is rewound first, so one prefill serves many engines.
+            max_new_tokens: at most so many tokens for each prompt; the model's positions are a limit, too.
+            context: of earlier prompts, from `prefill`: a chat or document continues without being read again.
+            sampling: greedy by default; an object or a mapping such as `{"temperature": 0.7}`.
+            stop: strings or token ids that end a sequence; strings are not part of its text.
+            chat: wrap each string prompt as a user message in the tokenizer's chat template.
+            ignore_eos: continue past the model's end tokens.
 
         Yields:
-            pieces of every sequence's text in the order of decoding; the last piece of each carries its `Generation`.
+            pieces of all sequences' texts in the order of decoding; the last piece of each has its `Generation`.
         """
         check_number("max_new_tokens", max_new_tokens, 1)
         for name, value in (("chat", chat), ("ignore_eos", ignore_eos)):
@@ -319,7 +318,9 @@ class Engine:
             if all(row.finish_reason is not None for row in rows):
                 return
             if context._turn != turn:  # whoever reads the pieces has used it in between
-                raise InputError("This Context was used anew before a generation over it had ended; prefill another.")
+                raise InputError(
+                    "Another generation over this Context began before this one had ended; prefill another Context."
+                )
 
     def _result(
         self, context: Context, sequence: int, row: SequenceState, seconds: float, source: Rounds | SingleSteps

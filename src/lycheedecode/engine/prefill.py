@@ -106,7 +106,7 @@ def _attention_layer(
     refuse_a_mask(attention_mask)
     chunk = _passing.get(None)
     if chunk is None:
-        raise ModelError("An Engine reads a prompt with this model in another thread; it can be called after that.")
+        raise ModelError("Another thread is reading a prompt with this model; call it when that is done.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = chunk.attend(layer_of(module), query, key, value, scale).transpose(1, 2)
     return output.contiguous(), None  # as transformers' own functions return it: models may ask for a view

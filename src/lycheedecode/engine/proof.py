@@ -68,7 +68,7 @@ def prove(model: nn.Module, shape: ModelShape, reaches: Sequence[Window]) -> Non
         if not distance <= limit:  # NaN is no agreement either
             raise ModelError(
                 f"Engine does not reproduce {shape.architecture}: the logits of {phase} differ by {distance:.2g} of "
-                f"their spread, where rounding explains {limit:.1g}; check=False runs it all the same."
+                f"their spread, where rounding explains {limit:.1g}; check=False runs it anyway."
             )
     _proved.setdefault(model, set()).add(state)
 

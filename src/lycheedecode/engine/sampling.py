@@ -49,9 +49,9 @@ class Sampling:
         if self.top_k < 0:
             raise ConfigError(f"top_k must be at least 0, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must lie in (0, 1], not {self.top_p}.")
+            raise ConfigError(f"top_p must be in (0, 1], not {self.top_p}.")
         if not 0 <= self.min_p <= 1:
-            raise ConfigError(f"min_p must lie in [0, 1], not {self.min_p}.")
+            raise ConfigError(f"min_p must be in [0, 1], not {self.min_p}.")
 
     def filters(self) -> list[Callable[[None, Tensor], Tensor]]:
         """What logits pass before a draw: transformers' own, each `[rows, V]` -> `[rows, V]`."""

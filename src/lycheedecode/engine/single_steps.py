@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SingleSteps:
-    """A token a step for every sequence, until nobody asks for more; the alternative to `Rounds`."""
+    """A token a step for every sequence, until no more are asked for; the alternative to `Rounds`."""
 
     def __init__(self, engine: Engine, context: Context, sampling: Sampling, most: int) -> None:
         self._engine, self._context, self._most = engine, context, most
@@ -48,7 +48,7 @@ class SingleSteps:
         refuse_nan(token_ids[-1], self._logits[sequence])
 
     def rest(self, sequence: int) -> None:
-        """Those that have ended go on, unseen."""
+        """Those that have ended continue, unseen."""
 
     def report(self, sequence: int) -> dict[str, Any]:
         """What a `Generation` says of the way it was made."""

@@ -250,7 +250,7 @@ def _attend_tokens(
 def _open_step() -> Any:
     step = _running.get(None)
     if step is None:
-        raise ModelError("An Engine decodes with this model in another thread; it can be called after that.")
+        raise ModelError("Another thread is decoding with this model; call it when that is done.")
     return step
 
 

@@ -75,8 +75,8 @@ def compare(
         full, hybrid: engines of the same model.
         prompt_ids: the prompt.
         max_new_tokens: most tokens of each answer, at least 2.
-        ignore_eos: answers go on after the model's end tokens.
-        timed_tokens: decode at least so many, for the clock, when an answer ends earlier.
+        ignore_eos: answers continue past the model's end tokens.
+        timed_tokens: decode at least so many tokens for the timing, even if an answer ends earlier.
         repeats: measurements of each, taken in turn so that a passing load hits both.
     """
     if max_new_tokens < 2:

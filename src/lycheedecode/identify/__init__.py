@@ -42,10 +42,10 @@ def identify(
 ) -> HeadPlan:
     """Find retrieval heads and donors of a model.
 
-    Memory beyond the weights: the keys and values of `batch_size` prompts, and about `40 * num_heads * T * S` bytes a
-    layer for the attention weights of `T` answer tokens over `S` tokens that a backward pass keeps: some 25 GB for an
-    8B model at 10K tokens with batch 1, beside 16 GB of bf16 weights. A model spread over several devices by
-    `device_map` is measured and trained where it lies.
+    Memory besides the weights: the keys and values of `batch_size` prompts, and about `40 * num_heads * T * S` bytes a
+    layer for the attention weights of `T` answer tokens over `S` tokens, kept for the backward pass. That is some 25 GB
+    for an 8B model at 10K tokens with batch 1, on top of 16 GB of bf16 weights. A model that `device_map` spreads over
+    several devices stays where it is.
 
     >>> from lycheedecode import HybridConfig
     >>> quick = IdentifySettings(
@@ -61,16 +61,16 @@ def identify(
     Args:
         model: Hugging Face decoder, frozen, in eval mode.
         tokenizer: its tokenizer.
-        settings: an object or a mapping as `{"draws": 4}`; the defaults suit a small model, `paper_settings` are the
-            paper's.
-        folder: keeps what was found so far; an interrupted call resumes from it when called again.
-        report: called after every batch that was measured and every training step.
+        settings: an object or a mapping such as `{"draws": 4}`; the defaults suit small models, `paper_settings` are
+            the paper's.
+        folder: keeps partial results; after an interruption, the same call continues from there.
+        report: called after every measured batch and every training step.
 
     Returns:
-        the plan, with its provenance, and E[z] of every head where gates were trained.
+        the plan with its provenance, and with E[z] of every head if gates were trained.
 
     Raises:
-        ValueError: settings that do not fit the model; text that is too short.
+        LycheeError: settings do not fit the model, or the text is too short.
     """
     check_tokenizer(tokenizer)
     if tokenizer is None:
@@ -114,7 +114,7 @@ def _number_of_heads(settings: IdentifySettings, reach: Reach) -> int:
         return max(total // 8, always + 1)
     if not always < number <= total:
         raise ConfigError(
-            f"num_retrieval_heads must lie between {always + 1} (the first layer of each stage and one more) "
+            f"num_retrieval_heads must be between {always + 1} (the first layer of each stage and one more) "
             f"and {total}, not {number}."
         )
     return number

@@ -66,7 +66,7 @@ def auto_plan(
         try:
             plan = HeadPlan.load(path)
         except PlanError as error:
-            say(f"{error} It is made anew.")
+            say(f"{error} It is made again.")
         else:
             if _fits(plan, model):
                 return plan

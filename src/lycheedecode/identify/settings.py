@@ -22,44 +22,43 @@ Penalty = Literal["two_sided", "one_sided"]
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifySettings:
-    """How roles and donors are found. Raises `ValueError` with one sentence when a value makes no sense.
+    """How roles and donors are found. Raises `ConfigError` for a value that makes no sense.
 
     >>> IdentifySettings(num_retrieval_heads=24, config=HybridConfig(budget_tokens=1024)).roles
     'sensitivity'
 
     Attributes:
-        num_retrieval_heads: retrieval heads of the plan, the first layer's included; None: an eighth of all.
-        config: the decode form that the plan is made for; a mapping of settings becomes one.
-        budget_scales: multiples of the config's budget at which the plan has to serve; each is measured anew. Plans for
-            1 and 4 together were better at 1, too; how much of that is the second measurement alone is not known.
-        roles: how heads are chosen: by the `sensitivity` of the answers to every possible donor (a second-order model
-            of the KL, searched), by trained `gates` (the paper), or greedily by the `coverage` of attention mass.
-        donors: `remapped` to the donor that the measure of `roles` finds best (for gates: coverage), or of the
-            `same_index` as in the paper.
-        calibrate_cells: kinds of prompts that heads and donors are measured on, each a `Cell` or its text, as
+        num_retrieval_heads: how many heads retrieve, the first layer's included; None: an eighth of all.
+        config: the decode settings that the plan is for; a mapping works, too.
+        budget_scales: multiples of the config's budget that the plan should serve, each measured by itself. Plans for 1
+            and 4 together did better at 1, too; how much of that the second measurement alone explains is not known.
+        roles: how heads are chosen: by the answers' `sensitivity` to every possible donor (a search over a second-order
+            model of the KL), by trained `gates` (the paper), or greedily by the `coverage` of attention mass.
+        donors: `remapped` to the best donor by the measure of `roles` (for gates: coverage), or the `same_index`, as in
+            the paper.
+        calibrate_cells: kinds of prompts to measure heads and donors on, each a `Cell` or its text, such as
             `prose:2048:passkey:5`; None: `default_cells` of `texts`.
-        texts: what the default kinds continue.
-        calibrate_prompts: prompts of each kind.
-        draws: answers drawn from the model for each prompt, for `sensitivity`.
-        completion_factors: what a head's completion may be weighted by, where `config` leaves that to the plan; the
-            first is 0.
-        coupling: share of the products between heads that the second-order model believes, in [0, 1].
+        texts: the texts that the default kinds continue.
+        calibrate_prompts: number of prompts of each kind.
+        draws: answers drawn from the model for each prompt (`sensitivity`).
+        completion_factors: candidates for a head's completion factor, if `config` leaves it to the plan; first 0.
+        coupling: how much products between heads count in the second-order model, in [0, 1].
         same_layer: whether a retrieval head may serve heads of its own layer.
-        shards: tensor-parallel ranks that donors must stay inside.
-        stages: pipeline stages that donors must stay inside.
-        exchange_rounds: most rounds of a final exchange of retrieval heads, judged by decoding under each candidate.
-        train_cells: kinds of prompts that gates learn from, one drawn at each step.
-        gates: distribution of the gates.
+        shards: number of tensor-parallel ranks; a donor stays on its rank.
+        stages: number of pipeline stages; a donor stays in its stage.
+        exchange_rounds: at most so many rounds of swapping retrieval heads at the end, judged by decoding.
+        train_cells: kinds of prompts to train gates on, one drawn at each step.
+        gates: the gates' distribution.
         loss: distance from the teacher: squared error of the last `hidden` states or KL of the `logits`.
-        loss_weight: factor on that distance, against the Lagrangian.
-        penalty: how the number of open gates is held, see `objective.Lagrangian`.
-        multiplier: start of the one-sided multiplier.
-        multiplier_learning_rate: rate of the one-sided multiplier.
+        loss_weight: weight of that distance against the Lagrangian.
+        penalty: how the number of open gates is held at its target, see `objective.Lagrangian`.
+        multiplier: initial one-sided multiplier.
+        multiplier_learning_rate: learning rate of the one-sided multiplier.
         steps: training steps of the gates.
-        learning_rate: of AdamW, with warm-up and decay over a fifth of the steps each.
-        batch_size: most prompts that pass through the model together; long ones are fewer where memory is short.
-        prefill_chunk: tokens of a prefill chunk.
-        seed: of prompts, drawn answers and gate noise.
+        learning_rate: AdamW's, with warm-up and decay over a fifth of the steps each.
+        batch_size: at most so many prompts at once; fewer long ones where memory is short.
+        prefill_chunk: tokens per prefill chunk.
+        seed: seed of prompts, drawn answers and gate noise.
     """
 
     num_retrieval_heads: int | None = None
@@ -112,7 +111,7 @@ class IdentifySettings:
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name} must be at least {smallest}, not {getattr(self, name)}.")
         if not 0 <= self.coupling <= 1:
-            raise ConfigError(f"coupling must lie in [0, 1], not {self.coupling}.")
+            raise ConfigError(f"coupling must be in [0, 1], not {self.coupling}.")
         if not self.completion_factors or self.completion_factors[0] or min(self.completion_factors) < 0:
             raise ConfigError("completion_factors must begin with 0, and none may be negative.")
         if not self.budget_scales or min(self.budget_scales) <= 0:

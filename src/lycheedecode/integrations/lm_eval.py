@@ -257,7 +257,7 @@ class LycheeLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Refused: it would read whole texts in the prefill, which is dense under every policy."""
         raise TaskRequestError(
-            "Tasks that score whole texts (loglikelihood_rolling) tell nothing about decoding: the prefill is dense."
+            "Tasks that score whole texts (loglikelihood_rolling) say nothing about decoding: prefill is dense."
         )
 
     # ------------------------------------------------------------------ what is still to do

@@ -28,13 +28,13 @@ def hybrid(
 ) -> Iterator[nn.Module]:
     """Decode steps of `model` follow `plan` while the context is open; nothing is left behind when it closes.
 
-    The plan may be the name or file of one, or `auto`: the model's, which is found now if nobody has it; finding needs
-    the tokenizer. The config may be a mapping, as `{"budget_tokens": 512}`.
+    `plan` is a plan, its name or file, or `auto`: the model's known plan, or else a new one, which needs the tokenizer.
+    `config` may be a mapping such as `{"budget_tokens": 512}`.
 
-    Whatever calls the model may be used: `generate` greedily, with sampling, beams or streaming, in batches padded on
-    the left, with dynamic or static caches, with a prefix in the cache. Several tokens at once (the prompt,
-    the candidates of assisted decoding) are dense. Compilation of static caches is off inside the context. Where the
-    plan completes heads, means of chunks are made anew at every step, from all of the cache; `Engine` keeps them.
+    Any caller works: `generate`, greedily or with sampling, beams or streaming, in batches padded on the left, with
+    dynamic or static caches, with a prefix in the cache. Several tokens at once (the prompt, candidates of assisted
+    decoding) are dense. Static caches are not compiled inside the context. If the plan completes heads, each step
+    computes the chunk means from the whole cache; `Engine` keeps them.
 
     >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
     >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):
@@ -45,7 +45,7 @@ def hybrid(
     Raises:
         ModelError: the model's attention cannot be replaced, or is routed already.
         PlanError: the plan does not fit the model.
-        ValueError: a setting that only `Engine` can honour.
+        ConfigError: a setting that only `Engine` supports.
     """
     config = settings_from(HybridConfig, config, "config")
     check_tokenizer(tokenizer)
@@ -64,7 +64,7 @@ def hybrid(
         raise ConfigError("step_weights='float8' keeps a copy of the weights, which only Engine does.")
     head_plan = plan_from(plan, model, tokenizer, config)
     if head_plan is None:
-        raise ConfigError("Hybrid decoding needs a plan: a HeadPlan, the name or file of one, or 'auto'.")
+        raise ConfigError("Hybrid attention needs a plan: a HeadPlan, the name or file of one, or 'auto'.")
     shape = supported_shape(model, head_plan)
     if getattr(inner_model(model).config, "output_attentions", False):
         raise ModelError(_NO_WEIGHTS)
@@ -116,7 +116,7 @@ def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]
     """
     if mask.dim() != 4 or mask.dtype.is_floating_point or mask.shape[1:] != (1, 1, slots):
         raise ModelError(
-            f"Hybrid decoding needs a boolean mask [B, 1, 1, {slots}], not {mask.dtype} {tuple(mask.shape)}."
+            f"Hybrid attention needs a boolean mask [B, 1, 1, {slots}], not {mask.dtype} {tuple(mask.shape)}."
         )
     seen = mask[:, 0, 0].bool()
     if seen.all():
@@ -125,7 +125,7 @@ def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]
     starts = seen.int().argmax(-1)
     last = slots - 1 - seen.flip(-1).int().argmax(-1)
     if (last - starts + 1 != lengths).any():
-        raise ModelError("Hybrid decoding needs the tokens of a sequence side by side; this attention mask has gaps.")
+        raise ModelError("Hybrid attention needs the tokens of a sequence side by side; this attention mask has gaps.")
     return lengths.int(), starts.int()
 
 
@@ -136,7 +136,7 @@ def _with_cache(model: PreTrainedModel) -> Iterator[None]:
     def refuse(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
         given = options.get("use_cache")
         if not (model.config.get_text_config(decoder=True).use_cache if given is None else given):
-            raise ModelError("Hybrid decoding needs the KV cache: leave use_cache=False away.")
+            raise ModelError("Hybrid attention needs the KV cache: leave out use_cache=False.")
         if options.get("output_attentions"):
             raise ModelError(_NO_WEIGHTS)
 

@@ -68,13 +68,13 @@ def refuse_unless_plain(options: Mapping[str, Any]) -> None:
     for name, what in _NOT_PLAIN.items():
         given = options.get(name)
         if given is not None and given is not False:
-            raise ModelError(f"LycheeDecode decodes plain softmax attention only, not {what} ({name}).")
+            raise ModelError(f"LycheeDecode supports plain softmax attention only, not {what} ({name}).")
 
 
 def refuse_a_mask(mask: Tensor | None) -> None:
     """Raise `ModelError` when a model brings a mask although none was asked for."""
     if mask is not None:
-        raise ModelError("This model masks its attention in a way of its own, which Engine cannot follow.")
+        raise ModelError("This model masks its attention in its own way, which Engine cannot follow.")
 
 
 def layer_of(module: nn.Module) -> int:
@@ -174,7 +174,7 @@ def check_plan(plan: HeadPlan, shape: ModelShape) -> None:
         for head, donor in enumerate(plan.donors[layer]):
             if donor[0] not in shape.global_layers:
                 raise PlanError(
-                    f"The donor {donor} of layer {layer}, KV head {head} lies in a layer without full attention."
+                    f"The donor {donor} of layer {layer}, KV head {head} is in a layer without full attention."
                 )
 
 

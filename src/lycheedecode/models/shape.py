@@ -83,7 +83,7 @@ def inner_model(model: nn.Module) -> Any:
         raise ModelError(f"model must be a transformers model, not {shown(model)}{hint}.")
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
-        raise ModelError(f"{type(model).__name__} is no transformers model, nor does it hold one.")
+        raise ModelError(f"{type(model).__name__} is not a transformers model and does not contain one.")
     return found
 
 

@@ -28,7 +28,7 @@ def bytes_at(policy: Decoding, shape: ModelShape, context: int, steps: int = STE
     """
     attention, config = policy
     if config.selection not in ("top_k", "ratio"):
-        raise PolicyError(f"What {config.selection} reads is not known beforehand: take a budget.")
+        raise PolicyError(f"What {config.selection} reads is not known in advance: take a budget.")
     lengths = torch.linspace(context, context + steps - 1, min(steps, STEPS)).round().int()
     state = attention.allocate(len(lengths), context + steps - 1, "cpu")
     if state is not None:  # the newest blocks: the last of them, which may be in part empty, is always selected

@@ -76,7 +76,7 @@ def kascade(coverage: Tensor, shape: ModelShape, anchors: int | Sequence[int]) -
         anchors = _best_anchors(table, anchors)
     chosen = sorted(set(anchors))
     if not chosen or chosen[0] != 0 or chosen[-1] >= layers:
-        raise PlanError(f"Anchor layers must lie in 0 to {layers - 1}, and layer 0 must be one of them.")
+        raise PlanError(f"Anchor layers must be in 0 to {layers - 1}, and layer 0 must be one of them.")
     donors: list[list[Head]] = []
     for layer in range(layers):
         anchor = max(a for a in chosen if a <= layer)

@@ -130,7 +130,9 @@ def _record(path: Path, number: int, value: Any, what: str = "line") -> Record:
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number")
         raise RecordsError(f"{path}: {what} {number} is {kind}, not a record: a record is an object with named fields.")
     if any(isinstance(text, str) and _SURROGATE.search(text) for text in (*value, *value.values())):
-        raise RecordsError(f"{path}: {what} {number} has half a surrogate pair (\\ud800 to \\udfff), which is no text.")
+        raise RecordsError(
+            f"{path}: {what} {number} has half a surrogate pair (\\ud800 to \\udfff), which is not text."
+        )
     return value
 
 

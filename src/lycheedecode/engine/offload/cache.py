@@ -187,7 +187,7 @@ class HostCache(KVCache):
         """See `KVCache`; only attention that can read from host memory has a state here."""
         if not hasattr(attention, "allocate_offloaded"):
             raise ConfigError(
-                "The cache of this context lies in host memory: only an Engine with a head plan and cache='host' or "
+                "The cache of this context is in host memory: only an Engine with a head plan and cache='host' or "
                 "'auto' decodes from there; prefill with cache='resident' for others."
             )
         self._end_staging()  # no prompt passes any more

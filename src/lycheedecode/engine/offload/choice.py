@@ -47,7 +47,7 @@ def check_place(place: str, plan: HeadPlan | None, config: HybridConfig, store_r
     refuse_unfit(config, store_ratio)
     if not on_gpu:
         warnings.warn(
-            "Without a GPU the KV cache lies in host memory anyway: cache='host' works, and gains nothing.",
+            "Without a GPU the KV cache is in host memory anyway: cache='host' works, but gains nothing.",
             stacklevel=3,
         )
     return place

@@ -1,4 +1,4 @@
-"""Work beside the model: copies and fetches that nobody needs yet."""
+"""Work beside the model: copies and fetches that are not needed yet."""
 
 from __future__ import annotations
 

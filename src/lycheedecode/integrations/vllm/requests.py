@@ -79,7 +79,7 @@ class Limits(NamedTuple):
             raise RequestError("This server selects without a fixed budget, and takes none from requests.")
         budget = int(found[1])
         if not self.least <= budget <= self.most:
-            raise RequestError(f"budget_tokens must lie between {self.least} and {self.most}, not be {budget}.")
+            raise RequestError(f"budget_tokens must be between {self.least} and {self.most}, not be {budget}.")
         return ceil(budget / self.block_size)
 
 

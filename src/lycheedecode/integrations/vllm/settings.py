@@ -130,7 +130,7 @@ def check_donors(plan: HeadPlan, hybrid: Collection[int], first_layer: int = 0) 
             if donor[0] not in hybrid:
                 raise PlanError(
                     f"The donor {(donor[0] + first_layer, donor[1])} of layer {layer + first_layer}, KV head "
-                    f"{head} lies in a layer that vLLM decodes with full attention or keeps in another cache group."
+                    f"{head} is in a layer that vLLM decodes with full attention or keeps in another cache group."
                 )
 
 
