@@ -7,11 +7,12 @@ from math import isfinite
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments import ranks
 from experiments.__main__ import app as experiments
 from lycheedecode.bench import serving
-from lycheedecode.bench.settings import SERVERS
+from lycheedecode.bench.settings import SERVERS, ServingSettings
 from lycheedecode.cli import app
 from lycheedecode.errors import MismatchError
 
@@ -51,8 +52,8 @@ def test_both_ways_get_the_same_prompts_and_generations(monkeypatch):
     """Also where the engine, which sets the seed, is in a process of its own; the short ones are a third."""
     sent = {way: [] for way in SERVERS}
 
-    def generate(way, prompts, count):
-        sent[way].append((prompts, count))
+    def generate(way, prompts, count, asked=()):
+        sent[way].append((prompts, count, asked))
         return float(count), list(range(count))
 
     monkeypatch.setattr(serving, "find_spec", lambda name: True)
@@ -60,11 +61,12 @@ def test_both_ways_get_the_same_prompts_and_generations(monkeypatch):
     monkeypatch.setattr(serving, "_engine", lambda folder, way, *_: way)
     monkeypatch.setattr(serving, "closing", nullcontext)
     monkeypatch.setattr(serving, "_generate", generate)
-    assert run(app, "bench", "serving", "--smoke") == 0
-    assert sent["stock"] == sent["hybrid"]
-    assert [(len(prompts), count) for prompts, count in sent["stock"]] == [
-        (batch, count) for batch in (1, 2) for count in (1, 12, 4, 12)
-    ]
+    assert run(app, "bench", "serving", "--smoke", "--fill", "--mixed", "--ways", ",".join(SERVERS)) == 0
+    alike = [(batch, count, ()) for batch in (1, 2) for count in (1, 12, 4, 12)]
+    mixed = [(2, count, (None, "off", "budget_tokens=32")) for count in (4, 12)]
+    for way, calls in sent.items():
+        assert [(len(prompts), *rest) for prompts, *rest in calls] == alike + (mixed if way != "stock" else [])
+        assert calls[: len(alike)] == sent["stock"]
 
 
 @pytest.mark.parametrize("fill", [[], ["--fill"]], ids=["prefilled", "filled"])
@@ -75,10 +77,23 @@ def test_a_tiny_shape_is_timed_both_ways(tmp_path, monkeypatch, capfd, fill):
     assert run(app, "bench", "serving", "--smoke", *fill, "--json", str(tmp_path / "result.json")) == 0
     report = json.loads((tmp_path / "result.json").read_text())
     rows = report["result"]["rows"]
-    assert [(row["way"], row["batch"]) for row in rows] == [(way, batch) for way in SERVERS for batch in (1, 2)]
+    ways = ServingSettings().ways
+    assert [(row["way"], row["batch"]) for row in rows] == [(way, batch) for way in ways for batch in (1, 2)]
+    assert all(bool(row["prefill_ms"]) != bool(fill) for row in rows)
     assert all(row["prefill_seconds"] > 0 and isfinite(row["ms"]) for row in rows)  # ms: a difference of short times
     assert [row["same_tokens"] for row in rows[:2]] == [12, 12]
     assert "vs stock" in capfd.readouterr().out
+
+
+def test_caches_in_8_bits_are_filled_with_numbers():
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
+    from lycheedecode.bench.fill import fill_blocks
+
+    for cache in (torch.zeros(9, 2, 16, 64, dtype=torch.uint8), torch.zeros(9, 2, 16, 64)):
+        fill_blocks(SimpleNamespace(fill_mean=0.0, fill_std=1.0), cache, [3, 5, 99])
+        numbers = cache.view(torch.float8_e4m3fn).float() if cache.itemsize == 1 else cache
+        assert not numbers[[0, 4, 8]].any()
+        assert abs(numbers[[3, 5]].std() - 1) < 0.05
 
 
 def answer(*tokens, **changed):

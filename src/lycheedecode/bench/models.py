@@ -41,6 +41,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     ),
+    "qwen3-30b-a3b": (
+        "Qwen3Moe",
+        {"num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151936,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+         "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    ),
     "tiny": (
         "Llama",
         {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 512,

@@ -3,11 +3,15 @@
     a folder with a shape, no weights -> vLLM, stock -> the same prompts with the plugin
 
 Both are driven through vLLM's public interface; weights are random. A prompt is prefilled before it is timed, and comes
-from the prefix cache then; with `--fill` vLLM's DecodeBenchConnector fills the cache with random numbers instead. What
-a token takes is the difference between a long and a short generation, divided by the tokens between them: prefill and
+from the prefix cache then; with `--fill` a KV connector fills the cache with random numbers instead (`fill`). What a
+token takes is the difference between a long and a short generation, divided by the tokens between them: prefill and
 everything else that comes once is in both. Sequences are sent one after the other, and the first ends before the last:
 the short generation, a third of the long one, is long enough for all to decode together. How many tokens of the first
-sequence are the stock backend's is said, but proves nothing: random models choose between near ties.
+sequence are the stock backend's is said, but proves nothing: random models choose between near ties. `prefill_ms` is
+the time of fresh prompts and their first token.
+
+With `--mixed`, of every three requests of a batch one asks for nothing, one for full attention and one for half the
+budget.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from ..plan import HeadPlan
 from ..results import Result
 from .harness import say
 from .models import random_config
-from .settings import SHORT, ServingSettings
+from .settings import SERVERS, SHORT, ServingSettings
 from .workload import Shape, spread_plan
 
 _PLUGIN = "lycheedecode"
@@ -41,9 +45,9 @@ _PAGE = 16
 """Tokens of a page, vLLM's default on a GPU."""
 
 
-def run(settings: ServingSettings, device: str) -> dict[str, Any]:
-    """Time every case with every way, one engine after the other."""
-    require_vllm("hybrid" in settings.ways)
+def run(settings: ServingSettings, device: str) -> Iterator[dict[str, Any]]:
+    """Time every case with every way, one engine after the other, stock first; a row as soon as it is there."""
+    require_vllm(settings.ways != ("stock",))
     cases = sorted(settings.pairs)
     config = random_config(
         settings.model,
@@ -55,16 +59,19 @@ def run(settings: ServingSettings, device: str) -> dict[str, Any]:
     plan = plan_of(config, settings.tensor_parallel_size)
     longest = max(context for _, context in cases)
     texts = torch.randint(4, config.vocab_size, (max(batch for batch, _ in cases), longest)).tolist()
-    rows: list[dict[str, Any]] = []
+    stock: dict[tuple[int, int], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         plan.save(Path(folder) / "plan.json")
-        for way in settings.ways:
+        for way in sorted(settings.ways, key=lambda way: way != "stock"):
             began = time.perf_counter()
             with closing(_engine(folder, way, cases, settings, device)) as llm:
                 started = time.perf_counter() - began
-                rows += [{**row, "start_seconds": started} for row in _time_cases(llm, way, cases, texts, settings)]
-    return {"plan_retrieval_heads": len(plan.retrieval), "rows": _compared(rows)}
+                for row in _time_cases(llm, way, cases, texts, settings):
+                    if way == "stock":
+                        stock[row["batch"], row["context"]] = row
+                    compared = _compared(row, stock.get((row["batch"], row["context"])))
+                    yield {**compared, "start_seconds": started, "plan_retrieval_heads": len(plan.retrieval)}
 
 
 def require_vllm(plugin: bool = True) -> None:
@@ -112,23 +119,27 @@ def _engine(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: S
     from vllm import LLM
 
     chosen: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
-    if way == "hybrid":
+    form = SERVERS[way]
+    if form is not None:
         own = {
             "plan": f"{folder}/plan.json",
             "budget_tokens": settings.budget_tokens,
             "block_size": settings.block_size,
+            **form,
         }
         chosen = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}}
     if settings.fill:
         numbers = {"fill_mean": 0.0, "fill_std": 1.0}
         chosen["kv_transfer_config"] = {
-            "kv_connector": "DecodeBenchConnector", "kv_role": "kv_both", "kv_connector_extra_config": numbers
+            "kv_connector": "FillConnector", "kv_connector_module_path": "lycheedecode.bench.fill",
+            "kv_role": "kv_both", "kv_connector_extra_config": numbers,
         }  # fmt: skip
     if device == "cuda":  # no graphs but those that are timed
         chosen["compilation_config"] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in cases})}
     return LLM(
         folder,
         load_format="dummy",
+        kv_cache_dtype=settings.kv_cache_dtype,
         skip_tokenizer_init=True,
         max_model_len=max(context for _, context in cases) + settings.tokens + 2 * _PAGE,
         max_num_seqs=max(batch for batch, _ in cases),
@@ -148,51 +159,69 @@ def _time_cases(
     texts: Sequence[list[int]],
     settings: ServingSettings,
 ) -> Iterator[dict[str, Any]]:
+    most = max(max(text) for text in texts)
     for batch, context in cases:
         prompts = [{"prompt_token_ids": text[:context]} for text in texts[:batch]]
         prefill, _ = _generate(llm, prompts, 1)
         _, tokens = _generate(llm, prompts, settings.tokens)  # what comes once with decoding has then come
-        times = sorted(_token_ms(llm, prompts, settings.tokens) for _ in range(settings.repeats))
-        row = {"way": way, "batch": batch, "context": context, "ms": median(times)}
-        row |= {"fast_ms": times[0], "slow_ms": times[-1], "prefill_seconds": prefill, "token_ids": tokens}
-        say(f"{way} {batch} x {context}: {row['ms']:.3f} ms a token")
-        yield row
+        row: dict[str, Any] = {"way": way, "batch": batch, "context": context, "requests": "alike"}
+        row |= {"prefill_seconds": prefill, "prefill_ms": None, "token_ids": tokens}
+        if not settings.fill:
+            row["prefill_ms"] = median(_prefill_ms(llm, batch, context, most) for _ in range(settings.repeats))
+        kinds: list[tuple[str, tuple[str | None, ...]]] = [("alike", ())]
+        if settings.mixed and SERVERS[way] is not None and batch > 1:
+            kinds.append(("mixed", (None, "off", f"budget_tokens={settings.budget_tokens // 2}")))
+        for name, asked in kinds:
+            times = sorted(_token_ms(llm, prompts, settings.tokens, asked) for _ in range(settings.repeats))
+            timed = {**row, "requests": name, "ms": median(times), "fast_ms": times[0], "slow_ms": times[-1]}
+            say(f"{way} {batch} x {context}, {name}: {timed['ms']:.3f} ms a token")
+            yield timed
 
 
-def _token_ms(llm: Any, prompts: Sequence[Any], count: int) -> float:
+def _prefill_ms(llm: Any, batch: int, context: int, most: int) -> float:
+    """Of prompts that no cache knows."""
+    fresh = torch.randint(4, most, (batch, context)).tolist()
+    return _generate(llm, [{"prompt_token_ids": text} for text in fresh], 1)[0] * 1e3
+
+
+def _token_ms(llm: Any, prompts: Sequence[Any], count: int, asked: Sequence[str | None]) -> float:
     short = count // SHORT
-    few, many = (_generate(llm, prompts, tokens)[0] for tokens in (short, count))
+    few, many = (_generate(llm, prompts, tokens, asked)[0] for tokens in (short, count))
     return (many - few) * 1e3 / (count - short)
 
 
-def _generate(llm: Any, prompts: Sequence[Any], count: int) -> tuple[float, list[int]]:
-    """Seconds, and the first sequence's tokens."""
+def _generate(
+    llm: Any, prompts: Sequence[Any], count: int, asked: Sequence[str | None] = ()
+) -> tuple[float, list[int]]:
+    """Seconds, and the first sequence's tokens; `asked`: what requests say in turn of their attention."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)
+    def of(said: str | None) -> SamplingParams:
+        extra = None if said is None else {"lycheedecode": said}
+        return SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra)
+
+    sampling = [of(asked[i % len(asked)] if asked else None) for i in range(len(prompts))]
     began = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     return time.perf_counter() - began, list(outputs[0].outputs[0].token_ids)
 
 
-def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _compared(row: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, Any]:
     """With the speed-up over the stock backend, and how many tokens are the same until the first that differs."""
-    stock = {(row["batch"], row["context"]): row for row in rows if row["way"] == "stock"}
-    compared = []
-    for row in rows:
-        base = stock.get((row["batch"], row["context"]))
-        same = None
-        if base is not None:
-            pairs = zip(base["token_ids"], row["token_ids"], strict=True)
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        kept = {name: value for name, value in row.items() if name != "token_ids"}
-        compared.append({**kept, "speedup": base and base["ms"] / row["ms"], "same_tokens": same})
-    return compared
+    same = None
+    if stock is not None:
+        pairs = zip(stock["token_ids"], row["token_ids"], strict=True)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    kept = {name: value for name, value in row.items() if name != "token_ids"}
+    return {**kept, "speedup": stock and stock["ms"] / row["ms"], "same_tokens": same}
 
 
 # ---------------------------------------------------------------------- what is shown
 
-HEADER = f"{'':7} {'batch':>5} {'context':>8} {'ms/token':>8} {'fastest':>8} {'slowest':>8} {'vs stock':>8} {'same':>5}"
+HEADER = (
+    f"{'':15} {'batch':>5} {'context':>8} {'ms/token':>8} {'fastest':>8} {'slowest':>8} {'vs stock':>8} {'prefill':>9} "
+    f"{'same':>5}"
+)
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -200,7 +229,9 @@ def format_row(row: Mapping[str, Any]) -> str:
     speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else " " * 8
     times = f"{row['ms']:8.3f} {row['fast_ms']:8.3f} {row['slow_ms']:8.3f}"
     same = "" if row["same_tokens"] is None else row["same_tokens"]
-    return f"{row['way']:7} {row['batch']:5} {row['context']:8} {times} {speedup} {same:>5}"
+    prefill = f"{row['prefill_ms']:9.1f}" if row.get("prefill_ms") else " " * 9
+    way = row["way"] + (", mixed" if row.get("requests") == "mixed" else "")
+    return f"{way:15} {row['batch']:5} {row['context']:8} {times} {speedup} {prefill} {same:>5}"
 
 
 def lines(result: Result) -> Iterator[str]:

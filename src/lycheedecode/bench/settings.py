@@ -19,8 +19,12 @@ FORMS: dict[str, dict[str, Any] | None] = {
 """Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
 WAYS = (*FORMS, "hybrid+host", "transformers", "transformers+offloaded")
 """Who generates: our engine with a form of attention, or Hugging Face; either of them with its cache in host memory."""
-SERVERS = ("stock", "hybrid")
-"""Attention in vLLM: its own, or the plugin's."""
+SERVERS: dict[str, dict[str, Any] | None] = {
+    "stock": None, **{name: FORMS[name] for name in ("hybrid", "hybrid+float8", "hybrid+centroid")}
+}  # fmt: skip
+"""Attention in vLLM: its own, or the plugin's with these settings."""
+KV_CACHE_DTYPES = ("auto", "fp8")
+"""Of vLLM's cache: the model's own, or 8-bit floats."""
 SHORT = 3
 """So many times as long as the short generation is the long one."""
 
@@ -262,7 +266,9 @@ class ServingSettings(BenchSettings):
         model: the model's shape; its weights are random.
         layers: keep only so many of the model's layers.
         cases: batch sizes and contexts, such as 1x32768,4x131072.
-        ways: vLLM's own attention (stock) or the plugin (hybrid).
+        ways: vLLM's own attention (stock) or the plugin (hybrid), also with 8-bit scans or with completion.
+        kv_cache_dtype: of the KV cache, for every way: auto or fp8.
+        mixed: also time batches whose requests ask for different things.
         tensor_parallel_size: ranks that share the heads.
         block_size: tokens per block.
         tokens: new tokens of the long generation.
@@ -274,7 +280,9 @@ class ServingSettings(BenchSettings):
     model: str = "llama-3-8b"
     layers: int | None = None
     cases: tuple[str, ...] = ("1x1024", "1x32768", "1x65536", "1x131072", "4x131072")
-    ways: tuple[str, ...] = SERVERS
+    ways: tuple[str, ...] = ("stock", "hybrid")
+    kv_cache_dtype: str = "auto"
+    mixed: bool = False
     tensor_parallel_size: int = 1
     block_size: int = 32
     tokens: int = 132
@@ -285,6 +293,7 @@ class ServingSettings(BenchSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("ways", self.ways, SERVERS)
+        check_names("kv_cache_dtype", (self.kv_cache_dtype,), KV_CACHE_DTYPES)
         if self.tokens < SHORT:
             raise ConfigError(f"tokens must be at least {SHORT}, not {self.tokens}.")
         _ = self.pairs  # refuses what is none
