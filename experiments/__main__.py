@@ -29,12 +29,15 @@ TOOLS = {
         "experiments.profile_step", "LosslessSettings", "run_rounds", "Which kernels the parts of a lossless round are."
     ),
     "ranks": ("experiments.ranks", "RanksSettings", "run", "vLLM on several tensor-parallel ranks and on one."),
+    "serving-probe": (
+        "experiments.serving_probe", "ProbeSettings", "run", "Kernels inside vLLM against their definition."
+    ),
     "tune-linear": ("experiments.linear", "TuneLinearSettings", "tune", "Search launches of the projections alone."),
     "tune-ops": ("experiments.tune_ops", "TuneOpsSettings", "tune", "Search launches of scan, select and attend."),
     "tune-step": ("experiments.tune_step", None, "tune", "Search launches of the projections within a step."),
 }  # fmt: skip
 """Module, settings (None: those of `bench step`), function, and what it does."""
-_ANYWHERE = ("ranks",)
+_ANYWHERE = ("ranks", "serving-probe")
 """What runs without a GPU, too."""
 
 

@@ -76,7 +76,7 @@ def run(settings: RanksSettings, device: str) -> dict[str, Any]:
         for size in (1, ranks):
             say(f"{size} of {ranks} ranks ...")
             with closing(_start(folder / "model", folder / "plan.json", size, settings, device)) as llm:
-                answers.append(_generate(llm, prompts, settings.tokens))
+                answers.append(generate(llm, prompts, settings.tokens))
         rows = [compare(*pair, _TIES[device]) for pair in zip(*answers, strict=True)]
         crossing = HeadPlan.from_donors([[(0, 0)] * config.num_key_value_heads] * config.num_hidden_layers)
         crossing.save(folder / "crossing.json")
@@ -138,10 +138,17 @@ def _start(folder: Path, plan: Path, ranks: int, settings: RanksSettings, device
     )
 
 
-def _generate(llm: Any, prompts: Sequence[list[int]], tokens: int) -> list[RankAnswer]:
+def generate(llm: Any, prompts: Sequence[list[int]], tokens: int, asked: Sequence[str | None] = ()) -> list[RankAnswer]:
+    """Answers of so many tokens; `asked`: what each request says of its attention."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=_NEXT)
+    def of(said: str | None) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=_NEXT,
+            extra_args=None if said is None else {"lycheedecode": said},
+        )  # fmt: skip
+
+    sampling = [of(said) for said in asked or [None] * len(prompts)]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     found = [output.outputs[0] for output in outputs]
     return [

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments import ranks
+from experiments import ranks, serving_probe
 from experiments.__main__ import app as experiments
 from lycheedecode.bench import serving
 from lycheedecode.bench.settings import SERVERS, ServingSettings
@@ -124,3 +124,21 @@ def test_two_ranks_decode_what_one_does_and_refuse_what_they_cannot(tmp_path, mo
     assert "is on tensor-parallel rank 0, not 1" in result["refused"]["a plan whose donors cross ranks"]
     assert "cannot be divided evenly over 2 ranks" in result["refused"]["more ranks than KV heads"]
     assert "12 of 12 tokens are the same" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--kv-cache-dtype", "fp8"], ["--way", "hybrid+float8"]], ids=str)
+def test_the_probe_finds_nothing_on_a_cpu_and_finds_what_is_there(tmp_path, monkeypatch, capfd, options):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
+    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    size = ["--model", "tiny", "--budget-tokens", "128", "--block-size", "16", "--tokens", "12"]
+    assert run(experiments, "serving-probe", *size, *options, "--json", str(tmp_path / "result.json")) == 0
+    result = json.loads((tmp_path / "result.json").read_text())["result"]
+    assert result["steps"]["steps"] > 100
+    assert result["steps"]["copies" if "hybrid+float8" in options else "means"] > 100
+    assert [row["compared"] for row in result["rows"]] == ["off with stock", "off beside others"]
+    assert all(row["same_tokens"] == row["tokens"] for row in result["rows"])
+    if not options:
+        monkeypatch.setattr(serving_probe, "_ROUNDING", dict.fromkeys((1, 2, 4), -1.0))
+        assert run(experiments, "serving-probe", *size, "--json", str(tmp_path / "again.json")) == 1
+        assert "off their definition" in capfd.readouterr().err
