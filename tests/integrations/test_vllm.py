@@ -12,7 +12,7 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
-from lycheedecode.integrations.vllm import cuda
+from lycheedecode.integrations.vllm import cuda, verify
 from lycheedecode.integrations.vllm.group import part_of_this_process
 from lycheedecode.integrations.vllm.settings import ServingError
 from lycheedecode.models.load import load_model
@@ -272,24 +272,40 @@ def said():
     logging.getLogger("vllm.lycheedecode").removeHandler(handler)
 
 
-DENSE = {
-    "speculative decoding feeds several tokens": {"speculative_config": {"num_speculative_tokens": 2}},
-}
+def test_drafts_are_verified_at_once(checkpoint, said, monkeypatch):
+    """Of other people's drafts, in chunks beside each other: the stock backend's tokens, from our attention."""
+    prompts, results, shapes = tiny.prompts(*LENGTHS), [], set()
+    draft = {"method": "draft_model", "model": str(checkpoint("llama", initializer_range=0.1)), "max_model_len": 256}
+    options = {"speculative_config": {"num_speculative_tokens": 3, **draft}, **CROWDED}
+    stock = verify.attend
 
+    def attend(step, query, *others):
+        shapes.add((step.most, step.index is None, step.others is None))
+        return stock(step, query, *others)
 
-@pytest.mark.parametrize("reason", DENSE)
-def test_what_is_not_covered_is_dense_and_says_why(checkpoint, reason, said):
-    prompts, results, options = tiny.prompts(60, 37), [], dict(DENSE[reason])
-    if "speculative_config" in options:
-        draft = {"method": "draft_model", "model": str(checkpoint()), "max_model_len": 256}
-        options["speculative_config"] = {**options["speculative_config"], **draft}
+    monkeypatch.setattr(verify, "attend", attend)
     for plan in (None, tiny.plan()):
         with serving(checkpoint(), plan, TIGHT, **options) as llm:
-            results.append(generate(llm, prompts))
+            results.append(generate(llm, prompts, 24, logprobs=0))
             assert groups(llm) == []
+    (tokens, logprobs), (ours_too, our_logprobs) = results
+    assert ours_too == tokens
+    torch.testing.assert_close(our_logprobs, logprobs, atol=2e-3, rtol=1e-3)
+    assert max(shapes)[0] == 4
+    assert {whole for _, whole, _ in shapes} == {alone for *_, alone in shapes} == {True, False}
+    assert any("drafts are verified at once in 4 layers" in line for line in said)
+
+
+def test_what_is_not_covered_is_dense_and_says_why(checkpoint, said):
+    """Here drafts of more tokens than the kernel takes."""
+    prompts, results = tiny.prompts(60, 37), []
+    draft = {"method": "draft_model", "model": str(checkpoint()), "max_model_len": 256, "num_speculative_tokens": 40}
+    for plan in (None, tiny.plan()):
+        with serving(checkpoint(), plan, TIGHT, speculative_config=draft) as llm:
+            results.append(generate(llm, prompts, 50))
     assert results[0] == results[1]
     assert said
-    assert all(f"decode with full attention: {reason}" in line for line in said)
+    assert all("leave drafts to vLLM's attention: 41 tokens of a sequence at once" in line for line in said)
 
 
 def test_without_the_backend_a_plan_does_nothing(checkpoint):

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ...attention import HybridState
 from ...ops import KV
-from . import self_check
+from . import self_check, verify
 from .group import Group, Rows, memory_left, part_of_this_process
 from .parts import (
     FIELDS_OF_ROWS,
+    FIELDS_OF_TOKENS,
     Attention,
     AttentionCGSupport,
     CommonAttentionMetadata,
@@ -57,7 +58,16 @@ class HybridBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.hybrid = Group.of(vllm_config, kv_cache_spec, layer_names, device, self.obstacle())
+        given = vllm_config, kv_cache_spec, layer_names, device, self.obstacle()
+        self.hybrid = self.verifying = None
+        self._is_all = False
+        if vllm_config.speculative_config is not None:
+            self.verifying = verify.Verifying.of(*given)
+            if self.verifying is not None:
+                self.reorder_batch_threshold = self.verifying.most
+                self.supports_update_block_table = False
+            return
+        self.hybrid = Group.of(*given)
         if self.hybrid is not None:
             self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
             self.supports_update_block_table = False  # the page table is in `BatchStep`, too
@@ -76,13 +86,16 @@ class HybridBuilder:
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        most = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         if vllm_config.speculative_config is not None:
-            return support
-        return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda level: level.value)
+            most = AttentionCGSupport.UNIFORM_BATCH
+        return min(support, most, key=lambda level: level.value)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
+        if self.verifying is not None:
+            return self._build_verifying(common_prefix_len, common_attn_metadata, fast_build)
         hybrid = self.hybrid is not None and not common_prefix_len
         rows = decode_rows(common_attn_metadata) if hybrid else 0
         if self.hybrid is not None:
@@ -90,13 +103,16 @@ class HybridBuilder:
         return self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        if self.verifying is not None:
+            return self._build_verifying(0, common_attn_metadata, False)
         if self.hybrid is not None:
             self._fit()
         return self._build(0 if self.hybrid is None else common_attn_metadata.num_reqs, 0, common_attn_metadata, False)
 
     def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
         # It reads a prefix once for many sequences; rows that use hybrid attention hardly read it.
-        return self.hybrid is None and super().use_cascade_attention(*arguments, **options)
+        ours = self.hybrid is not None or self.verifying is not None
+        return not ours and super().use_cascade_attention(*arguments, **options)
 
     def _begin(self, rows: int, common: CommonAttentionMetadata) -> None:
         self._fit()
@@ -126,6 +142,15 @@ class HybridBuilder:
         all_hybrid = self._is_all and rows == common.num_reqs
         metadata = super().build(common_prefix_len, common, fast_build or all_hybrid)
         metadata.hybrid = self._step(common, rows) if rows else None
+        return metadata
+
+    def _build_verifying(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
+        metadata = super().build(common_prefix_len, common, fast_build)
+        rows = 0 if common_prefix_len else self.verifying.rows(common)
+        metadata.verify = None
+        if rows:
+            others = super().build(0, from_row(common, rows), True) if rows < common.num_reqs else None
+            metadata.verify = verify.step_of(self.verifying.layers, common, rows, others)
         return metadata
 
     def _step(self, common: CommonAttentionMetadata, rows: int) -> BatchStep:
@@ -171,6 +196,14 @@ class HybridLayer:
             self._extras = {"sinks": None if sinks is None else sinks.float(), "scales": scales}
         return self._extras
 
+    def _verify(self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, step: Any, output: Tensor) -> None:
+        """Several tokens of each sequence."""
+        asked = query[: step.tokens]
+        if asked.dtype != output.dtype:
+            asked = (asked.float() * layer._q_scale).to(output.dtype)
+        scales = self.extras(layer)["scales"]
+        output[: step.tokens] = verify.attend(step, asked, self.views(kv_cache), self.scale, scales)
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -186,6 +219,11 @@ class HybridLayer:
             attn_metadata, "hybrid", None
         )  # None without metadata: a run that only profiles
         index = None if step is None else step.group.layers.get(layer.layer_name)
+        drafted: verify.VerifyStep | None = getattr(attn_metadata, "verify", None)
+        if drafted is not None and layer.layer_name in drafted.layers:
+            self._verify(layer, query, kv_cache, drafted, output)
+            self._attend_others(layer, query, key, value, kv_cache, drafted, drafted.tokens, output, scales)
+            return output
         if index is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
         rows, attention = step.rows, step.group.attention
@@ -196,11 +234,26 @@ class HybridLayer:
         attention(index, asked, kv, step.state, self.scale, out=output[:rows], **self.extras(layer))
         if index == step.group.last_layer:
             step.group.add_bytes(step.lengths, step.state)
+        self._attend_others(layer, query, key, value, kv_cache, step, rows, output, scales)
+        return output
+
+    def _attend_others(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        step: Any,
+        done: int,
+        output: Tensor,
+        scales: dict[str, Any],
+    ) -> None:
+        """The tokens after the first `done` ones, as the backend does it."""
         if step.others is not None:
             # A fused operation may have written keys and values into the cache already, and hands none on.
-            new = (None if tensor is None else tensor[rows:] for tensor in (key, value))
-            super().forward(layer, query[rows:], *new, kv_cache, step.others, output[rows:], **scales)
-        return output
+            new = (None if tensor is None else tensor[done:] for tensor in (key, value))
+            super().forward(layer, query[done:], *new, kv_cache, step.others, output[done:], **scales)
 
 
 def decode_rows(common: CommonAttentionMetadata) -> int:
@@ -214,14 +267,19 @@ def decode_rows(common: CommonAttentionMetadata) -> int:
 
 
 def from_row(common: CommonAttentionMetadata, rows: int) -> CommonAttentionMetadata:
-    """The batch without its first `rows` sequences of one token each."""
+    """The batch without its first `rows` sequences."""
     given = {field.name: getattr(common, field.name) for field in fields(common)}
-    cut = {name: given[name][rows:] for name in FIELDS_OF_ROWS & given.keys() if given[name] is not None}
+    tokens = int(common.query_start_loc_cpu[rows])
+    cut = {
+        name: given[name][tokens if name in FIELDS_OF_TOKENS else rows :]
+        for name in (FIELDS_OF_ROWS | FIELDS_OF_TOKENS) & given.keys()
+        if given[name] is not None
+    }
     return common.replace(
-        query_start_loc=common.query_start_loc[rows:] - rows,
-        query_start_loc_cpu=common.query_start_loc_cpu[rows:] - rows,
+        query_start_loc=common.query_start_loc[rows:] - tokens,
+        query_start_loc_cpu=common.query_start_loc_cpu[rows:] - tokens,
         num_reqs=common.num_reqs - rows,
-        num_actual_tokens=common.num_actual_tokens - rows,
+        num_actual_tokens=common.num_actual_tokens - tokens,
         **cut,
         **{name: None for name in given if name.endswith("_cache")},  # made of the whole batch
     )

@@ -234,9 +234,9 @@ class Group:
 
         Raises `PlanError` when such a layer has a donor in a layer that cannot. `obstacle`: of all of them.
         """
-        why_all = obstacle or _why_all_dense(vllm_config, spec, device)
+        why_all = obstacle or why_all_dense(vllm_config, spec, device)
         modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        why = {name: why_all or _why_dense(module.impl) for name, module in modules.items()}
+        why = {name: why_all or why_dense(module.impl) for name, module in modules.items()}
         for reason, count in Counter(filter(None, why.values())).items():
             logger.warning_once("LycheeDecode: %d layers decode with full attention: %s.", count, reason)
         chosen = [name for name, reason in why.items() if reason is None]
@@ -276,10 +276,8 @@ def memory_left(worker: Any) -> float:
     return share
 
 
-def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | None:
+def why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | None:
     """What keeps a whole cache group from hybrid decoding, as the end of a sentence."""
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding feeds several tokens of a sequence at a step"
     parallel = vllm_config.parallel_config
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         return "context parallelism divides the tokens of a sequence"
@@ -302,7 +300,7 @@ def _why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | N
     return kernel_obstacle(torch.empty((0, 1, spec.head_size), dtype=vllm_config.model_config.dtype))
 
 
-def _why_dense(impl: Any) -> str | None:
+def why_dense(impl: Any) -> str | None:
     """What keeps a layer from hybrid decoding, as the end of a sentence."""
     unlike = {
         "they are not a decoder's own attention": impl.attn_type != AttentionType.DECODER,

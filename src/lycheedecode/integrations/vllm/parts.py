@@ -127,8 +127,6 @@ def _telling(stock: Callable[..., Any], rows_of: Callable[[Any, Any], tuple[Any,
 FIELDS_OF_ROWS = {
     "seq_lens",
     "block_table_tensor",
-    "slot_mapping",
-    "positions",
     "is_prefilling",
     "seq_lens_cpu_upper_bound",
     "rswa_prefix_lens",
@@ -137,7 +135,10 @@ FIELDS_OF_ROWS = {
     "_seq_lens_cpu",
     "_num_computed_tokens_cpu",
 }
-"""Of `CommonAttentionMetadata`: an entry for each sequence, or for each token where every sequence has one."""
+"""Of `CommonAttentionMetadata`: an entry for each sequence."""
+
+FIELDS_OF_TOKENS = {"slot_mapping", "positions"}
+"""An entry for each token of the step."""
 
 FIELDS_OF_BATCH = {
     "query_start_loc",

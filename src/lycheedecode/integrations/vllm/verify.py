@@ -1,0 +1,109 @@
+"""Speculative decoding, whoever drafts: several tokens of a sequence are verified with one reading of its cache.
+
+    build   which sequences, the first of the batch, get no more tokens than drafts and one   -> metadata.verify
+    layer   these with `ops.attend_tokens`, full attention; all others with the backend
+
+Nothing is hybrid then: what is verified is full attention's, for every request.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...ops import KV
+from ...ops.attend import MAX_TOKENS
+from .group import logger, why_all_dense, why_dense
+from .parts import Attention, CommonAttentionMetadata, get_layers_from_vllm_config
+
+
+class VerifyStep(NamedTuple):
+    """What the layers of a group need at a step.
+
+    Attributes:
+        layers: names of the layers that verify so.
+        rows: how many sequences, the first of the batch.
+        tokens: of all of them.
+        most: tokens of the one that has most, `T`.
+        lengths: int32 `[rows]`, tokens of each, the new ones included.
+        page_table: int32 `[rows, pages]`.
+        index: int64 `[rows, T]`, which token of the step is each sequence's T-th last, ..., last one, any where it has
+            fewer; None: all have `T`.
+        back: int64 `[tokens]`, the inverse.
+        others: the backend's metadata of the other sequences; None when there are none.
+    """
+
+    layers: frozenset[str]
+    rows: int
+    tokens: int
+    most: int
+    lengths: Tensor
+    page_table: Tensor
+    index: Tensor | None
+    back: Tensor | None
+    others: Any
+
+
+class Verifying:
+    """Layers in which drafts are verified so, by name; `most` tokens of a sequence at once."""
+
+    def __init__(self, layers: frozenset[str], most: int) -> None:
+        self.layers, self.most = layers, most
+
+    @classmethod
+    def of(
+        cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device, obstacle: str | None
+    ) -> Verifying | None:
+        """Those among `layer_names`, drafting ones included; None, and why in the log, if there are none."""
+        most = vllm_config.speculative_config.num_speculative_tokens + 1
+        why_all = obstacle or why_all_dense(vllm_config, spec, device)
+        if most > MAX_TOKENS:
+            why_all = f"{most} tokens of a sequence at once are more than {MAX_TOKENS}"
+        modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        why = {name: why_all or why_dense(module.impl) or _why_not(module.impl) for name, module in modules.items()}
+        for reason, count in Counter(filter(None, why.values())).items():
+            logger.warning_once("LycheeDecode: %d layers leave drafts to vLLM's attention: %s.", count, reason)
+        chosen = frozenset(name for name, reason in why.items() if reason is None)
+        if not chosen:
+            return None
+        said = "LycheeDecode: speculative decoding: all requests have full attention, drafts are verified at once in"
+        logger.info_once("%s %d layers.", said, len(chosen))
+        return cls(chosen, most)
+
+    def rows(self, common: CommonAttentionMetadata) -> int:
+        """How many sequences, from the first on, have few enough tokens; 0 where attention is not simply causal."""
+        if common.causal is not True or common.mm_req_doc_ranges is not None:
+            return 0
+        tokens = common.query_start_loc_cpu.diff()[: common.num_reqs]
+        return int(((tokens > 0) & (tokens <= self.most)).int().cumprod(0).sum())
+
+
+def _why_not(impl: Any) -> str | None:
+    return None if getattr(impl, "sinks", None) is None else "their softmax has sinks"
+
+
+def step_of(layers: frozenset[str], common: CommonAttentionMetadata, rows: int, others: Any) -> VerifyStep:
+    """Of the first `rows` sequences of a step."""
+    starts = common.query_start_loc_cpu[: rows + 1].long()
+    counts = starts.diff()
+    most, tokens, index, back = int(counts.max()), int(starts[-1]), None, None
+    if tokens < rows * most:
+        device = common.seq_lens.device
+        column = torch.arange(most) - (most - counts)[:, None]  # [rows, T]
+        index = (starts[:-1, None] + column.clamp(min=0)).to(device)
+        back = (column >= 0).flatten().nonzero().flatten().to(device)
+    table = common.block_table_tensor[:rows]
+    return VerifyStep(layers, rows, tokens, most, common.seq_lens[:rows], table, index, back, others)
+
+
+def attend(step: VerifyStep, query: Tensor, cache: tuple[Tensor, Tensor], scale: float, scales: Any) -> Tensor:
+    """Output `[tokens, Hq, D]` of these tokens; `query` `[>= tokens, Hq, D]`."""
+    asked = query[: step.tokens]
+    asked = asked.unflatten(0, (step.rows, step.most)) if step.index is None else asked[step.index]
+    found = ops.attend_tokens(asked, KV(*cache, step.lengths, None, step.page_table), scale, scales=scales)
+    found = found.flatten(0, 1)
+    return found if step.back is None else found[step.back]
