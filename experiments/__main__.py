@@ -32,12 +32,13 @@ TOOLS = {
     "serving-probe": (
         "experiments.serving_probe", "ProbeSettings", "run", "Kernels inside vLLM against their definition."
     ),
+    "serving-soak": ("experiments.serving_soak", "SoakSettings", "run", "Clients of all kinds for minutes."),
     "tune-linear": ("experiments.linear", "TuneLinearSettings", "tune", "Search launches of the projections alone."),
     "tune-ops": ("experiments.tune_ops", "TuneOpsSettings", "tune", "Search launches of scan, select and attend."),
     "tune-step": ("experiments.tune_step", None, "tune", "Search launches of the projections within a step."),
 }  # fmt: skip
 """Module, settings (None: those of `bench step`), function, and what it does."""
-_ANYWHERE = ("ranks", "serving-probe")
+_ANYWHERE = ("ranks", "serving-probe", "serving-soak")
 """What runs without a GPU, too."""
 
 
