@@ -155,12 +155,12 @@ def watch(llm: Any, seen: dict[str, Any], rounding: float) -> None:
         for builder in builders:
             group = getattr(builder, "hybrid", None)
             if group is not None:
-                group.attention = _Watched(group, seen, rounding)
+                group.attention = _CheckedAttention(group, seen, rounding)
 
     llm.collective_rpc(into)
 
 
-class _Watched:
+class _CheckedAttention:
     """A group's attention, and what it should have given."""
 
     def __init__(self, group: Any, seen: dict[str, Any], rounding: float) -> None:

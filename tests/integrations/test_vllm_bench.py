@@ -87,7 +87,7 @@ def test_a_tiny_shape_is_timed_both_ways(tmp_path, monkeypatch, capfd, fill):
 
 def test_caches_in_8_bits_are_filled_with_numbers():
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
-    from lycheedecode.bench.fill import fill_blocks
+    from lycheedecode.integrations.vllm.fill import fill_blocks
 
     for cache in (torch.zeros(9, 2, 16, 64, dtype=torch.uint8), torch.zeros(9, 2, 16, 64)):
         fill_blocks(SimpleNamespace(fill_mean=0.0, fill_std=1.0), cache, [3, 5, 99])

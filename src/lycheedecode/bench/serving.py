@@ -3,12 +3,12 @@
     a folder with a shape, no weights -> vLLM, stock -> the same prompts with the plugin
 
 Both are driven through vLLM's public interface; weights are random. A prompt is prefilled before it is timed, and comes
-from the prefix cache then; with `--fill` a KV connector fills the cache with random numbers instead (`fill`). What a
-token takes is the difference between a long and a short generation, divided by the tokens between them: prefill and
-everything else that comes once is in both. Sequences are sent one after the other, and the first ends before the last:
-the short generation, a third of the long one, is long enough for all to decode together. How many tokens of the first
-sequence are the stock backend's is said, but proves nothing: random models choose between near ties. `prefill_ms` is
-the time of fresh prompts and their first token.
+from the prefix cache then; with `--fill` a KV connector (`integrations.vllm.fill`) fills the cache with random numbers
+instead. What a token takes is the difference between a long and a short generation, divided by the tokens between them:
+prefill and everything else that comes once is in both. Sequences are sent one after the other, and the first ends
+before the last: the short generation, a third of the long one, is long enough for all to decode together. How many
+tokens of the first sequence are the stock backend's is said, but proves nothing: random models choose between near
+ties. `prefill_ms` is the time of fresh prompts and their first token.
 
 With `--mixed`, of every three requests of a batch one asks for nothing, one for full attention and one for half the
 budget.
@@ -131,7 +131,7 @@ def _engine(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: S
     if settings.fill:
         numbers = {"fill_mean": 0.0, "fill_std": 1.0}
         chosen["kv_transfer_config"] = {
-            "kv_connector": "FillConnector", "kv_connector_module_path": "lycheedecode.bench.fill",
+            "kv_connector": "FillConnector", "kv_connector_module_path": "lycheedecode.integrations.vllm.fill",
             "kv_role": "kv_both", "kv_connector_extra_config": numbers,
         }  # fmt: skip
     if device == "cuda":  # no graphs but those that are timed

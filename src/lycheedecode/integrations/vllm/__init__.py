@@ -9,6 +9,9 @@ backend     the hooks into vLLM's attention: metadata of a step, one layer of it
 self_check  a hybrid step against one of vLLM's own, before anybody is served
 counters    from workers to the server's metrics
 cuda, cpu   the hooks over vLLM's own backends
+beside      what lies beside the pages: means of chunks, copies of scanned keys
+verify      other people's drafts, several tokens of a sequence at once
+fill        a KV connector for `bench serving`
 """
 
 from __future__ import annotations
