@@ -47,7 +47,7 @@ def test_fixed_steps_are_flexible_steps(family, lengths, hybrid):
     assert_same(scores(model, rows, answers, execution="graph", **options), expected)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])  # the others' layers are llama's
 def test_the_compiler_sees_one_graph_whatever_the_context(family):
     """One graph serves lengths, capacities, full and hybrid attention, every engine of the model."""
     torch._dynamo.reset()

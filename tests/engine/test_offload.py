@@ -6,6 +6,7 @@ from math import nan
 import pytest
 import tiny
 import torch
+from covering import covering
 
 from lycheedecode import Engine, HybridConfig
 from lycheedecode.engine.memory import CacheMemoryError
@@ -26,7 +27,6 @@ CASES = {
     "8-bit keys": {"scan_keys": "float8"},
     "blocks of one token": {"block_size": 1, "budget_tokens": 16},
 }
-cases = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 batches = pytest.mark.parametrize("lengths", [(60,), (60, 37, 9)], ids=["one", "ragged batch"])
 
 
@@ -80,13 +80,13 @@ def check_store(context):
                                 assert torch.equal(here, whole[layer, b, head, begin : begin + size])
 
 
-@cases
-@batches
-@pytest.mark.parametrize("execution", ["eager", "graph"])
-def test_logits_are_those_of_a_resident_cache(llama, changes, lengths, execution):
+@pytest.mark.parametrize(
+    ("case", "lengths", "execution"), covering(CASES, [(60,), (60, 37, 9)], ["eager", "graph"]), ids=str
+)
+def test_logits_are_those_of_a_resident_cache(llama, case, lengths, execution):
     rows, answers = tiny.prompts(*lengths), tiny.prompts(*[40] * len(lengths))
     resident, offloaded = (
-        engine_of(llama, changes, cache=place, execution=execution) for place in ("resident", "host")
+        engine_of(llama, CASES[case], cache=place, execution=execution) for place in ("resident", "host")
     )
     one, two = resident.prefill(rows), offloaded.prefill(rows)
     assert isinstance(two.cache, HostCache)
