@@ -342,7 +342,9 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
         return real(*arguments)
 
     monkeypatch.setattr(pipeline, "measure_sensitivity", measure)
-    assert runner.invoke(app, ["identify", str(out), *call]).exit_code == 130
+    interrupted = runner.invoke(app, ["identify", str(out), *call, "--resume"])  # nothing is there: it starts
+    assert interrupted.exit_code == 130
+    assert f"What was found so far is in {out}.state: --resume goes on from there." in interrupted.stderr
     assert "add --resume" in refusal("identify", str(out), *call)
     said = "The interrupted call had another --draws (2, not 3)"
     assert said in refusal("identify", str(out), "--resume", "--draws", "3")
@@ -351,8 +353,13 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
     assert len(measured) == 2 + 1 + 2
     assert HeadPlan.load(out).donors == HeadPlan.load(straight).donors
     assert not (tmp_path / "plan.json.state").exists()
-    run("identify", str(out), *call, "--resume")  # nothing is there: it starts
-    assert HeadPlan.load(out).donors == HeadPlan.load(straight).donors
+    whole = out.read_bytes()
+    again = run("identify", str(out), *call, "--resume")
+    assert "is whole: 4 of 4 x 2 KV heads retrieve" in again.stderr
+    assert "Nothing is left to resume; leave --resume out to find another." in again.stderr
+    assert (len(measured), out.read_bytes()) == (2 + 1 + 2, whole)
+    out.write_text("{}", encoding="utf-8")
+    assert "not a head plan (it has no 'donors')" in refusal("identify", str(out), *call, "--resume")
 
 
 def test_options_replace_a_presets_budget_as_a_whole():
@@ -480,7 +487,9 @@ def test_wide_tables_come_in_parts_and_names_are_kept(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.count("1234.5678") for line in lines) == 24
-    assert "What was found" in lines[0]
+    titles = [line for line in lines if line.startswith("What was found")]
+    assert titles == ["What was found", *["What was found, continued"] * (len(titles) - 1)]
+    assert len(titles) == sum("a policy with a long" in line for line in lines) // 2 > 1
 
 
 def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
@@ -493,6 +502,15 @@ def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == ["measure: 1 of 11", "measure: 11 of 11"]
     assert lines[0].endswith("5 min left")
+
+
+def test_what_came_before_a_stage_does_not_count(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 500.0, 502.0, *range(503, 560)])
+    monkeypatch.setattr("lycheedecode.cli.report.time.perf_counter", lambda: next(clock))
+    with Steps("answer") as steps:
+        steps.show("look", 0, 41)
+        steps.show("look", 1, 41)
+    assert capsys.readouterr().err.splitlines() == ["look: 1 of 41, 80 s left"]
 
 
 def test_the_harness_knows_the_model_class():

@@ -39,7 +39,7 @@ from .options import (
     takes_form_with_top_p,
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, say_what_is_covered, screen, show_table
-from .resumable import kept_options, resumable
+from .resumable import kept_options, resumable, says_what_is_kept
 from .tasks import tasks
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def fidelity(
             found = found.with_cells({**found.cells, cell: scores})
             _keep(json_file, found)
 
-        with Steps() as steps:
+        with says_what_is_kept(None if str(json_file) == "-" else json_file), Steps() as steps:
             measured = measure_fidelity(
                 network, tokenizer, compared, kinds,
                 prompts=prompts, batch_size=batch_size, seed=seed, temperature=temperature, match_bytes=match_bytes,

@@ -159,26 +159,31 @@ def generate(
             with progress(f"Decoding after {len(prompt_ids)} tokens in both ways"):
                 comparison = compare(dense, engine, prompt_ids, max_new_tokens, ignore_eos=ignore_eos)
             _show(comparison, screen(json_file))
+            _say_what_is_covered(len(prompt_ids) + len(comparison.hybrid.token_ids), config)
             result = comparison.to_dict()
         elif html:
             [prompt_ids] = encode(text, tokenizer, chat)
-            with Steps() as steps:
+            with Steps("answer") as steps:
                 view = watch(
                     engine, prompt_ids, max_new_tokens, sampling,
                     stop=stop or [], ignore_eos=ignore_eos, report=lambda done, total: steps.show("look", done, total),
                 )  # fmt: skip
             print("".join(token.text for token in view.tokens), file=screen(json_file).file)
             write_whole(html, render(view, f"{model}: {len(view.tokens)} tokens after {len(prompt_ids)}"))
+            _say_what_is_covered(len(prompt_ids) + len(view.tokens), config)
             errors.print(f"The page is {html}.", style="dim")
             result = asdict(view)
         else:
             out = screen(json_file).file
             result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos, out)
             if not full:
-                tokens = result["prompt_tokens"] + len(result["token_ids"])
-                say_what_is_covered(tokens, config.budget_tokens if config.selection == "top_k" else None)
+                _say_what_is_covered(result["prompt_tokens"] + len(result["token_ids"]), config)
     known = fingerprint(network, {} if head_plan is None else {plan or model: head_plan})
     save(json_file, Result("generate", settings, summary=result, fingerprint=known))
+
+
+def _say_what_is_covered(tokens: int, config: HybridConfig) -> None:
+    say_what_is_covered(tokens, config.budget_tokens if config.selection == "top_k" else None)
 
 
 def _find(network: Any, tokenizer: Any, config: HybridConfig) -> HeadPlan:
@@ -254,7 +259,7 @@ def _show(comparison: Comparison, console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=True)
     for name, ratio in (("", 1), ("full attention", 3), ("hybrid", 3)):
         table.add_column(name, ratio=ratio, overflow="fold")
-    table.add_row("answer", Text(full.answer), Text(hybrid.answer))
+    table.add_row("answer", Text(full.answer.strip("\n")), Text(hybrid.answer.strip("\n")))
     table.add_row("tokens", str(len(full.token_ids)), str(len(hybrid.token_ids)))
     table.add_row("tokens/s", f"{full.tokens_per_second:.1f}", f"{hybrid.tokens_per_second:.1f}")
     table.add_row("KV cache per token", megabytes(full.kv_bytes_per_token), megabytes(hybrid.kv_bytes_per_token))

@@ -19,6 +19,8 @@ from ..identify import Cell, IdentifySettings, Progress, paper_settings
 from ..identify import identify as find_plan
 from ..identify.checkpoint import STATE
 from ..models.load import DEFAULT_MODEL, load_model
+from ..plan import HeadPlan
+from ..plan_views import caption, facts
 from ..prompts.text import load_text
 from ..results import Result, fingerprint, peak_gpu_memory
 from .options import (
@@ -34,8 +36,8 @@ from .options import (
     takes,
     takes_form_with_top_p,
 )
-from .report import Steps, check_writable, progress, quiet, save, screen
-from .resumable import resumable
+from .report import Steps, check_writable, errors, progress, quiet, save, screen
+from .resumable import resumable, says_what_is_kept
 
 app = typer.Typer(add_completion=False)
 
@@ -130,6 +132,12 @@ def identify(
     state = _state(output)
     if (state / STATE).is_file() and not resume:
         raise ResumeError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
+    if resume and not (state / STATE).is_file() and output.exists():
+        found = HeadPlan.load(output)
+        errors.print(
+            f"{output} is whole: {caption(found)}. Nothing is left to resume; leave --resume out to find another."
+        )
+        return
     sources = sorted({*settings.texts, *(cell.text for cell in _cells(settings))})
     texts = {source: load_text(source) for source in sources}  # a mistake shows before the model is loaded
     if gates_png is not None and settings.roles != "gates":
@@ -144,7 +152,7 @@ def identify(
             network, tokenizer = load_model(model, device=device, dtype=dtype, device_map=device_map, revision=revision)
         history: list[Progress] = []
         started = time.perf_counter()
-        with Steps("train" if settings.roles == "gates" else "measure") as steps:
+        with says_what_is_kept(state), Steps("train" if settings.roles == "gates" else "measure") as steps:
 
             def report(progress: Progress) -> None:
                 if progress.stage == "train" and _is_kept(progress):
@@ -157,8 +165,6 @@ def identify(
         seconds = time.perf_counter() - started
     plan.save(output)
     shutil.rmtree(state, ignore_errors=True)
-
-    from ..plan_views import caption, facts
 
     screen(json_file).print(f"{output}: {caption(plan)}", soft_wrap=True)
     if png is not None or gates_png is not None:

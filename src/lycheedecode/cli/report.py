@@ -57,8 +57,8 @@ def show_table(console: Console, title: str, headings: Sequence[str], rows: Sequ
         if parts[-1] and widths[0] + sum(widths[i] + 2 for i in (*parts[-1], column)) > console.width:
             parts.append([])
         parts[-1].append(column)
-    console.print(Text(title, style="italic"))
-    for part in parts:
+    for number, part in enumerate(parts):
+        console.print(Text(f"{title}, continued" if number else title, style="italic"))
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         table.add_column(headings[0], width=widths[0], overflow="fold")
         for column in part:
@@ -158,9 +158,12 @@ class Steps:
         self._bar.stop()
 
     def show(self, stage: str, step: int, steps: int, text: str = "") -> None:
-        """The steps of a stage done so far, and what they led to."""
-        began, done = self._began.setdefault(stage, (self._shown, step - 1))
-        self._shown = time.perf_counter()
+        """The steps of a stage done so far, and what they led to; with 0 of them the stage begins."""
+        before, self._shown = self._shown, time.perf_counter()
+        if step == 0:
+            self._began[stage] = self._shown, 0
+            return
+        began, done = self._began.setdefault(stage, (before, step - 1))
         if step < steps:
             left = (self._shown - began) / (step - done) * (steps - step)
             text = f"{text}, {_span(left)} left".removeprefix(", ")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -11,6 +12,7 @@ import typer
 
 from ..errors import ResumeError
 from ..results import Result, same
+from .report import errors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -64,6 +66,17 @@ def kept_options(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if path is None or str(path) == "-":
         raise ResumeError("--resume needs --json FILE: the file of the interrupted call.")
     return Result.load(path).options if path.is_file() else None
+
+
+@contextmanager
+def says_what_is_kept(path: Path | None) -> Iterator[None]:
+    """When Ctrl-C ends it, say where the work so far lies; nothing without such a place."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is not None and path.exists():
+            errors.print(f"What was found so far is in {path}: --resume goes on from there.", style="dim")
+        raise
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

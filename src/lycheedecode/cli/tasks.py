@@ -40,7 +40,7 @@ from .options import (
     takes_form_with_top_p,
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, screen, show_table
-from .resumable import kept_options, resumable
+from .resumable import kept_options, resumable, says_what_is_kept
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +152,7 @@ def tasks(
             engines, left_out = make_engines(network, tokenizer, compared, execution, coverage, match_bytes or 0)
         for label, reason in left_out.items():
             errors.print(f"{label} is left out. {reason}", style="dim")
-        with Steps() as steps:
+        with says_what_is_kept(None if str(json_file) == "-" else json_file), Steps() as steps:
             cells = evaluate_tasks(
                 engines, names, asked, answers=record, report=steps.show,
                 on_cell=lambda cells: save(json_file if path else None, found.add(tasks=cells)),

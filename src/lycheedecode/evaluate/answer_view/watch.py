@@ -104,7 +104,7 @@ def watch(
         engine: with a head plan and a tokenizer.
         prompt_ids: the prompt's tokens.
         max_new_tokens, sampling, stop, ignore_eos: as in `Engine.stream`.
-        report: told of steps done, and how many there will be.
+        report: told of steps done, and how many there will be; of 0 when the answer is there.
     """
     attention, tokenizer = engine.attention, engine.tokenizer
     if not isinstance(attention, HybridAttention) or tokenizer is None:
@@ -115,6 +115,7 @@ def watch(
     watching = Engine(engine.model, tokenizer, attention=watched, config=engine.config, execution="eager")
     full = Engine(engine.model, tokenizer, execution="eager")
     total = 2 * (len(made.token_ids) - 1)
+    report(0, total)
     context.rewind()
     for step, token in enumerate(made.token_ids[:-1]):
         watched.steps.append((Counter(), []))
