@@ -19,6 +19,7 @@ from ..bench.settings import (
     ServingSettings,
     StepSettings,
 )
+from ..errors import PackageError
 from .options import Json, takes
 from .report import check_writable, quiet, save, screen
 
@@ -62,7 +63,14 @@ def bench() -> None:
 def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = True) -> None:
     check_writable(json_file)
     with quiet(verbose=False):
-        module, harness = (import_module(f"...bench.{part}", __name__) for part in (name, "harness"))
+        try:
+            module, harness = (import_module(f"...bench.{part}", __name__) for part in (name, "harness"))
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise PackageError(
+                f"bench {name} times kernels of Triton, which comes with PyTorch on Linux and is not there."
+            ) from None
         keep = None if str(json_file) == "-" else partial(save, json_file)
         result = harness.measure(f"bench {name}", settings, module.run, needs_gpu, keep)
     out = screen(json_file)

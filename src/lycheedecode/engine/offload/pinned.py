@@ -20,6 +20,7 @@ MARGIN = 2**30
 """Bytes of host memory that are left to everybody else."""
 _PIECE = 2**26
 """Bytes that a thread touches at a time."""
+_NO_LIMIT = 2**62
 
 
 class HostMemoryError(CacheMemoryError):
@@ -106,13 +107,13 @@ def wait_for(device: torch.device) -> None:
 
 
 def free_host_bytes() -> int:
-    """Bytes of host memory that a cache can take."""
+    """Bytes of host memory that a cache can take; where the system does not say, no limit."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             found = dict(line.split(":", 1) for line in lines)
         free = int(found["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return _NO_LIMIT  # macOS and Windows
     return max(min(free, _container_left()) - MARGIN, 0)
 
 
@@ -124,9 +125,9 @@ def _container_left() -> int:
             with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as lines:
                 found.append(lines.read())
         except OSError:
-            return 2**62
+            return _NO_LIMIT
     most, current, stat = found
     if not most.strip().isdecimal():  # "max"
-        return 2**62
+        return _NO_LIMIT
     files = sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == "inactive_file")
     return int(most) - int(current) + files
