@@ -17,7 +17,7 @@ import builtins, io, os, sys
 sys.modules["triton"] = None  # `import triton` fails as if it were not there
 from transformers import GenerationMixin  # what torch, transformers and psutil need of this system is theirs
 
-for name in ("sysconf", "sched_getaffinity", "statvfs", "getuid", "fork", "mkfifo"):
+for name in ("sysconf", "sched_getaffinity", "fork", "mkfifo"):
     delattr(os, name)
 opened, imported = builtins.open, builtins.__import__
 
