@@ -272,7 +272,7 @@ def memory_left(worker: Any) -> float:
     beside = Beside(attention, _page(spec, vllm_config), torch.device("meta"))
     share = share_of_memory(beside.bytes_of_page, [spec.page_size_bytes for spec in specs.values()])
     if beside.is_used:
-        logger.info("LycheeDecode: %.1f%% of the KV cache's memory hold what lies beside its pages.", 100 * (1 - share))
+        logger.info("LycheeDecode: %.1f%% of the cache's memory holds what lies beside its pages.", 100 * (1 - share))
     return share
 
 
