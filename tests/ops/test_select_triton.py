@@ -84,7 +84,7 @@ def test_select_fewer_than_configured(settings):
 def test_scan_select_is_scan_then_select(name):
     settings = {"block_score": "max", "budget_tokens": 80} if name == "max" else CONFIGS[name]
     config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings})
-    kv = make_cache([400, 77, 0], starts=[0, 90, 0])
+    kv = make_cache([150, 77, 0], starts=[0, 73, 0])
     query = make_query(kv, 3)
     capacity = config.capacity_blocks(ceil((kv.slots + config.refresh_every - 1) / 8))
     expected, out = (Selections.allocate(2, 3, capacity, DEVICE) for _ in range(2))
