@@ -13,9 +13,11 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
 from lycheedecode.integrations.vllm import cuda, verify
+from lycheedecode.integrations.vllm.backend import from_row
 from lycheedecode.integrations.vllm.group import part_of_this_process
 from lycheedecode.integrations.vllm.settings import ServingError
 from lycheedecode.models.load import load_model
+from lycheedecode.ops import KV, attend_tokens
 
 LENGTHS = (60, 37, 5, 90, 23, 70)
 
@@ -292,8 +294,26 @@ def test_drafts_are_verified_at_once(checkpoint, said, monkeypatch):
     assert ours_too == tokens
     torch.testing.assert_close(our_logprobs, logprobs, atol=2e-3, rtol=1e-3)
     assert max(shapes)[0] == 4
-    assert {whole for _, whole, _ in shapes} == {alone for *_, alone in shapes} == {True, False}
+    assert {alone for *_, alone in shapes} == {True, False}
     assert any("drafts are verified at once in 4 layers" in line for line in said)
+
+
+def test_sequences_with_fewer_drafts_than_others_are_verified_beside_them():
+    """And the rest of the batch is left to the backend."""
+    common = batch([1, 4, 2, 9], [20, 30, 2, 9])
+    rows = verify.Verifying(frozenset(), 4).rows(common)
+    step = verify.step_of(frozenset(), common, rows, None)
+    assert (step.rows, step.tokens, step.most) == (3, 7, 4)
+    query, (keys, values) = torch.randn(16, 6, 32), torch.randn(2, 8, 2, 32, 32)
+    found = verify.attend(step, query, (keys, values), 0.2, None)
+    assert found.shape == (7, 6, 32)
+    for row, (begin, end) in enumerate(((0, 1), (1, 5), (5, 7))):
+        kv = KV(keys, values, common.seq_lens[row : row + 1], None, common.block_table_tensor[row : row + 1])
+        alone = attend_tokens(query[None, begin:end], kv, 0.2)
+        torch.testing.assert_close(found[begin:end], alone[0])
+    rest = from_row(common, rows)
+    assert (rest.num_reqs, rest.num_actual_tokens, rest.query_start_loc.tolist()) == (1, 9, [0, 9])
+    assert rest.slot_mapping.tolist() == list(range(7, 16))
 
 
 def test_what_is_not_covered_is_dense_and_says_why(checkpoint, said):
