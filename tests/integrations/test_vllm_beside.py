@@ -8,7 +8,10 @@ from test_vllm_models import CASES, saved
 
 from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.attention import HybridAttention
+from lycheedecode.integrations.vllm import cuda
 from lycheedecode.integrations.vllm.beside import Beside, Page, share_of_memory
+from lycheedecode.integrations.vllm.requests import Limits, Requests
+from lycheedecode.integrations.vllm.settings import Settings
 from lycheedecode.ops import reference
 
 LENGTHS = (60, 37, 5, 90, 23, 70)
@@ -135,6 +138,17 @@ def test_memory_is_taken_from_the_cache(folder):
     assert fewer / plain == pytest.approx(page / (page + beside), rel=1e-3)
 
 
+@pytest.mark.parametrize(("given", "size"), [({}, 16), ({"completion": "centroid"}, 128)], ids=["no means", "means"])
+@pytest.mark.parametrize(("chunk", "longest"), [(32, 32), (128, 128), (1024, 128)])
+def test_vllm_is_asked_for_pages_as_long_as_chunks(monkeypatch, given, size, chunk, longest):
+    """On a GPU; up to 128 tokens."""
+    config = HybridConfig(completion_chunk=chunk, **given)
+    told = Settings(tiny.plan(), config, True, Limits.of(config, None, True))
+    monkeypatch.setattr(cuda, "get_current_vllm_config", lambda: None)
+    monkeypatch.setattr(cuda.settings, "read", lambda _: told)
+    assert cuda.HybridBackend.get_preferred_block_size(16) == min(size, longest)
+
+
 def test_pages_as_long_as_chunks_take_the_least():
     attention = HybridAttention(plan(), HybridConfig(completion="centroid"))
     sizes = {
@@ -160,3 +174,23 @@ def test_models_of_many_kinds(tmp_path, name):
         assert generate(llm, prompts, asked=["off"] * 3) == stock
         assert generate(llm, prompts) != stock
     assert seen["means"] > 0
+
+
+def test_what_is_known_of_requests():
+    """All is written when a sequence first decodes, after a preemption, and twice where its pages may be loading."""
+
+    def grown(requests, length, decoding=1, new=(), moved=()):
+        requests.note(dict.fromkeys(new), ["a"], ["a"], moved)
+        return requests.grow(requests.take(), [length], decoding)[0]
+
+    requests = Requests(Limits.of(HybridConfig(), None, True))
+    assert [grown(requests, 50, new=["a"]), grown(requests, 51), grown(requests, 52, 0), grown(requests, 53)] == [
+        0, 50, 51, 51,
+    ]  # fmt: skip
+    assert [grown(requests, 54, moved=["a"]), grown(requests, 55), grown(requests, 40), grown(requests, 41)] == [
+        0, 54, 0, 40,
+    ]  # fmt: skip
+    assert grown(requests, 42, new=["a"]) == 0
+    assert requests.take() == ()
+    loading = Requests(Limits.of(HybridConfig(), None, True), loads=True)
+    assert [grown(loading, 50, new=["a"]), grown(loading, 51), grown(loading, 52)] == [0, 0, 51]

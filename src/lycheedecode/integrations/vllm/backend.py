@@ -65,6 +65,7 @@ class HybridBuilder:
             self.verifying = verify.Verifying.of(*given)
             if self.verifying is not None:
                 self.reorder_batch_threshold = self.verifying.most
+                self.supports_draft_decode_metadata_update = False  # `VerifyStep` would not follow
                 self.supports_update_block_table = False
             return
         self.hybrid = Group.of(*given)
