@@ -154,7 +154,9 @@ def _slower(source: Source) -> str | None:
     if not timed:
         return None
     return (
-        f"{_of(len(slower), len(timed))} rows took longer than full attention: {'; '.join(slower)}." if slower else ""
+        f"{_of(len(slower), len(timed))} rows took longer than what they are compared with: {'; '.join(slower)}."
+        if slower
+        else ""
     )
 
 

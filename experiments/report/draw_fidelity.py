@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from math import floor, log10
 from pathlib import Path
@@ -15,7 +16,7 @@ from experiments.report.sources import PromptKind, Row, Source
 Panels = dict[str, dict[str, list[tuple[float, ...]]]]
 """Kind of prompt or task -> policy -> points `(MB a token, KL or score, half of the 95% interval)`."""
 _DRAWN = ("hybrid", "own-topk", *PEERS)
-_MOST_PANELS = 6
+_MOST_PANELS = 9
 
 
 def over_bytes(source: Source) -> Panels:
@@ -63,7 +64,7 @@ def scores_over_bytes(source: Source) -> Panels:
 def _lines_only(panels: Panels) -> Panels:
     kept = {
         kind: found for kind, found in panels.items()
-        if len(found) > 1 and any(len(points) > 1 for points in found.values())
+        if len(found) > 1 and any(max(points)[0] > 1.1 * min(points)[0] for points in found.values())
     }  # fmt: skip
     return dict(list(kept.items())[:_MOST_PANELS])
 
@@ -99,14 +100,16 @@ def draw_over_bytes(panels: Panels, path: Path, score: bool = False) -> None:
 def side_by_side(source: Source) -> dict[str, dict[str, Row]]:
     """Kind -> policy -> score, where hybrid and others were measured once each; the closest first."""
     panels = {}
-    for label, scores in source.cells.items():
+    for kind, scores in source.cells.items():
         found = {
-            name: score for name, score in scores.items()
+            label: score for label, score in scores.items()
             if name_of(score.get("policy", "")) in {*LEGEND} - {"full"}
             and score.get("kl_mean") and "kv_bytes_per_token" in score
         }  # fmt: skip
-        if len(found) > 1 and any(score["policy"] == "hybrid" for score in found.values()):
-            panels[label] = dict(sorted(found.items(), key=lambda item: item[1]["kl_mean"]))
+        often = Counter(score["policy"] for score in found.values())
+        short = {label if often[score["policy"]] > 1 else score["policy"]: score for label, score in found.items()}
+        if len(short) > 1 and any(score["policy"] == "hybrid" for score in short.values()):
+            panels[kind] = dict(sorted(short.items(), key=lambda item: item[1]["kl_mean"]))
     return dict(sorted(panels.items(), key=lambda item: -PromptKind.parse(item[0]).continues)[:_MOST_PANELS])
 
 

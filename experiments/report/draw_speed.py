@@ -33,7 +33,8 @@ def _name(source: Source, row: Row) -> str | None:
     if source.result.command == "bench step" and row["form"] in _STEPS:
         return row["form"]
     if source.result.command == "bench serving" and source.settings.get("tensor_parallel_size", 1) == 1:
-        return _SERVED.get(row["way"])
+        plain = source.settings.get("kv_cache_dtype", "auto") == "auto" and row.get("requests") != "mixed"
+        return _SERVED.get(row["way"]) if plain else None
     return None
 
 

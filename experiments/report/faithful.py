@@ -113,10 +113,15 @@ def _continued(found: Sequence[Close]) -> Iterator[dict[str, Any]]:
             plans = best.setdefault((one.source.model, one.kind.length, one.budget), {})
             plans.setdefault(f"{one.plan} {one.heads}", {})[one.kind.text] = one
     longest = {model: max(length for name, length, _ in best if name == model) for model, *_ in best}
-    for (model, length, budget), plans in sorted(best.items(), key=lambda item: (-longest[item[0][0]], item[0])):
+    for (model, length, budget), plans in sorted(best.items(), key=lambda item: _rank(*item[0], longest)):
         own = {plan: texts for plan, texts in plans.items() if not plan.startswith(_OF_STUDY)} or plans
         for texts in own.values():
             yield _kl_row(f"{model}, {length} tokens continued", budget, list(texts.values()))
+
+
+def _rank(model: str, length: int, budget: int, longest: Mapping[str, int]) -> tuple[int, str, int, int]:
+    """Models by their longest texts; of each, the longest first, the smallest budget first."""
+    return -longest[model], model, -length, budget
 
 
 def _hardest(found: Sequence[Close]) -> Iterator[dict[str, Any]]:
@@ -213,12 +218,21 @@ def _task_row(
         "measure": which,
         "full": f"{_mean(tasks, 'full'):.1%}",
         "hybrid (95% interval)": " / ".join(_score(tasks, label) for label in own),
-        "budget": " / ".join(label.partition(", ")[2] for label in own).replace(" tokens /", " /"),
+        "budget": " / ".join(_budget(source, label) for label in own).replace(" tokens /", " /"),
         "closest that reads as much": " / ".join(filter(None, (_best_peer(tasks, labels, label) for label in own))),
         "n": f"{len(tasks)} x {items.pop()}" if len(items) == 1 else sum(f["full"]["items"] for f in tasks.values()),
         "machine": source.machine,
         "file": source.link,
     }
+
+
+def _budget(source: Source, label: str) -> str:
+    """The budget that a policy's label or its settings name, and what else it does."""
+    settings = (source.settings.get("policy") or {}).get(label) or {}
+    budget = label.partition(", ")[2] or (
+        f"{settings['budget_tokens']} tokens" if settings.get("budget_tokens") else ""
+    )
+    return f"{budget} {label.partition(',')[0].removeprefix('hybrid').split('@')[0]}".strip()
 
 
 def _first(tasks: Mapping[str, Mapping[str, Row]], label: str) -> Row:

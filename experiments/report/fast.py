@@ -12,7 +12,13 @@ from experiments.report.sources import Row, Source, tokens
 
 Key = tuple[Any, ...]
 Found = tuple[Key, dict[str, Any]]
-SHOWN = ("hybrid", "hybrid+centroid")
+SHOWN = {
+    "hybrid": "",
+    "hybrid+centroid": ", with completion",
+    "hybrid+float8": ", with an 8-bit copy of scanned keys",
+    "hybrid+weights8": ", with weights in 8 bits",
+    "hybrid+host": ", with the cache in host memory",
+}
 """Forms of a decode step that the table shows; the details have all."""
 
 
@@ -33,18 +39,21 @@ def _steps(source: Source) -> Iterator[Found]:
         base = full.get(_case(row))
         if row["form"] in SHOWN and base is not None:
             key = ("bench step", source.model, row["form"], *_case(row))
-            timed = "decode step" + (", with completion" if row["form"] == "hybrid+centroid" else "")
+            timed = f"decode step{SHOWN[row['form']]}"
             yield key, _row(source, timed, row, base["ms"], row["ms"], _tenths(row), source.settings.get("steps"))
 
 
 def _serving(source: Source) -> Iterator[Found]:
     stock = {_case(row): row for row in source.rows if row["way"] == "stock"}
-    ranks = source.settings.get("tensor_parallel_size", 1)
+    ranks, dtype = source.settings.get("tensor_parallel_size", 1), source.settings.get("kv_cache_dtype", "auto")
     for row in source.rows:
-        base = stock.get(_case(row))
-        if row["way"] == "hybrid" and base is not None:
-            key = ("bench serving", source.model, ranks, *_case(row))
-            timed = f"vLLM {source.version('vllm')}, decode" + (f", {ranks} ranks" if ranks > 1 else "")
+        base, mixed = stock.get(_case(row)), row.get("requests") == "mixed"
+        if row["way"] in SHOWN and base is not None:
+            key = ("bench serving", source.model, ranks, row["way"], dtype, mixed, *_case(row))
+            timed = f"vLLM {source.version('vllm')}, decode{SHOWN[row['way']]}" + (
+                f", {ranks} ranks" if ranks > 1 else ""
+            )
+            timed += (f", {dtype} cache" if dtype != "auto" else "") + (", mixed requests" if mixed else "")
             spread = f"{row['fast_ms']:.2f} to {row['slow_ms']:.2f}"
             yield key, _row(source, timed, row, base["ms"], row["ms"], spread, source.settings.get("repeats"))
 
@@ -54,13 +63,13 @@ def _generations(source: Source) -> Iterator[Found]:
     ways = {(row["way"], _case(row)): row for row in source.rows}
     for (way, case), row in ways.items():
         full, other = ways.get(("full", case)), ways.get(("transformers", case))
-        if way != "hybrid" or full is None:
+        if way not in SHOWN or full is None:
             continue
         count = source.settings.get("tokens", row["steps"] + 1)
-        whole = _whole(source, f"prefill and {count} tokens, whole", row, full, other)
-        yield ("bench generate", source.model, case, 0), whole
-        found = _row(source, "decode of the same, a token", row, full["ms"], row["ms"], "", 1)
-        yield ("bench generate", source.model, case, 1), found | _other(other and other["ms"])
+        whole = _whole(source, f"prefill and {count} tokens{SHOWN[way]}, whole", row, full, other)
+        yield ("bench generate", source.model, case, way, 0), whole
+        found = _row(source, f"decode of the same{SHOWN[way]}, a token", row, full["ms"], row["ms"], "", 1)
+        yield ("bench generate", source.model, case, way, 1), found | _other(other and other["ms"])
 
 
 def _whole(source: Source, timed: str, row: Row, full: Row, other: Row | None) -> dict[str, Any]:
@@ -77,18 +86,21 @@ def _other(ms: float | None) -> dict[str, str]:
 
 def _lossless(source: Source) -> Iterator[Found]:
     """Rounds with a given number of tokens gained; texts of real models, where they are counted."""
-    real = {_case(row): row for row in source.rows if row["part"] == "real" and row["way"] == "full"}
+    real = {_case(row): row for row in source.rows if row.get("part") == "real" and row["way"] == "full"}
     for row in source.rows:
-        if row["part"] == "rounds" and "full_ms" in row:
-            timed = f"lossless, decode; {row['drafts']} drafts, {row['gained']} tokens gained a round taken as given"
-            key = ("bench lossless", source.model, "rounds", row["drafts"], row["refresh"], *_case(row))
+        drafts = ", 8-bit drafts" if row.get("weights") == "float8" else ""
+        if row.get("part") == "rounds" and "full_ms" in row:
+            timed = f"lossless, decode; {row['drafts']} drafts{drafts}, selected every {row['refresh']}"
+            timed += f", {row['gained']} tokens gained a round taken as given"
+            key = ("bench lossless", source.model, timed, *_case(row))
             yield key, _row(source, timed, row, row["full_ms"], row["ms_per_token"], "", source.settings.get("steps"))
-        elif row["part"] == "real" and row["way"] != "full" and _case(row) in real:
+        elif row.get("part") == "real" and row["way"] != "full" and _case(row) in real:
             base = real[_case(row)]
-            lossy = row["way"].startswith("hybrid")
-            timed = f"lossless, decode of texts; drafts: {row['way']}, {row['gained']:.1f} tokens gained a round"
-            timed = "hybrid, decode of texts" if lossy else timed
-            key = ("bench lossless", source.model, "real", row["way"], *_case(row))
+            timed = (
+                f"lossless, decode of texts; drafts: {row['way']}{drafts}, {row['gained']:.1f} tokens gained a round"
+            )
+            timed = "hybrid, decode of texts" if row["way"].startswith("hybrid") else timed
+            key = ("bench lossless", source.model, timed, *_case(row))
             texts = f"{row['batch']} x {row['tokens']} tokens"
             yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
 

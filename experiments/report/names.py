@@ -18,6 +18,7 @@ LEGEND = {
     "hybrid+refresh2": Name("#e67e22", "hybrid that selects anew every second token"),
     "hybrid+float8": Name("#f1948a", "hybrid that scans an 8-bit copy of the retrieval heads' keys"),
     "hybrid+centroid": Name("#922b21", "hybrid with completion: unread tokens enter as the means of their chunks"),
+    "hybrid+weights8": Name("#b9770e", "hybrid with the linear layers' weights in 8 bits, an error of its own"),
     "lossless": Name("#f1c40f", "hybrid drafts, verified by full attention: full attention's own text"),
     "vLLM": Name("#7f8c8d", "vLLM with its own attention"),
     "vLLM, hybrid": Name("#af7ac5", "vLLM with this library's plugin"),
@@ -41,7 +42,7 @@ def name_of(label: str) -> str:
     """The legend's name for a policy with its budget or seed: `random:0, 512 tokens` is `random`."""
     if label in LEGEND:
         return label
-    policy = label.split(",")[0].split(":")[0]
+    policy = label.split(",")[0].split("@")[0].split(":")[0]
     return policy if policy in LEGEND else policy.partition("+")[0]
 
 

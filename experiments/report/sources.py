@@ -80,6 +80,8 @@ _MODELS = {
     "smollm2-135m": "SmolLM2-135M",
     "coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct",
     "coder-1.5b": "Qwen2.5-Coder-1.5B-Instruct",
+    "qwen2.5-coder-0.5b-instruct": "Qwen2.5-Coder-0.5B-Instruct",
+    "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
 }
 
 

@@ -1,4 +1,7 @@
-"""One layer of a decode step: scan -> select -> attend. The only module that knows both plan and operations."""
+"""One layer of a decode step: scan -> select -> attend. The only module that knows both plan and operations.
+
+`HybridAttention.__call__` is the method. `State`, above it, is what stays from layer to layer and from step to step.
+"""
 
 from __future__ import annotations
 
