@@ -15,7 +15,7 @@ as chunks, vLLM's `--block-size`, cost least (`bytes_of_page`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
@@ -59,9 +59,9 @@ class Beside:
         return bool(self._completed or self._scanned)
 
     @property
-    def layers(self) -> list[int]:
+    def layers(self) -> set[int]:
         """That have something beside their pages."""
-        return sorted(self._completed | self._scanned.keys())
+        return self._completed | self._scanned.keys()
 
     @property
     def has_copies(self) -> bool:
@@ -92,12 +92,15 @@ class Beside:
                 copy = torch.zeros((pages, len(scanning), tokens, dim), dtype=torch.uint8, device=self._device)
                 self.copies[layer] = copy.view(torch.float8_e4m3fn)
 
-    def write(self, kvs: Mapping[int, KV], before: Sequence[int], after: Sequence[int]) -> None:
+    def write(
+        self, layers: Collection[int], kv_of: Callable[[int], KV], before: Sequence[int], after: Sequence[int]
+    ) -> None:
         """Write what belongs beside the pages of sequences that have grown, but for the copy of their newest token.
 
         Args:
-            kvs: the cache of layers, in a step of all of `layers`; lengths include the newest token, which need not be
-                there yet.
+            layers: in a step all of `layers`.
+            kv_of: the cache of a layer; lengths include the newest token, which need not be there yet. Most steps have
+                nothing to write, and do not ask.
             before: tokens of each sequence of which everything is written.
             after: tokens that it has at this step.
         """
@@ -106,17 +109,16 @@ class Beside:
         rows = [row for row, count in enumerate(chunks) if count > 0]
         if rows and self._completed:
             known = torch.tensor([first[row] for row in rows], dtype=torch.int32).to(self._device)
-            for layer in kvs.keys() & self._completed:
-                kv = _rows_of(kvs[layer], rows)
+            for layer in self._completed.intersection(layers):
+                kv = _rows_of(kv_of(layer), rows)
                 write_means(kv, self.chunk, *self.means[layer], known, max(chunks[row] for row in rows))
         if self._scanned:
-            spans = [self._pages_to_copy(old, new) for old, new in zip(before, after, strict=True)]
-            for layer in kvs.keys() & self._scanned.keys():
-                heads = self._scanned[layer]
-                keys, table = kvs[layer].keys, kvs[layer].page_table
-                pages = [table[row, begin:end] for row, (begin, end) in enumerate(spans) if begin < end]
-                if pages:
-                    reference.write_pages_to_copy(self.copies[layer], keys, heads, torch.cat(pages).long())
+            found = [self._pages_to_copy(old, new) for old, new in zip(before, after, strict=True)]
+            spans = [(row, begin, end) for row, (begin, end) in enumerate(found) if begin < end]
+            for layer in self._scanned.keys() & layers if spans else ():
+                kv = kv_of(layer)
+                pages = torch.cat([kv.page_table[row, begin:end] for row, begin, end in spans]).long()
+                reference.write_pages_to_copy(self.copies[layer], kv.keys, self._scanned[layer], pages)
 
     def _pages_to_copy(self, before: int, after: int) -> tuple[int, int]:
         """First page whose copy lacks a token, and the page after the last one; a scan copies token `after - 1`."""

@@ -169,7 +169,7 @@ class Group:
         if names and self.beside.is_used:
             after = list(lengths())[: len(names)]
             before = self.requests.grow(names, after, rows.decoding)
-            self.beside.write({layer: kv_of(layer) for layer in self.beside.layers}, before, after)
+            self.beside.write(self.beside.layers, kv_of, before, after)
         off = sum(blocks == EVERYTHING for blocks in asked[: rows.tokens])
         self.counters["hybrid_steps" if rows.tokens else "dense_steps"] += 1
         self.counters["hybrid_tokens"] += rows.tokens - off
@@ -216,7 +216,7 @@ class Group:
         pages = ceil(128 * ceil(vllm_config.model_config.max_model_len / 128) / spec.block_size)
         kv = KV(keys, keys, one, None, torch.zeros((1, pages), dtype=torch.int32, device=device))
         self.beside.fit(1)
-        self.beside.write(dict.fromkeys(self.beside.layers, kv), [0], [spec.block_size + 1])
+        self.beside.write(self.beside.layers, lambda layer: kv, [0], [spec.block_size + 1])
         heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         query = torch.zeros((1, heads, spec.head_size), dtype=dtype, device=device)
         for sinks in (None, torch.zeros(heads, device=device)) if self._has_sinks else (None,):

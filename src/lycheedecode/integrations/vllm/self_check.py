@@ -55,7 +55,7 @@ def check(builder: Any, modules: dict[str, Any], device: torch.device) -> None:
             layer = modules[name]
             query, new = _fill(layer, cache, lengths, table, spec, made, device)
             kv = KV(*layer.impl.views(cache), common.seq_lens, None, common.block_table_tensor)
-            group.beside.write({group.layers[name]: kv}, [0] * rows, lengths)
+            group.beside.write({group.layers[name]}, lambda layer, kv=kv: kv, [0] * rows, lengths)
             outputs = [torch.zeros_like(query) for _ in range(2)]
             for output, of in zip(outputs, (metadata, stock), strict=True):
                 given = _as_the_layer_gives_it(layer, query)
