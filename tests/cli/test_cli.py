@@ -488,7 +488,7 @@ def test_wide_tables_come_in_parts_and_names_are_kept(capsys):
     assert max(map(len, lines)) <= 80
     assert sum(line.count("1234.5678") for line in lines) == 24
     titles = [line for line in lines if line.startswith("What was found")]
-    assert titles == ["What was found", *["What was found, continued"] * (len(titles) - 1)]
+    assert titles == ["What was found", *["What was found (more columns)"] * (len(titles) - 1)]
     assert len(titles) == sum("a policy with a long" in line for line in lines) // 2 > 1
 
 

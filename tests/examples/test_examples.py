@@ -18,7 +18,7 @@ RUNS = {
     "identify_and_check.py": "OUT --model MODEL --tokens 256 --prompts 1 --budget-tokens 64",
     "evaluate.sh": "MODEL PLAN",
 }
-SHOWN = {"chat.py": "> Name one detail", "identify_and_check.py": "retrieval heads", "evaluate.sh": "hybrid"}
+SHOWN = {"chat.py": "[41 of ", "identify_and_check.py": "retrieval heads", "evaluate.sh": "hybrid"}
 NEEDS_A_SERVER = {"serve_and_ask.sh"}
 
 

@@ -185,13 +185,14 @@ def fidelity(
     out = screen(json_file)
     for cell, scores in measured.items():
         _show(out, cell, scores)
-    _show(out, "all kinds of prompts", means)
+    if len(measured) > 1:
+        _show(out, "all kinds of prompts", means)
     # Of several plans or budgets, the one that strays most.
     ours = [means[variant.label]["kl_mean"] for variant in compared if variant.policy == "hybrid"]
     result: dict[str, Any] = {"overall": means}
     if ours:
         result |= {"kl_mean": max(ours), "max_kl": max_kl, "faithful": max_kl is None or max(ours) <= max_kl}
-        out.print(f"\nmean KL of the plan: {max(ours):.4f} nats per answer token")
+        out.print(f"mean KL of the plan: {max(ours):.4f} nats per answer token")
     save(json_file, found.with_cells(measured).add(**result))
     if not result.get("faithful", True):
         errors.print(f"lycheedecode: the mean KL {max(ours):.4f} exceeds {max_kl}.")

@@ -58,7 +58,7 @@ def show_table(console: Console, title: str, headings: Sequence[str], rows: Sequ
             parts.append([])
         parts[-1].append(column)
     for number, part in enumerate(parts):
-        console.print(Text(f"{title}, continued" if number else title, style="italic"))
+        console.print(Text(f"{title} (more columns)" if number else title, style="italic"))
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         table.add_column(headings[0], width=widths[0], overflow="fold")
         for column in part:
