@@ -20,7 +20,7 @@ WAYS = {
 
 
 def engine_of(model, family="llama", **changes):
-    options = {name: changes.pop(name) for name in ("cache", "prefill_chunk") if name in changes}
+    options = {name: changes.pop(name) for name in ("cache", "execution", "prefill_chunk") if name in changes}
     plan = tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
     return Engine(model, plan=plan, config=HybridConfig(**{**TIGHT, **changes}), **options)
 
@@ -237,3 +237,32 @@ def test_common_prefixes():
     assert shared_tokens([1, 2, 3], [1, 2, 4, 5]) == 2
     assert shared_tokens([1, 2, 3], [1, 2]) == 2
     assert shared_tokens([], [1]) == shared_tokens([2], [1]) == 0
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+WIDE = {"hidden_size": 384, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", ["graph", "compiled"])
+@pytest.mark.parametrize("changes", [{}, {"correction_every": 4}, {"cache": "host"}], ids=str)
+def test_replayed_steps_go_on(changes, execution):
+    """Sequences move within the buffers that a graph has captured."""
+    model, answers = tiny.model("llama", **WIDE).cuda(), tiny.prompts(8, 8)
+    options = {"block_size": 16, "budget_tokens": 64, "execution": execution, **changes}
+    engine = engine_of(model, **options)
+    context = engine.prefill(tiny.prompts(90, 37))
+    for more in turns([11, 30], [5, 4], [3, 3]):
+        rows = [row + new for row, new in zip(context.prompts(), more, strict=True)]
+        scores = engine.score(engine.prefill(rows, context=context), answers)
+        assert any(context.cached_tokens)
+        torch.testing.assert_close(scores, engine.score(rows, answers), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.gpu
+def test_captured_rounds_go_on():
+    model = tiny.model("llama", **WIDE).cuda()
+    engine = engine_of(model, block_size=16, budget_tokens=96, verify_every=3)
+    for rows, results in talk(engine, tiny.prompts(90, 37), turns([11, 30], [5, 4], [3, 3])):
+        same_as_fresh(results, engine, rows)
