@@ -29,7 +29,7 @@ def save(figure: Any, path: Path) -> None:
 
 def tidy(axes: Any, title: str) -> None:
     """What all axes have in common."""
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10 if len(title) < 38 else 9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.set_axisbelow(True)

@@ -73,7 +73,7 @@ def _front_panels(sources: Sequence[Source]) -> tuple[str, speed.Series, str, di
         (PromptKind.parse(kind), source, scores)
         for source in sources if source.settings.get("match_bytes")
         for kind, scores in fidelity.side_by_side(source).items()
-        if sum(score["policy"] == "hybrid" for score in scores.values()) == 1
+        if _alike([score["kv_bytes_per_token"] for score in scores.values()])
     ]  # fmt: skip
     if not times or not bars:
         return None
@@ -82,6 +82,10 @@ def _front_panels(sources: Sequence[Source]) -> tuple[str, speed.Series, str, di
     kind, source, scores = max(bars, key=lambda one: (one[0].continues, len(one[2]), _kl(one[2])))
     title = f"{source.model}, {kind.length} tokens of {kind.text},\n{kind.asked}; all read as much"
     return f"{model}, {machine}, batch 1", series, title, scores
+
+
+def _alike(sizes: Sequence[float]) -> bool:
+    return max(sizes) <= 1.1 * min(sizes)
 
 
 def _kl(scores: dict[str, Row]) -> float:
