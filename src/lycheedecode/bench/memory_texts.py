@@ -48,7 +48,8 @@ def _model(settings: MemorySettings, device: str) -> tuple[nn.Module, Any, HeadP
     if settings.layers:
         raise ConfigError("--layers cuts random models only.")
     plan = HeadPlan.load(settings.plan or settings.model)
-    return *load_model(settings.model, device=device), plan
+    # Kernels give the same bits wherever a cache lies; a CPU has two ways to attend, which round 16 bits differently.
+    return *load_model(settings.model, device=device, dtype="auto" if device == "cuda" else "float32"), plan
 
 
 def _prompts(model: nn.Module, tokenizer: Any, batch: int, length: int, settings: MemorySettings) -> list[list[int]]:
