@@ -61,6 +61,19 @@ def test_the_numbers_of_llama():
     assert (result["retrieval_heads"], result["fits"]) == (32, "full attention")
 
 
+def test_the_time_of_a_step_is_that_of_what_it_reads():
+    """Bounds of an H200 for Llama-3-8B at 128K, with an eighth of the heads at a budget of 4096."""
+    given = (*LLAMA, "--context", "131072", "--budget-tokens", "4096", "--completion", "none")
+    ways = {row["way"]: row for row in found(*given)["rows"]}
+    weights, cache = 15.0e9, 131072 * 131072
+    assert ways["full attention"]["step_ms"] == pytest.approx((weights + cache) / 4.67e9, rel=0.01)
+    assert ways["hybrid"]["step_ms"] == pytest.approx((weights + cache / 16 + cache / 32) / 4.67e9, rel=0.01)
+    assert ways["host"]["step_ms"] == ways["hybrid"]["step_ms"]
+    slow = {row["way"]: row for row in found(*given, "--link", "1", "--misses", "0.5")["rows"]}
+    assert slow["host"]["step_ms"] == pytest.approx(cache / 32 / 2 / 1e6)
+    assert slow["hybrid"]["step_ms"] == ways["hybrid"]["step_ms"]
+
+
 def test_it_says_which_setting_fits():
     six = [*LLAMA, "--context", "131072", "--batch", "6"]
     done = run(*six)
@@ -90,6 +103,8 @@ def test_a_config_is_enough(tmp_path):
         (["--context", "9", "--batch", "0"], "--context and --batch must be at least 1"),
         (["--context", "9", "--gpu", "-1"], "--gpu and --host are GiB"),
         (["--context", "9", "--gpu", "nan"], "--gpu and --host are GiB"),
+        (["--context", "9", "--link", "0"], "--bandwidth and --link must be above 0"),
+        (["--context", "9", "--misses", "2"], "--misses a share from 0 to 1"),
         (["--context", "9", "--store-ratio", "0"], "store_ratio must be at least 1"),
         (["--context", "9", "--retrieval-attention", "full"], "reads the whole cache"),
         (["--context", "9", "--plan", "smollm2-135m"], "30 layers"),

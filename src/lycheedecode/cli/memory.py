@@ -50,6 +50,9 @@ def memory(
     ] = 2.0,
     gpu: Annotated[float, typer.Option(metavar="GIB", help="Memory of the GPU.")] = 80.0,
     host: Annotated[float, typer.Option(metavar="GIB", help="Host memory.")] = 128.0,
+    bandwidth: Annotated[float, typer.Option(metavar="TB/S", help="What the GPU reads of its memory.")] = 4.67,
+    link: Annotated[float, typer.Option(metavar="GB/S", help="What it fetches from host memory.")] = 49.0,
+    misses: Annotated[float, typer.Option(metavar="SHARE", help="Selected blocks that the store lacks.")] = 0.06,
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:
@@ -59,19 +62,25 @@ def memory(
         raise ConfigError("--context and --batch must be at least 1.")
     if not (0 < gpu < 1e9 and 0 <= host < 1e9):
         raise ConfigError("--gpu and --host are GiB of memory and must be above 0.")
+    if not (0 < bandwidth < 1e9 and 0 < link < 1e9 and 0 <= misses <= 1):
+        raise ConfigError("--bandwidth and --link must be above 0, --misses a share from 0 to 1.")
     config, head_plan = HybridConfig(**form), None if plan is None else HeadPlan.load(plan)
     refuse_unfit(config, store_ratio)
     if head_plan is not None and head_plan.completion is None and config.completion == "plan":
         config = replace(config, completion="none")  # the plan completes nothing
-    shape, weights = _model(model, revision)
+    shape, weights, table = _model(model, revision)
     retrieval = _retrieval(shape, head_plan)
     ways = list(_ways(shape, batch, context, config, retrieval, store_ratio))
     rows = [_row(way, weights, gpu, host) for way in ways]
+    for way, row in zip(ways, rows, strict=True):
+        near = (weights - table + way.size.read) / bandwidth / 1e9
+        far = misses * way.size.selected / link / 1e6 if way.size.host else 0.0
+        row["step_ms"] = max(near, far)  # fetches run beside the model
     cells = [[row["way"], *(_gib(row[name]) for name in ("gpu_bytes", "total_bytes", "host_bytes")),
-              "yes" if row["fits"] else "no"] for row in rows]  # fmt: skip
+              "yes" if row["fits"] else "no", f"{row['step_ms']:.1f}"] for row in rows]  # fmt: skip
     console = screen(json_file)
     title = f"{model}, {batch} x {context} tokens: GiB of {gpu:g} on the GPU, {host:g} of host memory"
-    heads = ["", "cache", "and weights", "in host memory", "fits"]
+    heads = ["", "cache", "and weights", "in host memory", "fits", "ms a step, at least"]
     show_table(console, title, heads, cells)
     found = next((way for way, row in zip(ways, rows, strict=True) if row["fits"]), None)
     most = _most(shape, context, config, retrieval, store_ratio, weights, gpu, host)
@@ -81,7 +90,8 @@ def memory(
         advice = f"Fits: {found.name}{f' ({found.options})' if found.options else ''}."
     console.print(advice)
     settings = {"model": model, "context": context, "batch": batch, "plan": plan, "config": config.to_dict(),
-                "store_ratio": store_ratio, "gpu_gib": gpu, "host_gib": host}  # fmt: skip
+                "store_ratio": store_ratio, "gpu_gib": gpu, "host_gib": host,
+                "bandwidth_tb_s": bandwidth, "link_gb_s": link, "misses": misses}  # fmt: skip
     summary = {"weight_bytes": weights, "retrieval_heads": retrieval, "fits": found and found.name, "most": most}
     save(json_file, Result("memory", settings, rows=rows, summary=summary))
     if found is None:
@@ -132,8 +142,11 @@ def _most(
     return max(int(max(counts)), 0)
 
 
-def _model(name: str, revision: str | None) -> tuple[ModelShape, int]:
-    """Shape, and the bytes of 16-bit weights, of a model of which only the config is read."""
+def _model(name: str, revision: str | None) -> tuple[ModelShape, int, int]:
+    """Shape, and the bytes of 16-bit weights, of a model of which only the config is read.
+
+    The last number is what a step does not read of them: the table of embeddings, but for a row a sequence.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -147,7 +160,9 @@ def _model(name: str, revision: str | None) -> tuple[ModelShape, int]:
         config = load_config(name, revision=revision)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
-    return ModelShape.of(network), 2 * sum(weight.numel() for weight in network.parameters())
+    inputs, outputs = network.get_input_embeddings(), network.get_output_embeddings()
+    table = 0 if outputs is not None and outputs.weight is inputs.weight else 2 * inputs.weight.numel()
+    return ModelShape.of(network), 2 * sum(weight.numel() for weight in network.parameters()), table
 
 
 def _retrieval(shape: ModelShape, plan: HeadPlan | None) -> int:

@@ -22,6 +22,8 @@ class CacheSize:
         limited: layers with limited reach, which stay on the GPU.
         tables: selections, and which blocks lie where.
         host: in host memory.
+        read: what a step reads of layers with full attention.
+        selected: of that, keys and values of selected blocks.
     """
 
     pools: int = 0
@@ -30,6 +32,8 @@ class CacheSize:
     limited: int = 0
     tables: int = 0
     host: int = 0
+    read: int = 0
+    selected: int = 0
 
     @property
     def gpu(self) -> int:
@@ -52,13 +56,14 @@ def resident_size(
     slots, all_layers = grown(slots, 0), _token_bytes(shape, itemsize) * shape.num_layers
     cache = batch * slots * all_layers
     if config is None:
-        return CacheSize(pools=cache)
+        return CacheSize(pools=cache, read=cache // shape.num_layers * len(shape.global_layers))
     eight = config.scan_keys == "float8"
     return CacheSize(
         pools=cache,
         scanned=retrieval * batch * slots * shape.head_dim if eight else 0,
         means=_means(shape, batch, slots, itemsize, config),
         tables=4 * retrieval * batch * _selection_numbers(slots, config),
+        **_read(shape, batch, slots, itemsize, config, retrieval),
     )
 
 
@@ -85,7 +90,19 @@ def offloaded_size(
         limited=(shape.num_layers - layers) * batch * slots * token,
         tables=4 * retrieval * batch * (known + _selection_numbers(slots, config)),
         host=layers * batch * slots * token,
+        **_read(shape, batch, slots, itemsize, config, retrieval),
     )
+
+
+def _read(
+    shape: ModelShape, batch: int, slots: int, itemsize: int, config: HybridConfig, retrieval: int
+) -> dict[str, int]:
+    """Keys that are scanned, means, and selected blocks; a step that selects."""
+    capacity = config.capacity_blocks(ceil(slots / config.block_size))
+    tokens = len(shape.global_layers) * batch * min(capacity * config.block_size, slots)
+    selected = tokens * _token_bytes(shape, itemsize)
+    scanned = retrieval * batch * slots * shape.head_dim * (1 if config.scan_keys == "float8" else itemsize)
+    return {"read": scanned + _means(shape, batch, slots, itemsize, config) + selected, "selected": selected}
 
 
 def _token_bytes(shape: ModelShape, itemsize: int) -> int:
