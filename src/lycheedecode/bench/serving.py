@@ -72,6 +72,7 @@ def run(settings: ServingSettings, device: str) -> Iterator[dict[str, Any]]:
                         stock[row["batch"], row["context"]] = row
                     compared = _compared(row, stock.get((row["batch"], row["context"])))
                     yield {**compared, "start_seconds": started, "plan_retrieval_heads": len(plan.retrieval)}
+            del llm  # in this process it would keep its memory
 
 
 def require_vllm(plugin: bool = True) -> None:
