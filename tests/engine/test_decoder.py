@@ -1,5 +1,6 @@
 """Fixed steps, compiled or not, against flexible ones; and what happens where nothing can be compiled."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lycheedecode import Engine, HeadPlan, HybridConfig, ops
 from lycheedecode.engine import step as steps
 from lycheedecode.engine.cache import ROOM
+from lycheedecode.engine.decoder import without_collection
 from lycheedecode.models.load import load_model
 from lycheedecode.ops import dispatch
 
@@ -130,6 +132,18 @@ def test_on_a_cpu_steps_are_eager(llama):
     assert Engine(llama)._decoder.way == "eager"
 
 
+def test_no_garbage_is_collected_during_a_capture():
+    for before in (True, False):
+        (gc.enable if before else gc.disable)()
+        try:
+            with pytest.raises(KeyError), without_collection():
+                assert not gc.isenabled()
+                raise KeyError
+            assert gc.isenabled() == before
+        finally:
+            gc.enable()
+
+
 # ---------------------------------------------------------------------- on a GPU
 
 WIDE = {"hidden_size": 384, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.1}
@@ -177,6 +191,21 @@ def gpu_scores(model, rows, answers, **options):
     context = engine.prefill(rows)
     tokens = torch.tensor(answers, device="cuda")
     return torch.stack([engine.decode_one_token(context, ids) for ids in tokens.unbind(1)], 1), context
+
+
+@pytest.mark.gpu
+def test_graphs_that_are_garbage_do_not_spoil_a_capture():
+    """Engines are cycles; what a collector finds in the middle of a capture must not be an older engine's graph."""
+    model, rows = tiny.model("llama", **WIDE).cuda(), tiny.prompts(60, 37)
+    expected = [result.token_ids for result in Engine(model, execution="eager").generate(rows, 12)]
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(6):
+            results = Engine(model, execution="graph").generate(rows, 12)
+            assert [result.token_ids for result in results] == expected
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.decoder import without_collection
+
 Call = Callable[[], Any]
 L2_TIMES = 4
 """Buffers that are read in turn hold this many times what the L2 does."""
@@ -58,7 +60,7 @@ def _warm_up(calls: Sequence[Call]) -> None:
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with without_collection(), torch.cuda.graph(graph):
         for call in calls:
             call()
     return graph

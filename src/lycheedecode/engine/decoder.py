@@ -9,10 +9,11 @@ Off a GPU the first two run without a graph: slower than eager, but the same com
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -235,9 +236,29 @@ class Captured:
                 self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with without_collection(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._result = self._run()
         self._graph = graph
+
+
+_capturing = threading.Lock()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python collects no garbage while this is open, which one thread at a time can have.
+
+    What is collected may be an older graph, or a compiled kernel; CUDA refuses to give them up during a capture, and
+    the capture is lost (pytorch/pytorch#161037; PyTorch no longer collects before it captures).
+    """
+    with _capturing:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 class Replay:
