@@ -52,7 +52,7 @@ def memory(
     host: Annotated[float, typer.Option(metavar="GIB", help="Host memory.")] = 128.0,
     bandwidth: Annotated[float, typer.Option(metavar="TB/S", help="What the GPU reads of its memory.")] = 4.67,
     link: Annotated[float, typer.Option(metavar="GB/S", help="What it fetches from host memory.")] = 49.0,
-    misses: Annotated[float, typer.Option(metavar="SHARE", help="Selected blocks that the store lacks.")] = 0.06,
+    misses: Annotated[float, typer.Option(metavar="SHARE", help="Selected blocks that the store lacks.")] = 0.16,
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:

@@ -153,6 +153,9 @@ class BlockStore:
             for mine, whole in zip(self.pool, self.source, strict=True):
                 mine[:, b, :, entry] = whole[:, b, :, start + begin : start + length].to(mine.device)
         self._has_tail = True
+        if filled:  # writes what is there already: the kernel is compiled now, not in the middle of a generation
+            place = self.slots * size, self.tail_blocks * size
+            write_back(self.pool, self.source, filled - 1, filled, self._starts, *place)
 
     # ------------------------------------------------------------------ in a step: no number reaches the host
 
