@@ -59,8 +59,8 @@ class HybridConfig:
             0 switches it off.
         refresh_every: retrieval heads select again every n decoded tokens and keep their selection in between.
         step_weights: what linear layers of decode steps use: the weights of the `model`, or an 8-bit copy (`float8`),
-            which takes half the time and half as much memory again. Prefill, Cache Correction and the pass of
-            `verify_every` keep the model's own; `Engine` only.
+            which takes half the time and half as much memory again. Prefill, Cache Correction, the pass of
+            `verify_every` and batches of more than 16 keep the model's own; `Engine` only.
         verify_every: lossless decoding: `Engine.generate` drafts n tokens a round, and one dense pass keeps those that
             full attention would have written, so the text is full attention's. `auto` chooses n as it goes and drafts
             nothing where that does not pay. 0 switches it off. In a round, retrieval heads select anew at the first

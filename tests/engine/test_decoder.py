@@ -136,8 +136,10 @@ def test_no_garbage_is_collected_during_a_capture():
     for before in (True, False):
         (gc.enable if before else gc.disable)()
         try:
-            with pytest.raises(KeyError), without_collection():
+            with without_collection():
                 assert not gc.isenabled()
+            assert gc.isenabled() == before
+            with pytest.raises(KeyError), without_collection():
                 raise KeyError
             assert gc.isenabled() == before
         finally:

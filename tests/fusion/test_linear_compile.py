@@ -12,7 +12,7 @@ LLAMA_3_8B = [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [
-    (1, torch.bfloat16), (8, torch.bfloat16), (16, torch.bfloat16), (1, EIGHT_BITS), (4, EIGHT_BITS), (32, EIGHT_BITS),
+    (1, torch.bfloat16), (8, torch.bfloat16), (16, torch.bfloat16), (1, EIGHT_BITS), (4, EIGHT_BITS), (16, EIGHT_BITS),
 ])  # fmt: skip
 @pytest.mark.parametrize(("sizes", "columns"), LLAMA_3_8B, ids=str)
 def test_default_launches(compiled, rows, dtype, sizes, columns, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def check(rows, sizes, columns, tuning=None, dtype=torch.float32, bias=False, re
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
 def test_rows_and_dtypes(rows, dtype):
     check(rows, (96,), 256, dtype=dtype)
     check(rows, (64, 32, 32), 128, dtype=dtype, bias=True)
@@ -80,7 +80,7 @@ def test_every_way_of_cutting_the_work(tuning):
         check(7, (64, 48), 640, tuning, dtype, residual=True, norm=True)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 33])
+@pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize(("sizes", "columns"), [((63,), 80), ((64, 32, 17), 256), ((48, 48), 144)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_in_8_bits(rows, sizes, columns, dtype):
@@ -116,7 +116,7 @@ def test_splits_need_no_atomic_sums():
 def test_bad_input_is_named():
     x, weight = random(2, 32), random(8, 32)
     with pytest.raises(ValueError, match="rows"):
-        linear(random(65, 32), [weight])
+        linear(random(17, 32), [weight])
     with pytest.raises(ValueError, match="weights"):
         linear(x, [weight], gated=True)
     with pytest.raises(ValueError, match="contiguous"):

@@ -28,7 +28,7 @@ _copies: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDiction
 
 
 class EightBitLinear(nn.Module):
-    """A linear layer for few rows of input; more than the kernel takes go through the original's weight.
+    """A linear layer for few rows of input; where there are more, the original's weight is faster.
 
     Args:
         layer: the original, whose parameters it shares.

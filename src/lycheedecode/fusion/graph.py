@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from ..ops.torch_private import compile_by_inductor
 from .match import Norm, annotated, changes, erase, is_parameter, name_of, only_user, rms_norm, value_of
-from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS, ROWS_OF_16_BITS  # this registers the operator, too
+from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS  # this registers the operator, too
 from .patterns import GATED, SUM, find
 from .rotated import use_rotation
 
@@ -139,7 +139,7 @@ def _suits(node: Node, everywhere: bool) -> bool:
         return False
     if any(isinstance(size, torch.SymInt) for value in values for size in value.shape) or values[2].requires_grad:
         return False
-    if not 1 <= values[0].shape[:-1].numel() <= (ROWS_OF_16_BITS if scale is None else MAX_ROWS) or changes(x):
+    if not 1 <= values[0].shape[:-1].numel() <= MAX_ROWS or changes(x):
         return False
     return everywhere or (values[0].is_cuda and values[0].dtype in (torch.bfloat16, torch.float16))
 

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_ROWS, MAX_WEIGHTS = 64, 3
-ROWS_OF_16_BITS = 16
-"""Up to so many the kernel is faster than a library's product; weights in 8 bits have no other."""
+MAX_ROWS, MAX_WEIGHTS = 16, 3
 EIGHT_BITS = torch.float8_e4m3fn
 LARGEST = 448.0
 """Of these numbers."""

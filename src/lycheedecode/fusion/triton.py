@@ -306,8 +306,7 @@ def linear(
 def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> LinearTuning:
     """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it.
 
-    Weights in 8-bit floats take the same tiles, and more of them at once. With more rows of input than 16, tiles are
-    larger, since every program reads all of the input.
+    Weights in 8-bit floats take the same tiles, and more of them at once.
     """
     if dtype == EIGHT_BITS:
         usual = default_tuning(rows, sizes, columns, torch.bfloat16, gated)
@@ -324,10 +323,6 @@ def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch
         if out <= 4096:
             return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
         return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
-    if rows > 16:
-        tiles = sum(-(-size // 128) for size in sizes)
-        splits = 1 if gated else min(power_of_two(max(PROGRAMS // tiles // 2, 1)), max(columns // 64, 1))
-        return LinearTuning(rows=64 if gated else 128, depth=64, splits=splits, warps=4, stages=4, prefetch=near)
     if gated:
         return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
     tiles = sum(-(-size // 64) for size in sizes)
