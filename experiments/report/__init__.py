@@ -38,8 +38,8 @@ _FAST = (
 )
 _MEMORY = (
     "Hybrid attention reads less of the KV cache, but stores all of it on the GPU, unless the cache lies in host "
-    "memory (`--cache host`). A shape has random weights, whose selections jump about: what it fetches anew, and how "
-    "long that takes, is a worst case. Of every series the case with the least and with the most."
+    "memory (`--cache host`). A shape has random weights: what its selections fetch anew is replayed from a real "
+    "model. Of every series the case with the least and with the most."
 )
 TABLES: tuple[tuple[str, str, Callable[[Sequence[Source]], list[dict[str, Any]]], str], ...] = (
     ("How faithful", "fidelity", faithful.table_rows, _FAITHFUL),
