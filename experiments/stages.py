@@ -170,7 +170,8 @@ def continuations(out: Path, gpu: str) -> Iterator[str]:
 def lossless(out: Path, gpu: str) -> Iterator[str]:
     shape = "bench lossless --contexts 131072"
     yield f"{shape} --batches 1,4 --parts attend --tune --json OUT/{gpu}-lossless-attend.json"
-    yield f"{shape} --batches 1 --parts rounds --refresh 1,8 --json OUT/{gpu}-lossless-rounds.json"
+    both = "--weights model,float8"
+    yield f"{shape} --batches 1 --parts rounds --refresh 1,8 {both} --json OUT/{gpu}-lossless-rounds.json"
     real = "--model smollm2-135m --plan smollm2-135m --contexts 4000,7000 --batches 4 --parts real"
     yield f"bench lossless {real} --budget-tokens 512 --block-size 16 --json OUT/{gpu}-lossless-real.json"
 

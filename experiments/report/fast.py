@@ -99,7 +99,8 @@ def _lossless(source: Source) -> Iterator[Found]:
             timed = (
                 f"lossless, decode of texts; drafts: {row['way']}{drafts}, {row['gained']:.1f} tokens gained a round"
             )
-            timed = "hybrid, decode of texts" if row["way"].startswith("hybrid") else timed
+            if row["way"].startswith("hybrid"):
+                timed = "hybrid, decode of texts" + (", 8-bit weights" if row["way"].endswith("8-bit drafts") else "")
             key = ("bench lossless", source.model, timed, *_case(row))
             texts = f"{row['batch']} x {row['tokens']} tokens"
             yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
