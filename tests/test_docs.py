@@ -64,6 +64,7 @@ def test_options_named_in_the_text_exist():
                 "bench step",
                 "bench memory",
                 "bench lossless",
+                "bench serving",
             )
         )
         + "--only "  # of `python -m experiments.models_sweep`

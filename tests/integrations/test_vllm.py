@@ -274,7 +274,7 @@ def said():
     logging.getLogger("vllm.lycheedecode").removeHandler(handler)
 
 
-def test_drafts_are_verified_at_once(checkpoint, said, monkeypatch):
+def test_drafts_are_verified_at_once(checkpoint, monkeypatch):
     """Of other people's drafts, in chunks beside each other: the stock backend's tokens, from our attention."""
     prompts, results, shapes = tiny.prompts(*LENGTHS), [], set()
     draft = {"method": "draft_model", "model": str(checkpoint("llama", initializer_range=0.1)), "max_model_len": 256}
@@ -295,7 +295,6 @@ def test_drafts_are_verified_at_once(checkpoint, said, monkeypatch):
     torch.testing.assert_close(our_logprobs, logprobs, atol=2e-3, rtol=1e-3)
     assert max(shapes)[0] == 4
     assert {alone for *_, alone in shapes} == {True, False}
-    assert any("drafts are verified at once in 4 layers" in line for line in said)
 
 
 def test_sequences_with_fewer_drafts_than_others_are_verified_beside_them():
