@@ -54,7 +54,7 @@ def test_a_spoilt_file_is_made_anew(found, llama, byte_tokenizer, tmp_path):
     path.write_text("{", encoding="utf-8")
     said = []
     plan = auto_plan(llama, byte_tokenizer, CONFIG, say=said.append)
-    assert "made anew" in said[0]
+    assert "not valid JSON" in said[0]
     assert HeadPlan.load(path) == plan
 
 
