@@ -34,7 +34,7 @@ def importing(name, globals=None, *more, **options):
 
 builtins.open, io.open, builtins.__import__ = found, found, importing
 """
-KERNELS = ("triton", "ops.operators", "ops.kernel_common", "bench.read", "bench.lossless")
+KERNELS = ("triton", "ops.operators", "ops.kernel_common", "ops.merge", "bench.read", "bench.lossless")
 """What imports Triton, and is imported where kernels run."""
 
 

@@ -38,7 +38,7 @@ def test_smoke_writes_its_report(tmp_path):
 
 def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
     path = tmp_path / "step.json"
-    monkeypatch.setattr(step, "_missing_bytes", lambda model, batch, length: (batch - 1) * 5e9)
+    monkeypatch.setattr(step, "missing_bytes", lambda model, batch, length: (batch - 1) * 5e9)
     assert (
         "5 GB of memory are missing"
         in run("step", "--smoke", "--batches", "1,2", "--forms", "full", "--json", str(path)).stdout

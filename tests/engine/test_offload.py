@@ -214,7 +214,7 @@ def test_what_does_not_go_is_one_sentence(llama, options, words):
 def test_attention_that_reads_everything_does_not_decode_from_there(llama):
     context = engine_of(llama, cache="host").prefill(tiny.prompts(20))
     for other in (Engine(llama), engine_of(llama)):
-        with pytest.raises(ConfigError, match="The cache of this context lies in host memory"):
+        with pytest.raises(ConfigError, match=r"cache of this context .* host memory"):
             other.decode_one_token(context, torch.tensor([5]))
 
 
@@ -357,7 +357,7 @@ def test_lossless_decoding_does_not_go_there(llama):
     with pytest.raises(ConfigError, match="verify_every reads the whole cache"):
         engine_of(llama, {"verify_every": 4}, cache="host")
     context = engine_of(llama, cache="host").prefill(tiny.prompts(20))
-    with pytest.raises(ConfigError, match="The cache of this context lies in host memory"):
+    with pytest.raises(ConfigError, match=r"cache of this context .* host memory"):
         engine_of(llama, {"verify_every": 4}).generate(context, 8)
 
 

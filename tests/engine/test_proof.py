@@ -88,7 +88,7 @@ def test_wrapped_models_are_judged_by_the_class_inside_and_work(llama):
     engine = Engine(Wrapper(llama), **options)
     assert engine.shape == Engine(llama).shape
     assert [result.token_ids for result in engine.generate(rows, 8)] == expected
-    assert "Linear is no transformers model" in refusal(nn.Linear(2, 2))
+    assert "Linear is not a transformers model" in refusal(nn.Linear(2, 2))
 
 
 def test_what_only_seems_to_be_the_model_is_refused(llama):

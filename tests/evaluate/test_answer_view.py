@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import app
-from lycheedecode.evaluate.answer_view import AnswerView, Look, render, watch
+from lycheedecode.evaluate.answer_view import AnswerView, TokenView, render, watch
 
 CONFIG = HybridConfig(budget_tokens=32, block_size=8, sink_tokens=4, recent_tokens=4)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -82,7 +82,7 @@ def test_the_page_of_a_long_prompt_stays_small():
     """32K tokens in blocks of 16 and 200 answer tokens, each of which read everything: below 5 MB."""
     readers = {block: block % 90 + 1 for block in range(2048)}
     blocks = tuple(f"{block:04d} is the text of a block of some 64 bytes, with <b>&amp;</b>" for block in range(2048))
-    looks = tuple(Look(" token", readers, 0.87654321, 0.12345678, (" other", 0.5)) for _ in range(200))
+    looks = tuple(TokenView(" token", readers, 0.87654321, 0.12345678, (" other", 0.5)) for _ in range(200))
     page = render(AnswerView(blocks, looks, 16, 4096, (90, 14)))
     assert len(page.encode()) < 5e6
     assert page.count('class="b"') == 2048

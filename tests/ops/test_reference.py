@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lycheedecode import HybridConfig, ops
-from lycheedecode.ops import KV, Selections, common, reference
+from lycheedecode.ops import KV, Selections, reference, reference_common
 from lycheedecode.ops.attend import cpu
 
 IMPLEMENTATIONS = [reference, ops]  # on a CPU the contracts take its own way
@@ -189,7 +189,7 @@ def test_cpu_path_equals_reference(layout, dtype):
 
 
 def test_memory_is_reused_inside_and_outside_inference_mode():
-    common._scratch.memory = torch.empty(0)
+    reference_common._scratch.memory = torch.empty(0)
     kv, _ = make_cache([63, 63], dtype=torch.bfloat16)
     query = torch.randn(2, 6, 16).bfloat16()
     with torch.inference_mode():
