@@ -61,10 +61,14 @@ def test_chunks_are_whole_blocks():
         ({"top_p": 0.9}, "belongs to selection='top_p'"),
         ({"budget_ratio": 0.5, "budget_tokens": 512}, "belongs to selection='ratio'"),
         ({"selection": "top_p", "top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+        ({"selection": "threshold", "threshold": 1}, r"threshold must be in \(0, 1\), not 1\."),
+        ({"selection": "threshold", "threshold": 1.0}, r"threshold must be in \(0, 1\), not 1\.0"),
+        ({"selection": "threshold", "threshold": 0.0}, r"threshold must be in \(0, 1\)"),
+        ({"selection": "top_p", "top_p": True}, r"top_p must be in \(0, 1\], not True"),
         ({"budget_tokens": 64}, "raise it to at least 96"),
     ],
 )
-def test_senseless_settings_are_refused_in_one_sentence(settings, said):
+def test_invalid_settings_are_refused_in_one_sentence(settings, said):
     with pytest.raises(ValueError, match=said) as caught:
         HybridConfig(**settings)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""One layer of a decode step: scan -> select -> attend. The only module that knows both plan and operations.
+"""One layer of a decode step: scan -> select -> attend. Here a plan meets the operations.
 
 `HybridAttention.__call__` is the method. `State`, above it, is what stays from layer to layer and from step to step.
 """
@@ -39,12 +39,12 @@ class State:
         refresh: bool,
         starts: Tensor | None = None,
     ) -> None:
-        """A step is to come; calling this twice before it is calling it once.
+        """Prepare for the next step; idempotent.
 
         Args:
             store_of: a layer's keys and values, `[B, Hkv, capacity, D]`.
             filled: slots in use so far.
-            refresh: whether the step selects anew.
+            refresh: whether retrieval heads select in this step.
             starts: int32 `[B]`, slot of each sequence's first token; None: 0.
         """
 
@@ -60,9 +60,9 @@ class State:
         most: int,
         starts: Tensor | None = None,
     ) -> None:
-        """A dense pass has written tokens, of every sequence as many as it liked; nothing reaches the host.
+        """Catch up after a dense pass, which may write a different number of tokens for each sequence; no host sync.
 
-        Between passes, steps come without `before_step`.
+        Steps between such passes run without `before_step`.
 
         Args:
             store_of: a layer's keys and values, `[B, Hkv, capacity, D]`.
@@ -348,7 +348,7 @@ def _warn_of_other_fit(plan: HeadPlan, config: HybridConfig) -> None:
     other = {name: made[name] for name, value in here.items() if value and made.get(name) not in (None, value)}
     if other:
         said = " and ".join(f"{name} = {value}, not {here[name]}" for name, value in other.items())
-        warnings.warn(f"The head plan's completion was fitted for {said}; it is used as it is.", stacklevel=4)
+        warnings.warn(f"The head plan's completion was fitted for {said}; it is used unchanged.", stacklevel=4)
 
 
 def attend_in_two_forms(

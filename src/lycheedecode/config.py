@@ -20,12 +20,12 @@ VerifyEvery = int | Literal["auto"]
 
 DEFAULT_BUDGET_TOKENS = 4096
 MOST_DRAFTS = 31
-"""Of a round: the pass that verifies them takes one token more (`ops.attend_tokens`)."""
+"""The most drafts of a round: the pass that verifies them takes one token more (`ops.attend_tokens`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig:
-    """What a decode step reads. Frozen; raises `ConfigError` for a value that makes no sense.
+    """What a decode step reads. Frozen; raises `ConfigError` for an invalid value.
 
     A *block* is `block_size` consecutive tokens of one KV head. A *selection* is the set of blocks that one retrieval
     head chose at this step; sinks and recent tokens count towards its budget.
@@ -49,9 +49,9 @@ class HybridConfig:
         retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
             `full`: they attend to the whole cache, as in the paper.
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
-        scan_keys: what retrieval heads scan: the keys in the `cache`, or an 8-bit copy of their own (`float8`),
+        scan_keys: what retrieval heads scan: the keys in the `cache`, or an 8-bit copy of them (`float8`),
             which takes half the time and some extra memory.
-        completion: how tokens that a head leaves unread still count, as the mean key and value of their chunk: weighted
+        completion: how tokens that a head does not read still count, as the mean key and value of their chunk: weighted
             by the head's factor in the `plan` (which may have none), by 1 for every head (`centroid`), or not at all
             (`none`).
         completion_chunk: tokens per chunk, a power of two up to 4096; with larger blocks, a chunk is a block.
@@ -59,11 +59,11 @@ class HybridConfig:
             0 switches it off.
         refresh_every: retrieval heads select again every n decoded tokens and keep their selection in between.
         step_weights: what linear layers of decode steps use: the weights of the `model`, or an 8-bit copy (`float8`),
-            which takes half the time and half as much memory again. Prefill, Cache Correction, the pass of
+            which halves weight reads at the cost of 50% more weight memory. Prefill, Cache Correction, the pass of
             `verify_every` and batches of more than 16 keep the model's own; `Engine` only.
         verify_every: lossless decoding: `Engine.generate` drafts n tokens a round, and one dense pass keeps those that
             full attention would have written, so the text is full attention's. `auto` chooses n as it goes and drafts
-            nothing where that does not pay. 0 switches it off. In a round, retrieval heads select anew at the first
+            nothing where that does not pay. 0 switches it off. In a round, retrieval heads select at the first
             draft and every `refresh_every` after it; `auto` also tries once a round.
     """
 
@@ -129,10 +129,13 @@ class HybridConfig:
             raise ConfigError(f"block_size must be a power of two up to 256, not {self.block_size}.")
         if self.completion_chunk > 4096 or self.completion_chunk & (self.completion_chunk - 1):
             raise ConfigError(f"completion_chunk must be a power of two up to 4096, not {self.completion_chunk}.")
-        for name in ("budget_ratio", "top_p", "threshold"):
+        for name, interval in (("budget_ratio", "(0, 1]"), ("top_p", "(0, 1]"), ("threshold", "(0, 1)")):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
-                raise ConfigError(f"{name} must be in (0, 1], not {value!r}.")
+            if value is None:
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 < value <= 1 or (value == 1 and interval.endswith(")")):
+                raise ConfigError(f"{name} must be in {interval}, not {value!r}.")
 
     def _check_rounds(self) -> None:
         every = self.verify_every

@@ -80,7 +80,7 @@ def generate(
         Literal["full"] | None,
         typer.Option("--compare", help="Also decode greedily with full attention, and show both."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most this many new tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum number of new tokens.")] = 256,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: if the model has one]"),

@@ -50,7 +50,7 @@ def memory(
     ] = 2.0,
     gpu: Annotated[float, typer.Option(metavar="GIB", help="Memory of the GPU.")] = 80.0,
     host: Annotated[float, typer.Option(metavar="GIB", help="Host memory.")] = 128.0,
-    bandwidth: Annotated[float, typer.Option(metavar="TB/S", help="What the GPU reads of its memory.")] = 4.67,
+    bandwidth: Annotated[float, typer.Option(metavar="TB/S", help="GPU memory bandwidth.")] = 4.67,
     link: Annotated[float, typer.Option(metavar="GB/S", help="What it fetches from host memory.")] = 49.0,
     misses: Annotated[float, typer.Option(metavar="SHARE", help="Selected blocks that the store lacks.")] = 0.16,
     revision: Revision = None,

@@ -254,7 +254,7 @@ class Engine:
         Args:
             prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids. Or a
                 Context, which is rewound first, so one prefill serves many engines.
-            max_new_tokens: at most so many tokens for each prompt; the model's positions are a limit, too.
+            max_new_tokens: limit for each prompt; the model's positions are a limit, too.
             context: of earlier prompts, from `prefill`: a chat or document continues without being read again.
             sampling: greedy by default; an object or a mapping such as `{"temperature": 0.7}`.
             stop: strings or token ids that end a sequence; strings are not part of its text.

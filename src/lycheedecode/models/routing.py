@@ -1,7 +1,7 @@
-"""The attention function that takes the place of a Hugging Face model's own: dense for many tokens, ours for one.
+"""Replaces the attention of a Hugging Face model while a context is open.
 
-`RoutedAttention` is what `models.route_attention` installs; `Engine` and `hybrid` differ only in how they tell it
-where the tokens of a sequence lie.
+AttentionRoute    sends a model's attention layers through any function; `engine` routes its prefill and its steps so
+RoutedAttention   such a function for `hybrid` and `identify`: dense for many tokens, ours for one
 """
 
 from __future__ import annotations

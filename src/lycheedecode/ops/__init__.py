@@ -1,16 +1,17 @@
-"""The operations of a decode step, a folder each: contract, PyTorch reference, Triton kernel.
+"""The operations of a decode step. A folder holds the contract, PyTorch reference and Triton kernels of related ones.
 
-    scan_blocks     queries x keys of the retrieval heads      -> what every block is worth     [R, B, N]
-    select_blocks   block scores                               -> selections                    [R, B, K]
-    attend_blocks   all heads, each over its donor's selection -> output                        [B, H * G, D]
-    attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
-    attend_tokens   dense and causal, the newest T tokens      -> output                        [B, T, Hq, D]
-    scan_select     the first two
-    attend_select   the same for retrieval heads that are dense: attend, and select from the same weights
-    write_means     tokens of whole chunks                     -> their mean key and value
-    append          the newest token, normed and rotated       -> the cache
-    add_noise       logits, and where their tokens stand       -> logits to take the largest of [rows, V]
-    count_bytes     what all of them read of the cache         -> added to a total              [B]
+    scan/      scan_blocks     queries x keys of the retrieval heads      -> block scores                  [R, B, N]
+               scan_select     scan_blocks and select_blocks, fused       -> selections                    [R, B, K]
+    select/    select_blocks   block scores                               -> selections                    [R, B, K]
+    attend/    attend_blocks   all heads, each over its donor's selection -> output                        [B, H * G, D]
+               attend          dense, for comparison and the paper's form -> output                        [B, H * G, D]
+               attend_tokens   dense and causal, the newest T tokens      -> output                        [B, T, Hq, D]
+               attend_select   dense retrieval heads: attend, and select from the same weights
+    complete/  write_means     tokens of whole chunks                     -> their mean key and value
+    append/    append          the newest token, normed and rotated       -> the cache
+    fetch/     plan_fetch ..   selected blocks in host memory             -> a store on the GPU (`ops.fetch`)
+    noise/     add_noise       logits and the positions of their tokens   -> logits whose argmax is drawn  [rows, V]
+    count/     count_bytes     what all of them read of the cache         -> added to a total              [B]
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
 `N = ceil(S / block_size)` blocks, `K` selected blocks, `C` chunks, `R` retrieval heads, `H` the KV heads asked for.
