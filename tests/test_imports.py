@@ -106,6 +106,13 @@ def test_importing_the_package_is_light():
     assert done.stdout.strip() == ""
 
 
+def test_generating_does_not_import_the_compiler():
+    """Inductor takes more than a second to import, which the first answer on a CPU need not wait for."""
+    check = "import sys, lycheedecode.cli.generate; print('torch._inductor.pattern_matcher' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_public_names_exist():
     for name in lycheedecode.__all__:
         assert getattr(lycheedecode, name) is not None

@@ -347,7 +347,9 @@ def compiled_forward(backend: Any = None) -> Forward:
         backend: of `torch.compile`; None: `lycheedecode.fusion.backend`.
     """
     if backend is None:
-        from ..fusion import backend
+        from .. import fusion
+
+        backend = fusion.backend
     options = INDUCTOR if backend == "inductor" else None
     run = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, options=options)
 

@@ -4,7 +4,17 @@ linear     x, weights of one input -> their outputs side by side, with what come
 backend    a graph that Dynamo traced -> the same with `linear` in it -> Inductor
 """
 
-from .graph import backend
+from typing import Any
+
 from .operator import linear, reference
 
 __all__ = ["backend", "linear", "reference"]
+
+
+def __getattr__(name: str) -> Any:
+    """The backend when it is asked for: Inductor takes more than a second to import, and not every engine compiles."""
+    if name == "backend":
+        from .graph import backend
+
+        return backend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
