@@ -47,7 +47,11 @@ class Close:
 def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """The rows of the table."""
     found = [one for source in sources for one in closeness(source)]
-    return [*_continued(found), *task_rows(sources), *_hardest(found)]
+    continued = (
+        _kl_row(f"{texts[0].source.model}, {texts[0].kind.length} tokens continued", texts[0].budget, texts)
+        for texts in continuations(found)
+    )
+    return [*continued, *task_rows(sources), *_hardest(found)]
 
 
 # ---------------------------------------------------------------------- KL
@@ -105,18 +109,17 @@ def _half(score: Row) -> float | None:
     return _NORMAL * score["kl_error"] if score.get("kl_error") else None
 
 
-def _continued(found: Sequence[Close]) -> Iterator[dict[str, Any]]:
-    """A row for each model, length, budget and plan, texts side by side; the study's where there are no others."""
+def continuations(found: Sequence[Close]) -> Iterator[list[Close]]:
+    """The texts of each model, length, budget and plan; the study's where there are no others."""
     best: dict[tuple[str, int, int], dict[str, dict[str, Close]]] = {}
     for one in sorted(found, key=lambda one: one.source.date):
         if one.kind.continues:
             plans = best.setdefault((one.source.model, one.kind.length, one.budget), {})
             plans.setdefault(f"{one.plan} {one.heads}", {})[one.kind.text] = one
     longest = {model: max(length for name, length, _ in best if name == model) for model, *_ in best}
-    for (model, length, budget), plans in sorted(best.items(), key=lambda item: _rank(*item[0], longest)):
+    for _, plans in sorted(best.items(), key=lambda item: _rank(*item[0], longest)):
         own = {plan: texts for plan, texts in plans.items() if not plan.startswith(_OF_STUDY)} or plans
-        for texts in own.values():
-            yield _kl_row(f"{model}, {length} tokens continued", budget, list(texts.values()))
+        yield from (list(texts.values()) for texts in own.values())
 
 
 def _rank(model: str, length: int, budget: int, longest: Mapping[str, int]) -> tuple[int, str, int, int]:
@@ -138,6 +141,12 @@ def _hardest(found: Sequence[Close]) -> Iterator[dict[str, Any]]:
         kinds = len({one.kind for one in widest})
         what = f"{model}, {hardest.kind.length} tokens of {hardest.kind.text}, {hardest.kind.asked}"
         yield _kl_row(f"{what} (hardest of {kinds} kinds)" if kinds > 1 else what, hardest.budget, [hardest])
+
+
+def kl_cells(one: Close) -> tuple[str, str, str]:
+    """Of one text: full attention's KL, hybrid's, and that of the closest peer that reads as much."""
+    rounding = f"0 (rounding {one.floor:.2g})" if one.floor and one.floor > 1e-4 else "0"
+    return rounding, _spread(one.kl, one.error, ""), _closest(one, several=False) if one.peers else ""
 
 
 def _kl_row(what: str, budget: int, texts: Sequence[Close]) -> dict[str, Any]:

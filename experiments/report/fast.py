@@ -88,22 +88,34 @@ def _lossless(source: Source) -> Iterator[Found]:
     """Rounds with a given number of tokens gained; texts of real models, where they are counted."""
     real = {_case(row): row for row in source.rows if row.get("part") == "real" and row["way"] == "full"}
     for row in source.rows:
-        drafts = ", 8-bit drafts" if row.get("weights") == "float8" else ""
         if row.get("part") == "rounds" and "full_ms" in row:
-            timed = f"lossless, decode; {row['drafts']} drafts{drafts}, selected every {row['refresh']}"
-            timed += f", {row['gained']} tokens gained a round taken as given"
+            drafts = f"{row['drafts']} drafts{' with 8-bit weights' if row.get('weights') == 'float8' else ''}"
+            every = _reselect(str(row["refresh"]))
+            timed = f"lossless decode ({drafts}, {every}; assumes {row['gained']} tokens per round)"
             key = ("bench lossless", source.model, timed, *_case(row))
             yield key, _row(source, timed, row, row["full_ms"], row["ms_per_token"], "", source.settings.get("steps"))
         elif row.get("part") == "real" and row["way"] != "full" and _case(row) in real:
             base = real[_case(row)]
-            timed = (
-                f"lossless, decode of texts; drafts: {row['way']}{drafts}, {row['gained']:.1f} tokens gained a round"
-            )
-            if row["way"].startswith("hybrid"):
-                timed = "hybrid, decode of texts" + (", 8-bit weights" if row["way"].endswith("8-bit drafts") else "")
+            timed = _of_texts(row, source.settings.get("budget_tokens"))
             key = ("bench lossless", source.model, timed, *_case(row))
             texts = f"{row['batch']} x {row['tokens']} tokens"
             yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
+
+
+def _of_texts(row: Row, budget: Any) -> str:
+    """What a row of `bench lossless --parts real` timed; its way is `auto, selected every 1, 8-bit drafts`."""
+    drafts, *more = row["way"].split(", ")
+    ways = [_reselect(part.removeprefix("selected every ")) for part in more if part.startswith("selected every ")]
+    weights = ["8-bit weights"] if "8-bit drafts" in more else []
+    budgets = [f"budget {budget}"] if budget else []
+    if drafts == "hybrid":
+        return f"hybrid decode of texts ({', '.join([*budgets, *ways, *weights])})"
+    drafted = f"{'automatic' if drafts == 'auto' else drafts} drafts{' with 8-bit weights' if weights else ''}"
+    return f"lossless decode of texts ({', '.join([*budgets, drafted, *ways])}; {row['gained']:.1f} tokens per round)"
+
+
+def _reselect(every: str) -> str:
+    return "reselect every token" if every == "1" else f"reselect every {every} tokens"
 
 
 def group(row: Row) -> tuple[Any, ...]:

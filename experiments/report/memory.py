@@ -53,8 +53,8 @@ def _kept(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
                 "full": size(whole),
                 "hybrid": size(row["bytes_on_gpu"]),
                 "share": f"{row['bytes_on_gpu'] / whole:.1%}",
-                "ms a token, resident and so (decode)": times,
-                "fetched anew": f"{row['miss_rate']:.1%}" if "miss_rate" in row else "",
+                "ms a token, resident and host (decode)": times,
+                "fetched": f"{row['miss_rate']:.1%}" if "miss_rate" in row else "",
                 "n": source.settings.get("steps") if row.get("part") == "steps"
                 else f"{source.settings.get('tokens')} tokens",
                 "machine": source.machine,

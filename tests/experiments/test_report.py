@@ -218,13 +218,13 @@ def test_every_speed_says_what_is_in_it(tmp_path):
         ("decode of the same, a token", "8.00 ms", "4.00 ms", "2.00x"),
         ("decode step", "4.00 ms", "4.00 ms (4.00 to 4.00)", "1.00x"),
         ("decode step", "9.00 ms", "3.00 ms (3.00 to 3.00)", "3.00x"),
-        ("lossless, decode of texts; drafts: 8, 7.0 tokens gained a round", "20.00 ms", "13.33 ms", "1.50x"),
         (
-            "lossless, decode; 8 drafts, selected every 1, 7.4 tokens gained a round taken as given",
+            "lossless decode (8 drafts, reselect every token; assumes 7.4 tokens per round)",
             "8.00 ms",
             "5.00 ms",
             "1.60x",
         ),
+        ("lossless decode of texts (8 drafts; 7.0 tokens per round)", "20.00 ms", "13.33 ms", "1.50x"),
         ("vLLM 0.26, decode", "20.00 ms", "10.00 ms (10.00 to 11.00)", "2.00x"),
     ]
     assert "8.00 ms | 5.00 ms" in every
