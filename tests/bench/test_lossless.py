@@ -35,7 +35,7 @@ def test_smoke_writes_its_report(tmp_path):
 
 def test_a_wrong_pass_is_refused(monkeypatch):
     monkeypatch.setattr(
-        lossless.Rounds, "logits_of_pass", lambda self, ids: torch.randn(*ids.shape, 512, device=ids.device)
+        lossless.Rounds, "verify_logits", lambda self, ids: torch.randn(*ids.shape, 512, device=ids.device)
     )
     assert "differs from full steps" in run("--smoke", status=1).stderr
 

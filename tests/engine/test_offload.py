@@ -12,7 +12,7 @@ from lycheedecode import Engine, HybridConfig
 from lycheedecode.engine.memory import CacheMemoryError
 from lycheedecode.engine.offload import HostCache, HostMemoryError, pinned, staging
 from lycheedecode.engine.offload import cache as host
-from lycheedecode.engine.offload.choice import check_room
+from lycheedecode.engine.offload.choice import check_place, check_room
 from lycheedecode.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Without a GPU")
@@ -242,6 +242,25 @@ def test_auto_is_resident_where_nothing_is_gained(llama):
     for changes in ({}, {"retrieval_attention": "full"}):
         context = engine_of(llama, changes, cache="auto").prefill(tiny.prompts(20))
         assert not isinstance(context.cache, HostCache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "planned", "on_gpu", "place"),
+    [
+        ({}, True, True, "auto"),
+        ({}, True, False, "resident"),
+        ({}, False, True, "resident"),
+        ({"verify_every": 4}, True, True, "resident"),
+        ({"verify_every": "auto"}, True, True, "resident"),
+        ({"correction_every": 8}, True, True, "resident"),
+        ({"retrieval_attention": "full"}, True, True, "resident"),
+    ],
+)
+def test_auto_offloads_only_what_does_not_read_the_whole_cache(changes, planned, on_gpu, place):
+    plan, config = tiny.plan() if planned else None, HybridConfig(**SETTINGS, **changes)
+    assert check_place("auto", plan, config, 2.0, on_gpu) == place
+    with pytest.raises(ConfigError, match="store_ratio must be at least 1"):
+        check_place("auto", plan, config, 0.5, on_gpu)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -251,7 +251,7 @@ def test_what_is_kept_beside_the_cache_follows_it(llama):
     context = engine.prefill(tiny.prompts(60, 37), room=100)
     engine.generate(context, 40, sampling=SAMPLERS["hot"])
     [rounds] = [rounds for key, rounds in context.kept_steps.items() if "rounds" in key]
-    state, starts, filled = context.cache.state, context.cache.starts, rounds._known
+    state, starts, filled = context.cache.state, context.cache.starts, rounds._followed
     for layer in range(tiny.LAYERS):
         store = context.cache.layers[layer].store
         heads = state.copy.heads[layer]

@@ -171,14 +171,14 @@ def _round(
     made = time.perf_counter() - began
     error = _verified(engine, rounds, context)
     with torch.inference_mode(), engine._decoder.route:
-        parts = {name: _ms(part, settings.steps, engine.device, rounds.clear) for name, part in rounds.parts.items()}
+        parts = {name: _ms(part, settings.steps, engine.device, rounds.rewind) for name, part in rounds.parts.items()}
 
         def whole() -> None:
             for draft in range(drafts):
                 rounds.parts["keep" if draft % refresh else "select"]()
             rounds.parts["verify"]()
 
-        round_ms = _ms(whole, max(settings.steps // 4, 2), engine.device, rounds.clear)
+        round_ms = _ms(whole, max(settings.steps // 4, 2), engine.device, rounds.rewind)
     per_token = round_ms / settings.gained
     return {
         **{f"{name}_ms": ms for name, ms in parts.items()},
@@ -211,7 +211,7 @@ def _verified(engine: Engine, rounds: Rounds, context: Context) -> float:
     token_ids = torch.randint(4, 200, (len(context.prompt_lengths), rounds.tokens), device=engine.device)
     expected = torch.stack([full.decode_one_token(context, one) for one in token_ids.unbind(1)], 1)
     context.rewind()
-    error = relative_error(rounds.logits_of_pass(token_ids), expected)
+    error = relative_error(rounds.verify_logits(token_ids), expected)
     if not error <= _TOLERANCES[next(engine.model.parameters()).dtype]:
         raise MismatchError(f"the pass of {rounds.tokens} tokens differs from full steps by {error:.2e}.")
     return error

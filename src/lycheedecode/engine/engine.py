@@ -38,7 +38,7 @@ from .offload.choice import CachePlace, check_place, new_cache
 from .passes import DensePass
 from .plans import PlanLike, plan_from
 from .prefix import new_context, replace_prompts
-from .prompt import PromptLike, check_token_ids, encode, stop_conditions, token_rows
+from .prompt import PromptLike, encode, right_padded, stop_conditions
 from .proof import prove
 from .sampling import Sampling
 from .single_steps import SingleSteps
@@ -76,7 +76,9 @@ class Engine:
         check: once for each model, compare the logits of a few tokens with those of the engine's own prefill and decode
             steps, and refuse the model if they differ (see `proof`).
         cache: where keys and values are kept. `resident`: on the model's device. `host`: in host memory, except
-            what retrieval heads scan and a store of selected blocks (`offload`). `auto`: resident if they fit.
+            what retrieval heads scan and a store of selected blocks (`offload`). `auto`: in host memory if they do not
+            fit on a GPU; resident without a GPU or a plan, and with settings that read the whole cache again and again
+            (`retrieval_attention="full"`, `correction_every`, `verify_every`).
         store_ratio: with a cache in host memory, the blocks of each head that stay on the device, in selections.
 
     Raises:
@@ -210,7 +212,7 @@ class Engine:
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
         check_context(context, self.model)
-        answers = self._padded(answer_ids)
+        answers = right_padded(answer_ids, self._vocabulary, self.device)
         if answers.shape[0] != len(context.prompt_lengths):
             raise InputError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
         context.rewind()
@@ -311,7 +313,7 @@ class Engine:
                 source.check(sequence, token_ids)
                 piece = row.push_all(token_ids)
                 if row.finish_reason is not None:
-                    source.rest(sequence)
+                    source.finish(sequence)
                     yield Piece(sequence, piece, self._result(context, sequence, row, seconds, source))
                 elif piece:
                     yield Piece(sequence, piece)
@@ -390,13 +392,6 @@ class Engine:
         )
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
-
-    def _padded(self, token_ids: TokenIds) -> Tensor:
-        """Sequences as int64 `[B, longest]` on the model's device, shorter ones padded on the right."""
-        rows = token_rows(token_ids)
-        check_token_ids(rows, self._vocabulary)
-        longest = max(map(len, rows))
-        return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=self.device)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
@@ -65,6 +66,14 @@ def token_rows(token_ids: Any) -> list[list[int]]:
     if len(token_ids) and _is_number(token_ids[0]):
         token_ids = [token_ids]
     return [_ids(row) for row in token_ids]
+
+
+def right_padded(token_ids: Any, vocabulary: int, device: torch.device) -> Tensor:
+    """`token_rows` as int64 `[B, longest]`, shorter rows padded with 0; raises `PromptError` as `check_token_ids`."""
+    rows = token_rows(token_ids)
+    check_token_ids(rows, vocabulary)
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
 
 
 def stop_conditions(stop: Any, tokenizer: Any) -> tuple[list[str], set[int]]:

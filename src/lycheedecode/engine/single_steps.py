@@ -31,10 +31,10 @@ class SingleSteps:
         next_ids, seconds, drawn = self._next_ids, 0.0, 1
         while True:
             began = time.perf_counter()
-            coming, following = PendingTokens(next_ids), None
+            pending, following = PendingTokens(next_ids), None
             if next_ids.is_cuda and drawn < self._most:  # the GPU need not wait for what the host makes of a token
                 following, drawn = self._step(next_ids, drawn), drawn + 1
-            token_ids = coming.tolist()
+            token_ids = pending.tolist()
             seconds += time.perf_counter() - began
             yield [[token_id] for token_id in token_ids], seconds
             began = time.perf_counter()
@@ -44,14 +44,14 @@ class SingleSteps:
             seconds += time.perf_counter() - began
 
     def check(self, sequence: int, token_ids: Sequence[int]) -> None:
-        """Refuse tokens that were drawn from nothing."""
+        """Refuse tokens that were drawn from NaN logits."""
         refuse_nan(token_ids[-1], self._logits[sequence])
 
-    def rest(self, sequence: int) -> None:
-        """Those that have ended continue, unseen."""
+    def finish(self, sequence: int) -> None:
+        """Finished sequences stay in the batch; their tokens are dropped."""
 
     def report(self, sequence: int) -> dict[str, Any]:
-        """What a `Generation` says of the way it was made."""
+        """Statistics of one sequence, for its `Generation`."""
         return {"kv_bytes_per_token": float(self._context.kv_bytes[sequence]) / max(self._context.steps, 1)}
 
     def _step(self, token_ids: Tensor, drawn: int) -> Tensor:

@@ -2,15 +2,15 @@
 
     certain token ─> draft ─> draft ─> ... ─> draft          hybrid steps, each over the entries of those before it
           └────────────┴────────┴──── one dense pass ──┘     full attention's token after each, and its cache entries
-    longest prefix of drafts that full attention chose, too ─> stands; its next token is certain
+    longest prefix of drafts that full attention chose, too ─> accepted; its next token is certain
 
 The pass costs about as much as one full step, since all its tokens share one reading of the cache and the weights. A
 token is a function of logits, seed, sequence and position (`sampling`), for drafts as for the pass: so the text is what
 full attention would have written, with every sampler.
 
-Every sequence advances at its own pace: where it stands is on the device, and nothing in a round waits for the host,
-which learns of a round's tokens while the next one runs. A sequence that has ended rests: it starts where it ends, so
-that nothing of it is read, and gains nothing. Drafts, pass and full step are captured, each once.
+Every sequence advances at its own pace: its length is kept on the device, and nothing in a round waits for the host,
+which reads a round's tokens while the next one runs. A finished sequence starts where it ends, so none of its cache is
+read, and gains no tokens. Drafts, pass and full step are captured once each.
 
 Dimensions as in `ops`; `T` tokens of a pass, one more than drafts.
 """
@@ -42,12 +42,12 @@ AUTO_DRAFTS = 8
 
 
 def most_drafts(config: HybridConfig) -> int:
-    """Of a round."""
+    """The most drafts of a round."""
     return AUTO_DRAFTS if config.verify_every == "auto" else config.verify_every
 
 
 def draft_config(config: HybridConfig) -> HybridConfig:
-    """Of the attention that drafts: `auto` may select once a round, if the budget has room for the round's tokens."""
+    """The config of drafts: `auto` may select once a round, if the budget has room for the round's tokens."""
     if config.verify_every != "auto" or config.refresh_every > 1:
         return config
     try:
@@ -57,13 +57,13 @@ def draft_config(config: HybridConfig) -> HybridConfig:
 
 
 def spare_slots(config: HybridConfig) -> int:
-    """Slots of a cache beyond those of the tokens that are asked for: of drafts, and of a round that came too late."""
+    """Slots of a cache beyond the requested tokens: for drafts, and for rounds that were already running at the end."""
     return 3 * (most_drafts(config) + 1)
 
 
 @dataclass
 class Tally:
-    """What rounds brought one sequence: rounds, drafts, and how many of them stood."""
+    """Counts of one sequence: rounds, drafts, and accepted drafts."""
 
     rounds: int = 0
     drafted: int = 0
@@ -72,26 +72,38 @@ class Tally:
 
 @dataclass
 class _Round:
-    """A round that was given to the device."""
+    """A round that was launched: its tokens, still on their way to the host, and the times between its parts."""
 
     plan: Plan
-    coming: PendingTokens
+    tokens: PendingTokens
     marks: list[Any]
 
 
 class Rounds:
-    """Rounds over the sequences of one context; kept with it, and begun anew for every generation.
+    """Rounds over the sequences of one context; kept with it, and reset for every generation.
+
+    What changes in a round is on the device, int32 `[B]` unless said otherwise:
+
+        _window     int64 [B, T]      the certain token, which has no cache entry yet, and its drafts
+        _drafted    int64 [1]         drafts of this round so far
+        _filled                       slots with verified entries; the certain token's entry goes to the next one
+        _starts                       slot of the first token; of a finished sequence, `_filled`
+        _followed                     slots that the drafting attention's state covers (`State.follow`)
+        _drawn                        tokens drawn so far: the position of the next one's noise
+        _active                       1; of a finished sequence, 0
+        _result     int64 [B, T + 1]  tokens of the last pass, then how many of them the sequence gained
+        _nan        float32 [B]       NaN if all logits of the last pass were
 
     Args:
-        decoder: of the drafts; where its attention is full attention itself, nothing is drafted, and every token comes
+        decoder: runs the drafts; if its attention is full attention itself, nothing is drafted, and every token comes
             from the pass.
         full: full attention.
-        context: prompts, with room for what is to come (`spare_slots`).
+        context: prompts, with room for new tokens and `spare_slots`.
         sampling: how tokens are drawn.
         config: its `verify_every`.
 
     Attributes:
-        tokens: of a pass.
+        tokens: `T`.
         parts: what a round consists of: `select` and `keep`, drafts with and without a new selection, `verify`, `full`.
     """
 
@@ -106,23 +118,23 @@ class Rounds:
         self._sampler = Sampler(sampling, device)
         self._sequences = torch.arange(batch, device=device)
         self._columns = torch.arange(tokens, device=device)
-        self._filled, self._starts, self._known, self._drawn_before, self._active = (
+        self._filled, self._starts, self._followed, self._drawn, self._active = (
             torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(5)
         )
         self._window = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         self._drafted = torch.zeros(1, dtype=torch.int64, device=device)
         self._result = torch.zeros(batch, tokens + 1, dtype=torch.int64, device=device)
-        for layer in cache.layers:  # what is not written yet is read by nobody, but sums of chunks go over it
+        for layer in cache.layers:  # sums of chunks include slots that are not written yet
             for store in layer.store:
                 store[:, :, cache.length :].zero_()
-        self._worst = torch.zeros(batch, device=device)  # a logit of the newest tokens; NaN if all are
+        self._nan = torch.zeros(batch, device=device)
         self.parts: dict[str, Captured] = {}
 
     @classmethod
     def over(
         cls, decoder: Decoder, full: FullAttention, context: Context, sampling: Sampling, config: HybridConfig
     ) -> Rounds:
-        """Those of the context, made or begun anew."""
+        """The rounds kept with a context, or new ones; reset."""
         settings = replace(sampling, seed=None)
         key = decoder, "rounds", settings, config
 
@@ -141,53 +153,52 @@ class Rounds:
     # ------------------------------------------------------------------ a generation
 
     def run(self) -> Iterator[tuple[list[list[int]], float]]:
-        """The new tokens of every sequence, a round at a time, and the seconds until then; the prompt's token first."""
+        """Yield the new tokens of every sequence, round by round, and the seconds so far; the prompt's token first."""
         began = time.perf_counter()
         yield [[token] for token in self._window[:, 0].tolist()], time.perf_counter() - began
-        seconds, late, coming = 0.0, self._window.is_cuda, None
+        seconds, overlaps, launched = 0.0, self._window.is_cuda, None
         while True:
             began = time.perf_counter()
-            coming = self._next() if coming is None else coming
-            following = self._next() if late else None
-            tokens = self._learn(coming)
+            current = self._launch() if launched is None else launched
+            launched = self._launch() if overlaps else None
+            tokens = self._read(current)
             seconds += time.perf_counter() - began
-            coming = following
             yield tokens, seconds
 
     def check(self, sequence: int, token_ids: Sequence[int]) -> None:
-        """Refuse tokens that were drawn from nothing."""
+        """Refuse tokens that were drawn from NaN logits."""
         if 0 in token_ids:
-            refuse_nan(0, self._worst[sequence])
+            refuse_nan(0, self._nan[sequence])
 
-    def rest(self, sequence: int) -> None:
-        """Nothing more is wanted of this one."""
-        self._resting.add(sequence)
+    def finish(self, sequence: int) -> None:
+        """Stop decoding this sequence."""
+        self._finished.add(sequence)
         with torch.inference_mode():
             self._active[sequence] = 0
             self._starts[sequence] = self._filled[sequence]
 
     def report(self, sequence: int) -> dict[str, Any]:
-        """What a `Generation` says of the way it was made."""
-        steps = max(int(self._drawn_before[sequence]) - 1, 1)
+        """Statistics of one sequence, for its `Generation`."""
+        steps = max(int(self._drawn[sequence]) - 1, 1)
         each = float(self._context.kv_bytes[sequence]) / steps
         return {"kv_bytes_per_token": each, **vars(self._tallies[sequence])}
 
     def _begin(self, sampling: Sampling) -> None:
-        """As after the prefill."""
+        """Reset to the state after the prefill."""
         cache, context = self._context.cache, self._context
         self._sampler.reseed(sampling)
         self._filled.fill_(cache.length)
-        self._known.fill_(cache.length)
+        self._followed.fill_(cache.length)
         self._starts.zero_()
         if cache.starts is not None:
             self._starts.copy_(cache.starts)
-        self._drawn_before.fill_(1)
+        self._drawn.fill_(1)
         self._active.fill_(1)
         self._drafted.zero_()
         self._window.zero_()
         self._window[:, 0] = self._sampler(context.logits, self._sequences, 0)
-        self._note(context.logits)
-        self._resting: set[int] = set()
+        self._note_nan(context.logits)
+        self._finished: set[int] = set()
         self._tallies = [Tally() for _ in context.prompt_lengths]
         fixed, every = self._config.verify_every != "auto", self._decoder.attention.refresh_every
         refreshes = sorted({every} if fixed else {1, every})
@@ -195,32 +206,32 @@ class Rounds:
 
     # ------------------------------------------------------------------ a round
 
-    def _next(self) -> _Round:
-        """Give the device a round."""
+    def _launch(self) -> _Round:
+        """Launch a round."""
         with self._decoder.route, torch.inference_mode():
-            plan, marks = self._pace.next(), [self._now()]
+            plan, marks = self._pace.next(), [self._mark()]
             for draft in range(plan.drafts):
                 self.parts["keep" if draft % plan.refresh else "select"]()
-                marks.append(self._now())
+                marks.append(self._mark())
             self.parts["verify" if plan.drafts or "full" not in self.parts else "full"]()
-            marks.append(self._now())
+            marks.append(self._mark())
             return _Round(plan, PendingTokens(self._result), marks)
 
-    def _learn(self, one: _Round) -> list[list[int]]:
-        """Wait for a round; its tokens."""
-        rows = one.coming.tolist()
+    def _read(self, launched: _Round) -> list[list[int]]:
+        """Wait for a round and return its tokens."""
+        rows, plan = launched.tokens.tolist(), launched.plan
         tokens = [row[:gained] for *row, gained in rows]
-        going = [i for i in range(len(rows)) if i not in self._resting and rows[i][-1]]
-        for i in going:
+        running = [i for i in range(len(rows)) if i not in self._finished and rows[i][-1]]
+        for i in running:
             tally = self._tallies[i]
             tally.rounds += 1
-            tally.drafted += one.plan.drafts
+            tally.drafted += plan.drafts
             tally.accepted += len(tokens[i]) - 1
-        *drafting, passing = (self._between(*pair) for pair in pairwise(one.marks))
-        self._pace.saw(one.plan, [len(tokens[i]) - 1 for i in going], drafting, passing)
+        *drafting, passing = (self._between(*pair) for pair in pairwise(launched.marks))
+        self._pace.saw(plan, [len(tokens[i]) - 1 for i in running], drafting, passing)
         return tokens
 
-    def _now(self) -> Any:
+    def _mark(self) -> Any:
         if not self._window.is_cuda:
             return time.perf_counter()
         mark = torch.cuda.Event(enable_timing=True)
@@ -230,28 +241,27 @@ class Rounds:
     def _between(self, begin: Any, end: Any) -> float:
         return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
-    # ------------------------------------------------------------------ for those who measure
+    # ------------------------------------------------------------------ for benchmarks
 
-    def clear(self) -> None:
-        """Forget the drafts and tokens so far, so that parts can be called in any order."""
+    def rewind(self) -> None:
+        """Back to the end of the prompts, so that parts can be called in any order."""
         self._drafted.zero_()
         self._filled.fill_(self._context.cache.length)
-        self._known.fill_(self._context.cache.length)
+        self._followed.fill_(self._context.cache.length)
 
-    def logits_of_pass(self, token_ids: Tensor) -> Tensor:
-        """float32 `[B, T, V]` of full attention for tokens `[B, T]` after the prompts, from the pass that verifies."""
+    def verify_logits(self, token_ids: Tensor) -> Tensor:
+        """Logits float32 `[B, T, V]` of the verifying pass for tokens `[B, T]` after the prompts."""
         with torch.inference_mode():
-            self.clear()
+            self.rewind()
             self._window.copy_(token_ids)
-            self._filled.fill_(self._context.cache.length)
         with torch.inference_mode(), self._decoder.route:
             self.parts["verify"]()
             return self._pass_logits.clone()
 
-    # ------------------------------------------------------------------ what is captured
+    # ------------------------------------------------------------------ captured parts
 
     def _capture(self) -> None:
-        """Whatever is missing; what a round changes stays as it is."""
+        """Capture the parts that are missing; leaves what a round changes as it was."""
         model, drafter = self._decoder.model, self._decoder.steps_of
         parts: dict[str, Any] = {}
         if self._hybrid:
@@ -262,7 +272,7 @@ class Rounds:
                 parts["full"] = self._full_step(), model
         parts["verify"] = self._verifying(), model
         kept = [
-            self._window, self._filled, self._known, self._drawn_before, self._drafted, self._result,
+            self._window, self._filled, self._followed, self._drawn, self._drafted, self._result,
             self._context.kv_bytes,
         ]  # fmt: skip
         for name, (run, of) in parts.items():
@@ -284,7 +294,7 @@ class Rounds:
             step.token_ids.copy_(self._window.gather(1, column)[:, 0])
             step.filled.copy_(self._filled + 1 + self._drafted)
             logits = step.run(forward, model)
-            token_ids = self._sampler(logits, self._sequences, self._drawn_before + self._drafted)
+            token_ids = self._sampler(logits, self._sequences, self._drawn + self._drafted)
             self._window.scatter_(1, column + 1, token_ids[:, None])
             self._drafted += 1
 
@@ -293,17 +303,17 @@ class Rounds:
     def _verifying(self) -> Any:
         """The pass over the certain token and all drafts."""
         cache, context, tokens = self._context.cache, self._context, self.tokens
-        one = DensePass(cache, tokens, self._full, self._decoder.reaches, context.kv_bytes, self._starts)
+        dense = DensePass(cache, tokens, self._full, self._decoder.reaches, context.kv_bytes, self._starts)
 
         def run(forward: Forward, model: nn.Module) -> None:
-            one.token_ids.copy_(self._window)
-            one.filled.copy_(self._filled + tokens)
-            logits = self._pass_logits = one.run(forward, model)
-            positions = self._drawn_before[:, None] + self._columns
-            self._note(logits[:, 0])
+            dense.token_ids.copy_(self._window)
+            dense.filled.copy_(self._filled + tokens)
+            logits = self._pass_logits = dense.run(forward, model)
+            positions = self._drawn[:, None] + self._columns
+            self._note_nan(logits[:, 0])
             token_ids = self._sampler(logits, self._sequences[:, None], positions)
-            stands = (token_ids[:, :-1] == self._window[:, 1:]) & (self._columns[:-1] < self._drafted)
-            self._advance(token_ids, stands.long().cumprod(1).sum(1))
+            agrees = (token_ids[:, :-1] == self._window[:, 1:]) & (self._columns[:-1] < self._drafted)
+            self._advance(token_ids, agrees.long().cumprod(1).sum(1))
 
         return run
 
@@ -315,28 +325,28 @@ class Rounds:
             step.token_ids.copy_(self._window[:, 0])
             step.filled.copy_(self._filled + 1)
             logits = step.run(forward, model)
-            self._note(logits)
-            token_ids = self._sampler(logits, self._sequences, self._drawn_before)
+            self._note_nan(logits)
+            token_ids = self._sampler(logits, self._sequences, self._drawn)
             self._advance(token_ids[:, None], torch.zeros_like(token_ids))
 
         return run
 
-    def _note(self, logits: Tensor) -> None:
-        self._worst.copy_(torch.where(logits.isnan().all(-1), torch.nan, 0.0))
+    def _note_nan(self, logits: Tensor) -> None:
+        self._nan.copy_(torch.where(logits.isnan().all(-1), torch.nan, 0.0))
 
     def _advance(self, token_ids: Tensor, accepted: Tensor) -> None:
-        """Take full attention's tokens `[B, T or 1]`, as far as drafts stood and one more."""
+        """Take full attention's tokens `[B, T or 1]`: the `accepted` drafts, int64 `[B]`, and one more."""
         gained = (accepted + 1) * self._active
         self._result[:, : token_ids.shape[1]] = token_ids
         self._result[:, -1] = gained
         self._window[:, :1] = token_ids.gather(1, accepted[:, None])
         self._filled += gained
-        self._drawn_before += gained
+        self._drawn += gained
         self._drafted.zero_()
         if self._state is not None:
             tokens = self.tokens
             layers = self._context.cache.layers
             end = (self._filled + tokens).clamp(max=layers[0].capacity)
-            bounds = self._known, self._filled, end
+            bounds = self._followed, self._filled, end
             self._state.follow(lambda layer: layers[layer].store, *bounds, 2 * tokens, self._starts)
-        self._known.copy_(self._filled)
+        self._followed.copy_(self._filled)

@@ -147,23 +147,33 @@ class OffloadedAttention(HybridAttention):
         return ops.attend_blocks(query, kv, state.selections, rows, config.block_size, scale, **more)
 
 
-def refuse_unfit(config: HybridConfig, store_ratio: float) -> None:
-    """Raise `ConfigError` where a cache in host memory does not go with how to decode."""
+def check_store_ratio(store_ratio: float) -> None:
+    """Raise `ConfigError` for a store that cannot hold a selection."""
     if isinstance(store_ratio, bool) or not isinstance(store_ratio, (int, float)) or not 1 <= store_ratio < 1e6:
         raise ConfigError(
             f"store_ratio must be at least 1, so that the store holds a whole selection, not {store_ratio!r}."
         )
-    reads_all = {
+
+
+def reads_whole_cache(config: HybridConfig) -> str | None:
+    """The setting, if any, that reads the whole cache at every token or every few tokens."""
+    settings = {
         "retrieval_attention='full'": config.retrieval_attention == "full",
         "correction_every": config.correction_every,
-        "verify_every": getattr(config, "verify_every", 0),
+        "verify_every": config.verify_every,
     }
-    for name, given in reads_all.items():
-        if given:
-            raise ConfigError(
-                f"{name} reads the whole cache again and again, which is too slow from host memory: leave it out, or "
-                "decode with cache='resident'."
-            )
+    return next((name for name, given in settings.items() if given), None)
+
+
+def refuse_unfit(config: HybridConfig, store_ratio: float) -> None:
+    """Raise `ConfigError` for settings that do not work with a cache in host memory."""
+    check_store_ratio(store_ratio)
+    name = reads_whole_cache(config)
+    if name is not None:
+        raise ConfigError(
+            f"{name} reads the whole cache again and again, which is too slow from host memory: leave it out, or "
+            "decode with cache='resident'."
+        )
 
 
 class OffloadStep(FixedStep):

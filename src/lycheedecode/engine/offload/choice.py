@@ -1,4 +1,4 @@
-"""Where the KV cache of a batch lies: on the device that attends, or in host memory."""
+"""Where the KV cache of a batch is kept: on the model's device, or in host memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...models.shape import ModelShape
 from ...plan import HeadPlan
 from ..cache import KVCache
 from ..memory import CacheMemoryError, free_bytes, slot_bytes
-from .attention import OffloadedAttention, refuse_unfit
+from .attention import OffloadedAttention, check_store_ratio, reads_whole_cache, refuse_unfit
 from .cache import HostCache
 from .size import CacheSize
 
@@ -24,21 +24,22 @@ CachePlace = Literal["resident", "host", "auto"]
 
 
 def check_place(place: str, plan: HeadPlan | None, config: HybridConfig, store_ratio: float, on_gpu: bool) -> str:
-    """The place that an engine can really choose: `auto` is `resident` where nothing else goes.
+    """The place to use.
+
+    `auto` is decided when the size of a batch is known. It is `resident` without a GPU or a plan, and with settings
+    that read the whole cache again and again.
 
     Raises:
-        ConfigError: the cache cannot lie in host memory.
+        ConfigError: the cache cannot be kept in host memory, or `store_ratio` is invalid.
     """
     if place not in get_args(CachePlace):
         raise ConfigError(f"cache must be one of {', '.join(get_args(CachePlace))}, not {place!r}.")
     if place == "resident":
         return place
+    check_store_ratio(store_ratio)
     if place == "auto":
-        try:
-            refuse_unfit(config, store_ratio)
-        except ConfigError:
-            return "resident"
-        return "auto" if plan is not None and on_gpu else "resident"
+        may_offload = on_gpu and plan is not None and reads_whole_cache(config) is None
+        return "auto" if may_offload else "resident"
     if plan is None:
         raise ConfigError(
             "cache='host' needs a head plan: attention that reads the whole cache at every token is too slow from host "

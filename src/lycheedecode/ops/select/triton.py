@@ -322,16 +322,8 @@ class Rule(NamedTuple):
     @classmethod
     def of(cls, config: HybridConfig) -> Rule:
         amount = {"ratio": config.budget_ratio, "threshold": config.threshold, "top_p": config.top_p}
-        strategy = config.strategy
-        return cls(
-            strategy,
-            float(amount.get(strategy) or 0.0),
-            config.sink_tokens,
-            config.recent_tokens,
-            config.refresh_every,
-            config.block_size,
-            config.chunk_tokens,
-        )
+        rest = (getattr(config, name) for name in cls._fields[2:])
+        return cls(config.strategy, float(amount.get(config.strategy) or 0.0), *rest)
 
     @property
     def constants(self) -> dict[str, Any]:
