@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -119,22 +120,10 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     check_writable(json_file, html)
-    if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
-    if against and (full or drawing or stop):
-        raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
-    if html and (full or against):
-        raise ConfigError("--html shows what selections hold: leave out --full and --compare.")
     if lossless or verify_every is not None:
         form["verify_every"] = "auto" if verify_every is None else verify_every
-    if html and "verify_every" in form:
-        raise ConfigError("--html shows what selections hold: leave out --lossless.")
-    if cache != "resident" and (full or against or html):
-        raise ConfigError("--cache is for hybrid decoding alone: leave out --full, --compare and --html.")
-    if full or plan == "auto":
-        check_model_path(model)
-    if full and (plan is not None or set(form) - {"correction_every"}):
-        raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
+    asked = _Asked(model, plan, full, against, html, cache, store_ratio, max_new_tokens, chat, stop or [], ignore_eos)
+    _refuse_what_does_not_combine(asked, form, drawing)
     config, sampling = HybridConfig(**form), Sampling(**drawing)
     head_plan = None if full or plan == "auto" else load_plan(plan, model, device)
     text = _prompt(prompt, prompt_file)
@@ -146,40 +135,111 @@ def generate(
             head_plan = _find(network, tokenizer, config)
         engine = Engine(network, tokenizer, plan=head_plan, config=config, cache=cache, store_ratio=store_ratio)
         if chat is None:
-            chat = bool(getattr(tokenizer, "chat_template", None))
-        settings = {
-            "model": model, "plan": None if full else plan or model, "config": config.to_dict(), "chat": chat,
-            "dtype": str(network.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
-            "sampling": vars(sampling), "stop": stop or [], "ignore_eos": ignore_eos, "compare": against,
-            "cache": cache, "store_ratio": store_ratio,
-        }  # fmt: skip
-        if against:
-            [prompt_ids] = encode(text, tokenizer, chat)
-            dense = Engine(network, tokenizer)
-            with progress(f"Decoding after {len(prompt_ids)} tokens in both ways"):
-                comparison = compare(dense, engine, prompt_ids, max_new_tokens, ignore_eos=ignore_eos)
-            _show(comparison, screen(json_file))
-            _say_what_is_covered(len(prompt_ids) + len(comparison.hybrid.token_ids), config)
-            result = comparison.to_dict()
-        elif html:
-            [prompt_ids] = encode(text, tokenizer, chat)
-            with Steps("answer") as steps:
-                view = watch(
-                    engine, prompt_ids, max_new_tokens, sampling,
-                    stop=stop or [], ignore_eos=ignore_eos, report=lambda done, total: steps.show("look", done, total),
-                )  # fmt: skip
-            print("".join(token.text for token in view.tokens), file=screen(json_file).file)
-            write_whole(html, render(view, f"{model}: {len(view.tokens)} tokens after {len(prompt_ids)}"))
-            _say_what_is_covered(len(prompt_ids) + len(view.tokens), config)
-            errors.print(f"The page is {html}.", style="dim")
-            result = asdict(view)
-        else:
-            out = screen(json_file).file
-            result = _stream(engine, text, max_new_tokens, sampling, stop or [], chat, ignore_eos, out)
-            if not full:
-                _say_what_is_covered(result["prompt_tokens"] + len(result["token_ids"]), config)
+            asked = replace(asked, chat=bool(getattr(tokenizer, "chat_template", None)))
+        run = _compare if against else _watch if html else _stream
+        result = run(asked, engine, text, sampling, screen(json_file))
     known = fingerprint(network, {} if head_plan is None else {plan or model: head_plan})
+    settings = asked.to_dict(config, sampling, str(network.dtype).removeprefix("torch."))
     save(json_file, Result("generate", settings, summary=result, fingerprint=known))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The options of a call that say what to do with the answer."""
+
+    model: str
+    plan: str | None
+    full: bool
+    against: Literal["full"] | None
+    html: Path | None
+    cache: Literal["resident", "host", "auto"]
+    store_ratio: float
+    max_new_tokens: int
+    chat: bool | None
+    stop: list[str]
+    ignore_eos: bool
+
+    def to_dict(self, config: HybridConfig, sampling: Sampling, dtype: str) -> dict[str, Any]:
+        """The settings of a result."""
+        return {
+            "model": self.model, "plan": None if self.full else self.plan or self.model, "config": config.to_dict(),
+            "chat": self.chat, "dtype": dtype, "max_new_tokens": self.max_new_tokens, "sampling": vars(sampling),
+            "stop": self.stop, "ignore_eos": self.ignore_eos, "compare": self.against, "cache": self.cache,
+            "store_ratio": self.store_ratio,
+        }  # fmt: skip
+
+
+def _refuse_what_does_not_combine(asked: _Asked, form: Mapping[str, Any], drawing: Mapping[str, Any]) -> None:
+    """Raise before a model is loaded."""
+    full, against, html = asked.full, asked.against, asked.html
+    if asked.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, not {asked.max_new_tokens}.")
+    if against and (full or drawing or asked.stop):
+        raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
+    if html and (full or against):
+        raise ConfigError("--html shows what selections hold: leave out --full and --compare.")
+    if html and "verify_every" in form:
+        raise ConfigError("--html shows what selections hold: leave out --lossless.")
+    if asked.cache != "resident" and (full or against or html):
+        raise ConfigError("--cache is for hybrid decoding alone: leave out --full, --compare and --html.")
+    if full or asked.plan == "auto":
+        check_model_path(asked.model)
+    if full and (asked.plan is not None or set(form) - {"correction_every"}):
+        raise ConfigError("--full decodes without a plan and a budget: leave out the options of hybrid decoding.")
+
+
+def _compare(asked: _Asked, engine: Engine, text: str, sampling: Sampling, console: Console) -> dict[str, Any]:
+    """Decode greedily in both ways, and show the answers side by side."""
+    [prompt_ids] = encode(text, engine.tokenizer, bool(asked.chat))
+    dense = Engine(engine.model, engine.tokenizer)
+    with progress(f"Decoding after {len(prompt_ids)} tokens in both ways"):
+        comparison = compare(dense, engine, prompt_ids, asked.max_new_tokens, ignore_eos=asked.ignore_eos)
+    _show(comparison, console)
+    _say_what_is_covered(len(prompt_ids) + len(comparison.hybrid.token_ids), engine.config)
+    return comparison.to_dict()
+
+
+def _watch(asked: _Asked, engine: Engine, text: str, sampling: Sampling, console: Console) -> dict[str, Any]:
+    """Decode, print the answer, and write the page of its selections."""
+    assert asked.html is not None
+    [prompt_ids] = encode(text, engine.tokenizer, bool(asked.chat))
+    with Steps("answer") as steps:
+        view = watch(
+            engine, prompt_ids, asked.max_new_tokens, sampling, stop=asked.stop, ignore_eos=asked.ignore_eos,
+            report=lambda done, total: steps.show("look", done, total),
+        )  # fmt: skip
+    print("".join(token.text for token in view.tokens), file=console.file)
+    write_whole(asked.html, render(view, f"{asked.model}: {len(view.tokens)} tokens after {len(prompt_ids)}"))
+    _say_what_is_covered(len(prompt_ids) + len(view.tokens), engine.config)
+    errors.print(f"The page is {asked.html}.", style="dim")
+    return asdict(view)
+
+
+def _stream(asked: _Asked, engine: Engine, text: str, sampling: Sampling, console: Console) -> dict[str, Any]:
+    """Decode, and print the answer as it comes."""
+    pieces = engine.stream(
+        text, asked.max_new_tokens, sampling=sampling, stop=asked.stop, chat=bool(asked.chat),
+        ignore_eos=asked.ignore_eos,
+    )  # fmt: skip
+    with progress("Reading the prompt"):
+        piece = next(pieces)
+    while True:
+        console.file.write(piece.text)
+        console.file.flush()
+        if piece.generation is not None:
+            break
+        piece = next(pieces)
+    console.file.write("\n")
+    made = piece.generation
+    errors.print(
+        f"{made.prompt_tokens} + {len(made.token_ids)} tokens ({made.finish_reason}); prefill "
+        f"{made.prefill_seconds:.2f} s; {made.tokens_per_second:.1f} tokens/s; "
+        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each{_rounds(made)}{_place(made)}",
+        style="dim",
+    )
+    if not asked.full:
+        _say_what_is_covered(made.prompt_tokens + len(made.token_ids), engine.config)
+    return made.to_dict()
 
 
 def _say_what_is_covered(tokens: int, config: HybridConfig) -> None:
@@ -206,38 +266,8 @@ def _prompt(given: str | None, file: Path | None) -> str:
     return text
 
 
-def _stream(
-    engine: Engine,
-    text: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: list[str],
-    chat: bool,
-    ignore_eos: bool,
-    out: IO[str],
-) -> dict[str, Any]:
-    pieces = engine.stream(text, max_new_tokens, sampling=sampling, stop=stop, chat=chat, ignore_eos=ignore_eos)
-    with progress("Reading the prompt"):
-        piece = next(pieces)
-    while True:
-        out.write(piece.text)
-        out.flush()
-        if piece.generation is not None:
-            break
-        piece = next(pieces)
-    out.write("\n")
-    made = piece.generation
-    errors.print(
-        f"{made.prompt_tokens} + {len(made.token_ids)} tokens ({made.finish_reason}); prefill "
-        f"{made.prefill_seconds:.2f} s; {made.tokens_per_second:.1f} tokens/s; "
-        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each{_rounds(made)}{_place(made)}",
-        style="dim",
-    )
-    return made.to_dict()
-
-
 def _place(made: Generation) -> str:
-    """Where the cache lies, unless it lies where the model is."""
+    """How much of the cache is in host memory, if any is."""
     if not made.bytes_on_host:
         return ""
     return (
@@ -247,8 +277,8 @@ def _place(made: Generation) -> str:
 
 
 def _rounds(made: Generation) -> str:
-    """What rounds brought, where there were any."""
-    return f"; {made.rounds} rounds, {made.accepted} of {made.drafted} drafts stood" if made.rounds else ""
+    """Counts of lossless rounds, if there were any."""
+    return f"; {made.rounds} rounds, {made.accepted} of {made.drafted} drafts accepted" if made.rounds else ""
 
 
 def _show(comparison: Comparison, console: Console) -> None:
