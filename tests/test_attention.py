@@ -1,14 +1,14 @@
 """One layer of the fold: who looks, who reuses, what is read."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
-from lycheedecode import HeadPlan, HybridConfig, ops
+from lycheedecode import HeadPlan, ops
 from lycheedecode.attention import FullAttention, HybridAttention
 from lycheedecode.ops import KV
-
-SETTINGS = {"block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
 
 
 def layers(slots=50, batch=2, starts=None):
@@ -33,14 +33,14 @@ def step(attention, caches, queries, state=None, refresh=True):
 @pytest.mark.parametrize("starts", [None, [0, 21]])
 def test_a_budget_that_covers_the_context_is_full_attention(form, starts):
     caches, queries = layers(starts=starts)
-    attention = HybridAttention(tiny.plan(), HybridConfig(retrieval_attention=form, **SETTINGS))
+    attention = HybridAttention(tiny.plan(), replace(tiny.ROOMY, retrieval_attention=form))
     for output, kv, query in zip(step(attention, caches, queries)[0], caches, queries, strict=True):
         torch.testing.assert_close(output, ops.attend(query, kv, 0.25), atol=1e-5, rtol=1e-5)
 
 
 def test_heads_that_all_retrieve_densely_are_full_attention():
     caches, queries = layers()
-    config = HybridConfig(budget_tokens=12, retrieval_attention="full", **SETTINGS)
+    config = tiny.config(12, retrieval_attention="full")
     attention = HybridAttention(HeadPlan.all_retrieval(tiny.LAYERS, tiny.KV_HEADS), config)
     for output, kv, query in zip(step(attention, caches, queries)[0], caches, queries, strict=True):
         torch.testing.assert_close(output, ops.attend(query, kv, 0.25), atol=1e-5, rtol=1e-5)
@@ -48,7 +48,7 @@ def test_heads_that_all_retrieve_densely_are_full_attention():
 
 def test_a_sparse_head_attends_over_its_donors_selection():
     caches, queries = layers()
-    config = HybridConfig(budget_tokens=16, **SETTINGS)
+    config = tiny.config(16)
     plan = tiny.plan()
     outputs, state = step(HybridAttention(plan, config), caches, queries)
     for layer in range(tiny.LAYERS):
@@ -62,7 +62,7 @@ def test_a_sparse_head_attends_over_its_donors_selection():
 
 def test_the_papers_form_is_dense_where_it_retrieves():
     caches, queries = layers()
-    config = HybridConfig(budget_tokens=16, retrieval_attention="full", **SETTINGS)
+    config = tiny.config(16, retrieval_attention="full")
     outputs, _ = step(HybridAttention(tiny.plan(), config), caches, queries)
     dense = ops.attend(queries[1], caches[1], 0.25)
     torch.testing.assert_close(outputs[1][:, :3], dense[:, :3], atol=1e-5, rtol=1e-5)
@@ -72,7 +72,7 @@ def test_the_papers_form_is_dense_where_it_retrieves():
 @pytest.mark.parametrize("form", ["selected", "full"])
 def test_the_output_goes_where_it_is_told_to(form):
     caches, queries = layers()
-    attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, retrieval_attention=form, **SETTINGS))
+    attention = HybridAttention(tiny.plan(), tiny.config(16, retrieval_attention=form))
     state = attention.allocate(2, 50, "cpu")
     for layer, (kv, query) in enumerate(zip(caches, queries, strict=True)):
         out = torch.full_like(query, torch.nan)
@@ -82,7 +82,7 @@ def test_the_output_goes_where_it_is_told_to(form):
 
 def test_without_refresh_the_selections_stay():
     caches, queries = layers()
-    attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, refresh_every=2, **SETTINGS))
+    attention = HybridAttention(tiny.plan(), tiny.config(16, refresh_every=2))
     _, state = step(attention, caches, queries)
     before = state.selections.blocks.clone()
     step(attention, caches, [torch.randn_like(query) for query in queries], state, refresh=False)
@@ -92,7 +92,7 @@ def test_without_refresh_the_selections_stay():
 def test_bytes_are_counted_from_what_was_selected():
     caches, queries = layers(slots=50, starts=[0, 21])
     lengths = caches[0].token_counts()  # 50 and 29
-    config = HybridConfig(budget_tokens=16, **SETTINGS)
+    config = tiny.config(16)
     attention = HybridAttention(tiny.plan(), config)
     _, state = step(attention, caches, queries)
     # Blocks of 4: the last one holds 2 tokens of 50, and 1 of 29. Eight heads attend, four scan.
@@ -104,7 +104,7 @@ def test_bytes_are_counted_from_what_was_selected():
 
 def test_dense_retrieval_heads_read_each_key_once():
     caches, queries = layers(slots=50)
-    attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, retrieval_attention="full", **SETTINGS))
+    attention = HybridAttention(tiny.plan(), tiny.config(16, retrieval_attention="full"))
     _, state = step(attention, caches, queries)
     expected = 4 * 2 * 14 + 4 * 2 * 50  # four sparse heads, four dense ones
     assert tiny.bytes_read(attention, caches[0].token_counts(), state, True, 1) == [expected] * 2
@@ -114,6 +114,6 @@ def test_dense_retrieval_heads_read_each_key_once():
 
 def test_layers_outside_the_count_read_nothing():
     caches, queries = layers(slots=50)
-    attention = HybridAttention(tiny.plan(), HybridConfig(budget_tokens=16, **SETTINGS), layers=[0, 1])
+    attention = HybridAttention(tiny.plan(), tiny.config(16), layers=[0, 1])
     _, state = step(attention, caches, queries)
     assert tiny.bytes_read(attention, caches[0].token_counts(), state, True, 1)[0] == 4 * 2 * 14 + 3 * 50

@@ -1,6 +1,7 @@
 """Without a GPU the library is plain Python: nothing misses Triton, nor what of POSIX macOS and Windows lack."""
 
 import importlib.util
+import json
 import os
 import pkgutil
 import subprocess
@@ -38,44 +39,20 @@ KERNELS = ("triton", "ops.operators", "ops.kernel_common", "ops.merge", "bench.r
 """What imports Triton, and is imported where kernels run."""
 
 
-def python(script, *arguments, **options):
-    sources = os.pathsep.join([str(Path(lycheedecode.__file__).parents[1]), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    command = [sys.executable, "-W", "ignore", "-c", LIKE_WINDOWS + script, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
-
-
 def modules():
     """All of the package but what extends vLLM, which is for Linux."""
     found = pkgutil.walk_packages(lycheedecode.__path__, "lycheedecode.", onerror=lambda name: None)
     return [module.name for module in found if "vllm" not in module.name and not module.name.endswith("__main__")]
 
 
-def test_every_module_but_kernels_imports():
-    script = """
-import importlib
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        print(name, error.name)
-"""
-    needed = [name for name in modules() if importlib.util.find_spec("lm_eval") or "lm_eval" not in name]
-    done = python(script, *needed)
-    assert done.returncode == 0, done.stderr[-2000:]
-    missing = dict(line.split() for line in done.stdout.splitlines())
-    assert set(missing.values()) == {"triton"}, missing
-    assert all(name.endswith(KERNELS) or ".triton_" in name for name in missing), missing
-
-
-def test_models_are_read_decoded_and_routed_and_commands_run(tmp_path):
-    script = """
-import shlex
+DECODES = """
+import importlib, json, shlex
 from typer.testing import CliRunner
 from lycheedecode import Engine, HeadPlan, HybridConfig, hybrid
 from lycheedecode.cli import app
 from lycheedecode.models import load_model
 
+commands, modules = json.loads(sys.argv[1])
 model, tokenizer = load_model("model")
 plan, config = HeadPlan.load("plan.json"), HybridConfig(budget_tokens=32, block_size=8, sink_tokens=4, recent_tokens=8)
 text = "A text that is longer than the budget. " * 5
@@ -87,10 +64,21 @@ for more in {}, {"completion": "centroid", "completion_chunk": 8}, {"scan_keys":
 with hybrid(model, plan, config):
     output = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)
 assert output[0, -8:].tolist() == list(made.token_ids)
-for line in sys.argv[1:]:
+said, missing = [], {}
+for line in commands:
     done = CliRunner().invoke(app, shlex.split(line))
-    print(done.exit_code, " ".join(done.stderr.split()) if done.exit_code else "")
+    said.append([done.exit_code, done.stderr if done.exit_code else ""])
+for name in modules:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing[name] = error.name
+print(json.dumps([said, missing]))
 """
+
+
+def test_models_decode_commands_run_and_every_module_but_kernels_imports(tmp_path):
+    """In one process: torch and transformers take seconds to import."""
     small = "--budget-tokens 32 --block-size 8 --sink-tokens 4 --recent-tokens 8"
     prompt = "A prompt that is longer than the budget."
     commands = [
@@ -106,12 +94,21 @@ for line in sys.argv[1:]:
     tiny.model().save_pretrained(tmp_path / "model")
     tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
     tiny.plan().save(tmp_path / "plan.json")
-    done = python(script, *commands, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    *fine, last = done.stdout.splitlines()
-    assert fine == ["0 "] * (len(commands) - 1), done.stdout
-    assert last == (
-        "2 lycheedecode: bench lossless times kernels of Triton, which comes with PyTorch on Linux and is not there."
+    needed = [name for name in modules() if importlib.util.find_spec("lm_eval") or "lm_eval" not in name]
+    sources = os.pathsep.join([str(Path(lycheedecode.__file__).parents[1]), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIKE_WINDOWS + DECODES, json.dumps([commands, needed])],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (*fine, (code, last)), missing = json.loads(done.stdout.splitlines()[-1])
+    assert fine == [[0, ""]] * (len(commands) - 1), done.stdout
+    assert code == 2
+    assert "Triton" in last
     for name in ("made.json", "view.html", "found.json", "plan.html"):
         assert (tmp_path / name).stat().st_size > 100
+    assert set(missing.values()) == {"triton"}, missing
+    assert all(name.endswith(KERNELS) or ".triton_" in name for name in missing), missing

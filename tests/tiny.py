@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -23,7 +25,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from lycheedecode import HeadPlan
+from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.attention import DecodeAttention, State
 
 LAYERS, KV_HEADS = 4, 2
@@ -122,6 +124,20 @@ def plan(sliding: tuple[int, ...] = ()) -> HeadPlan:
         donors = [[donor if donor[0] not in sliding or donor[0] == layer else (0, donor[1]) for donor in row]
                   for layer, row in enumerate(donors)]  # fmt: skip
     return HeadPlan.from_donors(donors)
+
+
+def plan_for(family: str) -> HeadPlan:
+    """The plan that a family's layers allow."""
+    return plan(sliding=(1, 3) if family == "gemma3" else ())
+
+
+def config(budget_tokens: int | None = 24, **changes: Any) -> HybridConfig:
+    """Blocks for prompts of a few dozen tokens, of which the default budget leaves out much and `ROOMY` nothing."""
+    small = {"block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
+    return HybridConfig(**{"budget_tokens": budget_tokens, **small, **changes})
+
+
+ROOMY = config(HybridConfig().budget_tokens)
 
 
 def prompts(*lengths: int) -> list[list[int]]:

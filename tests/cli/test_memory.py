@@ -33,7 +33,7 @@ def found(*arguments, status=0):
     ids=["plain", "8 bits", "completed", "refresh", "ratio"],
 )  # fmt: skip
 def test_sizes_are_those_of_a_cache(family, changes):
-    model, plan = tiny.model(family), tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
+    model, plan = tiny.model(family), tiny.plan_for(family)
     config = HybridConfig(**{**{"budget_tokens": 64, "block_size": 4, "completion": "none"}, **changes})
     engine = Engine(model, plan=plan, config=config, cache="host", store_ratio=1.5)
     context = engine.prefill(tiny.prompts(60, 37), room=9)

@@ -15,11 +15,7 @@ from lycheedecode.engine.decoder import without_collection
 from lycheedecode.models.load import load_model
 from lycheedecode.ops import dispatch
 
-CONFIG = HybridConfig(budget_tokens=24, block_size=4, sink_tokens=4, recent_tokens=4)
-
-
-def plan_for(family):
-    return tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
+CONFIG = tiny.config()
 
 
 def scores(model, rows, answers, **options):
@@ -44,7 +40,7 @@ def assert_same(one, two):
 @pytest.mark.parametrize("hybrid", [False, True], ids=["full", "hybrid"])
 def test_fixed_steps_are_flexible_steps(family, lengths, hybrid):
     model, rows, answers = tiny.model(family), tiny.prompts(*lengths), tiny.prompts(*[6] * len(lengths))
-    options = {"plan": plan_for(family), "config": CONFIG} if hybrid else {}
+    options = {"plan": tiny.plan_for(family), "config": CONFIG} if hybrid else {}
     expected = scores(model, rows, answers, **options)
     assert_same(scores(model, rows, answers, execution="graph", **options), expected)
 
@@ -57,7 +53,7 @@ def test_the_compiler_sees_one_graph_whatever_the_context(family):
     model, answers = tiny.model(family), tiny.prompts(6, 6)
     for lengths in ((60, 37), (90, 90), (ROOM - 3, 20)):
         rows = tiny.prompts(*lengths)
-        for options in ({}, {"plan": plan_for(family), "config": CONFIG}):
+        for options in ({}, {"plan": tiny.plan_for(family), "config": CONFIG}):
             expected = scores(model, rows, answers, **options)
             actual = scores(model, rows, answers, execution="compiled", backend=backend, **options)
             assert_same(actual, expected)
@@ -77,8 +73,7 @@ def test_inductor_compiles_a_step():
 @pytest.mark.parametrize("changes", [{"refresh_every": 3}, {"correction_every": 4}, {"refresh_every": 2}])
 def test_every_setting_survives_fixed_steps(llama, form, changes):
     rows, answers = tiny.prompts(ROOM - 4, 37), tiny.prompts(11, 11)
-    settings = {**CONFIG.to_dict(), "budget_tokens": 32, "retrieval_attention": form, **changes}
-    options = {"plan": tiny.plan(), "config": HybridConfig(**settings)}
+    options = {"plan": tiny.plan(), "config": tiny.config(32, retrieval_attention=form, **changes)}
     expected = scores(llama, rows, answers, **options)
     assert_same(scores(llama, rows, answers, execution="graph", **options), expected)
 
@@ -162,7 +157,7 @@ def test_replays_are_eager_steps(family, hybrid, execution, dtype):
     rows, answers = tiny.prompts(ROOM - 3, 37), tiny.prompts(8, 8)
     # Where rounding may choose other blocks, all of them are chosen.
     config = CONFIG if dtype == torch.float32 else HybridConfig(block_size=16)
-    options = {"plan": plan_for(family), "config": config} if hybrid else {}
+    options = {"plan": tiny.plan_for(family), "config": config} if hybrid else {}
     expected, slow = gpu_scores(model, rows, answers, execution="eager", **options)
     actual, fast = gpu_scores(model, rows, answers, execution=execution, **options)
     torch.testing.assert_close(fast.kv_bytes, slow.kv_bytes)
@@ -180,7 +175,7 @@ def test_replays_are_eager_steps(family, hybrid, execution, dtype):
 def test_replays_of_8_bit_scans_are_eager_steps(changes):
     model = tiny.model("llama", **WIDE).cuda()
     rows, answers = tiny.prompts(ROOM - 3, 37), tiny.prompts(8, 8)
-    config = HybridConfig(**{**CONFIG.to_dict(), "budget_tokens": 32, "scan_keys": "float8", **changes})
+    config = tiny.config(32, scan_keys="float8", **changes)
     options = {"plan": tiny.plan(), "config": config}
     expected, slow = gpu_scores(model, rows, answers, execution="eager", **options)
     actual, fast = gpu_scores(model, rows, answers, execution="graph", **options)

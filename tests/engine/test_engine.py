@@ -1,6 +1,7 @@
 """The engine against Hugging Face `generate`, its forms of decoding against each other, and its text."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -10,12 +11,7 @@ from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError, Sampling
 from lycheedecode.engine.sampling import TokenText
 from lycheedecode.models.shape import ModelError
 
-ROOMY = HybridConfig(block_size=4, sink_tokens=4, recent_tokens=4)
-TIGHT = HybridConfig(budget_tokens=16, block_size=4, sink_tokens=4, recent_tokens=4)
-
-
-def plan_for(family):
-    return tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
+TIGHT = tiny.config(16)
 
 
 def greedy(model, rows, count):
@@ -44,8 +40,8 @@ def test_hybrid_equals_full_when_the_budget_covers_the_context(family, dtype, fo
     model, rows, answers = tiny.model(family, dtype), tiny.prompts(40, 23, 9), tiny.prompts(10, 10, 10)
     full = Engine(model)
     context = full.prefill(rows)
-    config = HybridConfig(block_size=4, sink_tokens=4, recent_tokens=4, retrieval_attention=form)
-    actual = Engine(model, plan=plan_for(family), config=config).score(context, answers)
+    config = replace(tiny.ROOMY, retrieval_attention=form)
+    actual = Engine(model, plan=tiny.plan_for(family), config=config).score(context, answers)
     expected = full.score(context, answers)
     if dtype == torch.float32:
         torch.testing.assert_close(actual, expected, atol=2e-3, rtol=1e-3)
@@ -54,7 +50,7 @@ def test_hybrid_equals_full_when_the_budget_covers_the_context(family, dtype, fo
 
 
 def test_heads_that_all_retrieve_densely_equal_full_attention(llama):
-    config = HybridConfig(**{**TIGHT.to_dict(), "retrieval_attention": "full"})
+    config = replace(TIGHT, retrieval_attention="full")
     plan = HeadPlan.all_retrieval(tiny.LAYERS, tiny.KV_HEADS)
     rows, answers = tiny.prompts(40, 23), tiny.prompts(10, 10)
     actual = Engine(llama, plan=plan, config=config).score(rows, answers)
@@ -124,7 +120,7 @@ def test_shorter_answers_are_padded(llama):
 
 def test_refresh_every_selects_less_often(llama):
     rows, answers = tiny.prompts(60), tiny.prompts(8)
-    config = HybridConfig(**{**TIGHT.to_dict(), "budget_tokens": 24, "refresh_every": 3})
+    config = tiny.config(24, refresh_every=3)
     engine = Engine(llama, plan=tiny.plan(), config=config)
     selected = []
     allocate = engine.attention.allocate
@@ -152,7 +148,7 @@ def test_correction_of_full_attention_changes_nothing(llama, lengths):
 
 def test_correction_rewrites_the_cache_that_sparse_decoding_left(llama):
     rows, answers = tiny.prompts(60), tiny.prompts(8)
-    config = HybridConfig(**{**TIGHT.to_dict(), "correction_every": 4})
+    config = replace(TIGHT, correction_every=4)
     caches, logits = [], []
     for engine in (Engine(llama), Engine(llama, plan=tiny.plan(), config=config)):
         context = engine.prefill(rows)
@@ -170,7 +166,7 @@ def test_correction_rewrites_the_cache_that_sparse_decoding_left(llama):
 
 
 def test_sampling_is_reproducible_and_random(llama):
-    engine, rows = Engine(llama, plan=tiny.plan(), config=ROOMY), tiny.prompts(20, 20)
+    engine, rows = Engine(llama, plan=tiny.plan(), config=tiny.ROOMY), tiny.prompts(20, 20)
     sampling = Sampling(temperature=1.5, top_k=50, top_p=0.95, seed=3)
     one, two = (engine.generate(rows, 12, sampling=sampling) for _ in range(2))
     assert [result.token_ids for result in one] == [result.token_ids for result in two]
@@ -180,7 +176,7 @@ def test_sampling_is_reproducible_and_random(llama):
 
 def test_a_sequence_does_not_depend_on_its_neighbours(llama):
     """Its noise belongs to its place in the batch and in its answer."""
-    engine, rows = Engine(llama, plan=tiny.plan(), config=ROOMY), tiny.prompts(20, 31)
+    engine, rows = Engine(llama, plan=tiny.plan(), config=tiny.ROOMY), tiny.prompts(20, 31)
     sampling = Sampling(temperature=1.5, seed=3)
     both = engine.generate(rows, 12, sampling=sampling)
     assert engine.generate([rows[0], rows[0]], 12, sampling=sampling)[0].token_ids == both[0].token_ids

@@ -8,7 +8,7 @@ import tiny
 import torch
 from covering import covering
 
-from lycheedecode import Engine, HybridConfig
+from lycheedecode import Engine
 from lycheedecode.engine.memory import CacheMemoryError
 from lycheedecode.engine.offload import HostCache, HostMemoryError, pinned, staging
 from lycheedecode.engine.offload import cache as host
@@ -16,7 +16,6 @@ from lycheedecode.engine.offload.choice import check_place, check_room
 from lycheedecode.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Without a GPU")
-SETTINGS = {"budget_tokens": 24, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
 CASES = {
     "plain": {},
     "every third token selects": {"refresh_every": 3, "budget_tokens": 32},
@@ -31,8 +30,7 @@ batches = pytest.mark.parametrize("lengths", [(60,), (60, 37, 9)], ids=["one", "
 
 
 def engine_of(model, changes=None, family="llama", **options):
-    plan = tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
-    return Engine(model, plan=plan, config=HybridConfig(**{**SETTINGS, **(changes or {})}), **options)
+    return Engine(model, plan=tiny.plan_for(family), config=tiny.config(**(changes or {})), **options)
 
 
 def decode(engine, context, answers):
@@ -208,7 +206,7 @@ def test_what_does_not_go_is_one_sentence(llama, options, words):
     changes = {name: options.pop(name) for name in ("retrieval_attention", "correction_every") if name in options}
     plan = options.pop("plan", tiny.plan())
     with pytest.raises(ConfigError, match=words):
-        Engine(llama, plan=plan, config=HybridConfig(**SETTINGS, **changes), **options)
+        Engine(llama, plan=plan, config=tiny.config(**changes), **options)
 
 
 def test_attention_that_reads_everything_does_not_decode_from_there(llama):

@@ -1,5 +1,7 @@
 """Positions that depend on the length of a text, and how long a text may be."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -59,14 +61,14 @@ def test_longrope_is_what_generate_makes_of_it(phi, lengths, chunk, execution):
 def test_correction_goes_across_the_turn(phi):
     rows = tiny.prompts(57)
     answers, expected = generated(phi, rows, 20)
-    engine = Engine(phi, plan=tiny.plan(), config=HybridConfig(**{**WHOLE.to_dict(), "correction_every": 4}))
+    engine = Engine(phi, plan=tiny.plan(), config=replace(WHOLE, correction_every=4))
     torch.testing.assert_close(scored(engine, rows, answers)[0], expected, atol=5e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("length", [40, 100])
 def test_rounds_stay_on_one_side_of_the_turn(phi, length):
     rows = tiny.prompts(length)
-    config = HybridConfig(budget_tokens=24, block_size=4, sink_tokens=4, recent_tokens=4, verify_every=2)
+    config = tiny.config(verify_every=2)
     engine = Engine(phi, plan=tiny.plan(), config=config)
     assert list(engine.generate(rows, 8)[0].token_ids) == generated(phi, rows, 8)[0][0].tolist()
     with pytest.raises(ValueError, match="change at 64 tokens, which verify_every cannot cross"):

@@ -4,11 +4,10 @@ import pytest
 import tiny
 import torch
 
-from lycheedecode import Engine, HybridConfig
+from lycheedecode import Engine
 from lycheedecode.engine.prefix import shared_tokens
 from lycheedecode.errors import InputError
 
-TIGHT = {"budget_tokens": 24, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
 WAYS = {
     "hybrid": {},
     "selects every third token": {"refresh_every": 3, "budget_tokens": 32},
@@ -21,8 +20,7 @@ WAYS = {
 
 def engine_of(model, family="llama", **changes):
     options = {name: changes.pop(name) for name in ("cache", "execution", "prefill_chunk") if name in changes}
-    plan = tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
-    return Engine(model, plan=plan, config=HybridConfig(**{**TIGHT, **changes}), **options)
+    return Engine(model, plan=tiny.plan_for(family), config=tiny.config(**changes), **options)
 
 
 def turns(*lengths):
@@ -136,7 +134,7 @@ def test_what_is_not_kept_is_not_read(llama):
 
 
 def test_a_stream_that_nobody_reads_to_its_end_goes_on(llama, byte_tokenizer):
-    engine = Engine(llama, byte_tokenizer, plan=tiny.plan(), config=TIGHT)
+    engine = Engine(llama, byte_tokenizer, plan=tiny.plan(), config=tiny.config())
     context = engine.prefill("A book. " * 12)
     next(engine.stream("A book. " * 12 + "Who?", 20, context=context, ignore_eos=True))
     [result] = engine.generate("A book. " * 12 + "Why?", 20, context=context, ignore_eos=True)
@@ -147,7 +145,7 @@ def test_a_stream_that_nobody_reads_to_its_end_goes_on(llama, byte_tokenizer):
 
 
 def test_chats_go_on_by_messages(llama, byte_tokenizer):
-    engine = Engine(llama, byte_tokenizer, plan=tiny.plan(), config=TIGHT)
+    engine = Engine(llama, byte_tokenizer, plan=tiny.plan(), config=tiny.config())
     messages = [{"role": "user", "content": "A book. " * 12}]
     context = engine.prefill(messages)
     [answer] = engine.generate(messages, 8, context=context, ignore_eos=True)
@@ -204,7 +202,7 @@ def test_an_interrupt_leaves_what_was_read(llama, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"correction_every": 4}], ids=["hybrid", "correction"])
 def test_positions_that_change_with_the_length_are_read_anew(changes, monkeypatch):
     model, turn = tiny.longrope(64), 64
-    engine = Engine(model, config={**TIGHT, **changes})
+    engine = Engine(model, config=tiny.config(**changes))
     rows = tiny.prompts(turn - 12)
     context = engine.prefill(rows)
     read = read_tokens(monkeypatch, engine)

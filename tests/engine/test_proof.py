@@ -11,7 +11,7 @@ from lycheedecode import Engine, HybridConfig, hybrid
 from lycheedecode.engine import proof
 from lycheedecode.models.shape import ModelError
 
-CONFIG = HybridConfig(budget_tokens=24, block_size=4, sink_tokens=4, recent_tokens=4)
+CONFIG = tiny.config()
 
 
 def refusal(model, **options):
@@ -131,7 +131,7 @@ def test_training_mode_is_refused(llama):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_ordinary_models_pass_in_every_dtype(family, dtype):
     model = tiny.model(family, dtype)
-    engine = Engine(model, plan=tiny.plan(sliding=(1, 3) if family == "gemma3" else ()))
+    engine = Engine(model, plan=tiny.plan_for(family))
     assert len(engine.generate(tiny.prompts(30, 9), 4)[0].token_ids) == 4
 
 

@@ -7,13 +7,13 @@ import pytest
 import tiny
 import torch
 
-from lycheedecode import Engine, HybridConfig, hybrid
+from lycheedecode import Engine, hybrid
 from lycheedecode.engine import prefill
 from lycheedecode.models import routing
 from lycheedecode.models.routing import route_attention
 from lycheedecode.models.shape import ModelError
 
-CONFIG = HybridConfig(budget_tokens=24, block_size=4, sink_tokens=4, recent_tokens=4)
+CONFIG = tiny.config()
 GENERATIONS, TOKENS = 25, 6
 """Of each of two engines, in each of four tests: 200 in all."""
 

@@ -15,7 +15,6 @@ from lycheedecode.errors import ConfigError
 from lycheedecode.models.shape import ModelShape
 from lycheedecode.ops import KV, reference, write_means
 
-TIGHT = {"budget_tokens": 32, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
 FORMS = {
     "hybrid": {},
     "once a round": {"refresh_every": 8},
@@ -32,9 +31,9 @@ SAMPLERS = {
 }
 
 
-def lossless(model, every=5, execution="eager", sliding=(), tokenizer=None, **settings):
-    config = HybridConfig(**{**TIGHT, "verify_every": every, **settings})
-    return Engine(model, tokenizer, plan=tiny.plan(sliding), config=config, execution=execution)
+def lossless(model, every=5, execution="eager", family="llama", tokenizer=None, **settings):
+    config = tiny.config(**{"budget_tokens": 32, "verify_every": every, **settings})
+    return Engine(model, tokenizer, plan=tiny.plan_for(family), config=config, execution=execution)
 
 
 def tokens(results):
@@ -50,10 +49,12 @@ def full_attentions(sampler, *lengths):
 # ---------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    ("form", "sampler"),
+    [*(("hybrid", sampler) for sampler in SAMPLERS), *((form, "top_k") for form in FORMS if form != "hybrid")],
+)
 def test_the_text_is_full_attentions(llama, form, sampler):
-    results = lossless(llama, **form).generate(tiny.prompts(60, 37, 90), 40, sampling=SAMPLERS[sampler])
+    results = lossless(llama, **FORMS[form]).generate(tiny.prompts(60, 37, 90), 40, sampling=SAMPLERS[sampler])
     assert tokens(results) == full_attentions(sampler, 60, 37, 90)
     for result in results:
         assert result.drafted == 5 * result.rounds
@@ -78,16 +79,15 @@ def test_captured_rounds_write_the_same(llama, every, execution):
 def test_every_family(family):
     """Also layers that look back a limited way."""
     model, rows = tiny.model(family), tiny.prompts(60, 5, 37)
-    sliding = (1, 3) if family == "gemma3" else ()
     for sampling in (SAMPLERS["greedy"], SAMPLERS["hot"]):
         expected = Engine(model).generate(rows, 30, sampling=sampling)
-        assert tokens(lossless(model, sliding=sliding).generate(rows, 30, sampling=sampling)) == tokens(expected)
+        assert tokens(lossless(model, family=family).generate(rows, 30, sampling=sampling)) == tokens(expected)
 
 
 @pytest.mark.parametrize("name", policies.NAMES)
 def test_every_policy_drafts(llama, name):
     shape, coverage = ModelShape.of(llama), torch.rand(8, 8)
-    config = HybridConfig(**TIGHT)
+    config = tiny.config(32)
     policy = policies.make(name, shape=shape, config=config, plan=tiny.plan(), coverage=coverage)
     engine = Engine(
         llama, attention=policy.attention, config=replace(policy.config, verify_every=4, correction_every=0)
@@ -140,14 +140,14 @@ def test_in_16_bits_other_tokens_are_near_ties():
 @pytest.mark.parametrize(("execution", "every"), [("eager", 5), ("graph", 8), ("graph", "auto"), ("compiled", 8)])
 def test_on_a_gpu(family, execution, every):
     """Captured rounds in float32 write what full attention does there; in 16 bits, what it does in the pass's shape."""
-    sliding, rows = ((1, 3) if family == "gemma3" else ()), tiny.prompts(60, 37, 90)
+    rows = tiny.prompts(60, 37, 90)
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.model(family, dtype).cuda()
         shaped = {"config": HybridConfig(verify_every=8 if every == "auto" else every), "execution": execution}
         full = Engine(model) if dtype == torch.float32 else Engine(model, **shaped)
         if dtype == torch.bfloat16 and every == "auto":
             continue  # its full steps have a shape of their own
-        engine = lossless(model, every, execution, sliding, completion="centroid", completion_chunk=8)
+        engine = lossless(model, every, execution, family, completion="centroid", completion_chunk=8)
         for sampling in SAMPLERS.values():
             results = engine.generate(rows, 60, sampling=sampling)
             assert tokens(results) == tokens(full.generate(rows, 60, sampling=sampling))
@@ -294,7 +294,7 @@ def test_a_pass_is_as_many_steps_of_full_attention(family, many):
 
 def test_cache_correction_in_longer_stretches_than_a_pass_takes(llama):
     rows, answers = tiny.prompts(60, 37), torch.tensor(tiny.prompts(45, 45))
-    corrected = Engine(llama, plan=tiny.plan(), config=HybridConfig(**TIGHT, correction_every=45))
+    corrected = Engine(llama, plan=tiny.plan(), config=tiny.config(32, correction_every=45))
     logits = corrected.score(rows, answers)
     torch.testing.assert_close(logits[:, -1], Engine(llama).score(rows, answers)[:, -1], atol=1e-4, rtol=1e-4)
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from lycheedecode.engine import weights
 from lycheedecode.errors import ConfigError
 from lycheedecode.fusion.graph import use_linear
 
-EIGHT = {"budget_tokens": 32, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4, "step_weights": "float8"}
+EIGHT = tiny.config(32, step_weights="float8")
 
 
 def steps(model, tokens=6, **options):
@@ -65,7 +66,7 @@ def test_a_copy_is_as_good_as_8_bits_allow():
 @pytest.mark.parametrize(("execution", "every"), [("eager", 5), ("graph", "auto"), ("compiled", 3)])
 def test_lossless_text_is_full_attentions(execution, every):
     model, rows, sampling = tiny.model(), tiny.prompts(60, 37), Sampling(temperature=0.7, seed=3)
-    engine = Engine(model, plan=tiny.plan(), config={**EIGHT, "verify_every": every}, execution=execution)
+    engine = Engine(model, plan=tiny.plan(), config=replace(EIGHT, verify_every=every), execution=execution)
     if execution == "compiled":
         engine._decoder._backend = "aot_eager"
     results = engine.generate(rows, 30, sampling=sampling)

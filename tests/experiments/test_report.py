@@ -1,6 +1,7 @@
 """Result files become one document and its pictures."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -306,17 +307,18 @@ def test_pictures_of_speed(tmp_path):
     assert "ms-llama-3-8b-1x-h200.png)" in part(render(tmp_path), "## Pictures")
 
 
-def test_on_the_command_line(tmp_path):
+def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
     write(folder, a={"result": {"rows": [{"op": "scan", "ms": 2}]}})
-    command = [sys.executable, "-m", "experiments.report", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "experiments.report", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| scan | 2 |" in (tmp_path / "results.md").read_text(encoding="utf-8")
-    done = subprocess.run([*command[:-1], str(tmp_path / "none")], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "there is no folder" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("experiments.report", run_name="__main__")
+    assert left.value.code == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_long_files_begin_with_an_overview(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+import platform
 import random
 from copy import deepcopy
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 
 from lycheedecode import HybridConfig
 from lycheedecode.errors import ResumeError
-from lycheedecode.identify import Cell, IdentifySettings, identify
+from lycheedecode.identify import Cell, IdentifySettings, _provenance, identify
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.objective import token_kl
 from lycheedecode.identify.replay import full, prepare, replay
@@ -143,6 +144,15 @@ def test_identify_end_to_end(model, tokenizer):
     assert [(p.stage, p.step, p.steps) for p in seen] == [("measure", i, 4) for i in (1, 2, 3, 4)]
     assert plan.provenance["settings"]["roles"] == "sensitivity"
     assert identify(model, tokenizer, SETTINGS).donors == plan.donors
+
+
+def test_provenance_names_the_device_that_was_used(monkeypatch):
+    """Not the first GPU there is: a model may lie on another one, or on none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU of {device}")
+    monkeypatch.setattr(platform, "processor", lambda: "a CPU")
+    for device, name in (("cuda:1", "GPU of cuda:1"), ("cpu", "a CPU")):
+        assert _provenance(SETTINGS, tiny.plan(), torch.device(device), 1.0)["device"] == name
 
 
 def test_completion_is_part_of_the_plan_unless_switched_off(model, tokenizer):

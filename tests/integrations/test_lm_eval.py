@@ -7,11 +7,11 @@ import tiny
 import torch
 from lm_eval.api.instance import Instance
 
-from lycheedecode import Engine, HybridConfig
+from lycheedecode import Engine
 from lycheedecode.engine.sampling import Sampling
 from lycheedecode.integrations.lm_eval import Answer, LycheeLM, TaskRequestError, request_key
 
-TIGHT = HybridConfig(budget_tokens=16, block_size=4, sink_tokens=4, recent_tokens=4)
+TIGHT = tiny.config(16)
 PROMPTS = ["some words to go on from", "others, a few more of them than before", "a third"]
 
 

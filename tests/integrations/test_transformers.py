@@ -21,9 +21,7 @@ from lycheedecode.integrations.transformers import token_spans
 from lycheedecode.models.shape import ModelError
 from lycheedecode.models.versions import cache_argument
 
-ROOMY = HybridConfig(block_size=4, sink_tokens=4, recent_tokens=4)
-TIGHT = HybridConfig(budget_tokens=16, block_size=4, sink_tokens=4, recent_tokens=4)
-DENSE = HybridConfig(budget_tokens=16, block_size=4, sink_tokens=4, recent_tokens=4, retrieval_attention="full")
+TIGHT, DENSE = tiny.config(16), tiny.config(16, retrieval_attention="full")
 
 WAYS = {
     "greedy": {"do_sample": False},
@@ -31,10 +29,6 @@ WAYS = {
     "beams": {"num_beams": 3, "do_sample": False},
     "static cache": {"do_sample": False, "cache_implementation": "static"},
 }
-
-
-def plan_for(family):
-    return tiny.plan(sliding=(1, 3) if family == "gemma3" else ())
 
 
 def generate(model, batch, **options):
@@ -48,7 +42,7 @@ def generate(model, batch, **options):
 def test_a_budget_that_covers_the_context_changes_nothing(family, lengths, way):
     model, batch = tiny.model(family), tiny.padded(tiny.prompts(*lengths))
     expected = generate(model, batch, **WAYS[way])
-    with hybrid(model, plan_for(family), ROOMY):
+    with hybrid(model, tiny.plan_for(family), tiny.ROOMY):
         actual = generate(model, batch, **WAYS[way])
     assert torch.equal(actual, expected)
 
@@ -66,7 +60,7 @@ def test_logits_are_those_of_full_attention_to_rounding(dtype):
     model, batch = tiny.model("llama", dtype), tiny.padded(tiny.prompts(40, 23))
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     expected = torch.stack(model.generate(**batch, max_new_tokens=2, **options).logits).float()
-    with hybrid(model, tiny.plan(), ROOMY):
+    with hybrid(model, tiny.plan(), tiny.ROOMY):
         actual = torch.stack(model.generate(**batch, max_new_tokens=2, **options).logits).float()
     if dtype == torch.float32:
         torch.testing.assert_close(actual, expected, atol=2e-3, rtol=1e-3)
@@ -119,7 +113,7 @@ def test_assisted_decoding_runs(llama):
     assistant = tiny.model("llama", num_hidden_layers=1)
     batch = tiny.padded(tiny.prompts(40))
     expected = generate(llama, batch, do_sample=False)
-    with hybrid(llama, tiny.plan(), ROOMY):
+    with hybrid(llama, tiny.plan(), tiny.ROOMY):
         assert torch.equal(generate(llama, batch, do_sample=False, assistant_model=assistant), expected)
 
 

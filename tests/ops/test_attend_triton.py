@@ -42,8 +42,7 @@ def test_dense(layout, dtype):
     close(kernels.attend(query, kv, SCALE), reference.attend(query, kv, SCALE), dtype)
 
 
-@pytest.mark.parametrize("group", [1, 4, 7, 16, 20])
-@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("group", "splits"), [(1, 2), (4, 1), (7, 5), (16, 2), (20, 1), (20, 5)])
 def test_dense_groups_and_splits(group, splits):
     kv = make_cache([100, 31, 0])
     query = make_query(kv, group)
@@ -117,8 +116,7 @@ def test_blocks(layout, dtype):
     close(result, reference.attend_blocks(query, kv, selections, rows, 16, SCALE), dtype)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 32, 128])
-@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize(("block_size", "splits"), [(1, 1), (1, 8), (8, 3), (32, 1), (32, 8), (128, 3)])
 def test_blocks_sizes_and_splits(block_size, splits):
     kv = make_cache([260, 31, 0], slots=262)
     query, rows = make_query(kv, 4), torch.tensor([1, 1], device=DEVICE)

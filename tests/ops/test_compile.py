@@ -48,7 +48,7 @@ def launch_all(kv, group=4, block_size=32, heads=None, **settings):
     kernels.scan_select(query, kv, heads or tuple(range(count)), config, 0.1, out)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 256])  # 128: below
+@pytest.mark.parametrize("dim", [256])  # 64, 80 and 128: below
 def test_head_dims(compiled, dim, tmp_path):
     launch_all(make_cache(dim, torch.bfloat16))
     check(compiled, tmp_path, 5)
@@ -65,17 +65,16 @@ def test_pages_and_some_heads(compiled, page, dim, tmp_path):
     check(compiled, tmp_path, 5)
 
 
-@pytest.mark.parametrize(("block_size", "group"), [(1, 1), (16, 7), (256, 1)])
-def test_blocks_and_groups(compiled, block_size, group, tmp_path):
-    launch_all(make_cache(128, torch.float16, slots=4096 * block_size), group, block_size)
+@pytest.mark.parametrize(("block_size", "group", "dim"), [(1, 1, 128), (16, 7, 64), (256, 1, 128)])
+def test_blocks_and_groups(compiled, block_size, group, dim, tmp_path):
+    launch_all(make_cache(dim, torch.float16, slots=4096 * block_size), group, block_size)
     check(compiled, tmp_path, 5)
 
 
-@pytest.mark.parametrize("dim", [128, 256])
-def test_less_shared_memory(compiled, dim, tmp_path, monkeypatch):
-    """What a workstation's GPU has."""
+def test_less_shared_memory(compiled, tmp_path, monkeypatch):
+    """What a workstation's GPU has, for the head dimension that needs most."""
     monkeypatch.setattr(common, "shared_memory", lambda device: 99 * 1024)
-    launch_all(make_cache(dim, torch.bfloat16))
+    launch_all(make_cache(256, torch.bfloat16))
     check(compiled, tmp_path, 5)
     assert max(kernel.metadata.shared for kernel in compiled) <= 99 * 1024
 
@@ -94,10 +93,9 @@ def test_early_start(compiled, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dim", "dtype", "page"),
-    [(128, torch.bfloat16, 0), (128, torch.bfloat16, 16), (80, torch.float16, 0), (256, torch.bfloat16, 0),
-     (256, torch.bfloat16, 16), (128, torch.float32, 0)],
+    [(128, torch.bfloat16, 0), (80, torch.float16, 0), (256, torch.bfloat16, 16), (128, torch.float32, 0)],
     ids=str,
-)  # fmt: skip
+)
 def test_completion(compiled, dim, dtype, page, tmp_path, monkeypatch):
     """Means are read as wide as tokens are: 16 bytes a thread and load."""
     monkeypatch.setattr(common, "has_pdl", lambda device: 1)
@@ -119,10 +117,14 @@ def test_completion(compiled, dim, dtype, page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dim", "dtype", "page", "block_size"),
-    [(128, torch.bfloat16, 0, 32), (128, torch.bfloat16, 16, 64), (64, torch.float16, 0, 16),
-     (256, torch.bfloat16, 0, 32), (128, torch.float32, 0, 16)],
+    [
+        (128, torch.bfloat16, 16, 64),
+        (64, torch.float16, 0, 16),
+        (256, torch.bfloat16, 0, 32),
+        (128, torch.float32, 0, 16),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_dense_heads_that_select(compiled, dim, dtype, page, block_size, tmp_path):
     kv, config = make_cache(dim, dtype, page), HybridConfig(block_size=block_size)
     out = Selections.allocate(1, 1, 4096 // block_size, "cpu")
@@ -147,12 +149,10 @@ def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
     [
         (9, 4, 128, torch.bfloat16, 0),
         (5, 3, 64, torch.bfloat16, 16),
-        (17, 4, 128, torch.float16, 0),
-        (32, 8, 128, torch.bfloat16, 16),
+        (32, 8, 128, torch.float16, 16),
         (9, 4, 256, torch.bfloat16, 0),
         (9, 4, 80, torch.bfloat16, 0),
         (9, 4, 128, torch.float32, 0),
-        (9, 4, 128, torch.float8_e4m3fn, 0),
         (32, 4, 128, torch.float8_e4m3fn, 16),
     ],
     ids=str,
@@ -182,7 +182,7 @@ def test_strategies(compiled, settings, tmp_path):
     check(compiled, tmp_path, 3)
 
 
-@pytest.mark.parametrize("num_blocks", [512, 4112, 16400, 32784, 40000])
+@pytest.mark.parametrize("num_blocks", [4112, 32784, 40000])
 def test_rows_of_scores(compiled, num_blocks, tmp_path):
     """Rows that a program holds, and longer ones."""
     kv, config = make_cache(64, torch.bfloat16, slots=32 * num_blocks), HybridConfig()

@@ -1,5 +1,6 @@
 """Completion: what is unread counts as its chunk's mean key and mean value; everything else that is unread is NaN."""
 
+from dataclasses import replace
 from math import nan
 
 import pytest
@@ -7,7 +8,7 @@ import tiny
 import torch
 from completing import BLOCK, CHUNK, SCALE, make_cache, make_selections, naive, paged, poison, room_for_means
 
-from lycheedecode import Engine, HeadPlan, HybridConfig, ops
+from lycheedecode import Engine, HeadPlan, ops
 from lycheedecode.attention import HybridAttention
 from lycheedecode.integrations.transformers import hybrid
 from lycheedecode.ops import KV, Completion, Selections, reference
@@ -105,7 +106,7 @@ def test_a_factor_of_0_is_no_completion(ops):
 
 def test_selection_counts_what_it_takes():
     kv = make_cache([97, 16], slots=110)
-    config = HybridConfig(budget_tokens=28, block_size=BLOCK, sink_tokens=4, recent_tokens=4, completion_chunk=CHUNK)
+    config = tiny.config(28, completion_chunk=CHUNK)
     out = Selections.allocate(1, 2, 7, "cpu", 6)
     ops.scan_select(torch.randn(2, 6, 16), kv, (1,), config, SCALE, out)
     for b in range(2):
@@ -133,7 +134,7 @@ def test_what_does_not_fit_is_refused():
 
 # ---------------------------------------------------------------------- a layer, and whole generations
 
-TIGHT = {"budget_tokens": 24, "block_size": BLOCK, "sink_tokens": 4, "recent_tokens": 4, "completion_chunk": CHUNK}
+TIGHT = tiny.config(completion_chunk=CHUNK)
 FACTORS = [[1.0, 0.5], [0.0, 1.0], [0.0, 0.0], [0.25, 2.0]]
 
 
@@ -150,7 +151,7 @@ def test_which_heads_are_completed():
         ("centroid", tiny.plan(), [[1.0, 1.0]] * 4),
         ("none", completed_plan(), [[0.0, 0.0]] * 4),
     ):
-        attention = HybridAttention(plan, HybridConfig(**TIGHT, completion=completion))
+        attention = HybridAttention(plan, replace(TIGHT, completion=completion))
         state = attention.allocate(1, 63, "cpu")
         state.before_step(lambda layer: kv[:2], 63, True)
         for layer in range(tiny.LAYERS):
@@ -164,8 +165,8 @@ def test_which_heads_are_completed():
 @pytest.mark.parametrize("way", ["eager", "graph"])
 def test_a_budget_that_covers_the_context_is_full_attention(llama, form, way):
     rows, answers = tiny.prompts(60, 37), tiny.prompts(8, 8)
-    settings = {**TIGHT, "budget_tokens": 512, "retrieval_attention": form, "completion": "centroid"}
-    actual = Engine(llama, plan=tiny.plan(), config=HybridConfig(**settings), execution=way).score(rows, answers)
+    config = replace(TIGHT, budget_tokens=512, retrieval_attention=form, completion="centroid")
+    actual = Engine(llama, plan=tiny.plan(), config=config, execution=way).score(rows, answers)
     torch.testing.assert_close(actual, Engine(llama).score(rows, answers), atol=2e-3, rtol=1e-3)
 
 
@@ -182,7 +183,7 @@ def close(actual, expected):
 @pytest.mark.parametrize("way", ["eager", "graph"])
 def test_the_means_follow_the_cache(llama, lengths, changes, way):
     """Through chunks that end, rewinding, correction and growth, they are what a fresh look at the cache gives."""
-    config = HybridConfig(**{**TIGHT, "budget_tokens": 32, **changes})
+    config = replace(TIGHT, **{"budget_tokens": 32, **changes})
     engine = Engine(llama, plan=completed_plan(), config=config, execution=way)
     context = engine.prefill(tiny.prompts(*lengths), room=2)
     for first in (10, 90):
@@ -202,29 +203,27 @@ def test_the_means_follow_the_cache(llama, lengths, changes, way):
 @pytest.mark.parametrize("way", ["eager", "graph"])
 def test_padding_and_rewinding_change_nothing(llama, way):
     rows, answers = tiny.prompts(61, 44), tiny.prompts(24, 24)
-    engine = Engine(llama, plan=completed_plan(), config=HybridConfig(**TIGHT), execution=way)
+    engine = Engine(llama, plan=completed_plan(), config=TIGHT, execution=way)
     context = engine.prefill(rows, room=32)
     together = engine.score(context, answers)
     engine.score(context, [answer[::-1] for answer in answers])
     assert torch.equal(engine.score(context, answers), together)
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         close(together[i], engine.score([row], [answer])[0])
-    without = Engine(llama, plan=tiny.plan(), config=HybridConfig(**TIGHT)).score(rows, answers)
+    without = Engine(llama, plan=tiny.plan(), config=TIGHT).score(rows, answers)
     assert (together - without).abs().max() > 0.1
 
 
 def test_fixed_steps_are_eager_steps(llama):
     rows, answers = tiny.prompts(60, 31), tiny.prompts(24, 24)
-    fixed, eager = (
-        Engine(llama, plan=completed_plan(), config=HybridConfig(**TIGHT), execution=way) for way in ("graph", "eager")
-    )
+    fixed, eager = (Engine(llama, plan=completed_plan(), config=TIGHT, execution=way) for way in ("graph", "eager"))
     close(fixed.score(rows, answers), eager.score(rows, answers))
 
 
 def test_generate_completes_as_the_engine_does(llama):
     """The means of a cache that somebody else keeps are made anew at every step."""
     rows = tiny.prompts(61, 44)
-    config = HybridConfig(**TIGHT)
+    config = TIGHT
     expected = [list(g.token_ids) for g in Engine(llama, plan=completed_plan(), config=config).generate(rows, 20)]
     with hybrid(llama, completed_plan(), config):
         found = llama.generate(**tiny.padded(rows), max_new_tokens=20, do_sample=False)[:, 61:].tolist()
@@ -236,7 +235,7 @@ def test_bytes_of_means_are_counted():
     lengths, query = kv.token_counts(), torch.randn(2, 6, 16)
     read = {}
     for completion in ("plan", "none"):
-        attention = HybridAttention(completed_plan(), HybridConfig(**TIGHT, completion=completion))
+        attention = HybridAttention(completed_plan(), replace(TIGHT, completion=completion))
         state = attention.allocate(2, 110, "cpu")
         if state.means is not None:
             state.means.write(0, kv)
@@ -250,5 +249,5 @@ def test_bytes_of_means_are_counted():
 def test_a_plan_made_for_another_completion_is_used_and_said(llama):
     made = completed_plan(provenance={"completion": {"chunk": 128, "budget_tokens": 1024}})
     with pytest.warns(UserWarning, match=r"fitted for chunk = 128, not 16 and budget_tokens = 1024, not 24"):
-        engine = Engine(llama, plan=made, config=HybridConfig(**TIGHT))
+        engine = Engine(llama, plan=made, config=TIGHT)
     assert engine.score(tiny.prompts(60), tiny.prompts(2)).isfinite().all()

@@ -9,6 +9,7 @@ from math import nan
 
 import pytest
 import torch
+from covering import covering
 
 from lycheedecode import HybridConfig, ops
 from lycheedecode.ops import EVERYTHING, KV, Completion, Selections, reference
@@ -80,9 +81,7 @@ def test_means_of_numbers_in_8_bits_are_before_their_scales(page):
 
 
 @runs_kernels
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("page", [16, 48, 64])
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("bits", "page", "splits"), covering([8, 16], [16, 48, 64], [1, 4]))
 def test_attention_with_means(bits, page, splits):
     from lycheedecode.ops.attend.triton_blocks import attend_blocks
     from lycheedecode.ops.complete.triton import write_means

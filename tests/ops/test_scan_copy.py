@@ -1,14 +1,16 @@
 """Scanning a copy of keys in 8-bit floats: the copy holds what the cache does, whatever happens to the cache."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
-from lycheedecode import Engine, HybridConfig
+from lycheedecode import Engine
 from lycheedecode.attention import HybridAttention
 from lycheedecode.ops import KV, Selections, reference, scan_blocks, scan_select
 
-TIGHT = {"budget_tokens": 24, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4, "scan_keys": "float8"}
+TIGHT = tiny.config(scan_keys="float8")
 
 
 def held(context):
@@ -27,7 +29,7 @@ def held(context):
 @pytest.mark.parametrize("changes", [{}, {"refresh_every": 3}, {"correction_every": 4}], ids=str)
 @pytest.mark.parametrize("execution", ["eager", "graph"])
 def test_the_copy_follows_the_cache(llama, lengths, changes, execution):
-    config = HybridConfig(**{**TIGHT, "budget_tokens": 32, **changes})
+    config = replace(TIGHT, **{"budget_tokens": 32, **changes})
     engine = Engine(llama, plan=tiny.plan(), config=config, execution=execution)
     context = engine.prefill(tiny.prompts(*lengths), room=2)  # it grows on the way
     for _ in range(2):
@@ -43,7 +45,7 @@ def test_the_copy_follows_the_cache(llama, lengths, changes, execution):
 
 @pytest.mark.parametrize("execution", ["eager", "graph"])
 def test_one_prefill_serves_several_generations(llama, execution):
-    engine = Engine(llama, plan=tiny.plan(), config=HybridConfig(**TIGHT), execution=execution)
+    engine = Engine(llama, plan=tiny.plan(), config=TIGHT, execution=execution)
     context = engine.prefill(tiny.prompts(60, 37), room=12)
     engine.decode_one_token(context, torch.tensor([7, 7]))
     answers = [[result.token_ids for result in engine.generate(context, 12)] for _ in range(3)]
@@ -55,7 +57,7 @@ def test_it_selects_by_the_rounded_keys(llama):
     torch.manual_seed(0)
     keys = torch.randn(2, 2, 90, 16).to(torch.float8_e4m3fn).float()
     kv, query = KV(keys, keys), torch.randn(2, 6, 16)
-    config = HybridConfig(**TIGHT)
+    config = TIGHT
     copy = torch.zeros(2, 1, 95, 16).to(torch.float8_e4m3fn)
     reference.write_copy(copy, keys, (1,), 0, 89)  # the newest token is still to come
     found, right = (Selections.allocate(1, 2, 6, "cpu") for _ in range(2))
@@ -74,7 +76,7 @@ def test_keys_too_large_for_8_bits_become_the_largest():
 
 def test_a_budget_that_covers_the_context_stays_exact(llama):
     rows, answers = tiny.prompts(60, 37), tiny.prompts(8, 8)
-    config = HybridConfig(block_size=4, sink_tokens=4, recent_tokens=4, scan_keys="float8")
+    config = replace(tiny.ROOMY, scan_keys="float8")
     actual = Engine(llama, plan=tiny.plan(), config=config).score(rows, answers)
     torch.testing.assert_close(actual, Engine(llama).score(rows, answers), atol=2e-3, rtol=1e-3)
 
@@ -84,7 +86,7 @@ def test_half_the_bytes_of_a_16_bit_cache():
     keys_and_values = torch.empty(1, tiny.KV_HEADS, 1000, 16, dtype=torch.bfloat16)
     sizes = {}
     for keys in ("cache", "float8"):
-        attention = HybridAttention(tiny.plan(), HybridConfig(**{**TIGHT, "scan_keys": keys}))
+        attention = HybridAttention(tiny.plan(), replace(TIGHT, scan_keys=keys))
         state = attention.allocate(1, 1000, "cpu")
         if keys == "float8":
             state.before_step(lambda layer: (keys_and_values, keys_and_values), 1000, True)
@@ -118,7 +120,7 @@ def test_a_copy_in_pages_is_one_of_the_sequence():
     copy, own = (torch.zeros(size, 1, slots, 16).to(torch.float8_e4m3fn) for size, slots in ((18, 16), (3, 96)))
     reference.write_pages_to_copy(copy, pages, (1,), torch.cat((table[0, :5], table[2, :2])))
     newest = table[0, 5], table[2, 2]
-    config, query = HybridConfig(**TIGHT), torch.randn(3, 6, 16)
+    config, query = TIGHT, torch.randn(3, 6, 16)
     found, right = (Selections.allocate(1, 3, 6, "cpu") for _ in range(2))
     scan_select(query[[0, 2]], at(kv, [0, 2]), (1,), config, 0.25, found.sequences(2), copy)
     reference.write_copy(own, plain, (1,), 0, 96)

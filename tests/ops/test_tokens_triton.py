@@ -24,8 +24,7 @@ def test_tokens(layout, dtype):
     close(kernels.attend_tokens(query, kv, SCALE), reference.attend_tokens(query, kv, SCALE), dtype)
 
 
-@pytest.mark.parametrize(("tokens", "group"), [(1, 7), (2, 6), (9, 4), (32, 3)])
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("tokens", "group", "splits"), [(1, 7, 3), (2, 6, 1), (9, 4, 3), (32, 3, 1)])
 def test_tokens_rows_and_splits(tokens, group, splits):
     kv = make_cache([100, 31, 3, 0])
     query = make_queries(kv, tokens, group)

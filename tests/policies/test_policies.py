@@ -13,9 +13,7 @@ from lycheedecode.ops import KV
 from lycheedecode.policies import PolicyError, plans
 from lycheedecode.policies.quest import QuestAttention
 
-SETTINGS = {"block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
-ROOMY = HybridConfig(**SETTINGS)
-TIGHT = HybridConfig(budget_tokens=16, **SETTINGS)
+ROOMY, TIGHT = tiny.ROOMY, tiny.config(16)
 HEADS = tiny.LAYERS * tiny.KV_HEADS
 SPARSE = [name for name in policies.NAMES if policies.has_budget(name)]
 
@@ -85,7 +83,7 @@ def test_padding_changes_nothing(llama, make, name):
 def test_rewinding_forgets_what_was_decoded(llama, make, name):
     rows = tiny.prompts(61, 44)
     one, two = tiny.prompts(24, 24), [answer[::-1] for answer in tiny.prompts(24, 24)]
-    engine = engine_of(llama, make(name, HybridConfig(budget_tokens=24, **SETTINGS)))
+    engine = engine_of(llama, make(name, tiny.config()))
     context = engine.prefill(rows, room=32)
     first = engine.score(context, one)
     close(engine.score(context, two), engine.score(rows, two))
@@ -96,7 +94,7 @@ def test_rewinding_forgets_what_was_decoded(llama, make, name):
 def test_corrected_entries_are_seen(llama, make, name):
     """Right after a correction every entry is that of full attention, so a step is what it is after a prefill."""
     rows, answers = tiny.prompts(60, 31), tiny.prompts(25, 25)
-    config = HybridConfig(**{**TIGHT.to_dict(), "budget_tokens": 28, "correction_every": 12})
+    config = tiny.config(28, correction_every=12)
     scored = engine_of(llama, make(name, config)).score(rows, answers)
     full = Engine(llama).score(rows, answers)
     close(scored[:, [11, 23]], full[:, [11, 23]])
@@ -328,7 +326,7 @@ def test_kascades_search_equals_trying_everything(shape):
 @pytest.mark.parametrize("name", ["streaming", "quest", "kascade", "same-index", "paper", "hybrid", "hybrid+centroid"])
 def test_matched_budgets_read_as_much_and_one_block_more_would_be_too_much(llama, shape, make, coverage, name):
     length = 401
-    config = HybridConfig(budget_tokens=200, completion_chunk=16, **SETTINGS)
+    config = tiny.config(200, completion_chunk=16)
     given = {"shape": shape, "plan": tiny.plan(), "coverage": coverage}
     if name == "paper":  # half of these heads are dense
         given["plan"] = HeadPlan.from_donors([[(0, 0), (0, 1)], *[[(0, 0), (0, 0)]] * 3])
@@ -352,7 +350,7 @@ def test_matched_budgets_read_as_much_and_one_block_more_would_be_too_much(llama
 @pytest.mark.parametrize("changes", [{}, {"refresh_every": 3}, {"correction_every": 6}], ids=str)
 @pytest.mark.parametrize("name", ["hybrid", "quest", "duo", "full"])
 def test_bytes_are_means_over_steps(llama, shape, make, name, changes):
-    policy = make(name, HybridConfig(budget_tokens=24, **SETTINGS, **changes))
+    policy = make(name, tiny.config(**changes))
     engine = engine_of(llama, policy)
     context = engine.prefill(tiny.prompts(199), room=16)
     for token in range(6):
@@ -363,7 +361,7 @@ def test_bytes_are_means_over_steps(llama, shape, make, name, changes):
 
 
 def test_what_cannot_be_matched_is_said(shape):
-    given = {"shape": shape, "plan": tiny.plan(), "config": HybridConfig(budget_tokens=16, **SETTINGS)}
+    given = {"shape": shape, "plan": tiny.plan(), "config": TIGHT}
     for name in ("duo", "tidaldecode", "own-topk"):
         with pytest.raises(PolicyError, match=f"{name}' reads at least .*% of the cache at 401 tokens"):
             policies.match_bytes(name, context=401, **given)
@@ -411,7 +409,7 @@ def test_a_gpu_decodes_what_a_cpu_does(name, coverage):
     model = tiny.model("llama", **WIDE)
     given = {"shape": ModelShape.of(model), "plan": tiny.plan(), "coverage": coverage}
     rows, answers = tiny.prompts(200, 137), tiny.prompts(12, 12)
-    for config in (ROOMY, HybridConfig(budget_tokens=64, **SETTINGS)):
+    for config in (ROOMY, tiny.config(64)):
         policy = policies.make(name, config=config, **given)
         expected = engine_of(model, policy).score(rows, answers)
         actual = engine_of(model.cuda(), policy, execution="eager").score(rows, answers).cpu()
@@ -427,7 +425,7 @@ def test_a_gpu_decodes_what_a_cpu_does(name, coverage):
 def test_replayed_steps_are_eager_steps(name, coverage):
     model = tiny.model("llama", **WIDE).cuda()
     given = {"shape": ModelShape.of(model), "plan": tiny.plan(), "coverage": coverage}
-    policy = policies.make(name, config=HybridConfig(budget_tokens=64, **SETTINGS), **given)
+    policy = policies.make(name, config=tiny.config(64), **given)
     rows, answers = tiny.prompts(200, 137), tiny.prompts(12, 12)
     actual, expected = (engine_of(model, policy, execution=way).score(rows, answers) for way in ("graph", "eager"))
     assert (actual - expected).abs().mean() < 0.01 * expected.std()

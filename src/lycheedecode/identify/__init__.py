@@ -85,7 +85,7 @@ def identify(
         plan,
         model={"name": shape.name, "architecture": shape.architecture},
         gate_means=None if means is None else tuple(map(tuple, means.tolist())),
-        provenance=_provenance(settings, plan, time.perf_counter() - started),
+        provenance=_provenance(settings, plan, next(model.parameters()).device, time.perf_counter() - started),
     )
 
 
@@ -131,16 +131,17 @@ def _tensor_cores() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _provenance(settings: IdentifySettings, plan: HeadPlan, seconds: float) -> dict[str, Any]:
+def _provenance(settings: IdentifySettings, plan: HeadPlan, device: torch.device, seconds: float) -> dict[str, Any]:
     import transformers
 
     completion = {"chunk": settings.config.chunk_tokens}
+    on_gpu = device.type == "cuda"
     return {
         "method": "identify",
         **({} if plan.completion is None else {"completion": completion}),
         "settings": settings.to_dict(),
         "seconds": round(seconds, 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or device.type,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
