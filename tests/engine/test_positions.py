@@ -90,7 +90,7 @@ def test_the_context_of_another_length_was_made_by_this_engine(phi):
     engine = Engine(phi)
     context = engine.prefill(tiny.prompts(ORIGINAL))
     context.token_ids = None
-    with pytest.raises(ValueError, match="Only a prompt that this engine read can grow past 64 tokens"):
+    with pytest.raises(ValueError, match="past 64 tokens"):
         engine.decode_one_token(context, torch.tensor([5]))
 
 
@@ -100,7 +100,7 @@ def test_dynamic_scaling_is_refused_past_the_original_length():
     rows, engine = tiny.prompts(60), Engine(model)
     answers = generated(model, rows, 5)[0]
     assert list(engine.generate(rows, 5)[0].token_ids) == answers[0].tolist()
-    with pytest.raises(InputError, match="changes with every token past 64, which Engine cannot follow"):
+    with pytest.raises(InputError, match="every token past 64"):
         engine.prefill(tiny.prompts(ORIGINAL + 1))
     made = engine.generate(rows, 50)[0]
     assert (len(made.token_ids), made.finish_reason) == (5, "length")

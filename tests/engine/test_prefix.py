@@ -192,7 +192,7 @@ def test_an_interrupt_leaves_what_was_read(llama, monkeypatch):
         engine.generate(longer, 9, context=context)
     monkeypatch.setattr(engine, "_dense", dense)
     for use in (lambda: engine.generate(context, 4), lambda: engine.score(context, [[5], [6]])):
-        with pytest.raises(InputError, match="was interrupted: give the prompts, and this Context as context="):
+        with pytest.raises(InputError, match=r"interrupted.* context="):
             use()
     results = engine.generate(longer, 9, context=context, ignore_eos=True)
     assert results[0].cached_tokens == 80

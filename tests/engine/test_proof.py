@@ -104,7 +104,7 @@ def test_what_only_seems_to_be_the_model_is_refused(llama):
             output.logits = output.logits[:, 2:]
             return output
 
-    assert "does not reproduce LlamaForCausalLM: the logits of a prompt differ" in refusal(Prefixed(llama))
+    assert "the logits of a prompt differ" in refusal(Prefixed(llama))
 
 
 def test_encoders_and_cross_attention_are_refused():

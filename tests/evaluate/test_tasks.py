@@ -293,8 +293,8 @@ def small_harness(monkeypatch):
 
 def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_harness):
     assert "did you mean niah_single_1" in refusal(*base, "--tasks", "niah_singel_1")
-    assert "There is no policy 'hybrit': did you mean hybrid" in refusal(*base, "--policy", "hybrit")
-    assert "put squad.json into a folder and name it with --data" in refusal(*base, "--tasks", "ruler")
+    assert "did you mean hybrid" in refusal(*base, "--policy", "hybrit")
+    assert "put squad.json into" in refusal(*base, "--tasks", "ruler")
     assert f"put aime24.jsonl into {tmp_path}" in refusal(*base, "--tasks", "aime24", "--data", str(tmp_path))
     assert "put qasper.jsonl into" in refusal(*base, "--tasks", "longbench_qasper", "--data", str(data_folder))
     assert "There is no folder" in refusal(*base, "--data", str(tmp_path / "nothing"))
@@ -302,9 +302,7 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "--lengths must be whole numbers" in refusal(*base, "--lengths", "4k")
     assert "limit must be at least 1" in refusal(*base, "--limit", "0")
     assert "--match-bytes needs a number" in refusal(*base, "--match-bytes", "0")
-    assert "'fast' is not one of 'auto', 'compiled', 'graph', 'eager'" in refusal(
-        *base, "--tasks", "vt", "--execution", "fast"
-    )
+    assert "'fast' is not one of" in refusal(*base, "--tasks", "vt", "--execution", "fast")
     assert "not both" in refusal(*base, "--budgets", "64,128", "--budget-tokens", "64")
     assert "--resume needs --json FILE" in refusal(*base, "--tasks", "vt", "--resume")
     assert "vt with 600 tokens has no room" in refusal(*base, "--tasks", "vt", "--lengths", "600")

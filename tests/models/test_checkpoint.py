@@ -37,7 +37,7 @@ def test_missing_tensors(saved):
     gone = ("model.layers.1.mlp.up_proj.weight", "model.layers.3.input_layernorm.weight")
     change(saved, lambda weights: {name: weight for name, weight in weights.items() if name not in gone})
     said = refusal(saved)
-    assert "no model.layers.1.mlp.up_proj.weight nor 1 others, which LlamaForCausalLM needs" in said
+    assert "model.layers.1.mlp.up_proj.weight nor 1 others" in said
 
 
 def test_no_head(saved):
@@ -52,14 +52,13 @@ def test_a_foreign_prefix(saved):
 
 def test_another_shape(saved):
     change(saved, lambda weights: {**weights, "model.layers.2.mlp.up_proj.weight": torch.zeros(64, 40)})
-    assert "model.layers.2.mlp.up_proj.weight is 64 x 40 in the checkpoint, but 64 x 48 in LlamaForCausalLM" in refusal(
-        saved
-    )
+    said = refusal(saved)
+    assert all(word in said for word in ("model.layers.2.mlp.up_proj.weight", "64 x 40", "64 x 48"))
 
 
 def test_a_bias_that_the_config_does_not_name(saved):
     change(saved, lambda weights: {**weights, "model.layers.0.self_attn.q_proj.bias": torch.ones(96)})
-    assert "has a tensor model.layers.0.self_attn.q_proj.bias in its checkpoint, which" in refusal(saved)
+    assert "model.layers.0.self_attn.q_proj.bias" in refusal(saved)
 
 
 def test_what_is_beside_the_decoder_does_not_matter(saved):

@@ -217,13 +217,13 @@ def test_part_of_a_model_is_refused(tmp_path):
 
 def test_a_hidden_size_that_transformers_refuses(tmp_path):
     path = gguf_files.write(tmp_path / "model.gguf", tiny.model(hidden_size=48), values={"llama.embedding_length": 50})
-    assert "cannot be loaded: The hidden size (50) is not a multiple" in refusal(path)
+    assert "hidden size (50)" in refusal(path)
 
 
 def test_another_size_of_a_head_names_the_tensor(tmp_path):
     values = {"qwen3.attention.key_length": 32, "qwen3.attention.value_length": 32}
     said = refusal(gguf_files.write(tmp_path / "model.gguf", tiny.model("qwen3"), "qwen3", values=values))
-    assert "model.layers.0.self_attn.q_proj.weight is 96 x 48 in the checkpoint, but 192 x 48" in said
+    assert all(word in said for word in ("model.layers.0.self_attn.q_proj.weight", "96 x 48", "192 x 48"))
 
 
 def test_a_file_cut_short(tmp_path):
