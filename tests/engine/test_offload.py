@@ -82,7 +82,7 @@ def check_store(context):
     ("case", "lengths", "execution"), covering(CASES, [(60,), (60, 37, 9)], ["eager", "graph"]), ids=str
 )
 def test_logits_are_those_of_a_resident_cache(llama, case, lengths, execution):
-    rows, answers = tiny.prompts(*lengths), tiny.prompts(*[40] * len(lengths))
+    rows, answers = tiny.prompts(*lengths), tiny.prompts(*[24] * len(lengths))
     resident, offloaded = (
         engine_of(llama, CASES[case], cache=place, execution=execution) for place in ("resident", "host")
     )

@@ -41,18 +41,19 @@ def make_scores(rows, lengths, slots, block_size, levels):
     return scores.to(DEVICE)
 
 
-@configs
 @pytest.mark.parametrize(
-    ("each", "levels"),
-    [(64, 1), (64, 4), (64, 10**6), (1, 4)],
-    ids=["held, all ties", "held, many ties", "held, no ties", "chunks, many ties"],
+    ("name", "each", "levels"),
+    [
+        *((name, each, 4) for name in CONFIGS for each in (64, 1)),
+        *((name, 64, levels) for name in ("top_k", "capped ratio", "top_p", "threshold") for levels in (1, 10**6)),
+    ],
 )
-def test_select(settings, levels, each, monkeypatch):
-    """By a row that is held, and one that is read again."""
+def test_select(name, levels, each, monkeypatch):
+    """By a row that is held, and one that is read again; of scores that are many ties, nothing but ties, or none."""
     monkeypatch.setattr(select, "IN_REGISTERS", each)
     monkeypatch.setattr(select, "_READ_AGAIN", 1)
     lengths, slots = [1000, 333, 0, 5, 40], 1003
-    config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **settings})
+    config = HybridConfig(**{"block_size": 8, "sink_tokens": 10, "recent_tokens": 9, **CONFIGS[name]})
     scores = make_scores(1, lengths, slots, 8, levels)
     kv = KV(*[torch.empty(5, 1, slots, 16, device=DEVICE)] * 2, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     capacity = config.capacity_blocks(ceil((slots + config.refresh_every - 1) / 8))
