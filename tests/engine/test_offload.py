@@ -255,7 +255,7 @@ def test_auto_is_resident_where_nothing_is_gained(llama):
     ],
 )
 def test_auto_offloads_only_what_does_not_read_the_whole_cache(changes, planned, on_gpu, place):
-    plan, config = tiny.plan() if planned else None, HybridConfig(**SETTINGS, **changes)
+    plan, config = tiny.plan() if planned else None, tiny.config(**changes)
     assert check_place("auto", plan, config, 2.0, on_gpu) == place
     with pytest.raises(ConfigError, match="store_ratio must be at least 1"):
         check_place("auto", plan, config, 0.5, on_gpu)
