@@ -62,9 +62,7 @@ def test_the_text_is_full_attentions(llama, form, sampler):
         assert result.rounds + result.accepted >= 39
 
 
-@pytest.mark.parametrize(
-    ("execution", "every"), [*(("graph", every) for every in (1, 8, 31, "auto")), ("compiled", 3)]
-)
+@pytest.mark.parametrize(("execution", "every"), [*(("graph", every) for every in (1, 8, 31, "auto")), ("compiled", 3)])
 def test_captured_rounds_write_the_same(llama, every, execution):
     """Off a GPU nothing is captured, but it is the same code, and all of it lies on the device."""
     rows, sampling = tiny.prompts(60, 37), SAMPLERS["top_p"]
