@@ -37,9 +37,9 @@ _FAST = (
     "plugin. Of every series the case that gains least and the one that gains most."
 )
 _MEMORY = (
-    "Hybrid attention reads less of the KV cache, but stores all of it on the GPU, unless the cache lies in host "
-    "memory (`--cache host`). A shape has random weights: what its selections fetch anew is replayed from a real "
-    "model. Of every series the case with the least and with the most."
+    "Hybrid attention reads less of the KV cache, but stores all of it on the GPU, unless the cache is in host "
+    "memory (`--cache host`). A shape has random weights: the share of blocks that its selections fetch is replayed "
+    "from a real model. Of every series the case with the least and with the most."
 )
 TABLES: tuple[tuple[str, str, Callable[[Sequence[Source]], list[dict[str, Any]]], str], ...] = (
     ("How faithful", "fidelity", faithful.table_rows, _FAITHFUL),

@@ -15,7 +15,7 @@ class Name(NamedTuple):
 LEGEND = {
     "full": Name("#34495e", "full attention, by this library's engine: every head reads all keys and values"),
     "hybrid": Name("#c0392b", "this library's default: all heads attend to the selections of a few"),
-    "hybrid+refresh2": Name("#e67e22", "hybrid that selects anew every second token"),
+    "hybrid+refresh2": Name("#e67e22", "hybrid that selects every second token"),
     "hybrid+float8": Name("#f1948a", "hybrid that scans an 8-bit copy of the retrieval heads' keys"),
     "hybrid+centroid": Name("#922b21", "hybrid with completion: unread tokens enter as the means of their chunks"),
     "hybrid+weights8": Name("#b9770e", "hybrid with the linear layers' weights in 8 bits, an error of its own"),

@@ -267,7 +267,7 @@ class HeadPlan:
     def shard(self, rank: int, world: int) -> HeadPlan:
         """The plan of one tensor-parallel rank, which holds a contiguous range of every layer's KV heads.
 
-        Raises `PlanError` when the heads do not divide evenly or a donor lies on another rank.
+        Raises `PlanError` when the heads do not divide evenly or a donor is on another rank.
         """
         if not 0 <= rank < world:
             raise PlanError(f"Rank {rank} does not exist in a group of {world}.")
@@ -292,7 +292,7 @@ class HeadPlan:
         return HeadPlan.from_donors(donors, model=self.model, gate_means=means, provenance=made, completion=factors)
 
     def stage(self, first: int, last: int) -> HeadPlan:
-        """The plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor lies before."""
+        """Plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor is outside it."""
         if not 0 <= first < last <= self.num_layers:
             raise PlanError(f"Layers {first} to {last - 1} do not exist in a plan of {self.num_layers} layers.")
         for layer in range(first, last):
@@ -320,7 +320,7 @@ def bundled_plan_of(model: str) -> HeadPlan | None:
     """The plan that ships for a model, by the model's name, hub id, folder or file: `smollm2-135m` is that of
     `HuggingFaceTB/SmolLM2-135M-Instruct` and of `/models/SmolLM2-135M-Instruct.Q4_1.gguf`. None where there is none.
 
-    Names may lie: whether it fits, `check_fits` says.
+    A name is no proof: `check_fits` says whether the plan fits.
     """
     said = model.lower().replace("_", "-")
     for name in sorted(bundled_plans(), key=len, reverse=True):

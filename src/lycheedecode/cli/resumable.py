@@ -70,7 +70,7 @@ def kept_options(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 @contextmanager
 def says_what_is_kept(path: Path | None) -> Iterator[None]:
-    """When Ctrl-C ends it, say where the work so far lies; nothing without such a place."""
+    """On Ctrl-C, say where the work so far is saved, if it is."""
     try:
         yield
     except KeyboardInterrupt:

@@ -236,7 +236,7 @@ class KVCache(Cache):
         self.starts = None if padding is None else torch.tensor(after, dtype=torch.int32, device=device)
 
     def state_for(self, attention: DecodeAttention) -> tuple[State | None, bool]:
-        """The attention's state, ready for the step to come, and whether that selects anew; makes room for its token.
+        """The attention's state, ready for the step to come, and whether it selects; makes room for its token.
 
         Its buffers stay the same from step to step, and when the cache is truncated; they change when the cache moves
         to a larger place, its sequences change, or another attention takes over.
@@ -267,7 +267,7 @@ class KVCache(Cache):
         return 0.0, 0.0
 
     def forget_state(self) -> None:
-        """Make the next step select anew, into buffers of its own."""
+        """Make the next step select, into new buffers."""
         self.state, self.selected_at = None, None
         self.place += 1
         self._owner = None, 0

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _PRIOR = 0.9, 8.0
-"""Share of drafts that stand, before any was seen, and how many seen ones outweigh it."""
+"""Assumed share of accepted drafts before any was seen, and how many drafts that assumption counts as."""
 _FADE, _SLOWER, _FASTER = 0.9, 0.2, 0.7
-"""Of what was seen, that a round leaves; how far a slower and a faster time move the one that is known."""
+"""Decay of older rounds; how far a slower and a faster measurement move the estimated time."""
 _WAIT = 64
-"""Rounds before something is tried again that did not pay."""
+"""Rounds before retrying what did not pay."""
 
 
 class Plan(NamedTuple):
-    """Of a round: its drafts, and how many there are from one selection to the next. Without drafts: a full step."""
+    """A round: its number of drafts, and drafts per selection. Without drafts: a full step."""
 
     drafts: int
     refresh: int
 
 
 class Pace:
-    """Chooses for a batch, from the share of drafts that stand and from the seconds of a draft, a pass and a full step.
+    """Chooses for a batch, from the share of accepted drafts and from the seconds of a draft, a pass and a full step.
 
     Args:
         most: drafts of a round.
@@ -67,11 +67,11 @@ class Pace:
         return gained / seconds
 
     def share(self, refresh: int) -> float:
-        """Of drafts, that stand where all before them in the round do."""
+        """The chance that a draft is accepted if all drafts before it were."""
         return min(self._stood[refresh] / self._tried[refresh], 1.0)
 
     def saw(self, plan: Plan, accepted: Sequence[int], drafting: Sequence[float], passing: float) -> None:
-        """A round ended: how many drafts of each sequence stood, and the seconds of each draft and of the pass."""
+        """Record a round: accepted drafts of each sequence, and the seconds of each draft and of the pass."""
         drafts, refresh = plan
         if not drafts:
             self._time("full", passing)

@@ -33,7 +33,7 @@ class Sampling:
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens that holds this probability, in (0, 1].
         min_p: keep tokens that are at least this share as probable as the most probable one, in [0, 1].
-        seed: makes the draw reproducible; None draws anew every time.
+        seed: makes the draw reproducible; None makes every draw different.
     """
 
     temperature: float = 0.0
@@ -72,7 +72,7 @@ class Sampling:
 class Sampler:
     """A token for every row of logits, as a function of the row, the seed, and where the token stands.
 
-    Without a seed it takes one of its own. Its launches depend on shapes alone; the seed lies on the device, so that a
+    Without a seed it picks one. Its launches depend on shapes alone; the seed lies on the device, so that a
     CUDA graph serves every seed.
     """
 

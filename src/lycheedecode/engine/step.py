@@ -77,7 +77,7 @@ class FlexibleStep:
         attention: what the global layers do; the others attend densely to what they reach.
         reaches: of every layer.
         state: of `attention`.
-        refresh: whether it selects anew.
+        refresh: whether retrieval heads select.
     """
 
     def __init__(

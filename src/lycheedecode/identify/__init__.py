@@ -122,7 +122,7 @@ def _number_of_heads(settings: IdentifySettings, reach: Reach) -> int:
 
 @contextmanager
 def _tensor_cores() -> Iterator[None]:
-    """float32 products in TF32: several times faster on a GPU, and what is measured here is far coarser."""
+    """float32 products in TF32: several times faster on a GPU, and precise enough for these measurements."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

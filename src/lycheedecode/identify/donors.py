@@ -1,7 +1,7 @@
 """Which donor suits which head: measured on the full model, then read off for any choice of retrieval heads.
 
 Heads are those of the global layers, counted layer by layer; `H` of them. Where other layers lie between (sliding
-windows, linear attention), nobody asks their heads, and in a plan they are their own donors.
+windows, linear attention), their heads are left out, and in a plan they are their own donors.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Reach:
 
     @property
     def always_retrieval(self) -> tuple[Head, ...]:
-        """Heads that nobody of an earlier layer could serve: those of each stage's first layer."""
+        """Heads that no earlier layer can serve: those of each stage's first layer."""
         stages = [self._stage(layer) for layer in self.layers]
         first = [self.layers[stages.index(stage)] for stage in sorted(set(stages))]
         return tuple((layer, head) for layer in first for head in range(self.num_kv_heads))

@@ -199,7 +199,7 @@ def _again(entry: Any) -> CacheLayerMixin:
         return _Prefix(*entry)
     layer = deepcopy(entry)
     if hasattr(layer, "update_recurrent_state"):
-        # It writes into the state that the backward pass needs; nobody asks for the new one.
+        # It writes into the state that the backward pass needs; the new one is never used.
         layer.update_recurrent_state = lambda states, *_, **__: states
     return layer
 
@@ -256,7 +256,7 @@ class Parts(NamedTuple):
     unread_mass: Tensor | None = None
 
     def output(self, factor: Tensor | float = 0.0) -> Tensor:
-        """The attention output when what is unread weighs `factor` of what its means say."""
+        """The attention output when unread tokens count with `factor` times the weight of their means."""
         if self.unread is None or self.unread_mass is None:
             return self.read / self.read_mass
         return (self.read + factor * self.unread) / (self.read_mass + factor * self.unread_mass)

@@ -213,7 +213,7 @@ class Surrogate:
         return self._reach.plan(table, completion=completion)
 
     def _best_addition(self, current: set[Head], tried: int = 8) -> Head:
-        """The head whose addition helps most, among those that help most while nobody else reacts to it."""
+        """The head whose addition helps most, among those that help most while no other head changes its donor."""
         choice = self.assign(current)
         taken = self._table[:, self._every, choice]  # [n, H]
         others = taken.sum(1, keepdim=True) - taken

@@ -46,7 +46,7 @@ class IdentifySettings:
         same_layer: whether a retrieval head may serve heads of its own layer.
         shards: number of tensor-parallel ranks; a donor stays on its rank.
         stages: number of pipeline stages; a donor stays in its stage.
-        exchange_rounds: at most so many rounds of swapping retrieval heads at the end, judged by decoding.
+        exchange_rounds: maximum number of rounds of swapping retrieval heads at the end, judged by decoding.
         train_cells: kinds of prompts to train gates on, one drawn at each step.
         gates: the gates' distribution.
         loss: distance from the teacher: squared error of the last `hidden` states or KL of the `logits`.
@@ -56,7 +56,7 @@ class IdentifySettings:
         multiplier_learning_rate: learning rate of the one-sided multiplier.
         steps: training steps of the gates.
         learning_rate: AdamW's, with warm-up and decay over a fifth of the steps each.
-        batch_size: at most so many prompts at once; fewer long ones where memory is short.
+        batch_size: maximum number of prompts at once; fewer if memory is short.
         prefill_chunk: tokens per prefill chunk.
         seed: seed of prompts, drawn answers and gate noise.
     """

@@ -57,7 +57,7 @@ class Selections(NamedTuple):
     Attributes:
         blocks: int32 `[R, B, K]`, block indices in any order; unused entries are -1 and come last.
         counts: int32 `[R, B]`, entries in use; `EVERYTHING`: all blocks are selected, and none is listed.
-        taken: int32 `[R, B, C]`, how many blocks of each chunk are selected; None where nobody completes.
+        taken: int32 `[R, B, C]`, how many blocks of each chunk are selected; None without completion.
     """
 
     blocks: Tensor
@@ -87,7 +87,7 @@ class Selections(NamedTuple):
         return Selections(of(self.blocks), of(self.counts), None if self.taken is None else of(self.taken))
 
     def count_taken(self, blocks_per_chunk: int) -> None:
-        """Write `taken` anew from `blocks`."""
+        """Recompute `taken` from `blocks`."""
         chunks = self.taken.shape[-1]
         chunk = (self.blocks // blocks_per_chunk).masked_fill(self.blocks < 0, chunks).clamp(max=chunks).long()
         found = self.taken.new_zeros((*self.taken.shape[:-1], chunks + 1))

@@ -1,4 +1,4 @@
-"""Hybrid attention whose cache lies in host memory, what it keeps on the GPU, and its decode step."""
+"""Hybrid attention over a cache in host memory, its state on the GPU, and its decode step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OffloadedState(HybridState):
     """What `OffloadedAttention` keeps on the GPU.
 
     Attributes:
-        store: blocks at hand.
+        store: blocks on the GPU.
         scanned: keys that retrieval heads scan.
     """
 
@@ -58,7 +58,7 @@ class OffloadedState(HybridState):
                 part.truncate(slots)
 
     def write_back(self, filled: int) -> None:
-        """Bring host memory up to date."""
+        """Write new tokens to host memory."""
         self.store.write_back(filled)
 
     def scan_bytes(self, key_bytes: int) -> float:
@@ -78,8 +78,8 @@ class OffloadedAttention(HybridAttention):
 
     Args:
         plan, config, layers: as there; of a config that `refuse_unfit` lets pass.
-        store_ratio: blocks of a head that are kept at hand, in selections.
-        ahead: fetch what later layers are going to read beside the model; False: at once.
+        store_ratio: blocks of a head that are kept on the GPU, as a multiple of a selection.
+        ahead: fetch blocks for later layers in the background; False: before the model goes on.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class OffloadedAttention(HybridAttention):
         self._global, self._ratio, self._ahead = tuple(layers), store_ratio, ahead
 
     def size(self, shape: ModelShape, batch: int, slots: int, itemsize: int) -> CacheSize:
-        """What it is going to need of a batch."""
+        """The memory that a batch will need."""
         retrieval = sum(len(self.scanned[layer]) for layer in self._global)
         config = self.config if self._factors else replace(self.config, completion="none")
         return offloaded_size(shape, batch, slots, itemsize, config, retrieval, self._ratio)
 
     def allocate_offloaded(self, cache: HostCache) -> OffloadedState:
-        """What it keeps of the batch of a cache in host memory."""
+        """The state for the batch of a cache in host memory."""
         config, slots, device = self.config, cache.capacity, cache.layers[self._global[0]].device
         blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
         chunks = max(slots // config.chunk_tokens, 1) if self._factors else 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class HostLayer(GrowingLayer):
     """Keys and values of one layer with full attention, `[B, Hkv, capacity, D]` in host memory.
 
-    While a prompt passes, the layer's tokens so far stand in a buffer on the device that attends (`Staging`).
+    While a prompt passes, the layer's tokens so far are in a buffer on the model's device (`Staging`).
     """
 
     def __init__(self, cache: HostCache, index: int) -> None:
@@ -38,7 +38,7 @@ class HostLayer(GrowingLayer):
         return keys[self._index], values[self._index]
 
     @property
-    def _keys(self) -> Tensor:  # type: ignore[override]  # nobody sets it here: `reserve` is the cache's
+    def _keys(self) -> Tensor:  # type: ignore[override]  # never set here: `reserve` is the cache's
         return self.store[0]
 
     @property
@@ -54,7 +54,7 @@ class HostLayer(GrowingLayer):
         return self._cache.slots
 
     def reserve(self, slots: int) -> None:
-        """Of all layers: they lie in one tensor."""
+        """Reserve slots for all layers, which share one tensor."""
         self._cache.grow(slots)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -3,7 +3,7 @@
     layer i        attends over buffer 0        | its new tokens: buffer 0 -> host memory
     layer i + 1    its earlier tokens: host memory -> buffer 1
 
-The copies run beside the model. A layer waits for its own earlier tokens alone, which were on their way while the layer
+The copies run in the background. A layer waits only for its own earlier tokens, which were copied while the layer
 before it ran.
 """
 
@@ -37,7 +37,7 @@ class Staging:
     def append(self, layer: int, begin: int, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Append keys and values `[B, Hkv, T, D]` of a layer from slot `begin` on; returns all of its tokens so far.
 
-        They are valid until the next layer but one appends.
+        They stay valid until the layer after next appends.
         """
         buffer, end = self._buffers[self._turn], begin + states[0].shape[2]
         if self._ahead is None or self._ahead[:2] != (layer, begin):

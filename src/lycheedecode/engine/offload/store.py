@@ -1,4 +1,4 @@
-"""What a batch has on the GPU beside the cache in host memory: pools of blocks, their map, and keys to scan."""
+"""The GPU's share of a cache in host memory: pools of blocks, their map, and keys to scan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pool_blocks(ratio: float, capacity: int, blocks: int, block_size: int, refre
 
 
 class BlockStore:
-    """Blocks of the cache that are at hand, for one attention; see `ops.fetch` for how a pool is laid out.
+    """Blocks of the cache that are on the GPU, for one attention; `ops.fetch` shows the layout of a pool.
 
     Args:
         source: the cache in host memory.
@@ -37,15 +37,15 @@ class BlockStore:
         selections: of the attention.
         block_size: tokens per block.
         blocks: of a sequence, at most.
-        ratio: blocks of a head at hand and their map, in selections.
+        ratio: blocks of a head on the GPU and their map, as a multiple of a selection.
         refresh_every: steps from one selection to the next.
         starts: as in `KVCache`.
         device: of the pools.
-        ahead: fetch what later layers are going to read beside the model; False: at once.
+        ahead: fetch blocks for later layers in the background; False: before the model goes on.
 
     Attributes:
         readers: as given.
-        lane: where blocks are fetched that later layers are going to read.
+        lane: the stream on which blocks for later layers are fetched.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class BlockStore:
     def _tables(
         self, layer: int, readers: Sequence[Sequence[tuple[int, int]]], device: torch.device
     ) -> list[tuple[Tensor, set[int]]]:
-        """Who reads what a layer selects, as `ops.fetch.fetch` takes them, and in which layers.
+        """The readers of a layer's selections, as `ops.fetch.fetch` takes them, and their layers.
 
         A table for the layer itself, one for the next, one for those after it.
         """
@@ -109,7 +109,7 @@ class BlockStore:
     # ------------------------------------------------------------------ between steps
 
     def before_step(self, filled: int, now: bool) -> None:
-        """Slots up to `filled` are in use; `now`: host memory has to know all of them."""
+        """Slots up to `filled` are in use; `now`: write all of them to host memory."""
         if self.written < 0:
             self.written = filled  # the cache was complete when this store was made
         if not self._has_tail:
@@ -119,7 +119,7 @@ class BlockStore:
             self.write_back(filled)
 
     def write_back(self, filled: int) -> None:
-        """Bring host memory up to date."""
+        """Write new tokens to host memory."""
         if 0 <= self.written < filled:
             place = self.slots * self.block_size, self.tail_blocks * self.block_size
             write_back(self.pool, self.source, self.written, filled, self._starts, *place)
@@ -173,7 +173,7 @@ class BlockStore:
         return KV(keys[layer], values[layer], lengths)
 
     def take(self, layer: int) -> None:
-        """A layer has selected: fetch what its own heads lack, and in the lane what those of later layers do."""
+        """Fetch missing blocks after a layer has selected: for its own heads now, for later layers in the lane."""
         first, count = self._rows[layer]
         known, chosen = self.known.rows(first, count), self.selections.rows(first, count)
         plan_fetch(chosen.blocks, known, self._newest, self.clock, self.tail_blocks)
@@ -187,14 +187,14 @@ class BlockStore:
                 self._arriving.update(dict.fromkeys(layers, (self._launched, mark)))
 
     def wait_for(self, layer: int) -> None:
-        """Attention of a layer is next: all that it reads has to be there."""
+        """Wait until all blocks that a layer's attention reads have arrived."""
         number, mark = self._arriving.pop(layer, (0, None))
         if number > self._arrived:
             self.lane.wait(mark)
             self._arrived = number
 
     def count(self) -> None:
-        """Count what the selections of this step asked for, and what was missing; not for the first of them."""
+        """Count selected and missing blocks of this step, except for the first selection: the store was empty."""
         weights = self._weights[:, None] * (1 - self.fresh)
         self.missed.add_((self.known.misses * weights).sum(0))
         self.asked.add_((self.selections.counts * weights).sum(0))
@@ -204,7 +204,7 @@ class BlockStore:
 def readers_of(
     plan: HeadPlan, layers: Mapping[int, int]
 ) -> tuple[list[list[tuple[int, int]]], dict[int, tuple[int, int]]]:
-    """Who reads each row of the selections, and the rows that each layer writes; layers as `layers` numbers them."""
+    """Readers of each row of the selections, and the rows that each layer writes; layers as `layers` numbers them."""
     readers: list[list[tuple[int, int]]] = [[] for _ in plan.retrieval]
     for layer, number in layers.items():
         for head, row in enumerate(plan.donor_rows(layer)):
@@ -251,7 +251,7 @@ class ScanKeys:
         return self.keys[first : first + len(self._heads[layer])].transpose(0, 1)
 
     def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """What the operations want beside keys in 8 bits."""
+        """Scales that the operations take with keys in 8 bits."""
         if self.keys.dtype != torch.float8_e4m3fn:
             return None
         ones = self.ones[: len(self._heads[layer])]
@@ -262,7 +262,7 @@ class ScanKeys:
         self.known = min(self.known, slots)
 
     def before_step(self, store_of: Callable[[int], tuple[Tensor, Tensor]], filled: int) -> None:
-        """Copy what is new in host memory; the step itself writes the key of its token."""
+        """Copy new keys from host memory; the step itself writes the key of its token."""
         if self.known < filled:
             for layer, heads in self._heads.items():
                 keys = store_of(layer)[0]

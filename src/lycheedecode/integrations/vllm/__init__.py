@@ -1,15 +1,15 @@
 """Hybrid attention inside vLLM: a plugin of its attention backends. See docs/serving.md.
 
 settings    what the server was told, checked
-requests    what a request may say of its own attention
+requests    options of a request for its attention
 parts       everything that is taken from vLLM, and the versions it was seen in
 frontend    what the process does that starts an engine: refuse early, refuse requests, show counters
 group       the layers of a KV-cache group that use hybrid attention, and what they share
 backend     the hooks into vLLM's attention: metadata of a step, one layer of it
-self_check  a hybrid step against one of vLLM's own, before anybody is served
+self_check  compares a hybrid step with vLLM's own before accepting requests
 counters    from workers to the server's metrics
 cuda, cpu   the hooks over vLLM's own backends
-beside      what lies beside the pages: means of chunks, copies of scanned keys
+beside      data kept beside the pages: means of chunks, copies of scanned keys
 verify      other people's drafts, several tokens of a sequence at once
 fill        a KV connector for `bench serving`
 """

@@ -1,4 +1,4 @@
-"""Hooks into vLLM's attention, laid over the classes of one of its own backends (`cuda`, `cpu`).
+"""Hooks into vLLM's attention: subclasses of one of its own backends (`cuda`, `cpu`).
 
     builder   once a step and cache group: which rows decode, and their state        -> metadata.hybrid
     layer     once a layer: rows that decode follow the plan, all others the backend

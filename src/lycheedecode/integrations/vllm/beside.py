@@ -1,4 +1,4 @@
-"""What lies beside vLLM's pages, page for page: the means of chunks, and 8-bit copies of the keys that are scanned.
+"""Data kept beside vLLM's pages, page for page: the means of chunks, and 8-bit copies of the keys that are scanned.
 
     a step is to come, before any CUDA graph   `Beside.write`: what is not there yet of the sequences that get a token
     a layer of it                              reads both; a scan writes the copy of the newest token itself
@@ -42,7 +42,7 @@ class Beside:
     Args:
         attention: which layers are completed, which heads scan, and whether they scan copies.
         page: what vLLM's pages are like.
-        device: where its cache lies.
+        device: of its cache.
     """
 
     def __init__(self, attention: HybridAttention, page: Page, device: torch.device) -> None:

@@ -36,7 +36,7 @@ def folder_of(instance: str) -> Path:
 
 
 def leave(folder: Path, name: str, totals: Mapping[str, float]) -> None:
-    """Write a worker's totals, whole or not at all; where nobody made the folder, nobody looks."""
+    """Write a worker's totals, whole or not at all; without the folder, nothing collects them."""
     if folder.is_dir():
         partial = folder / f"{name}.partial"
         partial.write_text(json.dumps(dict(totals)))

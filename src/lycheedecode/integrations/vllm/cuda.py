@@ -31,7 +31,7 @@ class HybridBackend(FlashAttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Pages as long as chunks: shorter ones would have room for means that nobody needs (see `beside`)."""
+        """Pages as long as chunks: shorter ones would waste room on unused means (see `beside`)."""
         preferred = super().get_preferred_block_size(default_block_size)
         told = settings.read(get_current_vllm_config())
         return max(preferred, min(told.config.chunk_tokens, 128)) if told.completes else preferred

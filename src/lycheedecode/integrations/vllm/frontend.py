@@ -28,7 +28,7 @@ def prepare(vllm_config: Any) -> None:
 
 
 def _check_requests(processor: type) -> None:
-    """Let engines refuse requests that ask for hybrid attention as it is not to be had."""
+    """Let engines refuse requests for hybrid attention that they cannot serve."""
     stock = processor._validate_params
     if hasattr(stock, "__wrapped__"):
         return

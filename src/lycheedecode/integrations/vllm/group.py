@@ -82,7 +82,7 @@ class Group:
         part: what this process decodes.
         layers: index in the part's plan of each layer.
         vllm_config, spec: of the group.
-        device: where the cache lies.
+        device: of the cache.
         sinks: whether the softmax of some layer has sinks.
     """
 
@@ -145,7 +145,7 @@ class Group:
         self._some_ask = False
 
     def forget_step(self) -> None:
-        """Nobody was served by the step just made."""
+        """The step just made served no request."""
         self.reset_limits()
         self._bytes.zero_()
 
@@ -179,7 +179,7 @@ class Group:
             self.report()
 
     def announce(self, vllm_config: Any) -> None:
-        """Say what is hybrid, and how much of the longest context a step is going to read."""
+        """Log which layers are hybrid, and how much of the longest context a step will read."""
         if self._speaks:
             hybrid = {layer + self.first_layer for layer in self.layers.values()}
             logger.info("%s.", self.settings.announcement(hybrid, vllm_config.model_config.max_model_len))
@@ -272,7 +272,7 @@ def memory_left(worker: Any) -> float:
     beside = Beside(attention, _page(spec, vllm_config), torch.device("meta"))
     share = share_of_memory(beside.bytes_of_page, [spec.page_size_bytes for spec in specs.values()])
     if beside.is_used:
-        logger.info("LycheeDecode: %.1f%% of the cache's memory holds what lies beside its pages.", 100 * (1 - share))
+        logger.info("LycheeDecode: %.1f%% of the cache's memory holds data beside its pages.", 100 * (1 - share))
     return share
 
 

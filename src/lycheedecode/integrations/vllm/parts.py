@@ -151,7 +151,7 @@ FIELDS_OF_BATCH = {
     "_num_computed_tokens_cache",
     "_token_to_req_indices_cache",
 }
-"""Of the batch as a whole; `from_row` makes them anew."""
+"""Fields of the batch as a whole; `from_row` recomputes them."""
 
 FIELDS_NOT_MET = {
     "logits_indices_padded",

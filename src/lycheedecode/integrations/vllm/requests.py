@@ -1,4 +1,4 @@
-"""What a request may say of its own attention: `extra_body={"vllm_xargs": {"lycheedecode": "budget_tokens=1024"}}`.
+"""Options of a request for its attention: `extra_body={"vllm_xargs": {"lycheedecode": "budget_tokens=1024"}}`.
 
     "hybrid"                as the server was told; the same as saying nothing
     "budget_tokens=1024"    selections of so many tokens

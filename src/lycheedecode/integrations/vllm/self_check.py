@@ -1,4 +1,4 @@
-"""One hybrid step against one of vLLM's own attention, before anybody is served.
+"""Compares one hybrid step with one of vLLM's own attention before accepting requests.
 
 A small cache of random numbers is filled by vLLM's backend; then every hybrid layer decodes a token of three sequences
 both ways. One gets everything, one is shorter than any budget, one is cut short. The first two must agree with vLLM;
@@ -30,7 +30,7 @@ def check(builder: Any, modules: dict[str, Any], device: torch.device) -> None:
     Args:
         builder: of metadata, with a hybrid group.
         modules: the group's layers by name.
-        device: where the cache lies.
+        device: of the cache.
     """
     group, spec = builder.hybrid, builder.kv_cache_spec
     rows = min(3, builder.vllm_config.scheduler_config.max_num_seqs)  # buffers hold no more

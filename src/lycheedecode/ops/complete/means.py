@@ -20,7 +20,7 @@ class ChunkMeans:
     Args:
         layers: that have them.
         chunk: tokens per chunk.
-        device: where they lie; None: beside the cache.
+        device: of the means; None: that of the cache.
 
     Attributes:
         means: `[2, layers, B, Hkv, C, D]`, keys and values; None before the first step.
@@ -80,7 +80,7 @@ class ChunkMeans:
             write_means(kv, self.chunk, *self.of_layer(layer), begin // self.chunk, most // self.chunk + 1, written)
 
     def write(self, layer: int, kv: KV) -> None:
-        """Write the means of a layer anew, for a cache of which nothing is known."""
+        """Write all means of a layer, for a cache not seen before."""
         if self.means is None or self.means.shape[2] != kv.batch or self.means.shape[4] < kv.slots // self.chunk:
             self._allocate(kv.keys, kv.slots + kv.slots // 4)
         write_means(kv, self.chunk, *self.of_layer(layer))

@@ -1,15 +1,15 @@
-"""fetch: selected blocks whose keys and values lie in host memory -> a store on the GPU.
+"""fetch: selected blocks of a cache in host memory -> a store on the GPU.
 
-    plan_fetch      selected blocks x what the store holds -> where each block lies, which are missing
+    plan_fetch      selected blocks x what the store holds -> the place of each block, which are missing
     fetch           missing blocks of every reading head   -> the store
     write_back      the newest tokens                      -> host memory
-    newest_keys     key of the newest token                -> what scans read, beside the queries that scan
+    newest_keys     key of the newest token                -> the keys that scans read; returns the queries that scan
 
 All heads that read one row of the selections need the same blocks, so they share one map. Each of them has `M` slots of
 a block in a pool, and after these a tail of `T` blocks: a ring that always holds its newest tokens.
 
     pool of a head   | slot 0 | slot 1 | ... | slot M - 1 | tail 0 | ... | tail T - 1 |
-    block n lies     in its slot, if it has one            in tail n % T, if it is one of the T newest
+    block n is       in its slot, if it has one            in tail n % T, if it is one of the T newest
 
 `M` slots, `T` blocks of the tail, `P = (M + T) * block_size`; `L` layers with full attention, in their order.
 """
@@ -39,13 +39,13 @@ class BlockMap(NamedTuple):
     """Which blocks of each selection the store holds, and where.
 
     Attributes:
-        slot_of: int32 `[R, B, N]`, the slot of each block; -1: it has none.
+        slot_of: int32 `[R, B, N]`, the slot of each block; -1: none.
         block_of: int32 `[R, B, M]`, the block in each slot; -1: none.
         used: int32 `[R, B, M]`, the clock when the slot was last selected; -1: never.
-        places: int32 `[R, B, K]`, where the selected blocks lie: a slot, or `M + t` for the tail's block `t`.
+        places: int32 `[R, B, K]`, the place of each selected block: a slot, or `M + t` for the tail's block `t`.
         missing: int32 `[R, B, K]`, the blocks to fetch; the rest is -1.
         misses: int32 `[R, B]`, how many these are.
-        order: int32 `[R, B, M]`, room for the kernel.
+        order: int32 `[R, B, M]`, scratch of the kernel.
     """
 
     slot_of: Tensor
@@ -81,7 +81,7 @@ class BlockMap(NamedTuple):
 
 
 def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, tail_blocks: int) -> None:
-    """Find each selected block a place, and say which of them are missing.
+    """Assign a place to each selected block, and list the missing ones.
 
     A missing block gets the slot that was selected least recently; of equal ones the first. Blocks of the tail need
     none.
@@ -112,7 +112,7 @@ def fetch(
     """Copy missing blocks into their slots, for every head that reads them.
 
     Args:
-        source: in host memory, `[L, B, Hkv, S, D]`; whole blocks of it are read. Beside kernels it has to be pinned.
+        source: in host memory, `[L, B, Hkv, S, D]`; whole blocks of it are read. For the kernels it must be pinned.
         pool: `[L, B, Hkv, P, D]`; written in place.
         known: the map of `R` rows, after `plan_fetch`.
         readers: int32 `[R, Q, 2]`, layer and head of the heads that read each row; unused entries are -1. Of all rows,
@@ -128,7 +128,7 @@ def fetch(
 def write_back(
     pool: Tokens, target: Tokens, begin: int, end: int, starts: Tensor | None, slots: int, tail: int
 ) -> None:
-    """Copy what lies in slots `begin` to `end - 1` of all sequences from their tails to host memory.
+    """Copy slots `begin` to `end - 1` of all sequences from their tails to host memory.
 
     Args:
         pool: `[L, B, Hkv, P, D]`.

@@ -5,7 +5,7 @@
     write_back   a program for each token, sequence and layer
     newest_keys  a program for each head and sequence
 
-Host memory is pinned, so kernels read and write it where it lies. A few programs keep the link busy and leave the other
+Host memory is pinned, so kernels read and write it in place. A few programs keep the link busy and leave the other
 processors to the model.
 """
 
@@ -243,4 +243,4 @@ def newest_keys(
 def _check_tokens(whole: Tokens, pool: Tokens) -> None:
     for part in (*whole, *pool):
         if not part.is_contiguous():
-            raise ValueError(f"pools and what lies in host memory must be contiguous, not strides {part.stride()}.")
+            raise ValueError(f"pools and tensors in host memory must be contiguous, not strides {part.stride()}.")
