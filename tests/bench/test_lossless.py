@@ -62,7 +62,7 @@ def test_real_models_are_compared_token_by_token(mine, tmp_path):
         if not row["way"].startswith("hybrid"):
             assert row["same"] == [30] * 3
     assert rows[3]["gained"] >= 1
-    assert "of drafts stood" in done.stdout
+    assert "of drafts accepted" in done.stdout
 
 
 def test_texts_are_full_attentions(mine, tmp_path):

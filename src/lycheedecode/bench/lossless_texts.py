@@ -150,7 +150,10 @@ def _real_row(name: str, results: list[Generation], first: list[Generation], len
 
 def format_real(row: Mapping[str, Any]) -> str:
     """A line for people."""
-    stood = "" if row["stood"] is None else f", {row['gained']:.2f} tokens a round, {row['stood']:.0%} of drafts stood"
+    if row["stood"] is None:
+        stood = ""
+    else:
+        stood = f", {row['gained']:.2f} tokens a round, {row['stood']:.0%} of drafts accepted"
     return (
         f"{row['way']:40} {row['batch']} x {row['context']}: {row['tokens_per_second']:8.1f} tokens/s, "
         f"{row['speedup']:.2f}x, {row['cpu_seconds']:.1f} s of processors{stood}; first {min(row['same'])} to "
@@ -246,7 +249,7 @@ def format_exact(row: Mapping[str, Any]) -> str:
         f"{tie['rounding']:.1e}"
         for tie in row["near_ties"]
     )
-    stood = "" if row["stood"] is None else f", {row['stood']:.0%} of drafts stood"
+    stood = "" if row["stood"] is None else f", {row['stood']:.0%} of drafts accepted"
     return (
         f"{row['dtype'].removeprefix('torch.')}, budget {row['budget_tokens']}, {row['way']} drafts{eight}, {how}: "
         f"{equal} of {row['batch']} texts of {row['tokens']} tokens are full attention's"
