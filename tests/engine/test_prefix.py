@@ -214,6 +214,18 @@ def test_positions_that_change_with_the_length_are_read_anew(changes, monkeypatc
         same_as_fresh(results, engine, rows, 3)
 
 
+def test_an_answer_past_the_turn_leaves_no_positions_behind():
+    """The same prompt again: what stood before its answer was read again with the positions of a longer text."""
+    model, rows = tiny.longrope(64), tiny.prompts(62)
+    engine = Engine(model, plan=tiny.plan(), config=HybridConfig(**TIGHT))
+    context = engine.prefill(rows)
+    for _ in range(2):
+        results = engine.generate(rows, 9, context=context, ignore_eos=True)
+        same_as_fresh(results, engine, rows)
+        [bytes_read] = [one.kv_bytes_per_token for one in results]
+        assert bytes_read == engine.generate(rows, 9, ignore_eos=True)[0].kv_bytes_per_token
+
+
 def test_what_cannot_go_on_is_one_sentence(llama):
     engine, other = Engine(llama), Engine(tiny.model("qwen2"))
     context = engine.prefill(tiny.prompts(20, 9))

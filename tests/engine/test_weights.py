@@ -1,5 +1,6 @@
 """Decode steps with weights in 8-bit floats: close to the model's own, which everything else keeps."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch import nn
 
 from lycheedecode import Engine, HybridConfig, Sampling, hybrid
 from lycheedecode.engine import weights
-from lycheedecode.errors import ConfigError
+from lycheedecode.errors import ConfigError, InputError
 from lycheedecode.fusion.graph import use_linear
 
 EIGHT = tiny.config(32, step_weights="float8")
@@ -127,6 +128,71 @@ def test_what_cannot_be_copied_is_refused():
         hybrid(model, tiny.plan(), EIGHT),
     ):
         pass
+
+
+def write_data(model):
+    """As adapters are merged: PyTorch does not count it."""
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data += 0.3 * torch.randn_like(layer.self_attn.q_proj.weight)
+
+
+def write_one_number(model):
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 5] += 100.0
+
+
+class Adapted(nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.is_on = base_layer, True
+        self.delta = nn.Parameter(torch.randn_like(base_layer.weight) * 0.3)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.is_on * nn.functional.linear(x, self.delta)
+
+
+def adapt(model):
+    model.model.layers[1].self_attn.v_proj = Adapted(model.model.layers[1].self_attn.v_proj)
+
+
+def turn_off(model):
+    model.model.layers[1].self_attn.v_proj.is_on = False
+
+
+CHANGES = {
+    "data": write_data,
+    "one number": write_one_number,
+    "load": lambda model: model.load_state_dict({name: 1.1 * one for name, one in model.state_dict().items()}),
+    "assign": lambda model: model.load_state_dict(tiny.model(initializer_range=0.2).state_dict(), assign=True),
+    "dtype": lambda model: model.to(torch.bfloat16),
+    "adapter": adapt,
+    "adapter off": turn_off,
+    "hook": lambda model: model.model.layers[1].mlp.register_forward_hook(lambda _module, _inputs, output: 2 * output),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_model_is_followed(change):
+    """By an engine that was there before and by one made beside it; no Context is taken for one of the model."""
+    model, rows = tiny.model(), tiny.prompts(60, 37)
+    if change is turn_off:
+        adapt(model)
+    engine = Engine(model, plan=tiny.plan(), config=EIGHT)
+    context = engine.prefill(rows)
+    before = engine.generate(context, 8, ignore_eos=True)
+    change(model)
+    right = Engine(copy.deepcopy(model), plan=tiny.plan(), config=EIGHT).generate(rows, 8, ignore_eos=True)
+    assert [one.token_ids for one in right] != [one.token_ids for one in before]
+    for one in (engine, Engine(model, plan=tiny.plan(), config=EIGHT)):
+        found = one.generate(rows, 8, ignore_eos=True)
+        assert [it.token_ids for it in found] == [it.token_ids for it in right]
+    for use in (
+        lambda: engine.generate(context, 8),
+        lambda: engine.generate(rows, 8, context=context),
+        lambda: engine.score(context, [[5], [6]]),
+    ):
+        with pytest.raises(InputError, match="The model was changed after it had read this Context"):
+            use()
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from ..config import HybridConfig
 from ..errors import ConfigError, InputError
 from ..models.positions import Positions
 from ..models.shape import ModelShape, inner_model, text_config
+from ..models.state import ModelState
 from .context import Context
 from .prompt import check_token_ids
 from .verify import spare_slots
@@ -41,6 +42,12 @@ def _check_reader(context: Context, model: nn.Module) -> None:
         raise InputError(f"prefill makes the Context that is needed here; this is {shown(context)}.")
     if context.model is not None and context.model is not inner_model(model):
         raise InputError("This Context was read by another model; only engines of one model can share it.")
+
+
+def check_unchanged(context: Context, state: ModelState) -> None:
+    """Refuse a Context whose keys and values come from what the model, now in `state`, was before it was changed."""
+    if context.model_state is not None and context.model_state != state:
+        raise InputError("The model was changed after it had read this Context: prefill another one.")
 
 
 def check_step(context: Context, token_ids: Tensor, model: nn.Module, vocabulary: int) -> None:

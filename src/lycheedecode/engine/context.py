@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.state import ModelState
 from .cache import KVCache
 
 
@@ -29,6 +30,7 @@ class Context:
         token_ids: int64 `[B, S]`, the padded prompts.
         is_long: whether the cache was made with the positions of a text past the model's turn (`models.positions`).
         model: the model that read the prompts; None: not known.
+        model_state: what it was then; None: not known.
         cached_tokens: tokens of each prompt that the last prefill did not have to read.
         is_whole: whether the prompts were read to their end; an interrupt may leave them in the middle.
     """
@@ -42,6 +44,7 @@ class Context:
     token_ids: Tensor | None = None
     is_long: bool = False
     model: nn.Module | None = field(default=None, repr=False)
+    model_state: ModelState | None = field(default=None, repr=False)
     cached_tokens: list[int] = field(default_factory=list)
     is_whole: bool = True
     _decoded: list[Tensor] = field(default_factory=list)

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import DecodeAttention, State
+from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.routing import AttentionRoute, Window
+from ..models.state import ModelState
 from . import step as steps
 from .context import Context
 from .offload import HostCache, OffloadStep
 from .prefill import without_autocast
 from .step import FixedStep, FlexibleStep, Forward
+from .weights import model_of_steps
 
 Execution = Literal["auto", "compiled", "graph", "eager"]
 Made = TypeVar("Made")
@@ -41,9 +44,9 @@ class Decoder:
         attention: what its global layers do. An attention is `graph_safe` when it says so: its launches depend on
             shapes alone, and it reads nothing from the device.
         reaches: of every layer.
-        steps_of: the model that decode steps run, where they have one of their own (`weights`).
         execution: one of the ways above, or `auto`: the first that works, on a GPU; `eager` elsewhere.
         backend: of `torch.compile`; None: ours, which is faster (`lycheedecode.fusion`).
+        config: whether steps have weights of their own (`weights`).
     """
 
     def __init__(
@@ -53,17 +56,15 @@ class Decoder:
         reaches: Sequence[Window],
         execution: Execution = "auto",
         backend: Any = None,
-        steps_of: nn.Module | None = None,
+        config: HybridConfig | None = None,
     ) -> None:
         if execution not in get_args(Execution):
             raise ConfigError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}.")
         self.attention = attention
         self.model, self.reaches = model, reaches
-        self.steps_of = model if steps_of is None else steps_of
-        self.route = _Routes(
-            [steps.route(one) for one in ([model] if steps_of in (None, model) else [model, steps_of])]
-        )
-        self._backend = backend
+        self._backend, self._config = backend, config
+        self._state: ModelState | None = None
+        self.follow()
         self._ways = [execution]
         self._may_fall_back = execution == "auto"
         if execution == "auto":
@@ -75,6 +76,20 @@ class Decoder:
     def way(self) -> str:
         """How the next step runs."""
         return self._ways[0]
+
+    def follow(self) -> ModelState:
+        """What the model is now. If it was changed, what steps of contexts to come run is made of it anew."""
+        state = ModelState(self.model)
+        if state != self._state:
+            self._use(self.model)  # the copy before is given up first
+            if self._config is not None:
+                self._use(model_of_steps(self.model, self._config, state))
+            self._state = state
+        return state
+
+    def _use(self, steps_of: nn.Module) -> None:
+        self.steps_of = steps_of
+        self.route = _Routes([steps.route(one) for one in dict.fromkeys([self.model, steps_of])])
 
     def logits(self, context: Context, token_ids: Tensor) -> Tensor:
         """Feed one token a sequence, int64 `[B]`; the context's cache then holds it.

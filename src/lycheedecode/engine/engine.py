@@ -27,7 +27,7 @@ from ..models.routing import Window, supported_shape
 from ..models.shape import ModelError, inner_model, text_config
 from ..ops.attend import MAX_TOKENS
 from . import prefill
-from .arguments import check_context, check_continued, check_length, check_rounds, check_step
+from .arguments import check_context, check_continued, check_length, check_rounds, check_step, check_unchanged
 from .cache import KVCache
 from .context import Context, left_padding
 from .decoder import Decoder, Execution
@@ -43,7 +43,6 @@ from .proof import prove
 from .sampling import Sampling
 from .single_steps import SingleSteps
 from .verify import Rounds, draft_config, spare_slots
-from .weights import model_of_steps
 
 TokenIds = Tensor | Sequence[Sequence[int]]
 """int64 `[B, S]`, or one sequence of token ids for each prompt; lengths may differ."""
@@ -121,8 +120,7 @@ class Engine:
             self.attention = OffloadedAttention(plan, self.config, self.shape.global_layers, store_ratio)
         self._prefill_chunk = prefill_chunk
         self._reaches = Window.of_layers(model, self.shape)
-        steps_of = model_of_steps(model, self.config)
-        self._decoder = Decoder(model, self.attention, self._reaches, execution, backend, steps_of)
+        self._decoder = Decoder(model, self.attention, self._reaches, execution, backend, self.config)
         self._route = prefill.route(model)
         self._positions = Positions.of(text_config(inner_model(model)))
         if check:
@@ -164,12 +162,14 @@ class Engine:
         longest, padding = max(lengths), left_padding(lengths)
         check_length(longest, self.shape, self._positions)
         is_long = 0 < self._positions.turn < longest
+        state = self._decoder.follow()
         if context is None:
             starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
             size = len(rows), longest + room
             asked = self._place, self.model, self.shape, *size, self._reaches, starts, self.attention
-            context = new_context(self.model, new_cache(*asked), len(rows), is_long)
+            context = new_context(self.model, state, new_cache(*asked), len(rows), is_long)
         check_continued(context, self.model, len(rows))
+        check_unchanged(context, state)
         sizes = len(rows), context.cache.missing(longest + room), context.cache.layers_in_prefill
         chunk_tokens = self._prefill_chunk or prefill_chunk(self.model, self.shape, *sizes)
         if is_long:
@@ -212,6 +212,7 @@ class Engine:
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
         check_context(context, self.model)
+        check_unchanged(context, self._decoder.follow())
         answers = right_padded(answer_ids, self._vocabulary, self.device)
         if answers.shape[0] != len(context.prompt_lengths):
             raise InputError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
@@ -272,6 +273,7 @@ class Engine:
         sampling = settings_from(Sampling, sampling, "sampling")
         if isinstance(prompts, Context):
             check_context(prompts, self.model)
+            check_unchanged(prompts, self._decoder.follow())
         else:
             prompts = encode(prompts, self.tokenizer, chat, self._vocabulary)
         if context is not None:

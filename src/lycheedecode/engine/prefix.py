@@ -11,24 +11,25 @@ from hybrid attention; the next turn reads an answer with full attention, as a n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.shape import inner_model
+from ..models.state import ModelState
 from .cache import KVCache
 from .context import Context, left_padding
 
 
-def new_context(model: nn.Module, cache: KVCache, sequences: int, is_long: bool) -> Context:
+def new_context(model: nn.Module, state: ModelState, cache: KVCache, sequences: int, is_long: bool) -> Context:
     """One that holds nothing yet of so many prompts; `cache` knows where they will start."""
     inner = inner_model(model)
     device = inner.get_input_embeddings().weight.device
     nothing = torch.empty(sequences, 0, dtype=torch.int64, device=device)
     counted = torch.zeros(sequences, dtype=torch.float64, device=device)
-    return Context(
-        cache, nothing.float(), [0] * sequences, 0.0, counted, token_ids=nothing, is_long=is_long, model=inner
-    )
+    known: dict[str, Any] = {"token_ids": nothing, "is_long": is_long, "model": inner, "model_state": state}
+    return Context(cache, nothing.float(), [0] * sequences, 0.0, counted, **known)
 
 
 def shared_tokens(held: Sequence[int], wanted: Sequence[int]) -> int:
@@ -54,10 +55,11 @@ def replace_prompts(context: Context, rows: list[list[int]], is_long: bool, room
     held = context.prompts()
     context.rewind()
     cache.reserve(max(map(len, rows)) + room)
-    if context.is_whole and held == rows:
+    same_positions = is_long == context.is_long  # what was decoded may have changed them
+    if context.is_whole and same_positions and held == rows:
         context.cached_tokens = [len(row) for row in rows]
         return torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-    shared = [shared_tokens(*pair) if is_long == context.is_long else 0 for pair in zip(held, rows, strict=True)]
+    shared = [shared_tokens(*pair) if same_positions else 0 for pair in zip(held, rows, strict=True)]
     unread = max(1, *(len(row) - count for row, count in zip(rows, shared, strict=True)))
     kept = [max(len(row) - unread, 0) for row in rows]
     padding = left_padding([len(row) for row in rows])

@@ -3,7 +3,8 @@
     model ────────────────────────────────────────────────> prefill, passes that verify or correct
       └─ the same modules and parameters, but for its linear layers ──> decode steps
 
-A weight becomes e4m3, with a scale in float32 for every output channel.
+A weight becomes e4m3, with a scale in float32 for every output channel. When the model was changed, an
+engine takes another copy at its next prefill.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from ..config import HybridConfig
 from ..errors import ConfigError, DeviceError
 from ..fusion.operator import MAX_ROWS, quantize
 from ..models.shape import inner_model
+from ..models.state import ModelState
 from ..ops.dispatch import KERNEL_DTYPES
 
-_copies: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
-"""Engines of one model share its copy, as long as one of them lives."""
+_copies: WeakKeyDictionary[nn.Module, tuple[ReferenceType[nn.Module], ModelState]] = WeakKeyDictionary()
+"""Engines of one model share its copy, as long as one of them lives and the model is what it was."""
 
 
 class EightBitLinear(nn.Module):
@@ -51,10 +53,11 @@ class EightBitLinear(nn.Module):
         return torch.ops.lycheedecode.linear.default(x, [self.eight], biases, None, None, 0.0, False, [self.scale])
 
 
-def model_of_steps(model: nn.Module, config: HybridConfig) -> nn.Module:
+def model_of_steps(model: nn.Module, config: HybridConfig, state: ModelState) -> nn.Module:
     """What decode steps run: the model, or a copy with other linear layers that shares all parameters with it.
 
-    Where memory does not suffice for the weights in 8 bits, it is the model, and a warning says so.
+    Where memory does not suffice for the weights in 8 bits, it is the model, and a warning says so. `state` is
+    the model's.
 
     Raises:
         ConfigError: the model has no linear layers to copy, or is quantised already.
@@ -62,8 +65,9 @@ def model_of_steps(model: nn.Module, config: HybridConfig) -> nn.Module:
     """
     if config.step_weights == "model":
         return model
-    made = known() if (known := _copies.get(model)) is not None else None
-    if made is not None:
+    known, made_of = _copies.get(model, (None, None))
+    made = known() if known is not None else None
+    if made is not None and made_of == state:
         return made
     _refuse_unfit(model)
     try:
@@ -71,9 +75,9 @@ def model_of_steps(model: nn.Module, config: HybridConfig) -> nn.Module:
     except torch.OutOfMemoryError:
         made = None  # what there is of it goes before memory is needed for anything else
     if made is None:
-        warnings.warn("Memory does not suffice for weights in 8 bits: decode steps use the model's own.", stacklevel=3)
+        warnings.warn("Memory does not suffice for weights in 8 bits: decode steps use the model's own.", stacklevel=5)
         return model
-    _copies[model] = ref(made)
+    _copies[model] = ref(made), state
     return made
 
 
@@ -82,7 +86,9 @@ def _refuse_unfit(model: nn.Module) -> None:
         raise ConfigError("The weights of this model are quantised already: leave out step_weights.")
     layers = [module for module in model.modules() if _is_plain(module)]
     if not layers:
-        raise ConfigError("step_weights='float8' is for plain linear layers, and this model has none: leave it out.")
+        raise ConfigError(
+            "step_weights='float8' is for plain linear layers in 16 or 32 bits, and this model has none: leave it out."
+        )
     device = layers[0].weight.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise DeviceError("8-bit floats (step_weights='float8') need a GPU of compute capability 8.9 or above.")
