@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lycheedecode.config import HybridConfig
+from lycheedecode.errors import InputError, LycheeError
 from lycheedecode.identify import Cell, IdentifySettings, Stages, settle
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.replay import Drawn, Planned, TeacherBatch, full, prepare, replay
@@ -66,9 +67,12 @@ class Form:
     def parse(cls, text: str, block_size: int) -> Form:
         """From the command line."""
         settings, _, heads = text.partition(":")
-        changes = {key: int(value) for key, value in (part.split("=") for part in settings.split(","))}
-        config = HybridConfig(**{"block_size": block_size, **changes})
-        numbers = tuple(int(number) for number in heads.split(",") if number)
+        try:
+            changes = {key: int(value) for key, value in (part.split("=") for part in settings.split(","))}
+            numbers = tuple(int(number) for number in heads.split(",") if number)
+        except ValueError:
+            raise InputError(f"A form is NAME=VALUE,...:HEADS,... in whole numbers, not {text!r}.") from None
+        config = HybridConfig.from_dict({"block_size": block_size, **changes})
         return cls(settings, config, numbers, set(changes) == {"budget_tokens"})
 
 
@@ -323,8 +327,12 @@ class Study:
 
 
 def _cell(text: str) -> Cell:
-    source, length, task, count = text.rsplit(":", 3)
-    return Cell(source, int(length), task, int(count))  # type: ignore[arg-type]
+    try:
+        source, length, task, count = text.rsplit(":", 3)
+        return Cell(source, int(length), task, int(count))  # type: ignore[arg-type]
+    except ValueError as error:
+        known = str(error) if isinstance(error, LycheeError) else "its lengths are whole numbers."
+        raise InputError(f"A kind of prompts is SOURCE:TOKENS:TASK:ANSWER, not {text!r}: {known}") from None
 
 
 def main() -> None:
@@ -358,10 +366,15 @@ def main() -> None:
     add("--few", action="store_true", help="without other people's policies")
     add("--float32", action="store_true", help="answers pass through the model in float32, over the same prefill")
     options = parser.parse_args()
+    try:
+        forms = [Form.parse(text, options.block_size) for text in options.forms]
+        for text in options.identify + options.evaluate:
+            _cell(text)
+    except LycheeError as error:
+        parser.error(str(error))
     torch.set_float32_matmul_precision("highest" if options.float32 else "high")
     model, tokenizer = load_model(options.model)
     study = Study(model, tokenizer, options)
-    forms = [Form.parse(text, options.block_size) for text in options.forms]
     study.evaluate(study.students(forms, study.plans(forms)))
     for name, cell in study.result.cells.items():
         for label, each in cell.items():

@@ -74,3 +74,24 @@ def test_answers_in_float32_have_no_floor(study, monkeypatch, byte_tokenizer, wo
     monkeypatch.setattr(continuations, "load_model", lambda name: (coarse, byte_tokenizer))
     [scores] = study("--forms", "budget_tokens=64", *words).cells.values()
     assert (scores["full attention by another kernel"]["kl_mean"] > 1e-5) == rounds
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--forms", "budget"], "A form is NAME=VALUE,...:HEADS,... in whole numbers, not 'budget'."),
+        (["--forms", "budget_tokens=abc:7"], "in whole numbers, not 'budget_tokens=abc:7'."),
+        (["--forms", "budget_tokens=512:7,x"], "in whole numbers, not 'budget_tokens=512:7,x'."),
+        (["--forms", "budget_token=512:7"], "budget_token"),
+        (["--forms", "budget_tokens=0:7"], "budget_tokens must be a whole number of at least 1, not 0."),
+        (["--identify", "code"], "A kind of prompts is SOURCE:TOKENS:TASK:ANSWER, not 'code'"),
+        (["--evaluate", "code:many:continuation:64"], "not 'code:many:continuation:64'"),
+    ],
+)
+def test_what_cannot_be_read_is_said_before_the_model_is_loaded(monkeypatch, capsys, words, sentence):
+    monkeypatch.setattr(continuations, "load_model", None)
+    monkeypatch.setattr("sys.argv", ["continuations", "--json", "x.json", *words])
+    with pytest.raises(SystemExit) as ended:
+        continuations.main()
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
