@@ -217,7 +217,7 @@ def test_positions_that_change_with_the_length_are_read_anew(changes, monkeypatc
 def test_an_answer_past_the_turn_leaves_no_positions_behind():
     """The same prompt again: what stood before its answer was read again with the positions of a longer text."""
     model, rows = tiny.longrope(64), tiny.prompts(62)
-    engine = Engine(model, plan=tiny.plan(), config=HybridConfig(**TIGHT))
+    engine = Engine(model, plan=tiny.plan(), config=tiny.config())
     context = engine.prefill(rows)
     for _ in range(2):
         results = engine.generate(rows, 9, context=context, ignore_eos=True)
