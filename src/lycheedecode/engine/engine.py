@@ -118,8 +118,7 @@ class Engine:
             self.attention = HybridAttention(plan, draft_config(self.config), self.shape.global_layers)
         elif plan is not None:
             self.attention = OffloadedAttention(plan, self.config, self.shape.global_layers, store_ratio)
-        self._prefill_chunk = prefill_chunk
-        self._reaches = Window.of_layers(model, self.shape)
+        self._prefill_chunk, self._reaches = prefill_chunk, Window.of_layers(model, self.shape)
         self._decoder = Decoder(model, self.attention, self._reaches, execution, backend, self.config)
         self._route = prefill.route(model)
         self._positions = Positions.of(text_config(inner_model(model)))
@@ -236,8 +235,8 @@ class Engine:
         ignore_eos: bool = False,
     ) -> list[Generation]:
         """Generate for one or several prompts; arguments as in `stream`, one `Generation` for each prompt."""
-        ends: dict[str, Any] = {"stop": stop, "ignore_eos": ignore_eos}
-        pieces = self.stream(prompts, max_new_tokens, context=context, sampling=sampling, chat=chat, **ends)
+        how: dict[str, Any] = {"sampling": sampling, "stop": stop, "chat": chat, "ignore_eos": ignore_eos}
+        pieces = self.stream(prompts, max_new_tokens, context=context, **how)
         finished = {piece.sequence: piece.generation for piece in pieces if piece.generation is not None}
         return [finished[sequence] for sequence in sorted(finished)]
 
@@ -389,9 +388,8 @@ class Engine:
         cache.truncate(0)
         context._uncorrected.clear()
         context.is_long = length > self._positions.turn
-        logits = self._dense(
-            cache, torch.cat([context.token_ids, torch.stack(context._decoded, 1)], 1), context.padding
-        )
+        token_ids = torch.cat([context.token_ids, torch.stack(context._decoded, 1)], 1)
+        logits = self._dense(cache, token_ids, context.padding)
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
 
