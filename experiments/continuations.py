@@ -17,6 +17,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -382,4 +383,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LycheeError as error:
+        print(f"continuations: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
