@@ -357,3 +357,14 @@ def test_numbers_of_drafts_are_checked(every):
 def test_cache_correction_is_not_for_rounds():
     with pytest.raises(ConfigError, match="leave out correction_every"):
         HybridConfig(verify_every=4, correction_every=32)
+
+
+def test_a_long_sequence_that_has_ended_keeps_the_positions_of_the_others():
+    """Positions of a batch are those of its longest text, whether that is being decoded still or not."""
+    model = tiny.longrope(64)
+    for shift in (1, 3, 8):
+        rows = [[(token + shift) % 250 + 4 for token in row] for row in tiny.prompts(78, 39, 40)]
+        engine = Engine(model, plan=tiny.plan(), config=tiny.config(32, verify_every=3))
+        found = engine.generate(rows, 9, ignore_eos=True)
+        expected = Engine(model).generate(rows, 9, ignore_eos=True)
+        assert [one.token_ids for one in found] == [one.token_ids for one in expected]

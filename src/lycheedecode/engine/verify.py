@@ -175,7 +175,8 @@ class Rounds:
         self._finished.add(sequence)
         with torch.inference_mode():
             self._active[sequence] = 0
-            self._starts[sequence] = self._filled[sequence]
+            if not self._context.is_long:  # otherwise its position may be what tells the model that the text is long
+                self._starts[sequence] = self._filled[sequence]
 
     def report(self, sequence: int) -> dict[str, Any]:
         """Statistics of one sequence, for its `Generation`."""
