@@ -561,9 +561,21 @@ def test_libraries_stay_silent_unless_asked(base):
     assert "tokens/s" in lines[0]
 
 
+def wait_until_idle(process: subprocess.Popen) -> None:
+    """Until it has worked, and then used no processor for a second; packages that are imported may swallow a signal."""
+    used, since, deadline = 0, time.monotonic(), time.monotonic() + 120
+    while used < 100 or time.monotonic() - since < 1:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        ticks = sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        if ticks != used:
+            used, since = ticks, time.monotonic()
+
+
 def test_an_interrupted_process_says_so(base):
     process = start(*base, "--full")  # waits for its prompt on standard input
-    time.sleep(3)
+    wait_until_idle(process)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
