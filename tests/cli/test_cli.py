@@ -535,8 +535,10 @@ def test_bench_hands_its_options_on(tmp_path):
 
 
 def start(*arguments: str) -> subprocess.Popen:
+    """The program, which can be interrupted even where these tests run in the background of a shell."""
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     return subprocess.Popen(
-        [sys.executable, "-c", "from lycheedecode.cli import main; main()", *arguments],
+        [sys.executable, "-c", f"{script}; from lycheedecode.cli import main; main()", *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
