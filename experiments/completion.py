@@ -24,40 +24,23 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import rotate_half
 
 from experiments.continuations import Figures
 from lycheedecode.config import HybridConfig
 from lycheedecode.identify import Cell
-from lycheedecode.identify.replay import Drawn, Seen, TeacherBatch, choose_blocks, full, prepare, replay
+from lycheedecode.identify.replay import Drawn, Parts, Seen, TeacherBatch, choose_blocks, full, prepare, replay, weigh
 from lycheedecode.models.load import DEFAULT_MODEL, load_model
 from lycheedecode.prompts.makers import makers_for
 from lycheedecode.results import Result
 
 WINDOW = 8
 """Latest queries that `recent` asks; answers are judged after so many tokens."""
-
-
-class Completed(NamedTuple):
-    """Over what a head reads, and over what it does not.
-
-    Attributes:
-        read, unread: weighted sums of values, `[B, Hkv, G, T, D]`.
-        read_mass, unread_mass: sums of weights, `[B, Hkv, G, T, 1]`.
-    """
-
-    read: Tensor
-    read_mass: Tensor
-    unread: Tensor
-    unread_mass: Tensor
-
-    def output(self, factor: float = 0.0) -> Tensor:
-        """With what is unread, `factor` times."""
-        return (self.read + factor * self.unread) / (self.read_mass + factor * self.unread_mass)
 
 
 @dataclass(frozen=True)
@@ -104,16 +87,16 @@ class Layer:
         logits = (self.seen.query.float() @ keys.mT).unflatten(2, self.seen.weights.shape[2:4])
         return (logits - self.seen.log_sum).exp()
 
-    def parts(self, weights: Tensor, values: Tensor) -> Completed:
+    def parts(self, weights: Tensor, values: Tensor) -> Parts:
         """What is read, and chunks of these weights `[B, Hkv, G, T, C]` and values `[B, Hkv, C, D]`."""
         kept = self.seen.weights * self.read[:, :, None]
-        return Completed(
-            _weigh(kept, self.seen.values), kept.sum(-1, keepdim=True),
-            _weigh(weights, values), weights.sum(-1, keepdim=True),
+        return Parts(
+            weigh(kept, self.seen.values), kept.sum(-1, keepdim=True),
+            weigh(weights, values), weights.sum(-1, keepdim=True),
         )  # fmt: skip
 
 
-def means(layer: Layer) -> Completed:
+def means(layer: Layer) -> Parts:
     """See above."""
     return layer.parts(_masses(layer), layer.chunks(layer.seen.values).mean(3))
 
@@ -122,13 +105,13 @@ def _masses(layer: Layer) -> Tensor:
     return layer.weights(layer.chunks(layer.seen.keys).mean(3)) * layer.unread.sum(-1)[:, :, None]
 
 
-def rotated(layer: Layer) -> Completed:
+def rotated(layer: Layer) -> Parts:
     """See above."""
     cosine, sine = layer.rotation
     keys, count = layer.seen.keys.float(), layer.unread.shape[3]
     middle = torch.arange(count, device=keys.device) * layer.unread.shape[4] + layer.unread.shape[4] // 2
-    plain = layer.chunks(keys * cosine - _half(keys) * sine).mean(3)
-    weights = layer.weights(plain * cosine[middle] + _half(plain) * sine[middle])
+    plain = layer.chunks(keys * cosine - rotate_half(keys) * sine).mean(3)
+    weights = layer.weights(plain * cosine[middle] + rotate_half(plain) * sine[middle])
     return layer.parts(weights * layer.unread.sum(-1)[:, :, None], layer.chunks(layer.seen.values).mean(3))
 
 
@@ -139,7 +122,7 @@ def _recent_weights(layer: Layer) -> tuple[Tensor, Tensor]:
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-30), free
 
 
-def recent(layer: Layer) -> Completed:
+def recent(layer: Layer) -> Parts:
     """See above."""
     weights, free = _recent_weights(layer)
     entropy = -torch.special.xlogy(weights, weights).sum(-1)
@@ -151,25 +134,25 @@ def recent(layer: Layer) -> Completed:
     return layer.parts(layer.weights(keys) * entropy.exp()[:, :, None, None] * share[:, :, None], values)
 
 
-def recent_value(layer: Layer) -> Completed:
+def recent_value(layer: Layer) -> Parts:
     """See above."""
     values = (_recent_weights(layer)[0][..., None] * layer.chunks(layer.seen.values)).sum(3)
     return layer.parts(_masses(layer), values)
 
 
-def exact_mass(layer: Layer) -> Completed:
+def exact_mass(layer: Layer) -> Parts:
     """See above."""
     return layer.parts(layer.exact.sum(-1), layer.chunks(layer.seen.values).mean(3))
 
 
-def true_value(layer: Layer) -> Completed:
+def true_value(layer: Layer) -> Parts:
     """See above."""
     parts, exact = means(layer), layer.exact.flatten(-2)
-    output = _weigh(exact, layer.seen.values[:, :, : exact.shape[-1]]) / exact.sum(-1, keepdim=True).clamp(min=1e-30)
-    return Completed(parts.read, parts.read_mass, output * parts.unread_mass, parts.unread_mass)
+    output = weigh(exact, layer.seen.values[:, :, : exact.shape[-1]]) / exact.sum(-1, keepdim=True).clamp(min=1e-30)
+    return Parts(parts.read, parts.read_mass, output * parts.unread_mass, parts.unread_mass)
 
 
-SUMMARIES: dict[str, Callable[[Layer], Completed]] = {
+SUMMARIES: dict[str, Callable[[Layer], Parts]] = {
     "means": means, "recent": recent, "recent value": recent_value, "rotated": rotated,
     "exact mass": exact_mass, "true value": true_value,
 }  # fmt: skip
@@ -266,16 +249,6 @@ def _cosine(one: Tensor, two: Tensor) -> Tensor:
 
 def _error(found: Tensor, output: Tensor) -> Tensor:
     return (found - output).square().sum() / output.square().sum()
-
-
-def _weigh(weights: Tensor, values: Tensor) -> Tensor:
-    """`[B, Hkv, G, T, n] x [B, Hkv, n, D] -> [B, Hkv, G, T, D]`."""
-    return (weights.flatten(2, 3) @ values.float()).unflatten(2, weights.shape[2:4])
-
-
-def _half(states: Tensor) -> Tensor:
-    one, two = states.chunk(2, -1)
-    return torch.cat([-two, one], -1)
 
 
 def main() -> None:

@@ -260,12 +260,8 @@ _attend_operator = torch.library.custom_op("lycheedecode::decode_layer", _attend
 _attend_tokens_operator = torch.library.custom_op("lycheedecode::pass_layer", _attend_tokens, mutates_args=())
 
 
-@_attend_operator.register_fake
-def _(query, key, value, layer, scale, cos=None, sin=None, query_norm=None, key_norm=None, eps=0.0):
-    return query.new_empty(query.shape)
-
-
 @_attend_tokens_operator.register_fake
+@_attend_operator.register_fake
 def _(query, key, value, layer, scale, cos=None, sin=None, query_norm=None, key_norm=None, eps=0.0):
     return query.new_empty(query.shape)
 

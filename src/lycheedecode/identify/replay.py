@@ -239,7 +239,7 @@ class _Prefix(CacheLayerMixin):
 
 def full(layer: int, seen: Seen) -> Tensor:
     """Full attention: the teacher."""
-    return _weigh(seen.weights, seen.values)
+    return weigh(seen.weights, seen.values)
 
 
 class Parts(NamedTuple):
@@ -278,7 +278,7 @@ def in_parts(
     weights, steps = seen.weights, chosen.shape[2]
     tokens = chosen[..., None].expand(*chosen.shape, block_size).flatten(-2)[..., : weights.shape[-1]]
     kept = weights * tokens[:, :, None]
-    parts = Parts(_weigh(kept, seen.values), kept.sum(-1, keepdim=True))
+    parts = Parts(weigh(kept, seen.values), kept.sum(-1, keepdim=True))
     if means is None or not means.values.shape[2]:
         return parts
     chunks = torch.arange(means.values.shape[2], device=weights.device)
@@ -291,10 +291,10 @@ def in_parts(
     before = torch.arange(weights.shape[-1] - steps, weights.shape[-1], device=weights.device)
     number = (chunk - read) * (chunks < before[:, None] // chunk)  # a chunk counts once the step after it begins
     unread = number[:, :, None] * means.weights
-    return Parts(parts.read, parts.read_mass, _weigh(unread, means.values), unread.sum(-1, keepdim=True))
+    return Parts(parts.read, parts.read_mass, weigh(unread, means.values), unread.sum(-1, keepdim=True))
 
 
-def _weigh(weights: Tensor, values: Tensor) -> Tensor:
+def weigh(weights: Tensor, values: Tensor) -> Tensor:
     """`[B, Hkv, G, T, S] x [B, Hkv, S, D] -> [B, Hkv, G, T, D]`, one product for the whole group."""
     return (weights.flatten(2, 3) @ values.float()).unflatten(2, weights.shape[2:4])
 

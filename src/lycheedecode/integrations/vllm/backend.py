@@ -199,9 +199,7 @@ class HybridLayer:
 
     def _verify(self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, step: Any, output: Tensor) -> None:
         """Several tokens of each sequence."""
-        asked = query[: step.tokens]
-        if asked.dtype != output.dtype:
-            asked = (asked.float() * layer._q_scale).to(output.dtype)
+        asked = _as_output(layer, query[: step.tokens], output)
         scales = self.extras(layer)["scales"]
         output[: step.tokens] = verify.attend(step, asked, self.views(kv_cache), self.scale, scales)
 
@@ -229,9 +227,7 @@ class HybridLayer:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
         rows, attention = step.rows, step.group.attention
         kv = KV(*self.views(kv_cache), step.lengths, None, step.page_table)
-        asked = query[:rows]
-        if asked.dtype != output.dtype:  # in 8 bits, as vLLM's kernels want it beside such a cache
-            asked = (asked.float() * layer._q_scale).to(output.dtype)
+        asked = _as_output(layer, query[:rows], output)
         attention(index, asked, kv, step.state, self.scale, out=output[:rows], **self.extras(layer))
         if index == step.group.last_layer:
             step.group.add_bytes(step.lengths, step.state)
@@ -255,6 +251,11 @@ class HybridLayer:
             # A fused operation may have written keys and values into the cache already, and hands none on.
             new = (None if tensor is None else tensor[done:] for tensor in (key, value))
             super().forward(layer, query[done:], *new, kv_cache, step.others, output[done:], **scales)
+
+
+def _as_output(layer: torch.nn.Module, query: Tensor, output: Tensor) -> Tensor:
+    """Queries in the output's dtype; they come in 8 bits where vLLM's kernels want that beside an 8-bit cache."""
+    return query if query.dtype == output.dtype else (query.float() * layer._q_scale).to(output.dtype)
 
 
 def decode_rows(common: CommonAttentionMetadata) -> int:
