@@ -96,7 +96,7 @@ def test_what_cannot_be_made(tmp_path, folder, no_hub):
             read_problems(folder)
 
 
-def test_through_the_harness(folder, byte_tokenizer):
+def test_through_the_harness(folder, no_hashing, byte_tokenizer):
     llama = tiny.model(max_position_embeddings=1536)
     assert catalogue.is_generated("gsm8k_many_shot")
     assert not catalogue.may_chat("gsm8k_many_shot")

@@ -156,7 +156,7 @@ def test_policies_with_equal_bytes(base, tmp_path):
     assert "paper" in result["left_out"]
 
 
-def test_sets_from_a_folder(base, data_folder, tmp_path):
+def test_sets_from_a_folder(base, data_folder, no_hashing, tmp_path):
     out = tmp_path / "result.json"
     names = "longbench_hotpotqa,longbench_trec,longbench_lcc,aime24,olympiadbench,qa_1,qa_2"
     run(

@@ -17,6 +17,19 @@ class DataError(LycheeError):
     """A data set that cannot be found or read; the message says where to put it."""
 
 
+class Documents(list[dict[str, Any]]):
+    """The items of a task's split, as the harness reads them: a list that names its columns.
+
+    A `datasets.Dataset` would do as well, but it pickles the package pyarrow to hash itself, which fails where packages
+    lie in a folder that is not called `site-packages` (findings/datasets_outside_site_packages.sh).
+    """
+
+    @property
+    def features(self) -> dict[str, None]:
+        """The names of the columns; all items have the same."""
+        return dict.fromkeys(self[0])
+
+
 def _any(record: Mapping[str, Any]) -> str | None:
     return None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...prompts.text import load_text
+from ..tasks_data import Documents
 from .fit import Fitter, Item, TaskLengthError
 from .haystack import Sources
 from .kinds import KINDS
@@ -87,14 +88,12 @@ def dataset(
     `length`, `items`, `seed`, `text` and `data` come from the task manager's metadata. There, `count` may be left out:
     prompts are then counted without a chat template by the tokenizer that `tokenizer`, `pretrained` or `model` names.
     """
-    from datasets import Dataset
-
     if count is None:
         count = plain_count(others.get("tokenizer") or others.get("pretrained") or others.get("model"))
     made = make_items(
         kind, length, items, count, room=room, seed=seed, text=text, data=None if data is None else Path(data)
     )
-    return {"test": Dataset.from_list([vars(item) for item in made])}
+    return {"test": Documents(vars(item) for item in made)}
 
 
 def plain_count(name: str | None) -> Count:

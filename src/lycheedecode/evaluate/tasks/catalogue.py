@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import LycheeError
 from ...integrations.lm_eval_private import keep_samples, task_file
 from ..ruler.questions import read_hotpotqa, read_squad
-from ..tasks_data import DataError, find_records, texts
+from ..tasks_data import DataError, Documents, find_records, texts
 from .gsm8k import read_problems
 from .metrics import FIRST_LINE, LONGBENCH, PLAIN, longbench
 from .problems import aime24, olympiadbench
@@ -188,11 +188,9 @@ def _not_longbench(record: Mapping[str, Any]) -> str | None:
 
 
 def _longbench_data(subset: str, data: str | None = None, **_: Any) -> dict[str, Any]:
-    from datasets import Dataset
-
     records = _longbench_records(subset, None if data is None else Path(data))
-    documents = [_longbench_document(subset, number, record) for number, record in enumerate(records, start=1)]
-    return {"test": Dataset.from_list(documents)}
+    made = (_longbench_document(subset, number, record) for number, record in enumerate(records, start=1))
+    return {"test": Documents(made)}
 
 
 def _longbench_document(subset: str, number: int, record: Mapping[str, Any]) -> dict[str, Any]:

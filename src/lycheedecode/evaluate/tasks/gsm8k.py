@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..ruler import Item, plain_count
 from ..ruler.fit import Fitter
-from ..tasks_data import DataError, find_records
+from ..tasks_data import DataError, Documents, find_records
 from .mathematics import final_answer, is_right, reference_answer
 
 _HUB = "openai/gsm8k"
@@ -112,8 +112,6 @@ def many_shot(
     **others: Any,
 ) -> dict[str, Any]:
     """What the task file asks for: the split `test`; the arguments come from the task manager's metadata."""
-    from datasets import Dataset
-
     count = count or plain_count(others.get("tokenizer") or others.get("pretrained") or others.get("model"))
     folder = None if data is None else Path(data)
-    return {"test": Dataset.from_list(make_items(length, items, count, room=room, seed=seed, data=folder))}
+    return {"test": Documents(make_items(length, items, count, room=room, seed=seed, data=folder))}

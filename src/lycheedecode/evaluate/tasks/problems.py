@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tasks_data import DataError, find_records
+from ..tasks_data import DataError, Documents, find_records
 from .mathematics import reference_answer
 
 _PROBLEM = ("problem", "Problem", "question", "Question")
@@ -32,11 +32,7 @@ def olympiadbench(data: str | None = None, **_: Any) -> dict[str, Any]:
 
 
 def _split(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from datasets import Dataset, Features, Value
-
-    features = Features({"problem": Value("string"), "answer": Value("string"), "tolerance": [Value("float64")]})
-    documents = [_document(number, record) for number, record in enumerate(records, start=1)]
-    return {"test": Dataset.from_list(documents, features=features)}
+    return {"test": Documents(_document(number, record) for number, record in enumerate(records, start=1))}
 
 
 def _document(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
