@@ -1,6 +1,8 @@
 """A cache in host memory: the tokens of a resident one, and what the store holds after anything may happen to it."""
 
 import mmap
+from functools import partial
+from itertools import product
 from math import nan
 
 import pytest
@@ -12,6 +14,7 @@ from lycheedecode import Engine
 from lycheedecode.engine.memory import CacheMemoryError
 from lycheedecode.engine.offload import HostCache, HostMemoryError, pinned, staging
 from lycheedecode.engine.offload import cache as host
+from lycheedecode.engine.offload import store as module
 from lycheedecode.engine.offload.choice import check_place, check_room
 from lycheedecode.errors import ConfigError
 
@@ -61,21 +64,17 @@ def check_store(context):
     pinned.wait_for(cache.state.store.pool.keys.device)
     store, size = cache.state.store, cache.state.store.block_size
     starts = [0] * cache.batch if cache.starts is None else cache.starts.tolist()
-    assert store._readers
-    for first, tables in ((store._rows[layer][0], tables) for layer, tables in store._readers.items()):
-        for table, _ in tables:
-            for r, heads in enumerate(table.tolist()):
-                for layer, head in (pair for pair in heads if pair[0] >= 0):
-                    for b, start in enumerate(starts):
-                        held = store.known.block_of[first + r, b].tolist()
-                        for slot, block in enumerate(held):
-                            if block < 0:
-                                continue
-                            assert store.known.slot_of[first + r, b, block] == slot
-                            begin = start + block * size
-                            for mine, whole in zip(store.pool, store.source, strict=True):
-                                here = mine[layer, b, head, slot * size : (slot + 1) * size].to(whole.device)
-                                assert torch.equal(here, whole[layer, b, head, begin : begin + size])
+    assert store.readers
+    for row, readers in enumerate(store.readers):
+        for (layer, head), (b, start) in product(readers, enumerate(starts)):
+            for slot, block in enumerate(store.known.block_of[row, b].tolist()):
+                if block < 0:
+                    continue
+                assert store.known.slot_of[row, b, block] == slot
+                begin = start + block * size
+                for mine, whole in zip(store.pool, store.source, strict=True):
+                    here = mine[layer, b, head, slot * size : (slot + 1) * size].to(whole.device)
+                    assert torch.equal(here, whole[layer, b, head, begin : begin + size])
 
 
 @pytest.mark.parametrize(
@@ -428,7 +427,7 @@ class LateLane:
         self.store, self.work, self.late = store, [], 0
 
     def run(self, work):
-        for layer, batch, head, slot in self.coming(*work.args):
+        for layer, batch, head, slot in self.coming(*work.args) if isinstance(work, partial) else ():
             size = self.store.block_size
             for part in self.store.pool:
                 part[layer, batch, head, slot * size : (slot + 1) * size] = nan
@@ -440,17 +439,32 @@ class LateLane:
             self.work[self.late]()
             self.late += 1
 
-    def coming(self, source, pool, known, table, starts, block_size):
-        for r, b in known.misses.nonzero().tolist():
-            for block in known.missing[r, b, : known.misses[r, b]].tolist():
-                for layer, head in (pair for pair in table[r].tolist() if pair[0] >= 0):
-                    yield layer, b, head, int(known.slot_of[r, b, block])
+    def coming(self, source, pool, known, table, *_):
+        for (row, layer, head, _), b in product(table.tolist(), range(known.misses.shape[1])):
+            for block in known.missing[row, b, : known.misses[row, b]].tolist():
+                yield layer, b, head, int(known.slot_of[row, b, block])
+
+
+def check_jobs(store, window):
+    """Every reader is served once: after its donor selected, not too early, nearer layers before later ones."""
+    selecting = {row: layer for layer, (first, count) in store._rows.items() for row in range(first, first + count)}
+    served = []
+    for at, jobs in store._jobs.items():
+        assert [layer for layer, _ in jobs] == sorted({layer for layer, _ in jobs})
+        for reading, table in jobs:
+            for row, layer, head, near in table.tolist():
+                assert (layer, at) == (reading, max(selecting[row], layer - window))
+                assert (near >= 0) == ((layer, head) in tiny.plan().retrieval)  # its keys are here
+                served.append((row, layer, head))
+    assert sorted(served) == sorted((row, *head) for row, heads in enumerate(store.readers) for head in heads)
 
 
 @batches
 @pytest.mark.parametrize("changes", [{}, {"refresh_every": 3, "budget_tokens": 32}], ids=["", "refresh"])
-def test_attention_waits_for_what_is_fetched_ahead(llama, lengths, changes):
-    """For nothing else: after a step some work may be left that nobody has asked for, before the next one none."""
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_attention_waits_for_what_is_fetched_ahead(llama, lengths, changes, window, monkeypatch):
+    """And nothing is left at the end of a step."""
+    monkeypatch.setattr(module, "_WINDOW", window)
     rows, answers = tiny.prompts(*lengths), tiny.prompts(*[30] * len(lengths))
     engines = [engine_of(llama, changes, cache=place) for place in ("resident", "host")]
     one, two = (engine.prefill(rows) for engine in engines)
@@ -459,6 +473,7 @@ def test_attention_waits_for_what_is_fetched_ahead(llama, lengths, changes):
     lane = store.lane = LateLane(store)
     compare(one, two, answers, *engines)
     assert len(lane.work) == lane.late > 30
+    check_jobs(store, window)
     with pytest.MonkeyPatch.context() as patch:  # this test can fail
         patch.setattr(lane, "wait", lambda mark: None)
         two.rewind()

@@ -4,6 +4,7 @@ On a CPU `test_interpreter.py` runs the kernels.
 """
 
 import os
+from itertools import product
 from math import nan
 
 import pytest
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 ROWS, BATCH, BLOCKS, SLOTS, CAPACITY, TAIL, SIZE = 3, 2, 40, 9, 6, 2, 4
 LAYERS, HEADS, DIM = 2, 3, 16
-READERS = [[(0, 0), (1, 2), (1, 1)], [(0, 2), (-1, -1), (-1, -1)], [(0, 1), (1, 0), (-1, -1)]]
+READERS = [(2, 1, 0, -1), (0, 0, 0, 1), (0, 1, 2, -1), (1, 0, 2, -1), (0, 1, 1, 0), (2, 0, 1, -1)]
 
 
 @pytest.fixture(params=["reference", "kernels"])
@@ -129,24 +130,34 @@ def empty_pool(slots=SLOTS):
     return Tokens(*(torch.full(shape, nan, dtype=torch.float16, device=DEVICE) for _ in range(2)))
 
 
+@pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("starts", [None, [0, 7]])
-def test_missing_blocks_come_to_every_head_that_reads_them(way, starts):
+def test_missing_blocks_come_to_every_head_that_reads_them(way, starts, near):
+    """Two of them have their keys at hand: those in host memory are not read then."""
     source, known, pool = make_tokens(BLOCKS * SIZE + 8), new_map(), empty_pool()
-    starts, readers, held = None if starts is None else ints(starts), ints(READERS), set()
+    whole = Tokens(*(part.clone() for part in source))
+    scanned, used = None, [(*reader[:3], -1) for reader in READERS]
+    if near:
+        used = READERS
+        scanned = torch.full((2, BATCH, BLOCKS * SIZE + 20, DIM), nan, dtype=torch.float16, device=DEVICE)
+        for _, layer, head, own in (reader for reader in READERS if reader[3] >= 0):
+            scanned[own, :, : BLOCKS * SIZE + 8] = source.keys[layer, :, head].to(DEVICE)
+            source.keys[layer, :, head] = nan
+    starts, held = None if starts is None else ints(starts), set()
     for clock in range(1, 12):
         newest = [10 + clock, 3 + clock]
         way.plan_fetch(selections(newest, clock), known, ints(newest), ints([clock]), TAIL)
-        way.fetch(source, pool, known, readers, starts, SIZE)
-        for r, b in torch.cartesian_prod(torch.arange(ROWS), torch.arange(BATCH)).tolist():
+        for part in (used[:2], used[2:]):
+            way.fetch(source, pool, known, ints(part), scanned, starts, SIZE)
+        for (r, layer, head, _), b in product(READERS, range(BATCH)):
             for slot, block in enumerate(known.block_of[r, b].tolist()):
                 if block < 0:
                     continue
                 begin = block * SIZE + (0 if starts is None else int(starts[b]))
-                for layer, head in (pair for pair in READERS[r] if pair[0] >= 0):
-                    held.add((layer, b, head, slot))
-                    for mine, whole in zip(pool, source, strict=True):
-                        here = mine[layer, b, head, slot * SIZE : (slot + 1) * SIZE].cpu()
-                        assert torch.equal(here, whole[layer, b, head, begin : begin + SIZE])
+                held.add((layer, b, head, slot))
+                for mine, right in zip(pool, whole, strict=True):
+                    here = mine[layer, b, head, slot * SIZE : (slot + 1) * SIZE].cpu()
+                    assert torch.equal(here, right[layer, b, head, begin : begin + SIZE])
     untouched = [(layer, b, head, slot) for layer in range(LAYERS) for b in range(BATCH) for head in range(HEADS)
                  for slot in range(SLOTS) if (layer, b, head, slot) not in held]  # fmt: skip
     for layer, b, head, slot in untouched:

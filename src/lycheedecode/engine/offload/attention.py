@@ -103,11 +103,12 @@ class OffloadedAttention(HybridAttention):
         selections = Selections.allocate(*size, device, chunks)
         readers, rows = readers_of(self.plan, cache.position)
         shape = config.block_size, blocks, self._ratio, config.refresh_every
-        store = BlockStore(cache.tokens, readers, rows, selections, *shape, cache.starts, device, self._ahead)
         keys = cache.tokens.keys
         dtype = torch.float8_e4m3fn if config.scan_keys == "float8" else keys.dtype
         heads = {layer: mine for layer, mine in self.scanned.items() if mine}
-        scanned = ScanKeys(heads, dtype, cache.batch, slots, keys.shape[-1], device)
+        scanned = ScanKeys(heads, cache.position, dtype, cache.batch, slots, keys.shape[-1], device)
+        more = cache.starts, device, self._ahead, scanned
+        store = BlockStore(cache.tokens, readers, rows, selections, *shape, *more)
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens, device) if self._factors else None
         self._position = cache.position
         return OffloadedState(selections, means=means, store=store, scanned=scanned)
@@ -140,7 +141,9 @@ class OffloadedAttention(HybridAttention):
             heads, scales = tuple(range(len(roles.retrieval))), state.scanned.scales(layer)
             seen = scanned._replace(keys=copy, values=copy)
             self.select(layer, asking, seen, heads, scale, out=chosen, scales=scales)
-            store.take(self._position[layer])
+            store.plan(self._position[layer])
+        if refresh:
+            store.fetch(self._position[layer])
         store.wait_for(self._position[layer])
         rows = constant(roles.donor_rows, torch.int64, query.device)
         more: dict[str, Any] = {"completion": self.completion_of(layer, state), "places": store.known.places}
@@ -187,7 +190,7 @@ class OffloadStep(FixedStep):
         super().__init__(cache, *arguments)
         self._position = cache.position
         store = self.state.store
-        self.counters = [self.kv_bytes, store.missed, store.asked, store.fresh]
+        self.counters = [self.kv_bytes, store.missed, store.asked, store.pulled, store.fresh]
 
     def run(self, forward: Forward, model: nn.Module) -> Tensor:
         """Logits float32 `[B, V]` of the next token."""
@@ -195,7 +198,7 @@ class OffloadStep(FixedStep):
         self.state.store.begin(self._lengths, self._refresh)
         logits = super().run(forward, model)
         if self._refresh:
-            self.state.store.count()
+            self.state.store.finish()
         return logits
 
     def attend(

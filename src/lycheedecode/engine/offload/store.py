@@ -15,6 +15,11 @@ from ...plan import HeadPlan
 from .lane import Lane, Mark
 from .pinned import wait_for
 
+_WINDOW = 3
+"""Layers ahead of a layer at which its blocks are fetched."""
+_PIECE = 8192
+"""Keys that are converted at a time."""
+
 
 def pool_blocks(ratio: float, capacity: int, blocks: int, block_size: int, refresh_every: int) -> tuple[int, int]:
     """Slots and tail of a head's pool, in blocks: `ratio` selections of `capacity` blocks, if that is enough.
@@ -42,10 +47,13 @@ class BlockStore:
         starts: as in `KVCache`.
         device: of the pools.
         ahead: fetch blocks for later layers in the background; False: before the model goes on.
+        scanned: keys on the device that need not be fetched.
 
     Attributes:
         readers: as given.
         lane: the stream on which blocks for later layers are fetched.
+        missed, asked: blocks that were missing, and selected, counted for every head that reads them; float64 `[B]`.
+        pulled: what of the missing blocks crossed the link; half a block where its keys were there.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class BlockStore:
         starts: Tensor | None,
         device: torch.device,
         ahead: bool = True,
+        scanned: ScanKeys | None = None,
     ) -> None:
         num_rows, batch, capacity = selections.blocks.shape
         self.source, self.selections, self.block_size, self.readers = source, selections, block_size, readers
@@ -73,33 +82,41 @@ class BlockStore:
             self.known = BlockMap.allocate(num_rows, batch, blocks, self.slots, capacity, device)
             self.clock = torch.zeros(1, dtype=torch.int32, device=device)
             self.fresh = torch.ones(1, dtype=torch.int32, device=device)
-            self.missed, self.asked = (torch.zeros(batch, dtype=torch.float64, device=device) for _ in range(2))
-            self._weights = torch.tensor([len(row) for row in readers], dtype=torch.float64, device=device)
+            counters = (torch.zeros(batch, dtype=torch.float64, device=device) for _ in range(3))
+            self.missed, self.asked, self.pulled = counters
         self._rows, self._starts = dict(rows), starts
         self._first = [0] * batch if starts is None else starts.tolist()
-        self._readers = {layer: self._tables(layer, readers, device) for layer in self._rows}
+        self._scanned = None if scanned is None or scanned.keys.dtype != source.keys.dtype else scanned
+        self._jobs = self._plan_jobs(device)
+        weights = [(len(row), sum(1 if self._near(*head) < 0 else 0.5 for head in row)) for row in readers]
+        self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
         self.lane = Lane(device if ahead else torch.device("cpu"))
         self._arriving: dict[int, tuple[int, Mark]] = {}
         self._launched = self._arrived = 0
+        self._counted: Mark = None
         self.written = -1
         self._has_tail = False
 
-    def _tables(
-        self, layer: int, readers: Sequence[Sequence[tuple[int, int]]], device: torch.device
-    ) -> list[tuple[Tensor, set[int]]]:
-        """The readers of a layer's selections, as `ops.fetch.fetch` takes them, and their layers.
+    def _near(self, layer: int, head: int) -> int:
+        """Which keys that need not be fetched are a head's; -1: none."""
+        return -1 if self._scanned is None else self._scanned.row_of.get((layer, head), -1)
 
-        A table for the layer itself, one for the next, one for those after it.
+    def _plan_jobs(self, device: torch.device) -> dict[int, list[tuple[int, Tensor]]]:
+        """What to fetch when a layer is reached: for which layer, and its readers, as `ops.fetch` takes them.
+
+        A layer that selects fetches for itself at once. Later layers get theirs when they are `_WINDOW` layers away, so
+        that nearer ones never wait for what is needed much later, and each for what it reads alone.
         """
-        first, count = self._rows[layer]
-        tables = []
-        for begin, end in ((layer, layer + 1), (layer + 1, layer + 2), (layer + 2, len(self.source.keys))):
-            part = [[pair for pair in row if begin <= pair[0] < end] for row in readers[first : first + count]]
-            most = max(map(len, part), default=0)
-            filled = [[*row, *([(-1, -1)] * (most - len(row)))] for row in part]
-            table = torch.tensor(filled, dtype=torch.int32, device=device).view(count, most, 2)
-            tables.append((table, {pair[0] for row in part for pair in row}))
-        return tables
+        found: dict[int, dict[int, list[tuple[int, int, int, int]]]] = {}
+        for selecting, (first, count) in self._rows.items():
+            for row in range(first, first + count):
+                for layer, head in self.readers[row]:
+                    jobs = found.setdefault(max(selecting, layer - _WINDOW), {})
+                    jobs.setdefault(layer, []).append((row, layer, head, self._near(layer, head)))
+        return {
+            at: [(layer, torch.tensor(jobs[layer], dtype=torch.int32, device=device)) for layer in sorted(jobs)]
+            for at, jobs in found.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -139,8 +156,8 @@ class BlockStore:
         first = torch.tensor([(slots - start) // self.block_size for start in self._first], device=self.clock.device)
         self.known.forget(first)
         self.fresh.fill_(1)
-        self.missed.zero_()
-        self.asked.zero_()
+        for counter in (self.missed, self.asked, self.pulled):
+            counter.zero_()
 
     def _load_tail(self, filled: int) -> None:
         size = self.block_size
@@ -162,7 +179,7 @@ class BlockStore:
     def begin(self, lengths: Tensor, refresh: bool) -> None:
         """A step with sequences of `lengths` tokens, int32 `[B]`, the new ones included."""
         size = self.block_size
-        self.at = self.slots * size + (lengths - 1) % (self.tail_blocks * size) + 1
+        self.at = (lengths - 1) % (self.tail_blocks * size) + (self.slots * size + 1)
         self._newest = (lengths + (self._ahead - 1)) // size
         if refresh:
             self.clock.add_(1)
@@ -172,19 +189,25 @@ class BlockStore:
         keys, values = self.pool
         return KV(keys[layer], values[layer], lengths)
 
-    def take(self, layer: int) -> None:
-        """Fetch missing blocks after a layer has selected: for its own heads now, for later layers in the lane."""
+    def plan(self, layer: int) -> None:
+        """Find places for the blocks that a layer has selected."""
         first, count = self._rows[layer]
         known, chosen = self.known.rows(first, count), self.selections.rows(first, count)
         plan_fetch(chosen.blocks, known, self._newest, self.clock, self.tail_blocks)
-        (own, _), *later = self._readers[layer]
-        fetch(self.source, self.pool, known, own, self._starts, self.block_size)
-        for table, layers in later:
-            if layers:
-                more = (self.source, self.pool, known, table, self._starts, self.block_size)
+
+    def fetch(self, layer: int) -> None:
+        """Fetch what is due when a layer is reached and has selected: for itself now, for later layers in the lane."""
+        keys = None if self._scanned is None else self._scanned.keys
+        for reader, table in self._jobs.get(layer, ()):
+            more = self.source, self.pool, self.known, table, keys, self._starts, self.block_size
+            if reader == layer:
+                fetch(*more)
+            else:
                 mark = self.lane.run(partial(fetch, *more, beside=True))
                 self._launched += 1
-                self._arriving.update(dict.fromkeys(layers, (self._launched, mark)))
+                self._arriving[reader] = self._launched, mark
+        if layer == max(self._rows):
+            self._counted = self.lane.run(self._count)
 
     def wait_for(self, layer: int) -> None:
         """Wait until all blocks that a layer's attention reads have arrived."""
@@ -193,11 +216,16 @@ class BlockStore:
             self.lane.wait(mark)
             self._arrived = number
 
-    def count(self) -> None:
+    def finish(self) -> None:
+        """The end of a step that selected: nothing is left in the lane."""
+        self.lane.wait(self._counted)
+
+    def _count(self) -> None:
         """Count selected and missing blocks of this step, except for the first selection: the store was empty."""
-        weights = self._weights[:, None] * (1 - self.fresh)
-        self.missed.add_((self.known.misses * weights).sum(0))
-        self.asked.add_((self.selections.counts * weights).sum(0))
+        weights = self._weights[:, :, None] * (1 - self.fresh)
+        self.missed.add_((self.known.misses * weights[:, 0]).sum(0))
+        self.pulled.add_((self.known.misses * weights[:, 1]).sum(0))
+        self.asked.add_((self.selections.counts * weights[:, 0]).sum(0))
         self.fresh.zero_()
 
 
@@ -222,14 +250,20 @@ class ScanKeys:
 
     Args:
         heads: retrieval heads of every layer.
+        position: of these layers among those with full attention.
         dtype: of the copy; the cache's or float8_e4m3fn.
         batch, slots, dim: of the cache.
         device: of the copy.
+
+    Attributes:
+        keys: `[H, B, S, D]`.
+        row_of: which of these are a head's; layers as `position` numbers them.
     """
 
     def __init__(
         self,
         heads: Mapping[int, tuple[int, ...]],
+        position: Mapping[int, int],
         dtype: torch.dtype,
         batch: int,
         slots: int,
@@ -240,6 +274,8 @@ class ScanKeys:
         for layer, mine in heads.items():
             self._first[layer], rows = rows, rows + len(mine)
         self._heads = dict(heads)
+        pairs = [(position[layer], head) for layer, mine in heads.items() for head in mine]
+        self.row_of = {pair: row for row, pair in enumerate(pairs)}
         with torch.inference_mode(False):
             self.keys = torch.empty((rows, batch, slots, dim), dtype=dtype, device=device)
             self.ones = torch.ones(rows, dtype=torch.float32, device=device)
@@ -267,11 +303,15 @@ class ScanKeys:
             for layer, heads in self._heads.items():
                 keys = store_of(layer)[0]
                 for row, head in enumerate(heads):
-                    for b in range(keys.shape[0]):
-                        new = keys[b, head, self.known : filled].to(self.keys.device, non_blocking=True)
-                        mine = self.keys[self._first[layer] + row, b, self.known : filled]
-                        if self.keys.dtype == torch.float8_e4m3fn:
-                            most = torch.finfo(self.keys.dtype).max
-                            new = new.float().clamp(-most, most).to(self.keys.dtype)
-                        mine.copy_(new)
+                    for mine, whole in zip(self.keys[self._first[layer] + row], keys[:, head], strict=True):
+                        self._copy(whole[self.known : filled], mine[self.known : filled])
         self.known = filled + 1
+
+    def _copy(self, whole: Tensor, mine: Tensor) -> None:
+        """Keys `[T, D]`; in 8 bits a piece at a time, which is first copied as it is."""
+        if self.keys.dtype != torch.float8_e4m3fn:
+            mine.copy_(whole, non_blocking=True)
+            return
+        most = torch.finfo(self.keys.dtype).max
+        for near, far in zip(mine.split(_PIECE), whole.split(_PIECE), strict=True):
+            near.copy_(far.to(near.device, non_blocking=True).float().clamp(-most, most))

@@ -105,24 +105,26 @@ def fetch(
     pool: Tokens,
     known: BlockMap,
     readers: Tensor,
+    scanned: Tensor | None,
     starts: Tensor | None,
     block_size: int,
     beside: bool = False,
 ) -> None:
-    """Copy missing blocks into their slots, for every head that reads them.
+    """Copy missing blocks into their slots, for heads that read them.
 
     Args:
         source: in host memory, `[L, B, Hkv, S, D]`; whole blocks of it are read. For the kernels it must be pinned.
         pool: `[L, B, Hkv, P, D]`; written in place.
-        known: the map of `R` rows, after `plan_fetch`.
-        readers: int32 `[R, Q, 2]`, layer and head of the heads that read each row; unused entries are -1. Of all rows,
-            the first readers are served first.
+        known: the map of all rows, after `plan_fetch` of those that are read here.
+        readers: int32 `[Q, 4]`, of each head: the row that it reads, its layer, its head, and which keys of `scanned`
+            are its own; -1: none. They are served in this order.
+        scanned: keys on the device, `[H, B, S, D]`, in the dtype of the pool: what is here does not cross the link.
         starts: int32 `[B]`, slot of each sequence's first token; None: 0.
         block_size: tokens per block.
         beside: whether this is the first launch on a stream that waits for another one.
     """
     if readers.numel():
-        _for(pool.keys).fetch(source, pool, known, readers, starts, block_size, beside)
+        _for(pool.keys).fetch(source, pool, known, readers, scanned, starts, block_size, beside)
 
 
 def write_back(

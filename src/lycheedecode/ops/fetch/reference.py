@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,20 +49,20 @@ def fetch(
     pool: Tokens,
     known: BlockMap,
     readers: Tensor,
+    scanned: Tensor | None,
     starts: Tensor | None,
     block_size: int,
     beside: bool = False,
 ) -> None:
-    heads = [[pair for pair in row if pair[0] >= 0] for row in readers.tolist()]
-    first = [0] * known.misses.shape[1] if starts is None else starts.tolist()
-    for row, b in known.misses.nonzero().tolist():
+    batch = known.misses.shape[1]
+    first = [0] * batch if starts is None else starts.tolist()
+    for (row, layer, head, near), b in product(readers.tolist(), range(batch)):
+        keys = source.keys[layer, b, head] if scanned is None or near < 0 else scanned[near, b]
         for block in known.missing[row, b, : known.misses[row, b]].tolist():
-            slot = int(known.slot_of[row, b, block])
-            begin = first[b] + block * block_size
-            for layer, head in heads[row]:
-                for mine, all_tokens in zip(pool, source, strict=True):
-                    whole = all_tokens[layer, b, head, begin : begin + block_size]
-                    mine[layer, b, head, slot * block_size : (slot + 1) * block_size] = whole
+            slot, begin = int(known.slot_of[row, b, block]), first[b] + block * block_size
+            for mine, whole in ((pool.keys, keys), (pool.values, source.values[layer, b, head])):
+                there = mine[layer, b, head, slot * block_size : (slot + 1) * block_size]
+                there.copy_(whole[begin : begin + block_size])
 
 
 def write_back(

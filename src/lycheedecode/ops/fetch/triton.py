@@ -1,7 +1,7 @@
 """Blocks from host memory into their slots, planned and copied without the host.
 
     plan         a program for each row and sequence: look up, find the slots used least recently, write the map
-    fetch        a few programs with many lanes, which take turns in (missing block, head that reads it)
+    fetch        a few programs with many lanes, which take turns in (head, block that it lacks)
     write_back   a program for each token, sequence and layer
     newest_keys  a program for each head and sequence
 
@@ -90,42 +90,42 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
         )
 
 
-# Of rows, views of the map: how they are aligned and how many heads read them makes no kernel of its own.
-@triton.jit(
-    do_not_specialize=["S", "P", "N", "K", "Q", "pairs"],
-    do_not_specialize_on_alignment=["slot_of", "missing", "misses", "readers"],
-)
+# How many heads read, and of which layer, makes no kernel of its own.
+@triton.jit(do_not_specialize=["S", "P", "N", "K", "near_slots", "pairs"], do_not_specialize_on_alignment=["readers"])
 def _fetch_kernel(
-    keys, values, source_keys, source_values, slot_of, missing, misses, readers, starts, S, P, N, K, Q, pairs, batch,
+    keys, values, source_keys, source_values, near_keys, slot_of, missing, misses, readers, starts,
+    S, P, N, K, near_slots, pairs, batch,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    common.wait_for_inputs(PDL)
     w = tl.arange(0, WIDTH)
-    count = tl.load(misses + w, mask=w < pairs, other=0)
+    row = tl.load(readers + w // batch * 4, mask=w < pairs, other=0)
+    common.wait_for_inputs(PDL)
+    count = tl.load(misses + row * batch + w % batch, mask=w < pairs, other=0)
     end = tl.cumsum(count, 0)
     i = tl.arange(0, ROOM)
     dim = SIZE // BLOCK
-    total = tl.sum(count, 0)
-    for item in range(tl.program_id(0), total * Q, tl.num_programs(0)):
-        miss = item % total
-        pair = tl.sum((end <= miss).to(tl.int32), 0)
-        number = miss - tl.sum(tl.where(w < pair, count, 0), 0)
-        b = (pair % batch).to(tl.int64)
-        reader = readers + (pair // batch * Q + item // total) * 2
-        layer, head = tl.load(reader).to(tl.int64), tl.load(reader + 1)
-        block = tl.load(missing + pair.to(tl.int64) * K + number).to(tl.int64)
-        slot = tl.load(slot_of + pair.to(tl.int64) * N + block).to(tl.int64)
+    for item in range(tl.program_id(0), tl.sum(count, 0), tl.num_programs(0)):
+        w_item = tl.sum((end <= item).to(tl.int32), 0)
+        number = item - tl.sum(tl.where(w < w_item, count, 0), 0)
+        b = (w_item % batch).to(tl.int64)
+        reader = readers + w_item // batch * 4
+        pair = tl.load(reader).to(tl.int64) * batch + b
+        layer, head = tl.load(reader + 1).to(tl.int64), tl.load(reader + 2)
+        near = tl.load(reader + 3).to(tl.int64)
+        block = tl.load(missing + pair * K + number).to(tl.int64)
+        slot = tl.load(slot_of + pair * N + block).to(tl.int64)
         first = block * BLOCK
         if starts is not None:
             first += tl.load(starts + b)
-        row = (layer * batch + b) * HEADS + head
-        here = common.mask_if(layer >= 0, i < SIZE)
-        k = tl.load(source_keys + (row * S + first) * dim + i, mask=here)
-        v = tl.load(source_values + (row * S + first) * dim + i, mask=here)
-        at = (row * P + slot * BLOCK) * dim + i
-        tl.store(keys + at, k, mask=here)
-        tl.store(values + at, v, mask=here)
+        line = (layer * batch + b) * HEADS + head
+        v = tl.load(source_values + (line * S + first) * dim + i, mask=i < SIZE)
+        far_k = tl.load(source_keys + (line * S + first) * dim + i, mask=common.mask_if(near < 0, i < SIZE))
+        here = common.mask_if(near >= 0, i < SIZE)
+        near_k = tl.load(near_keys + ((near * batch + b) * near_slots + first) * dim + i, mask=here)
+        at = (line * P + slot * BLOCK) * dim + i
+        tl.store(keys + at, tl.where(near < 0, far_k, near_k), mask=i < SIZE)
+        tl.store(values + at, v, mask=i < SIZE)
 
 
 def fetch(
@@ -133,20 +133,24 @@ def fetch(
     pool: Tokens,
     known: BlockMap,
     readers: Tensor,
+    scanned: Tensor | None,
     starts: Tensor | None,
     block_size: int,
     beside: bool = False,
 ) -> None:
     """See `ops.fetch`; what waits for another stream does not start early."""
     _check_tokens(source, pool)
+    near = source.keys if scanned is None else scanned
+    if not near.is_contiguous():
+        raise ValueError(f"scanned keys must be contiguous, not strides {near.stride()}.")
     _, batch, heads, entries, dim = pool.keys.shape
-    size, pairs = block_size * dim, known.misses.numel()
+    size, pairs = block_size * dim, len(readers) * batch
     pdl = 0 if beside else common.has_pdl(pool.keys.device)
     with common.on_device(pool.keys):
         _fetch_kernel[_PROGRAMS,](
-            *(*pool, *source, known.slot_of, known.missing, known.misses, readers, starts),
-            *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1]),
-            *(readers.shape[1], pairs, batch),
+            *(*pool, *source, near, known.slot_of, known.missing, known.misses, readers, starts),
+            *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1], near.shape[-2]),
+            *(pairs, batch),
             HEADS=heads,
             SIZE=size,
             WIDTH=common.power_of_two(pairs),
