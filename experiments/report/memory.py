@@ -7,6 +7,14 @@ from typing import Any
 
 from experiments.report.sources import Row, Source, tokens
 
+FORMS = {
+    "hybrid": "",
+    "hybrid+float8": ", 8-bit scan keys",
+    "hybrid+refresh2": ", selected every second token",
+    "hybrid+refresh4": ", selected every fourth token",
+}
+READ_BY = {"budget": "budget", "share": "share of the context"}
+
 
 def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """The rows of the table: caches in host memory, then bytes read."""
@@ -31,19 +39,22 @@ def _place(row: Row) -> str:
 
 
 def _alike(row: Row) -> tuple[Any, ...]:
-    return row.get("part"), row.get("budget_tokens"), *_case(row)
+    return row.get("part"), row.get("budget_tokens"), row.get("form"), row.get("reading"), *_case(row)
 
 
 def _kept(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Every size of the store beside the resident cache."""
     for row, base in from_host(source.rows):
-        key = (0, source.model, source.machine, *_case(row), row.get("budget_tokens", 0), row["store_percent"])
+        how = row.get("budget_tokens", 0), row.get("form", "hybrid"), row.get("reading", ""), row["store_percent"]
+        key = (0, source.model, source.machine, *_case(row), *how)
         whole, times = row["bytes_on_host"] if base is None else base["bytes_on_gpu"], ""
         if row.get("ms"):
             times = (
                 f"{base['ms']:.2f}, {row['ms']:.2f}" if base and base.get("ms") else f"does not fit, {row['ms']:.2f}"
             )
         budget = f" of {row['budget_tokens']} tokens" if "budget_tokens" in row else ""
+        budget += FORMS[row["form"]] if "form" in row else ""
+        budget += f", new blocks as for the same {READ_BY[row['reading']]}" if "reading" in row else ""
         yield (
             key,
             {

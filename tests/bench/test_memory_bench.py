@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from lycheedecode.bench import memory_steps, memory_texts
-from lycheedecode.bench.reuse import misses_of, replay
+from lycheedecode.bench.reuse import replay, reuse_of
 from lycheedecode.cli import app
 from lycheedecode.errors import InputError
 from lycheedecode.results import Result
@@ -42,7 +42,7 @@ def test_texts(tmp_path):
 
 def test_steps_and_prefill(tmp_path):
     path = tmp_path / "steps.json"
-    rows = rows_of(path, "--parts", "steps,prefill", "--store-percents", "100,300")
+    rows = rows_of(path, "--parts", "steps,prefill", "--store-percents", "100,300", "--at-once", "--readings", "share")
     steps, prefill = ([row for row in rows if row["part"] == part] for part in ("steps", "prefill"))
     assert [(row["batch"], row["cache"], row.get("ahead")) for row in steps] == [
         (batch, *kind) for batch in (1, 2) for kind in
@@ -60,6 +60,23 @@ def test_steps_and_prefill(tmp_path):
     assert all(row["error"] < (0.05 if torch.cuda.is_available() else 1e-5) for row in prefill)
 
 
+def test_forms_and_readings_of_steps(tmp_path):
+    """Each beside a resident cache of its own; what is fetched less often is fetched less."""
+    forms = ["hybrid", "hybrid+float8", "hybrid+refresh2", "hybrid+refresh4"]
+    rows = rows_of(tmp_path / "forms.json", "--parts", "steps", "--store-percents", "200", "--forms", ",".join(forms))
+    rows = [row for row in rows if row["batch"] == 2 and row["cache"] != "full"]
+    assert [(row["form"], row["reading"], row["cache"]) for row in rows] == [
+        (form, reading, cache) for form in forms for reading in ("share", "budget") for cache in ("resident", "host")
+    ]
+    host = {row["form"]: row for row in rows if row["cache"] == "host"}
+    assert all(row["error"] < 1e-5 for row in host.values())
+    assert host["hybrid+float8"]["part_of_full_cache"] < host["hybrid"]["part_of_full_cache"] < 1
+    # The keys of retrieval heads need not cross the link, unless the scan has them in 8 bits only.
+    assert host["hybrid"]["fetched_bytes"] < host["hybrid+float8"]["fetched_bytes"]
+    assert host["hybrid"]["miss_rate"] == host["hybrid+float8"]["miss_rate"] < host["hybrid+refresh2"]["miss_rate"]
+    assert host["hybrid+refresh4"]["fetched_bytes"] < host["hybrid"]["fetched_bytes"]
+
+
 def test_what_is_written_as_it_goes_can_be_read(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no more")
@@ -74,7 +91,7 @@ def test_other_tokens_are_no_measurement(monkeypatch):
     made = iter([({"bytes_on_gpu": 1}, [(1, 2)]), ({}, [(1, 3)])])
     monkeypatch.setattr(memory_texts, "_generated", lambda *_: next(made))
     monkeypatch.setattr("lycheedecode.bench.memory.format_row", str)
-    words = "With a store of 100% of a selection of 64 tokens, tokens of 1 of 1 sequences differ"
+    words = "With a store of 100% of a selection of 80 tokens, tokens of 1 of 1 sequences differ"
     assert words in run("--smoke", status=1).stderr
 
 
@@ -91,6 +108,8 @@ def test_other_logits_and_blocks_are_no_measurement(monkeypatch):
         (["--store-percents", "50"], "store_percents must be at least 100"),
         (["--cases", "4096"], "'4096' is not a batch and a context"),
         (["--parts", "speed"], "parts must be of steps, prefill, texts"),
+        (["--readings", "mine"], "readings must be of share, budget"),
+        (["--forms", "paper"], "forms must be of hybrid, hybrid+float8"),
         (["--model", "smollm2-135m", "--layers", "3"], "--layers cuts random models only"),
     ],
 )
@@ -134,11 +153,18 @@ def test_misses_come_from_the_rows_most_like_this_case(tmp_path):
     rows = [{"part": "texts", "budget_tokens": budget, "context": context, "store_percent": percent,
              "miss_rate": MISSES[percent] * budget / context} for budget, context, percent in cells]  # fmt: skip
     Result("bench memory", rows=[*rows, {"part": "texts", "store_percent": None}]).save(path)
-    assert misses_of(path, 4096, 131072) == pytest.approx({p: m / 64 for p, m in MISSES.items()})
-    assert misses_of(path, 4096, 32768) == pytest.approx({p: m / 8 for p, m in MISSES.items()})
+    for case, reading, cell in [
+        ((4096, 131072), "share", (512, 32768)),
+        ((4096, 131072), "budget", (4096, 32768)),
+        ((4096, 32768), "share", (4096, 32768)),
+        ((512, 4096), "budget", (512, 4096)),
+    ]:
+        found = reuse_of(path, *case, reading)
+        assert (found.budget_tokens, found.context) == cell
+        assert found.misses == pytest.approx({p: m * cell[0] / cell[1] for p, m in MISSES.items()})
     Result("bench ops", rows=[{"ms": 1}]).save(path)
     with pytest.raises(InputError, match="has no misses by the size of the store"):
-        misses_of(path, 4096, 131072)
+        reuse_of(path, 4096, 131072, "share")
 
 
 def test_too_short_a_context():

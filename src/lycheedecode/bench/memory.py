@@ -73,7 +73,7 @@ def bench_prefill(settings: MemorySettings, device: str) -> Iterator[dict[str, A
 
 HEADER = (
     f"{'':7} {'cache':>8} {'store':>5} {'budget':>6} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms/step':>8} "
-    f"{'tokens/s':>8} {'slower':>6} {'GPU MB':>8} {'host MB':>8} {'peak MB':>8} {'new':>6} {'fetched MB':>10}"
+    f"{'tokens/s':>8} {'slower':>6} {'GPU MB':>8} {'host MB':>8} {'peak MB':>8} {'new':>6} {'fetched MB':>10}  form"
 )
 
 
@@ -93,7 +93,8 @@ def format_row(row: Mapping[str, Any]) -> str:
     cache = row["cache"] if row.get("ahead", True) else "at once"
     times = f"{number('prefill_seconds', '9.2f')} {number('ms', '8.3f')} {number('tokens_per_second', '8.1f')}"
     more = f"{number('slower', '6.1%')} {sizes} {number('miss_rate', '6.1%')} {number('fetched_bytes', '10.1f', 1e-6)}"
-    return f"{row['part']:7} {cache:>8} {store} {number('budget_tokens', '6.0f')} {size} {times} {more}"
+    what = f"  {row['form']}, {row['reading']}" if "form" in row else ""
+    return f"{row['part']:7} {cache:>8} {store} {number('budget_tokens', '6.0f')} {size} {times} {more}{what}".rstrip()
 
 
 def lines(result: Result) -> Iterator[str]:
@@ -102,5 +103,7 @@ def lines(result: Result) -> Iterator[str]:
     yield from (format_row(row) for row in result.rows)
     yield (
         "store: in percent of a selection; new: share of selected blocks that were fetched, for every head; slower: "
-        "than with a resident cache; at once: nothing is fetched ahead. Without a GPU, texts have no times."
+        "than with a resident cache; at once: nothing is fetched ahead; form: of attention, and whether new blocks are "
+        "those of a real model's selections of the same budget or of the same share of the context. Without a GPU, "
+        "texts have no times."
     )

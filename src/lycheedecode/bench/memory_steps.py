@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise, product
 from statistics import mean, median
 from typing import Any
@@ -30,15 +31,16 @@ from ..errors import ConfigError, MismatchError
 from ..models.routing import Window
 from ..models.shape import ModelShape
 from ..ops import KV, Selections
+from ..ops.torch_private import clear_cublas_workspaces
 from .models import build, plan_for, release
-from .reuse import Misses, misses_of, replay
-from .settings import MemorySettings
+from .reuse import Reuse, replay, reuse_of
+from .settings import FORMS, MemorySettings
 from .step import ROOM, event_now, missing_bytes, weight_bytes
 from .verify import relative_error
 
 _TOLERANCE = 1e-2
 """Of logits, relative: the same kernels over the same blocks, in as many parts."""
-_SMOKE: Misses = {100: 0.2, 150: 0.1, 200: 0.06, 300: 0.03}
+_SMOKE = Reuse({100: 0.2, 150: 0.1, 200: 0.06, 300: 0.03}, 80, 400)
 _SAMPLES = 256
 _PIECE = 1 << 27
 
@@ -50,6 +52,11 @@ class _Replayed(HybridAttention):
         """`first`: tokens of a sequence at the step that gets the first of them."""
         self._given, self._begin = made, first
         self._parts: dict[int, Tensor] = {}
+
+    @property
+    def given_bytes(self) -> int:
+        """What is kept on the device for the sake of the replay."""
+        return sum(part.nbytes for part in self._parts.values())
 
     def select(
         self, layer: int, query: Tensor, kv: KV, heads: tuple[int, ...], scale: float, out: Selections, **more: Any
@@ -96,6 +103,23 @@ def bench_steps(settings: MemorySettings, device: str) -> Iterator[dict[str, Any
         release()
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """How a case decodes, and whose selections it replays."""
+
+    form: str
+    budget: int
+    reading: str
+    reuse: Reuse
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What rows say about it."""
+        more = {"reading": self.reading, "reuse_budget_tokens": self.reuse.budget_tokens}
+        more |= {"reuse_context": self.reuse.context, "replayed_misses": self.reuse.misses}
+        return {"form": self.form, "budget_tokens": self.budget, **more}
+
+
 class _Case:
     """A batch and a context.
 
@@ -108,40 +132,41 @@ class _Case:
         self._shape, self._batch, self._length = ModelShape.of(model), batch, length
         self._weight = next(model.parameters())
         self._fits = missing_bytes(model, batch, length) <= 0  # on the GPU, as a whole
+        wanted = product(settings.forms, settings.budgets, settings.readings)
+        self._cells = [_Cell(form, budget, reading, self._reuse(budget, reading)) for form, budget, reading in wanted]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The measurements; raises `MismatchError` where steps differ from those over a resident cache."""
         size = {"batch": self._batch, "context": self._length}
-        host, first = self._host_cache(), []
-        for budget in self._settings.budgets:
-            misses = self._misses(budget)
-            for percent, ahead in product(self._settings.store_percents, (True, False)):
-                attention = self._attention(_ReplayedOffloaded, budget, misses, percent / 100, ahead)
+        host, found = self._host_cache(), []
+        for cell in self._cells:
+            made = self._selections(cell)
+            for percent, ahead in product(self._settings.store_percents, (True, False)[: 1 + self._settings.at_once]):
+                attention = self._attention(_ReplayedOffloaded, cell, made, percent / 100, ahead)
                 context = self._context(host)
                 row, logits = self._measured(attention, context)
-                first.append((budget, row, logits))
                 assert host.state is not None, "a step was measured"
                 _check_store(host.state.store)
-                row |= size | {"cache": "host", "budget_tokens": budget, "store_percent": percent, "ahead": ahead}
-                row["replayed_misses"] = misses
+                row |= size | cell.row | {"cache": "host", "store_percent": percent, "ahead": ahead}
+                found.append((cell, row, logits))
                 if not self._fits:
                     yield row | {"error": None}
                 del context
                 host.forget_state()
                 release()
         if self._fits:
-            yield from self._against(host, first, size)
+            yield from self._against(host, found, size)
 
     def _against(
-        self, host: HostCache, found: list[tuple[int, dict[str, Any], Tensor]], size: dict[str, int]
+        self, host: HostCache, found: list[tuple[_Cell, dict[str, Any], Tensor]], size: dict[str, int]
     ) -> Iterator[dict[str, Any]]:
         """The rows so far, and those of steps over a copy of the cache on the GPU."""
         copy = self._resident(host)
-        for budget in self._settings.budgets:
-            attention = self._attention(_Replayed, budget, self._misses(budget))
+        for cell in self._cells:
+            attention = self._attention(_Replayed, cell, self._selections(cell))
             resident, right = self._measured(attention, self._context(copy))
-            yield resident | size | {"cache": "resident", "budget_tokens": budget}
-            for row, logits in ((row, logits) for other, row, logits in found if other == budget):
+            yield resident | size | cell.row | {"cache": "resident"}
+            for row, logits in ((row, logits) for other, row, logits in found if other is cell):
                 error = relative_error(logits, right)
                 if not error <= _TOLERANCE:
                     raise MismatchError(f"Logits of {size} from host memory differ by {error:.1e} from resident ones.")
@@ -184,16 +209,25 @@ class _Case:
 
     # ------------------------------------------------------------------ steps
 
-    def _misses(self, budget: int) -> Misses:
-        return _SMOKE if self._settings.reuse is None else misses_of(self._settings.reuse, budget, self._length)
+    def _reuse(self, budget: int, reading: str) -> Reuse:
+        path = self._settings.reuse
+        return _SMOKE if path is None else reuse_of(path, budget, self._length, reading)
 
-    def _attention(self, kind: type[_Replayed], budget: int, misses: Misses, *more: float) -> _Replayed:
-        config = HybridConfig(budget_tokens=budget, block_size=self._settings.block_size, completion="none")
-        plan, steps, length = plan_for(self._model), 2 * self._settings.steps, self._length
-        attention = kind(plan, config, self._shape.global_layers, *more)
-        capacity = config.capacity_blocks(length // config.block_size)
-        size = len(plan.retrieval), self._batch, capacity, length, config.block_size
-        attention.give(replay(misses, steps, *size, self._settings.seed), length + 1)
+    def _config(self, cell: _Cell) -> HybridConfig:
+        form = FORMS[cell.form] or {}
+        size: dict[str, Any] = {"budget_tokens": cell.budget, "block_size": self._settings.block_size}
+        return HybridConfig(**size, completion="none", **form)
+
+    def _selections(self, cell: _Cell) -> Tensor:
+        """For every step, whether it selects or not."""
+        config, rows = self._config(cell), len(plan_for(self._model).retrieval)
+        newest = self._length + config.refresh_every - 1  # a selection stands for the tokens to come
+        size = rows, self._batch, config.capacity_blocks(newest // config.block_size), newest, config.block_size
+        return replay(cell.reuse.misses, 2 * self._settings.steps, *size, self._settings.seed)
+
+    def _attention(self, kind: type[_Replayed], cell: _Cell, made: Tensor, *more: float) -> _Replayed:
+        attention = kind(plan_for(self._model), self._config(cell), self._shape.global_layers, *more)
+        attention.give(made, self._length + 1)
         return attention
 
     def _measured(self, attention: DecodeAttention | None, context: Context) -> tuple[dict[str, Any], Tensor]:
@@ -203,11 +237,13 @@ class _Case:
         kept: list[Tensor] = []
         events: list[Any] = []
         if on_gpu:
+            release()
+            clear_cublas_workspaces()  # of prompts: what steps need, they make
             torch.cuda.reset_peak_memory_stats()
-        token_ids, before = torch.full((self._batch,), 7, device=engine.device), [(0.0, 0.0)] * self._batch
+        token_ids, before = torch.full((self._batch,), 7, device=engine.device), (0.0, 0.0, 0.0)
         for step in range(2 * steps):
             if step == steps:
-                before = [cache.fetches(b) for b in range(self._batch)]
+                before = _fetched(cache)
             events.append(event_now(engine.device))
             logits = engine.decode_one_token(context, token_ids)
             token_ids = logits.argmax(-1)
@@ -216,12 +252,14 @@ class _Case:
         events.append(event_now(engine.device))
         if on_gpu:
             torch.cuda.synchronize()
-        after = [cache.fetches(b) for b in range(self._batch)]
-        asked, missed = (sum(a[i] - b[i] for a, b in zip(after, before, strict=True)) for i in range(2))
+        asked, missed, pulled = (after - was for after, was in zip(_fetched(cache), before, strict=True))
         times = _intervals(events)[steps:-2]  # the last ones wait for what is kept
         near, far = cache.memory()
         token = 2 * self._shape.head_dim * self._weight.element_size()
         whole = (self._length + ROOM) * slot_bytes(self._shape, self._batch, self._weight.dtype)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        given = attention.given_bytes if isinstance(attention, _Replayed) else 0
+        weights = sum(weight.nbytes for weight in self._model.parameters())
         read = weight_bytes(self._model) + int(context.kv_bytes.sum()) // context.steps
         return {
             "ms": median(times),
@@ -230,13 +268,23 @@ class _Case:
             "bytes_on_gpu": near,
             "bytes_on_host": far,
             "part_of_full_cache": near / whole,
-            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "weight_bytes": sum(weight.nbytes for weight in self._model.parameters()),
+            "peak_bytes": peak,
+            "weight_bytes": weights,
+            "replay_bytes": given,
+            "part_at_peak": None if peak is None else (peak - weights - given) / whole,
             "bytes_read": read,
             "miss_rate": missed / asked if asked else 0.0,
-            "fetched_bytes": missed * self._settings.block_size * token / steps,
+            "fetched_bytes": pulled * self._settings.block_size * token / steps,
             "execution": engine.way,
         }, torch.stack(kept)
+
+
+def _fetched(cache: KVCache) -> tuple[float, float, float]:
+    """Blocks so far that were selected, that were missing, and that crossed the link."""
+    if not isinstance(cache, HostCache) or cache.state is None:
+        return 0.0, 0.0, 0.0
+    store = cache.state.store
+    return float(store.asked.sum()), float(store.missed.sum()), float(store.pulled.sum())
 
 
 def _intervals(events: list[Any]) -> list[float]:

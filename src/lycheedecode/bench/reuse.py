@@ -13,6 +13,7 @@ of any of these sizes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, log
 from pathlib import Path
@@ -28,27 +29,55 @@ Misses = Mapping[int, float]
 """Share of selected blocks that a store of so many percent of a selection does not hold."""
 
 
-def misses_of(path: str | Path, budget_tokens: int, context: int) -> Misses:
-    """Of a result of `bench memory` on a real model: the rows that read the share of the context most like this one."""
+@dataclass(frozen=True)
+class Reuse:
+    """What was measured on a real model.
+
+    Attributes:
+        misses: by the size of the store.
+        budget_tokens, context: with which selections of which texts.
+    """
+
+    misses: Misses
+    budget_tokens: int
+    context: int
+
+
+def reuse_of(path: str | Path, budget_tokens: int, context: int, reading: str) -> Reuse:
+    """Of a result of `bench memory` on a real model: what its selections missed that are most like these.
+
+    Args:
+        path: the result.
+        budget_tokens, context: of the case.
+        reading: `budget`: those of the same budget, however long the texts were; `share`: those that read the same
+            share of their texts.
+    """
     rows = [row for row in Result.load(path).rows if row.get("store_percent") and row.get("part", "texts") == "texts"]
     if not rows or not all("budget_tokens" in row for row in rows):
         raise InputError(f"{str(path)!r} has no misses by the size of the store: make it with bench memory.")
 
-    def distance(row: Mapping[str, float]) -> float:
-        return abs(log(row["budget_tokens"] / row["context"]) - log(budget_tokens / context))
+    def distance(row: Mapping[str, float]) -> tuple[float, float]:
+        """Of two rows alike in what counts, the one with the longer text is nearer."""
+        budget = abs(log(row["budget_tokens"] / budget_tokens))
+        share = abs(log(row["budget_tokens"] / row["context"]) - log(budget_tokens / context))
+        return (budget, share) if reading == "budget" else (share, budget)
 
-    nearest = min(map(distance, rows))
+    nearest = min(rows, key=distance)
     found: dict[int, list[float]] = {}
     for row in rows:
-        if distance(row) == nearest:
+        if distance(row) == distance(nearest):
             found.setdefault(row["store_percent"], []).append(row["miss_rate"])
-    return {percent: sum(rates) / len(rates) for percent, rates in sorted(found.items())}
+    misses = {percent: sum(rates) / len(rates) for percent, rates in sorted(found.items())}
+    return Reuse(misses, nearest["budget_tokens"], nearest["context"])
 
 
 def replay(
     misses: Misses, steps: int, rows: int, batch: int, capacity: int, context: int, block_size: int, seed: int
 ) -> Tensor:
-    """int32 `[steps, rows, batch, capacity]`: selections, the sink and the two newest blocks among them."""
+    """int32 `[steps, rows, batch, capacity]`: selections, the sink and the two newest blocks among them.
+
+    `context` counts the tokens that the first of them may hold, but for the newest one.
+    """
     generator, fixed = np.random.default_rng(seed), 3
     others = capacity - fixed
     blocks = np.arange(1, context // block_size - 1, dtype=np.int32)

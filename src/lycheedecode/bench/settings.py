@@ -13,6 +13,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "paper": {"retrieval_attention": "full"},
     "hybrid+float8": {"scan_keys": "float8"},
     "hybrid+refresh2": {"refresh_every": 2},
+    "hybrid+refresh4": {"refresh_every": 4},
     "hybrid+centroid": {"completion": "centroid"},
     "hybrid+weights8": {"step_weights": "float8"},
 }
@@ -202,6 +203,10 @@ class GenerateSettings(ModelSettings):
 
 MEMORY_PARTS = ("steps", "prefill", "texts")
 """What `bench memory` times."""
+MEMORY_FORMS = ("hybrid", "hybrid+float8", "hybrid+refresh2", "hybrid+refresh4")
+"""Of `FORMS`, those in which it replays selections."""
+READINGS = ("share", "budget")
+"""Which selections of a real model those of a case are like: of the same share of the context, or the same budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +224,9 @@ class MemorySettings(BenchSettings):
         block_size: tokens per block.
         store_percents: store sizes, in percent of a selection.
         reuse: a result of texts, whose misses are replayed (steps).
+        readings: whose misses: those of selections of the same share of the context, or of the same budget (steps).
+        forms: of hybrid attention (steps).
+        at_once: also time steps that fetch nothing ahead (steps).
         steps: number of timed steps (steps).
         texts: texts to continue (texts).
         tokens: new tokens in each sequence (texts).
@@ -235,6 +243,9 @@ class MemorySettings(BenchSettings):
     block_size: int = 32
     store_percents: tuple[int, ...] = (100, 150, 200, 300)
     reuse: str | None = None
+    readings: tuple[str, ...] = READINGS
+    forms: tuple[str, ...] = ("hybrid",)
+    at_once: bool = False
     steps: int = 60
     texts: tuple[str, ...] = ("code", "prose")
     tokens: int = 64
@@ -244,6 +255,8 @@ class MemorySettings(BenchSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("parts", self.parts, MEMORY_PARTS)
+        check_names("readings", self.readings, READINGS)
+        check_names("forms", self.forms, MEMORY_FORMS)
         if min(self.store_percents) < 100:
             raise ConfigError("store_percents must be at least 100, so that the store holds a whole selection.")
         _ = self.pairs  # refuses what is none
@@ -254,8 +267,8 @@ class MemorySettings(BenchSettings):
         return as_pairs(self.cases)
 
     def shrunk(self) -> MemorySettings:
-        small = replace(self, model="tiny", plan=None, layers=None, cases=("1x300", "2x300"), reuse=None)
-        return replace(small, budgets=(64,), block_size=16, steps=6, tokens=12)
+        small = replace(self, model="tiny", plan=None, layers=None, cases=("1x400", "2x400"), reuse=None)
+        return replace(small, budgets=(80,), block_size=16, steps=6, tokens=12)
 
 
 @dataclass(frozen=True, kw_only=True)

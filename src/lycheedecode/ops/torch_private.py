@@ -21,7 +21,8 @@ TAKEN = (
     "torch._dynamo.config.recompile_limit",
     "torch._dynamo.config.accumulated_recompile_limit",
 )
-"""What has to be there; `torch.cpu._is_avx512_bf16_supported` may be missing."""
+"""What has to be there; `torch.cpu._is_avx512_bf16_supported` may be missing, and
+`torch._C._cuda_clearCublasWorkspaces` is in builds for GPUs only."""
 _aten = torch.ops.aten
 
 
@@ -57,3 +58,8 @@ def many_compilations() -> AbstractContextManager[Any]:
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the processor computes in bfloat16; False where PyTorch does not say."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def clear_cublas_workspaces() -> None:
+    """Give back what cuBLAS keeps for each stream; not while a captured graph that uses it is alive."""
+    torch._C._cuda_clearCublasWorkspaces()
