@@ -104,7 +104,7 @@ def bench_steps(settings: MemorySettings, device: str) -> Iterator[dict[str, Any
 
 
 @dataclass(frozen=True)
-class _Cell:
+class _Replay:
     """How a case decodes, and whose selections it replays."""
 
     form: str
@@ -133,7 +133,7 @@ class _Case:
         self._weight = next(model.parameters())
         self._fits = missing_bytes(model, batch, length) <= 0  # on the GPU, as a whole
         wanted = product(settings.forms, settings.budgets, settings.readings)
-        self._cells = [_Cell(form, budget, reading, self._reuse(budget, reading)) for form, budget, reading in wanted]
+        self._cells = [_Replay(form, budget, reading, self._reuse(budget, reading)) for form, budget, reading in wanted]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The measurements; raises `MismatchError` where steps differ from those over a resident cache."""
@@ -158,7 +158,7 @@ class _Case:
             yield from self._against(host, found, size)
 
     def _against(
-        self, host: HostCache, found: list[tuple[_Cell, dict[str, Any], Tensor]], size: dict[str, int]
+        self, host: HostCache, found: list[tuple[_Replay, dict[str, Any], Tensor]], size: dict[str, int]
     ) -> Iterator[dict[str, Any]]:
         """The rows so far, and those of steps over a copy of the cache on the GPU."""
         copy = self._resident(host)
@@ -213,19 +213,19 @@ class _Case:
         path = self._settings.reuse
         return _SMOKE if path is None else reuse_of(path, budget, self._length, reading)
 
-    def _config(self, cell: _Cell) -> HybridConfig:
+    def _config(self, cell: _Replay) -> HybridConfig:
         form = FORMS[cell.form] or {}
         size: dict[str, Any] = {"budget_tokens": cell.budget, "block_size": self._settings.block_size}
         return HybridConfig(**size, completion="none", **form)
 
-    def _selections(self, cell: _Cell) -> Tensor:
+    def _selections(self, cell: _Replay) -> Tensor:
         """For every step, whether it selects or not."""
         config, rows = self._config(cell), len(plan_for(self._model).retrieval)
         newest = self._length + config.refresh_every - 1  # a selection stands for the tokens to come
         size = rows, self._batch, config.capacity_blocks(newest // config.block_size), newest, config.block_size
         return replay(cell.reuse.misses, 2 * self._settings.steps, *size, self._settings.seed)
 
-    def _attention(self, kind: type[_Replayed], cell: _Cell, made: Tensor, *more: float) -> _Replayed:
+    def _attention(self, kind: type[_Replayed], cell: _Replay, made: Tensor, *more: float) -> _Replayed:
         attention = kind(plan_for(self._model), self._config(cell), self._shape.global_layers, *more)
         attention.give(made, self._length + 1)
         return attention
