@@ -34,7 +34,7 @@ from ..ops import KV, Selections
 from ..ops.torch_private import clear_cublas_workspaces
 from .models import build, plan_for, release
 from .reuse import Reuse, replay, reuse_of
-from .settings import FORMS, MemorySettings
+from .settings import MEMORY_FORMS, MemorySettings
 from .step import ROOM, event_now, missing_bytes, weight_bytes
 from .verify import relative_error
 
@@ -214,9 +214,8 @@ class _Case:
         return _SMOKE if path is None else reuse_of(path, budget, self._length, reading)
 
     def _config(self, cell: _Replay) -> HybridConfig:
-        form = FORMS[cell.form] or {}
         size: dict[str, Any] = {"budget_tokens": cell.budget, "block_size": self._settings.block_size}
-        return HybridConfig(**size, completion="none", **form)
+        return HybridConfig(**size, completion="none", **MEMORY_FORMS[cell.form])
 
     def _selections(self, cell: _Replay) -> Tensor:
         """For every step, whether it selects or not."""

@@ -13,7 +13,6 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "paper": {"retrieval_attention": "full"},
     "hybrid+float8": {"scan_keys": "float8"},
     "hybrid+refresh2": {"refresh_every": 2},
-    "hybrid+refresh4": {"refresh_every": 4},
     "hybrid+centroid": {"completion": "centroid"},
     "hybrid+weights8": {"step_weights": "float8"},
 }
@@ -203,8 +202,13 @@ class GenerateSettings(ModelSettings):
 
 MEMORY_PARTS = ("steps", "prefill", "texts")
 """What `bench memory` times."""
-MEMORY_FORMS = ("hybrid", "hybrid+float8", "hybrid+refresh2", "hybrid+refresh4")
-"""Of `FORMS`, those in which it replays selections."""
+MEMORY_FORMS: dict[str, dict[str, Any]] = {
+    "hybrid": {},
+    "hybrid+float8": {"scan_keys": "float8"},
+    "hybrid+refresh2": {"refresh_every": 2},
+    "hybrid+refresh4": {"refresh_every": 4},
+}
+"""Hybrid attention whose selections it replays, with these settings."""
 READINGS = ("share", "budget")
 """Which selections of a real model those of a case are like: of the same share of the context, or the same budget."""
 
