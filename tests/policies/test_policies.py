@@ -53,7 +53,8 @@ def close(actual, expected):
 def test_a_budget_that_covers_the_context_is_full_attention(llama, make, name):
     rows, answers = tiny.prompts(40, 23, 9), tiny.prompts(10, 10, 10)
     context = Engine(llama).prefill(rows)
-    close(engine_of(llama, make(name, ROOMY)).score(context, answers), Engine(llama).score(context, answers))
+    full = make("full+weights8" if name.endswith("weights8") else "full", ROOMY)
+    close(engine_of(llama, make(name, ROOMY)).score(context, answers), engine_of(llama, full).score(context, answers))
 
 
 @pytest.mark.parametrize("name", [name for name in policies.NAMES if name != "kascade"])
@@ -63,7 +64,8 @@ def test_layers_without_full_attention_are_left_alone(name):
     for config, exact in ((ROOMY, True), (TIGHT, not policies.has_budget(name))):
         policy = policies.make(name, shape=ModelShape.of(model), config=config, plan=plan)
         rows, answers = tiny.prompts(60), tiny.prompts(6)
-        difference = engine_of(model, policy).score(rows, answers) - Engine(model).score(rows, answers)
+        full = Engine(model, config={"step_weights": policy.config.step_weights})
+        difference = engine_of(model, policy).score(rows, answers) - full.score(rows, answers)
         # Two global layers of four: TidalDecode and Quest keep them dense.
         assert (difference.abs().max() < 2e-3) == (exact or name in ("tidaldecode", "quest")), (config, difference)
 
@@ -130,6 +132,16 @@ def test_endings_are_settings(llama, make):
     assert make("hybrid+uncompleted", replace(TIGHT, completion="centroid")).config.completion == "none"
     with pytest.raises(ValueError, match="scan_keys='float8' needs retrieval_attention='selected'"):
         make("paper+float8")
+
+
+def test_weights_in_8_bits_are_for_what_asks(llama, make):
+    """Full attention keeps the model's own, whatever the config says: others are compared with it."""
+    config = replace(TIGHT, step_weights="float8")
+    assert make("full", config).config.step_weights == make("hybrid").config.step_weights == "model"
+    assert make("hybrid", config).config == make("hybrid+weights8").config == replace(TIGHT, step_weights="float8")
+    rows, answers = tiny.prompts(40, 23), tiny.prompts(10, 10)
+    right, eight = (engine_of(llama, make(name)).score(rows, answers) for name in ("full", "full+weights8"))
+    assert 1e-3 < (eight - right).norm() / right.norm() < 0.2
 
 
 def test_a_name_is_a_class_and_settings(shape):

@@ -12,7 +12,7 @@ from .base import Decoding, Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Policy):
-    """Full attention; of the config only `correction_every` matters."""
+    """Full attention; of the config only `correction_every` and `step_weights` matter."""
 
     has_budget: ClassVar[bool] = False
     has_blocks: ClassVar[bool] = False

@@ -51,11 +51,12 @@ _ENDINGS: dict[str, dict[str, Any]] = {
     "float8": {"scan_keys": "float8"},
     "centroid": {"completion": "centroid"},
     "uncompleted": {"completion": "none"},
+    "weights8": {"step_weights": "float8"},
 }
 """Settings that a name may carry."""
-NAMES = (*POLICIES, "full+correction", *(f"hybrid+{ending}" for ending in _ENDINGS))
-"""Any name may carry `+correction` (Cache Correction), what selects also `+refresh2`, and what follows a head plan
-`+float8`, `+centroid` and `+uncompleted`; `random` may have a seed, as `random:3`."""
+NAMES = (*POLICIES, "full+correction", "full+weights8", *(f"hybrid+{ending}" for ending in _ENDINGS))
+"""Any name may carry `+correction` (Cache Correction) and `+weights8` (8-bit weights), what selects also `+refresh2`, and
+what follows a head plan `+float8`, `+centroid` and `+uncompleted`; `random` may have a seed, as `random:3`."""
 
 
 def make(
@@ -85,6 +86,8 @@ def make(
         settings["correction_every"] = config.correction_every or CORRECTION_EVERY
     elif policy is Full:  # corrections belong to what needs them, unless the name asks
         settings["correction_every"] = 0
+    if policy is Full:  # what others are compared with has the model's own weights, unless the name asks
+        settings.setdefault("step_weights", "model")
     if policy.needs_plan and plan is None:
         raise PolicyError(f"The policy {name!r} needs a head plan.")
     if policy is Kascade and coverage is None:
@@ -118,7 +121,7 @@ def has_blocks(name: str) -> bool:
 
 def _endings(policy: type[Policy]) -> list[str]:
     """What a policy's name may carry."""
-    allowed = {"correction": True, "refresh2": policy.has_budget}
+    allowed = {"correction": True, "weights8": True, "refresh2": policy.has_budget}
     return [ending for ending in _ENDINGS if allowed.get(ending, policy.follows_plan)]
 
 
