@@ -8,7 +8,8 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from lycheedecode.bench import lossless, lossless_texts
+from lycheedecode import Sampling
+from lycheedecode.bench import lossless, lossless_exact, lossless_texts
 from lycheedecode.cli import app
 
 
@@ -46,7 +47,8 @@ def mine(monkeypatch, tmp_path):
     path = tmp_path / "plan.json"
     tiny.plan().save(path)
     model = tiny.model().to("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(lossless_texts, "load_model", lambda *_, **__: (model, tiny.byte_tokenizer()))
+    for module in (lossless_texts, lossless_exact):
+        monkeypatch.setattr(module, "load_model", lambda *_, **__: (model, tiny.byte_tokenizer()))
     monkeypatch.setattr(lossless_texts, "load_text", lambda source: source * 100)
     return ["--model", "mine", "--plan", str(path), "--contexts", "120", "--batches", "3", "--block-size", "8"]
 
@@ -65,34 +67,119 @@ def test_real_models_are_compared_token_by_token(mine, tmp_path):
     assert "of drafts accepted" in done.stdout
 
 
+def rows_of(path):
+    return json.loads(path.read_text())["result"]["rows"]
+
+
 def test_texts_are_full_attentions(mine, tmp_path):
     path, settings = tmp_path / "out.json", ["--budgets", "80,96", "--tokens", "30", "--ways", "4", "--seeds", "1,2"]
     done = run("--parts", "exact", *mine, *settings, "--json", str(path))
-    rows = json.loads(path.read_text())["result"]["rows"]
-    assert [(row["budget_tokens"], row["seed"]) for row in rows] == [(b, s) for b in (80, 96) for s in (None, 1, 2)]
+    rows = rows_of(path)
+    cases = [
+        "greedy",
+        "temperature 0.7, seed 1",
+        "temperature 0.7, top_p 0.9, min_p 0.02, seed 2",
+        "temperature 0.7, top_p 0.9, min_p 0.02, seed 2, with stops",
+    ]
+    assert [(row["budget_tokens"], row["case"]) for row in rows] == [(b, case) for b in (80, 96) for case in cases]
     for row in rows:
-        assert (row["same"], row["near_ties"]) == ([30] * 3, [])
-        assert 0 < row["stood"] < 1
-    assert "3 of 3 texts of 30 tokens are full attention's" in done.stdout
+        assert (row["same"], row["near_ties"], row["wrong"]) == (row["tokens"], [], [])
+        assert row["prompts"] == [120, 100, 80]
+        if not row["case"].endswith("with stops"):
+            assert 0 < row["stood"] < 1
+            assert row["tokens"] == [30] * 3
+        else:
+            assert row["finish_reasons"][0] == "eos"
+            assert row["tokens"][0] < 30
+    assert "3 of 3 texts (90 tokens) are full attention's" in done.stdout
 
 
-def test_another_text_is_refused_unless_rounding_explains_it(mine, monkeypatch):
-    """A text whose fifth token is another one."""
-    settings = ["--budgets", "80", "--tokens", "8", "--ways", "4", "--seeds", "1"]
-    generate = lossless_texts.Engine.generate
+@pytest.fixture
+def in_16_bits(monkeypatch):
+    model = tiny.model(dtype=torch.bfloat16).to("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(lossless_exact, "load_model", lambda *_, **__: (model, tiny.byte_tokenizer()))
+
+
+def test_in_16_bits_texts_have_the_shape_of_the_pass(mine, in_16_bits, tmp_path):
+    """They may leave full attention's at ties."""
+    path, settings = tmp_path / "out.json", ["--budgets", "80", "--tokens", "40", "--ways", "4,auto"]
+    run("--parts", "exact", *mine, *settings, "--weights", "model,float8", "--json", str(path))
+    rows = rows_of(path)
+    assert [row["in_the_shape_of_the_pass"] for row in rows] == [[True] * 3] * 10 + [None] * 10
+    for tie in [tie for row in rows for tie in row["near_ties"]]:
+        assert 0 <= tie["tie"] <= tie["rounding"] < 1
+
+
+def written(monkeypatch, change):
+    """Lossless texts as `change` makes them."""
+    generate = lossless_exact.Engine.generate
 
     def wrong(self, *arguments, **options):
         results = generate(self, *arguments, **options)
-        if not self.config.verify_every:
-            return results
-        return [
-            replace(one, token_ids=(*one.token_ids[:4], 255 - one.token_ids[4], *one.token_ids[5:])) for one in results
-        ]
+        return [change(one) for one in results] if self.config.verify_every else results
 
-    monkeypatch.setattr(lossless_texts.Engine, "generate", wrong)
-    assert "token 4:" in run("--parts", "exact", *mine, *settings, status=1).stderr
-    monkeypatch.setattr(lossless_texts, "_NEAR", 1e9)
-    assert "sequence 2 leaves at token 4: a tie within" in run("--parts", "exact", *mine, *settings).stdout
+    monkeypatch.setattr(lossless_exact.Engine, "generate", wrong)
+
+
+def other_token(one):
+    return replace(one, token_ids=(*one.token_ids[:4], 255 - one.token_ids[4], *one.token_ids[5:]))
+
+
+def shorter(one):
+    return replace(one, token_ids=one.token_ids[:-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [(other_token, "sequence 0 at token 4 has"), (shorter, "ends after 7 tokens (length), not 8 (length)")],
+)
+def test_another_text_is_refused(mine, monkeypatch, tmp_path, change, sentence):
+    """And its row stays in the file."""
+    path, settings = tmp_path / "out.json", ["--budgets", "80", "--tokens", "8", "--ways", "4", "--seeds", "1"]
+    written(monkeypatch, change)
+    done = run("--parts", "exact", *mine, *settings, "--json", str(path), status=1)
+    assert sentence in done.stderr
+    assert "texts are not what they should be" in done.stderr
+    assert len(rows_of(path)[0]["wrong"]) == 3
+
+
+def tied(monkeypatch):
+    """Every other token ties."""
+    written(monkeypatch, other_token)
+    near = {"tie": 1e-9, "rounding": 1e-8}
+    monkeypatch.setattr(lossless_exact.Truth, "_measure", lambda *_: near)
+    return ["--budgets", "80", "--tokens", "8", "--ways", "4", "--seeds", "1"]
+
+
+def test_in_float32_a_tie_is_no_excuse(mine, monkeypatch):
+    done = run("--parts", "exact", *mine, *tied(monkeypatch), status=1)
+    assert "leaves full attention's text, at a tie within 1.0e-09" in done.stderr
+
+
+def test_in_16_bits_it_is(mine, in_16_bits, monkeypatch):
+    done = run("--parts", "exact", *mine, *tied(monkeypatch))
+    assert "sequence 2 leaves at token 4: a tie within 1.0e-09 where rounding is 1.0e-08" in done.stdout
+
+
+def test_a_tie_is_as_wide_as_the_smallest_move_that_changes_the_token(mine):
+    """Against the logits themselves: greedy, half of their gap."""
+    model, prompts = tiny.model(), tiny.prompts(60, 37)
+    full = lossless_exact.Engine(model)
+    truth = lossless_exact.Truth(full, prompts, full.prefill(prompts, room=20), 12)
+    truth.write({"greedy": Sampling()})
+    [case, _] = truth.texts
+    row = truth.texts[case][1].token_ids
+    logits = full.prefill([prompts[1] + list(row[:9])]).logits[0]
+    right, found = logits.topk(2).indices.tolist()
+    assert right == row[9]
+    gap = float(logits[right] - logits[found])
+    tie = truth._measure(case, 1, 9, found, right)
+    assert tie["logits"]["steps"] == pytest.approx([float(logits[found]), float(logits[right])], abs=1e-3)
+    assert "wrong" in tie  # rounding in float32 does not reach so far
+    logits_of = truth._steps
+    truth._steps = lambda *_: logits_of(case, 9) + torch.linspace(0, 2 * gap, 260)
+    moved = truth._measure(case, 1, 9, found, right)
+    assert moved["tie"] == pytest.approx(min(gap / 2, (gap + 2 * gap * (right - found) / 259) / 2), abs=1e-3 * gap)
 
 
 def test_what_it_needs_is_said():

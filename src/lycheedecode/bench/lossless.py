@@ -31,7 +31,8 @@ from ..ops.attend import triton_rows
 from ..ops.kernel_common import Tuning
 from ..results import Result
 from .harness import say
-from .lossless_texts import bench_real, check_exact, format_exact, format_real
+from .lossless_exact import check_exact, format_exact
+from .lossless_texts import bench_real, format_real
 from .models import MODELS, build, plan_for, random_context, release
 from .settings import LosslessSettings
 from .timing import read_bandwidth, time_calls
@@ -43,12 +44,14 @@ if TYPE_CHECKING:
 TOKENS = 1, 5, 9, 16
 
 
-def run(settings: LosslessSettings, device: str) -> dict[str, Any]:
-    """Verify and time; raises `MismatchError`, and then there are no times."""
+def run(settings: LosslessSettings, device: str) -> Iterator[dict[str, Any]]:
+    """Verify and time, a row after the other; raises `MismatchError` in place of times that mean nothing."""
     if "attend" in settings.parts and device == "cpu":
         raise DeviceError("Attention of several tokens is timed on a CUDA GPU.")
     parts = {"attend": bench_attend, "rounds": bench_rounds, "real": bench_real, "exact": check_exact}
-    return {"rows": [{"part": part, **row} for part in settings.parts for row in parts[part](settings, device)]}
+    for part in settings.parts:
+        for row in parts[part](settings, device):
+            yield {"part": part, **row}
 
 
 def lines(result: Result) -> Iterator[str]:
@@ -65,10 +68,10 @@ _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 # ---------------------------------------------------------------------- attention
 
 
-def bench_attend(settings: LosslessSettings, _: str) -> list[dict[str, Any]]:
+def bench_attend(settings: LosslessSettings, _: str) -> Iterator[dict[str, Any]]:
     """Times of a layer for every context, batch and number of query tokens, as a share of the read bandwidth."""
     pool = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
-    bandwidth, rows = read_bandwidth(pool), []
+    bandwidth = read_bandwidth(pool)
     del pool
     shape = MODELS[settings.model][1]
     heads, kv_heads, dim = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -80,11 +83,10 @@ def bench_attend(settings: LosslessSettings, _: str) -> list[dict[str, Any]]:
                 for row in _attend_rows(kv, heads, settings.tune):
                     row |= {"batch": batch, "context": context, "dtype": str(dtype).removeprefix("torch.")}
                     row |= {"tb_s": store.nbytes / row["ms"] / 1e9, "share": store.nbytes / row["ms"] * 1e3 / bandwidth}
-                    rows.append(row)
                     say(format_attend(row))
+                    yield row
                 del store, kv
                 release()
-    return rows
 
 
 def format_attend(row: Mapping[str, Any]) -> str:
@@ -128,10 +130,9 @@ def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
 # ---------------------------------------------------------------------- rounds
 
 
-def bench_rounds(settings: LosslessSettings, device: str) -> list[dict[str, Any]]:
-    """Times of a full step, a draft, a pass and a round; raises `MismatchError`, and then there are no times."""
+def bench_rounds(settings: LosslessSettings, device: str) -> Iterator[dict[str, Any]]:
+    """Times of a full step, a draft, a pass and a round; raises `MismatchError` before it times a wrong pass."""
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = []
     for length in settings.contexts:
         for batch in settings.batches:
             spare = spare_slots(HybridConfig(verify_every=max(settings.drafts)))
@@ -141,11 +142,11 @@ def bench_rounds(settings: LosslessSettings, device: str) -> list[dict[str, Any]
                 for refresh in sorted({min(refresh, drafts) for refresh in settings.refresh}):
                     case = {"drafts": drafts, "refresh": refresh, "weights": weights}
                     row: dict[str, Any] = {"batch": batch, "context": length, "full_ms": full_ms, **case}
-                    rows.append(row | _round(model, context, settings, drafts, refresh, weights, full_ms))
-                    say(format_round(rows[-1]))
+                    row |= _round(model, context, settings, drafts, refresh, weights, full_ms)
+                    say(format_round(row))
+                    yield row
             del context
             release()
-    return rows
 
 
 def _full_ms(model: PreTrainedModel, context: Context, settings: LosslessSettings) -> float:

@@ -144,7 +144,7 @@ class LosslessSettings(ModelSettings):
         tokens: new tokens for each text (real, exact).
         temperature: sampling temperature; greedy without (real).
         budgets: budgets in tokens (exact).
-        seeds: seeds of sampling at temperature 0.7, besides greedy texts (exact).
+        seeds: seeds of sampling at temperature 0.7, besides greedy texts; top-p with min-p, and top-k, in turn (exact).
         dtype: the model's dtype (real, exact).
         execution: how decode steps run.
     """

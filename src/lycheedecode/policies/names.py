@@ -55,8 +55,8 @@ _ENDINGS: dict[str, dict[str, Any]] = {
 }
 """Settings that a name may carry."""
 NAMES = (*POLICIES, "full+correction", "full+weights8", *(f"hybrid+{ending}" for ending in _ENDINGS))
-"""Any name may carry `+correction` (Cache Correction) and `+weights8` (8-bit weights), what selects also `+refresh2`, and
-what follows a head plan `+float8`, `+centroid` and `+uncompleted`; `random` may have a seed, as `random:3`."""
+"""Any name may carry `+correction` (Cache Correction) and `+weights8` (8-bit weights), what selects also `+refresh2`,
+and what follows a head plan `+float8`, `+centroid` and `+uncompleted`; `random` may have a seed, as `random:3`."""
 
 
 def make(
