@@ -25,6 +25,9 @@ from lycheedecode.cli.report import check_writable, save, screen
 TOOLS = {
     "linear": ("experiments.linear", "LinearSettings", "run", "The projections of a step against the memory's speed."),
     "profile": ("experiments.profile_step", None, "run", "Which kernels a decode step consists of."),
+    "profile-memory": (
+        "experiments.profile_fetch", "MemorySettings", "run", "How long layers wait for blocks from host memory."
+    ),
     "profile-round": (
         "experiments.profile_step", "LosslessSettings", "run_rounds", "Which kernels the parts of a lossless round are."
     ),

@@ -77,6 +77,14 @@ def test_forms_and_readings_of_steps(tmp_path):
     assert host["hybrid+refresh4"]["fetched_bytes"] < host["hybrid"]["fetched_bytes"]
 
 
+def test_selections_that_stay_are_hardly_fetched(tmp_path):
+    """Only what they had not held before."""
+    rows = rows_of(tmp_path / "none.json", "--parts", "steps", "--store-percents", "150", "--readings", "share,none")
+    for batch in (1, 2):
+        change, stay = (row["fetched_bytes"] for row in rows if (row["batch"], row["cache"]) == (batch, "host"))
+        assert stay < change / 2
+
+
 def test_what_is_written_as_it_goes_can_be_read(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no more")
@@ -108,7 +116,7 @@ def test_other_logits_and_blocks_are_no_measurement(monkeypatch):
         (["--store-percents", "50"], "store_percents must be at least 100"),
         (["--cases", "4096"], "'4096' is not a batch and a context"),
         (["--parts", "speed"], "parts must be of steps, prefill, texts"),
-        (["--readings", "mine"], "readings must be of share, budget"),
+        (["--readings", "mine"], "readings must be of share, budget, none"),
         (["--forms", "paper"], "forms must be of hybrid, hybrid+float8"),
         (["--model", "smollm2-135m", "--layers", "3"], "--layers cuts random models only"),
     ],

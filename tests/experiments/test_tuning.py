@@ -8,6 +8,7 @@ from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from experiments.__main__ import app
+from experiments.profile_fetch import waits
 from experiments.profile_step import Kernel, add_up, format_kernels
 from experiments.tune_ops import KERNELS, candidates
 from experiments.tune_step import tune_step
@@ -50,7 +51,9 @@ def test_some_candidates_of_many():
     assert launches == {Kind("a"): Launch()}
 
 
-@pytest.mark.parametrize("tool", ["tune-step", "tune-ops", "tune-linear", "profile", "profile-round", "linear"])
+@pytest.mark.parametrize(
+    "tool", ["tune-step", "tune-ops", "tune-linear", "profile", "profile-round", "profile-memory", "linear"]
+)
 def test_they_need_a_gpu(tool, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = CliRunner().invoke(app, [tool])
@@ -95,3 +98,16 @@ def test_parts_of_a_round_are_profiled(tmp_path):
     profiles = Result.load(path).summary["profiles"]
     assert [profile["part"] for profile in profiles] == ["full step", "select", "keep", "verify"]
     assert any("attend_rows" in kernel["name"] for kernel in profiles[-1]["kernels"])
+
+
+def test_a_layer_waits_until_its_fetch_is_done():
+    """Two steps of two layers: the second layer's attention begins 7 us after the kernel before it has ended."""
+    step = [
+        ("_append_kernel", 0.0, 1.0), ("_fetch_kernel", 1.0, 14.0), ("_attend_blocks_kernel", 1.5, 4.0),
+        ("linear", 4.0, 8.0), ("_attend_blocks_kernel", 15.0, 17.0), ("_fetch_kernel", 13.0, 16.0),
+        ("linear", 17.0, 20.0),
+    ]  # fmt: skip
+    later = [(name, begin + 20, end + 20) for name, begin, end in step]
+    found = waits([*step, *later], 2)
+    assert found["waited_us_by_layer"] == [0.5, 7.0]
+    assert (found["step_us"], found["waited_us"], found["link_busy_us"], found["fetches"]) == (20.0, 7.5, 15.0, 2.0)

@@ -78,28 +78,33 @@ class _ReplayedOffloaded(_Replayed, OffloadedAttention):
 
 def bench_steps(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
     """Rows of every case: full attention and a resident cache where they fit, and host memory."""
-    if settings.reuse is None and not settings.smoke:
+    for case in cases(settings, device):
+        yield from case.rows() if isinstance(case, Case) else [case]
+
+
+def cases(settings: MemorySettings, device: str) -> Iterator[Case | dict[str, Any]]:
+    """The cases in turn, over one region of host memory; a row for one that host memory does not hold."""
+    if settings.reuse is None and not settings.smoke and settings.readings != ("none",):
         raise ConfigError(
             "Random weights select as they like: give --reuse a result of bench memory on a real model, whose misses "
             "are replayed."
         )
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    region, seconds = None, 0.0
+    region, speed = None, 0.0
     sizes = {case: _host_bytes(model, *case) for case in settings.pairs}
     free = free_host_bytes()
     fitting = [size for size in sizes.values() if size <= free]
     if fitting:
         began = time.perf_counter()
         region = Region(max(fitting), torch.device(device))
-        seconds = time.perf_counter() - began
+        speed = region.data.nbytes / 2**30 / (time.perf_counter() - began)
         _fill(region, model)
-    for case, size in sizes.items():
+    for pair, size in sizes.items():
         if size <= free and region is not None:
-            for row in _Case(model, settings, region, *case).rows():
-                yield {**row, "pin_gib_per_second": region.data.nbytes / 2**30 / seconds}
+            yield Case(model, settings, region, speed, *pair)
         else:
             missing = f"{size / 2**30:.0f} GiB of host memory are needed, {free / 2**30:.0f} are free"
-            yield {"cache": "host", "batch": case[0], "context": case[1], "left_out": missing}
+            yield {"cache": "host", "batch": pair[0], "context": pair[1], "left_out": missing}
         release()
 
 
@@ -120,35 +125,53 @@ class _Replay:
         return {"form": self.form, "budget_tokens": self.budget, **more}
 
 
-class _Case:
+class Case:
     """A batch and a context.
 
     Args:
         region: host memory that is full of random numbers.
+        speed: GiB a second at which it was pinned.
     """
 
-    def __init__(self, model: nn.Module, settings: MemorySettings, region: Region, batch: int, length: int) -> None:
-        self._model, self._settings, self._region = model, settings, region
+    def __init__(
+        self, model: nn.Module, settings: MemorySettings, region: Region, speed: float, batch: int, length: int
+    ) -> None:
+        self._model, self._settings, self._region, self._speed = model, settings, region, speed
         self._shape, self._batch, self._length = ModelShape.of(model), batch, length
         self._weight = next(model.parameters())
         self._fits = missing_bytes(model, batch, length) <= 0  # on the GPU, as a whole
         wanted = product(settings.forms, settings.budgets, settings.readings)
-        self._cells = [_Replay(form, budget, reading, self._reuse(budget, reading)) for form, budget, reading in wanted]
+        self._ways = [_Replay(form, budget, reading, self._reuse(budget, reading)) for form, budget, reading in wanted]
+
+    def filled(self) -> Iterator[tuple[dict[str, Any], Engine, Context]]:
+        """Every way to decode from host memory, after the steps that fill its store."""
+        host = self._host_cache()
+        for way, percent in product(self._ways, self._settings.store_percents):
+            attention = self._attention(_ReplayedOffloaded, way, self._selections(way), percent / 100)
+            engine = Engine(self._model, attention=attention, execution=self._settings.execution)
+            context = self._context(host)
+            token_ids = torch.full((self._batch,), 7, device=engine.device)
+            for _ in range(self._settings.steps):
+                engine.decode_one_token(context, token_ids)
+            yield {"batch": self._batch, "context": self._length, **way.row, "store_percent": percent}, engine, context
+            del context
+            host.forget_state()
+            release()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The measurements; raises `MismatchError` where steps differ from those over a resident cache."""
-        size = {"batch": self._batch, "context": self._length}
+        size = {"batch": self._batch, "context": self._length, "pin_gib_per_second": self._speed}
         host, found = self._host_cache(), []
-        for cell in self._cells:
-            made = self._selections(cell)
+        for way in self._ways:
+            made = self._selections(way)
             for percent, ahead in product(self._settings.store_percents, (True, False)[: 1 + self._settings.at_once]):
-                attention = self._attention(_ReplayedOffloaded, cell, made, percent / 100, ahead)
+                attention = self._attention(_ReplayedOffloaded, way, made, percent / 100, ahead)
                 context = self._context(host)
                 row, logits = self._measured(attention, context)
                 assert host.state is not None, "a step was measured"
                 _check_store(host.state.store)
-                row |= size | cell.row | {"cache": "host", "store_percent": percent, "ahead": ahead}
-                found.append((cell, row, logits))
+                row |= size | way.row | {"cache": "host", "store_percent": percent, "ahead": ahead}
+                found.append((way, row, logits))
                 if not self._fits:
                     yield row | {"error": None}
                 del context
@@ -158,15 +181,15 @@ class _Case:
             yield from self._against(host, found, size)
 
     def _against(
-        self, host: HostCache, found: list[tuple[_Replay, dict[str, Any], Tensor]], size: dict[str, int]
+        self, host: HostCache, found: list[tuple[_Replay, dict[str, Any], Tensor]], size: dict[str, float]
     ) -> Iterator[dict[str, Any]]:
         """The rows so far, and those of steps over a copy of the cache on the GPU."""
         copy = self._resident(host)
-        for cell in self._cells:
-            attention = self._attention(_Replayed, cell, self._selections(cell))
+        for way in self._ways:
+            attention = self._attention(_Replayed, way, self._selections(way))
             resident, right = self._measured(attention, self._context(copy))
-            yield resident | size | cell.row | {"cache": "resident"}
-            for row, logits in ((row, logits) for other, row, logits in found if other is cell):
+            yield resident | size | way.row | {"cache": "resident"}
+            for row, logits in ((row, logits) for other, row, logits in found if other is way):
                 error = relative_error(logits, right)
                 if not error <= _TOLERANCE:
                     raise MismatchError(f"Logits of {size} from host memory differ by {error:.1e} from resident ones.")
@@ -211,21 +234,23 @@ class _Case:
 
     def _reuse(self, budget: int, reading: str) -> Reuse:
         path = self._settings.reuse
+        if reading == "none":
+            return Reuse(dict.fromkeys((100, 150, 200, 300), 0.0), budget, self._length)
         return _SMOKE if path is None else reuse_of(path, budget, self._length, reading)
 
-    def _config(self, cell: _Replay) -> HybridConfig:
-        size: dict[str, Any] = {"budget_tokens": cell.budget, "block_size": self._settings.block_size}
-        return HybridConfig(**size, completion="none", **MEMORY_FORMS[cell.form])
+    def _config(self, way: _Replay) -> HybridConfig:
+        size: dict[str, Any] = {"budget_tokens": way.budget, "block_size": self._settings.block_size}
+        return HybridConfig(**size, completion="none", **MEMORY_FORMS[way.form])
 
-    def _selections(self, cell: _Replay) -> Tensor:
+    def _selections(self, way: _Replay) -> Tensor:
         """For every step, whether it selects or not."""
-        config, rows = self._config(cell), len(plan_for(self._model).retrieval)
+        config, rows = self._config(way), len(plan_for(self._model).retrieval)
         newest = self._length + config.refresh_every - 1  # a selection stands for the tokens to come
         size = rows, self._batch, config.capacity_blocks(newest // config.block_size), newest, config.block_size
-        return replay(cell.reuse.misses, 2 * self._settings.steps, *size, self._settings.seed)
+        return replay(way.reuse.misses, 2 * self._settings.steps, *size, self._settings.seed)
 
-    def _attention(self, kind: type[_Replayed], cell: _Replay, made: Tensor, *more: float) -> _Replayed:
-        attention = kind(plan_for(self._model), self._config(cell), self._shape.global_layers, *more)
+    def _attention(self, kind: type[_Replayed], way: _Replay, made: Tensor, *more: float) -> _Replayed:
+        attention = kind(plan_for(self._model), self._config(way), self._shape.global_layers, *more)
         attention.give(made, self._length + 1)
         return attention
 

@@ -209,8 +209,9 @@ MEMORY_FORMS: dict[str, dict[str, Any]] = {
     "hybrid+refresh4": {"refresh_every": 4},
 }
 """Hybrid attention whose selections it replays, with these settings."""
-READINGS = ("share", "budget")
-"""Which selections of a real model those of a case are like: of the same share of the context, or the same budget."""
+READINGS = ("share", "budget", "none")
+"""Which selections of a real model those of a case are like: of the same share of the context, or the same budget;
+`none`: they stay as they are, which shows what steps cost without fetches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +229,8 @@ class MemorySettings(BenchSettings):
         block_size: tokens per block.
         store_percents: store sizes, in percent of a selection.
         reuse: a result of texts, whose misses are replayed (steps).
-        readings: whose misses: those of selections of the same share of the context, or of the same budget (steps).
+        readings: whose misses: those of selections of the same share of the context, or of the same budget; none: of
+            nobody, nothing is fetched (steps).
         forms: of hybrid attention (steps).
         at_once: also time steps that fetch nothing ahead (steps).
         steps: number of timed steps (steps).
@@ -247,7 +249,7 @@ class MemorySettings(BenchSettings):
     block_size: int = 32
     store_percents: tuple[int, ...] = (100, 150, 200, 300)
     reuse: str | None = None
-    readings: tuple[str, ...] = READINGS
+    readings: tuple[str, ...] = ("share", "budget")
     forms: tuple[str, ...] = ("hybrid",)
     at_once: bool = False
     steps: int = 60
