@@ -33,7 +33,7 @@ from ..models.shape import ModelShape
 from ..ops import KV, Selections
 from ..ops.torch_private import clear_cublas_workspaces
 from .models import build, plan_for, release
-from .reuse import Reuse, replay, reuse_of
+from .reuse import Reuse, replay, reuse_of, unchanged
 from .settings import MEMORY_FORMS, MemorySettings
 from .step import ROOM, event_now, missing_bytes, weight_bytes
 from .verify import relative_error
@@ -235,7 +235,7 @@ class Case:
     def _reuse(self, budget: int, reading: str) -> Reuse:
         path = self._settings.reuse
         if reading == "none":
-            return Reuse(dict.fromkeys((100, 150, 200, 300), 0.0), budget, self._length)
+            return Reuse({}, budget, self._length)
         return _SMOKE if path is None else reuse_of(path, budget, self._length, reading)
 
     def _config(self, way: _Replay) -> HybridConfig:
@@ -246,8 +246,10 @@ class Case:
         """For every step, whether it selects or not."""
         config, rows = self._config(way), len(plan_for(self._model).retrieval)
         newest = self._length + config.refresh_every - 1  # a selection stands for the tokens to come
-        size = rows, self._batch, config.capacity_blocks(newest // config.block_size), newest, config.block_size
-        return replay(way.reuse.misses, 2 * self._settings.steps, *size, self._settings.seed)
+        capacity = config.capacity_blocks(newest // config.block_size)
+        size = rows, self._batch, capacity, newest, config.block_size
+        misses = unchanged(capacity) if way.reading == "none" else way.reuse.misses
+        return replay(misses, 2 * self._settings.steps, *size, self._settings.seed)
 
     def _attention(self, kind: type[_Replayed], way: _Replay, made: Tensor, *more: float) -> _Replayed:
         attention = kind(plan_for(self._model), self._config(way), self._shape.global_layers, *more)

@@ -25,8 +25,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..results import Result
 
-Misses = Mapping[int, float]
+Misses = Mapping[float, float]
 """Share of selected blocks that a store of so many percent of a selection does not hold."""
+_FIXED = 3
+"""Blocks of a selection that are the sink or the newest ones."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,13 @@ def reuse_of(path: str | Path, budget_tokens: int, context: int, reading: str) -
     for row in rows:
         if distance(row) == distance(nearest):
             found.setdefault(row["store_percent"], []).append(row["miss_rate"])
-    misses = {percent: sum(rates) / len(rates) for percent, rates in sorted(found.items())}
+    misses: Misses = {percent: sum(rates) / len(rates) for percent, rates in sorted(found.items())}
     return Reuse(misses, nearest["budget_tokens"], nearest["context"])
+
+
+def unchanged(capacity: int) -> Misses:
+    """Of selections of `capacity` blocks that stay as they are, but for the newest ones."""
+    return {100 * (capacity - _FIXED) / capacity: 0.0}
 
 
 def replay(
@@ -78,12 +85,11 @@ def replay(
 
     `context` counts the tokens that the first of them may hold, but for the newest one.
     """
-    generator, fixed = np.random.default_rng(seed), 3
-    others = capacity - fixed
+    generator, others = np.random.default_rng(seed), capacity - _FIXED
     blocks = np.arange(1, context // block_size - 1, dtype=np.int32)
     if others < 1 or len(blocks) < 4 * capacity:
         raise InputError(f"{context} tokens are too few for selections of {capacity} blocks that change.")
-    edges = [0, *(min(ceil(percent * capacity / 100), len(blocks)) for percent in misses), len(blocks)]
+    edges = [0, *(min(ceil(percent * capacity / 100 - 1e-9), len(blocks)) for percent in misses), len(blocks)]
     left = [1.0, *misses.values(), 0.0]
     shares = [max(before - after, 0.0) for before, after in pairwise(left)]
     made = np.empty((steps, rows, batch, capacity), dtype=np.int32)
@@ -96,7 +102,7 @@ def replay(
             for step in range(steps):
                 at = _positions(generator, edges, shares, others)
                 chosen = recent[at]
-                made[step, row, b, fixed:] = generator.permutation(chosen)
+                made[step, row, b, _FIXED:] = generator.permutation(chosen)
                 recent = np.concatenate((chosen, np.delete(recent, at)))
     return torch.from_numpy(made)
 
