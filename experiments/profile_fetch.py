@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lycheedecode.bench.harness import say
-from lycheedecode.bench.memory_steps import Case, cases
+from lycheedecode.bench.memory_steps import ReplayedCase, cases
 from lycheedecode.bench.settings import MemorySettings
 from lycheedecode.engine.engine import Context, Engine
 
@@ -30,7 +30,7 @@ def run(settings: MemorySettings, device: str) -> dict[str, Any]:
     """A row for every case and way to decode."""
     rows = []
     for case in cases(settings, device):
-        if isinstance(case, Case):
+        if isinstance(case, ReplayedCase):
             for row, engine, context in case.filled():
                 rows.append({**row, **waits(_trace(engine, context), _STEPS)})
                 say("\n".join(_lines(rows[-1])))

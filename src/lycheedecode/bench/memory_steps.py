@@ -79,10 +79,10 @@ class _ReplayedOffloaded(_Replayed, OffloadedAttention):
 def bench_steps(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
     """Rows of every case: full attention and a resident cache where they fit, and host memory."""
     for case in cases(settings, device):
-        yield from case.rows() if isinstance(case, Case) else [case]
+        yield from case.rows() if isinstance(case, ReplayedCase) else [case]
 
 
-def cases(settings: MemorySettings, device: str) -> Iterator[Case | dict[str, Any]]:
+def cases(settings: MemorySettings, device: str) -> Iterator[ReplayedCase | dict[str, Any]]:
     """The cases in turn, over one region of host memory; a row for one that host memory does not hold."""
     if settings.reuse is None and not settings.smoke and settings.readings != ("none",):
         raise ConfigError(
@@ -101,7 +101,7 @@ def cases(settings: MemorySettings, device: str) -> Iterator[Case | dict[str, An
         _fill(region, model)
     for pair, size in sizes.items():
         if size <= free and region is not None:
-            yield Case(model, settings, region, speed, *pair)
+            yield ReplayedCase(model, settings, region, speed, *pair)
         else:
             missing = f"{size / 2**30:.0f} GiB of host memory are needed, {free / 2**30:.0f} are free"
             yield {"cache": "host", "batch": pair[0], "context": pair[1], "left_out": missing}
@@ -125,7 +125,7 @@ class _Replay:
         return {"form": self.form, "budget_tokens": self.budget, **more}
 
 
-class Case:
+class ReplayedCase:
     """A batch and a context.
 
     Args:
