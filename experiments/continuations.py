@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from lycheedecode.config import HybridConfig
 from lycheedecode.errors import InputError, LycheeError
 from lycheedecode.identify import Cell, IdentifySettings, Stages, settle
 from lycheedecode.identify.donors import Reach
-from lycheedecode.identify.replay import Drawn, Planned, TeacherBatch, full, prepare, replay
+from lycheedecode.identify.replay import Attend, Drawn, Planned, TeacherBatch, full, prepare, replay
 from lycheedecode.identify.sensitivity import Surrogate, gradients, join, measure_changes
 from lycheedecode.models.load import DEFAULT_MODEL, load_model
 from lycheedecode.models.shape import ModelShape
@@ -45,6 +45,15 @@ from lycheedecode.prompts.text import Split
 from lycheedecode.results import Result
 
 
+class Attends(Protocol):
+    """What is judged."""
+
+    label: str
+
+    def attend(self) -> Attend:
+        """How it attends, from the first layer on."""
+
+
 @dataclass(frozen=True)
 class Student:
     """A policy that is a plan under a config."""
@@ -52,6 +61,10 @@ class Student:
     label: str
     plan: HeadPlan
     config: HybridConfig
+
+    def attend(self) -> Attend:
+        """How it attends, from the first layer on."""
+        return Planned(self.plan, self.config)
 
 
 @dataclass(frozen=True)
@@ -151,19 +164,10 @@ class Study:
 
     def measure(self, forms: Sequence[Form]) -> dict[str, Tensor]:
         """The sensitivity table of every form, over the same prompts and the same gradients."""
-        options, tables = self.options, {form.name: [] for form in forms}
-        cells = tuple(map(_cell, options.identify))
-        for cell in cells:
-            settings = IdentifySettings(
-                config=forms[0].config, calibrate_cells=cells, calibrate_prompts=options.identify_prompts,
-                batch_size=options.batch_size, prefill_chunk=options.prefill_chunk,
-            )  # fmt: skip
-            self.settings, self.reach = settle(settings, self.shape)
+        tables: dict[str, list[Tensor]] = {form.name: [] for form in forms}
+        for cell in map(parse_cell, self.options.identify):
             rows: dict[str, list[Tensor]] = {form.name: [] for form in forms}
-            stages = Stages(self.model, self.tokenizer, self.settings, self.reach)
-            for number, lesson in enumerate(stages.lessons(cell)):
-                noise = torch.Generator().manual_seed(random.Random(f"{cell}/{number}").randrange(2**31))
-                gradient = gradients(self.model, lesson, options.draws, noise)
+            for lesson, gradient in self.calibration(cell, forms[0].config, self.options.identify_prompts):
                 for form in forms:
                     table = measure_changes(
                         self.model, lesson, form.config, self.reach, gradient, self.settings.completion_factors
@@ -173,6 +177,20 @@ class Study:
                 tables[name].append(torch.cat(found))
             self._say(f"{len(forms)} tables of {cell}")
         return {name: join(found) for name, found in tables.items()}
+
+    def calibration(
+        self, cell: Cell, config: HybridConfig, number: int
+    ) -> Iterator[tuple[TeacherBatch, dict[int, Tensor]]]:
+        """Prompts of the texts' half for identification, a batch at a time, and the gradients of their answers."""
+        options = self.options
+        settings = IdentifySettings(
+            config=config, calibrate_cells=tuple(map(parse_cell, options.identify)), calibrate_prompts=number,
+            batch_size=options.batch_size, prefill_chunk=options.prefill_chunk,
+        )  # fmt: skip
+        self.settings, self.reach = settle(settings, self.shape)
+        for number, lesson in enumerate(Stages(self.model, self.tokenizer, self.settings, self.reach).lessons(cell)):
+            noise = torch.Generator().manual_seed(random.Random(f"{cell}/{number}").randrange(2**31))
+            yield lesson, gradients(self.model, lesson, options.draws, noise)
 
     def find(self, jobs: dict[str, Job]) -> dict[str, HeadPlan]:
         """The plans that the search finds, side by side: each takes a core for some seconds."""
@@ -219,7 +237,7 @@ class Study:
         """Without the joined plans whose coupling is worse than another's on prompts that are not evaluated."""
         rivals = {name: Student(name, plan, form.config) for name, plan in plans.items() if name.startswith("joined-")}
         figures: dict[str, Figures] = {}
-        for cell in map(_cell, self.options.identify):
+        for cell in map(parse_cell, self.options.identify):
             for lesson in self.lessons(cell, self.options.choose_prompts, "identify"):
                 self._judge(lesson, rivals.values(), figures)
         kl = {name: figures[name].to_dict()["kl_mean"] for name in rivals}
@@ -282,10 +300,10 @@ class Study:
         with torch.no_grad():
             return replace(lesson, teacher=replay(self.precise, lesson, full))
 
-    def evaluate(self, students: Sequence[Student]) -> None:
+    def evaluate(self, students: Sequence[Attends]) -> None:
         """Every student on every kind, a batch of each kind in turn, until the time is over."""
         figures: dict[str, dict[str, Figures]] = {}
-        running = {name: self.lessons(_cell(name), self.options.prompts) for name in self.options.evaluate}
+        running = {name: self.lessons(parse_cell(name), self.options.prompts) for name in self.options.evaluate}
         while running and self.seconds < 60 * self.options.minutes:
             for name in list(running):
                 lesson = next(running[name], None)
@@ -298,14 +316,14 @@ class Study:
                 self.keep()
 
     @torch.no_grad()
-    def _judge(self, lesson: TeacherBatch, students: Iterable[Student], figures: dict[str, Figures]) -> None:
+    def _judge(self, lesson: TeacherBatch, students: Iterable[Attends], figures: dict[str, Figures]) -> None:
         head, mask = self.precise.get_output_embeddings(), lesson.mask
         expected = head(lesson.teacher).float()
         floor = head(self._by_another_kernel(lesson)).float()
         temperature = self.options.temperature
         figures.setdefault("full attention by another kernel", Figures()).add(expected, floor, mask, temperature)
         for student in students:
-            states = replay(self.precise, lesson, Planned(student.plan, student.config))
+            states = replay(self.precise, lesson, student.attend())
             figures.setdefault(student.label, Figures()).add(expected, head(states).float(), mask, temperature)
 
     def _by_another_kernel(self, lesson: TeacherBatch) -> Tensor:
@@ -327,7 +345,8 @@ class Study:
         print(f"{self.seconds:7.1f} s  {what}", flush=True)
 
 
-def _cell(text: str) -> Cell:
+def parse_cell(text: str) -> Cell:
+    """A kind of prompts from the command line."""
     try:
         source, length, task, count = text.rsplit(":", 3)
         return Cell(source, int(length), task, int(count))  # type: ignore[arg-type]
@@ -336,9 +355,9 @@ def _cell(text: str) -> Cell:
         raise InputError(f"A kind of prompts is SOURCE:TOKENS:TASK:ANSWER, not {text!r}: {known}") from None
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What every study of continuations takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL)
     add("--json", type=Path, required=True)
@@ -347,12 +366,6 @@ def main() -> None:
     add("--identify-prompts", type=int, default=12, help="of each kind")
     add("--evaluate", nargs="+", default=["code:30000:continuation:64", "prose:30000:continuation:64"])
     add("--prompts", type=int, default=30, help="of each kind")
-    add(
-        "--forms",
-        nargs="+",
-        metavar="NAME=VALUE,...:HEADS,...",
-        default=["budget_tokens=1024:28,14,7", "budget_tokens=4096:28,14,7"],
-    )
     add("--block-size", type=int, default=32)
     add("--draws", type=int, default=8)
     add("--batch-size", type=int, default=4)
@@ -361,16 +374,25 @@ def main() -> None:
     add("--temperature", type=float, default=0.7)
     add("--seed", type=int, default=0)
     add("--minutes", type=float, default=60)
+    add("--float32", action="store_true", help="answers pass through the model in float32, over the same prefill")
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    parser = arguments(__doc__)
+    add = parser.add_argument
+    forms = ["budget_tokens=1024:28,14,7", "budget_tokens=4096:28,14,7"]
+    add("--forms", nargs="+", metavar="NAME=VALUE,...:HEADS,...", default=forms)
     add("--couplings", type=float, nargs="+", default=[0.2], help="of the plans that have to serve all budgets")
     add("--choose-prompts", type=int, default=12, help="of each kind of --identify, to choose between --couplings")
     add("--plan", nargs="*", default=[], help="plans that were found before")
     add("--few", action="store_true", help="without other people's policies")
-    add("--float32", action="store_true", help="answers pass through the model in float32, over the same prefill")
     options = parser.parse_args()
     try:
         forms = [Form.parse(text, options.block_size) for text in options.forms]
         for text in options.identify + options.evaluate:
-            _cell(text)
+            parse_cell(text)
     except LycheeError as error:
         parser.error(str(error))
     torch.set_float32_matmul_precision("highest" if options.float32 else "high")

@@ -75,6 +75,13 @@ def completion(out: Path, gpu: str) -> Iterator[str]:
     yield f"-m experiments.completion --model MODEL {cells} --prompts 6 {FORM} --json OUT/completion-coder-1.5b.json"
 
 
+@stage("what lowers the KL at the same bytes: more heads, keys of 8 and 4 bits, own budgets, two donors", _ALL, 4)
+def same_bytes(out: Path, gpu: str) -> Iterator[str]:
+    cells = " ".join(f"{text}:30000:continuation:64" for text in ("code", "prose", LCR))
+    sizes = "--heads 14 --budget-tokens 1024 --block-size 32 --evaluate-batch 3 --minutes MINUTES"
+    yield f"-m experiments.same_bytes --model MODEL --evaluate {cells} {sizes} --json OUT/same-bytes-coder-1.5b.json"
+
+
 @stage("plans for SmolLM2 of more heads, with couplings chosen on other prompts", "1 GPU", 4, model="smollm2-135m")
 def small_plan(out: Path, gpu: str) -> Iterator[str]:
     texts = "--identify code:6144:continuation:64 prose:6144:continuation:64"

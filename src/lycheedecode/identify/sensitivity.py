@@ -67,7 +67,7 @@ def measure_changes(
             for head in range(width):
                 borrowed = blocks[:, head, None].to(seen.weights.device).expand(-1, width, -1, -1)
                 parts = in_parts(seen, borrowed, config.block_size, chunk, means)
-                moved = _moved(gradient[layer], parts, output, factors)
+                moved = along_gradient(gradient[layer], parts, output, factors)
                 table[:, :, reach.rows(layer), reach.rows(earlier).start + head] = moved.to(table.device)
         return output
 
@@ -77,7 +77,7 @@ def measure_changes(
     return table.flatten(0, 1)
 
 
-def _moved(gradient: Tensor, parts: Parts, output: Tensor, factors: Sequence[float]) -> Tensor:
+def along_gradient(gradient: Tensor, parts: Parts, output: Tensor, factors: Sequence[float]) -> Tensor:
     """`g . (output of the parts - output)` for every factor, `[draws, B, Hkv, F]`."""
 
     def along(vectors: Tensor) -> Tensor:
