@@ -11,6 +11,8 @@ _FADE, _SLOWER, _FASTER = 0.9, 0.2, 0.7
 """Decay of older rounds; how far a slower and a faster measurement move the estimated time."""
 _WAIT = 64
 """Rounds before retrying what did not pay."""
+_WORTH = 1.03
+"""Times as fast as full steps that rounds have to seem: the best of many estimates is too good by about as much."""
 
 
 class Plan(NamedTuple):
@@ -34,22 +36,22 @@ class Pace:
         self._stood = dict.fromkeys(refreshes, _PRIOR[0] * _PRIOR[1])
         self._tried = dict.fromkeys(refreshes, _PRIOR[1])
         self._seconds: dict[str, float] = {}
-        self._unseen = list(refreshes) if most else []
+        self._trials = [Plan(0, 1), *(Plan(-(-most // 2), refresh) for refresh in reversed(refreshes))] if most else []
         self._waited = 0
 
     def next(self) -> Plan:
         """The next round."""
         if self._fixed:
             return Plan(self.most, self._refreshes[0])
-        if not self.most or "full" not in self._seconds:
+        if self._trials:  # launched without waiting for what they tell: each costs something where drafts do not pay
+            return self._trials.pop(0)
+        if not {"full", "select", "verify"} <= self._seconds.keys():
             return Plan(0, 1)
-        if self._unseen:
-            return Plan(self.most, self._unseen[-1])
         best = {refresh: self._best(refresh) for refresh in self._refreshes}
         ranked = sorted(best.values(), key=self.speed)
         self._waited += 1
         again = self._waited % _WAIT == 0
-        if self.speed(ranked[-1]) > 1 / self._seconds["full"]:
+        if self.speed(ranked[-1]) > _WORTH / self._seconds["full"]:
             return ranked[0] if again else ranked[-1]
         return ranked[-1] if again else Plan(0, 1)
 
@@ -85,8 +87,6 @@ class Pace:
             if times:
                 self._time(what, sum(times) / len(times))
         self._time("verify", passing)
-        if refresh in self._unseen:
-            self._unseen.remove(refresh)
 
     def _time(self, what: str, seconds: float) -> None:
         known = self._seconds.get(what, seconds)

@@ -39,6 +39,8 @@ from .step import FixedStep, Forward
 
 AUTO_DRAFTS = 8
 """Most drafts of a round where their number is chosen while it runs."""
+_MOST_BEHIND = 64
+"""Full steps in a row after which what the drafting attention keeps is brought up to date at the latest."""
 
 
 def most_drafts(config: HybridConfig) -> int:
@@ -104,7 +106,8 @@ class Rounds:
 
     Attributes:
         tokens: `T`.
-        parts: what a round consists of: `select` and `keep`, drafts with and without a new selection, `verify`, `full`.
+        parts: what a round consists of: `select` and `keep`, drafts with and without a new selection, `verify`; `full`,
+            a step of full attention, after which nothing follows what was decoded before `follow` does.
     """
 
     def __init__(
@@ -200,6 +203,7 @@ class Rounds:
         self._window[:, 0] = self._sampler(context.logits, self._sequences, 0)
         self._note_nan(context.logits)
         self._finished: set[int] = set()
+        self._behind = 0
         self._tallies = [Tally() for _ in context.prompt_lengths]
         fixed, every = self._config.verify_every != "auto", self._decoder.attention.refresh_every
         refreshes = sorted({every} if fixed else {1, every})
@@ -210,13 +214,24 @@ class Rounds:
     def _launch(self) -> _Round:
         """Launch a round."""
         with self._decoder.route, torch.inference_mode():
-            plan, marks = self._pace.next(), [self._mark()]
+            plan = self._pace.next()
+            self._catch_up(plan)
+            marks = [self._mark()]
             for draft in range(plan.drafts):
                 self.parts["keep" if draft % plan.refresh else "select"]()
                 marks.append(self._mark())
             self.parts["verify" if plan.drafts or "full" not in self.parts else "full"]()
             marks.append(self._mark())
             return _Round(plan, PendingTokens(self._result), marks)
+
+    def _catch_up(self, plan: Plan) -> None:
+        """What full steps decoded is followed when drafts need it: a step spends no time on that."""
+        if "follow" not in self.parts:
+            return
+        if self._behind and (plan.drafts or self._behind == _MOST_BEHIND):
+            self.parts["follow"]()
+            self._behind = 0
+        self._behind += not plan.drafts
 
     def _read(self, launched: _Round) -> list[list[int]]:
         """Wait for a round and return its tokens."""
@@ -271,6 +286,7 @@ class Rounds:
                 parts["keep"] = self._drafting(False), drafter
             if self._config.verify_every == "auto":
                 parts["full"] = self._full_step(), model
+                parts["follow"] = lambda *_: self._follow(_MOST_BEHIND + 2 * self.tokens), drafter
         parts["verify"] = self._verifying(), model
         kept = [
             self._window, self._filled, self._followed, self._drawn, self._drafted, self._result,
@@ -315,6 +331,7 @@ class Rounds:
             token_ids = self._sampler(logits, self._sequences[:, None], positions)
             agrees = (token_ids[:, :-1] == self._window[:, 1:]) & (self._columns[:-1] < self._drafted)
             self._advance(token_ids, agrees.long().cumprod(1).sum(1))
+            self._follow(2 * self.tokens)
 
         return run
 
@@ -344,10 +361,12 @@ class Rounds:
         self._filled += gained
         self._drawn += gained
         self._drafted.zero_()
+
+    def _follow(self, most: int) -> None:
+        """What the drafting attention keeps beside the cache catches up: `most` slots at most, drafts included."""
         if self._state is not None:
-            tokens = self.tokens
             layers = self._context.cache.layers
-            end = (self._filled + tokens).clamp(max=layers[0].capacity)
+            end = (self._filled + self.tokens).clamp(max=layers[0].capacity)
             bounds = self._followed, self._filled, end
-            self._state.follow(lambda layer: layers[layer].store, *bounds, 2 * tokens, self._starts)
+            self._state.follow(lambda layer: layers[layer].store, *bounds, most, self._starts)
         self._followed.copy_(self._filled)

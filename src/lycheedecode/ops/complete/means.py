@@ -75,9 +75,9 @@ class ChunkMeans:
     ) -> None:
         """Write the means of chunks that end in slots from `begin` to before `end`; see `attention.State.follow`."""
         begin, written, end = ((x if starts is None else x - starts).int() for x in (begin, written, end))
+        first, number = begin // self.chunk, most // self.chunk + 1
         for layer in self.layers:
-            kv = KV(*store_of(layer), end, starts)
-            write_means(kv, self.chunk, *self.of_layer(layer), begin // self.chunk, most // self.chunk + 1, written)
+            write_means(KV(*store_of(layer), end, starts), self.chunk, *self.of_layer(layer), first, number, written)
 
     def write(self, layer: int, kv: KV) -> None:
         """Write all means of a layer, for a cache not seen before."""
