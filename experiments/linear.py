@@ -309,9 +309,14 @@ def candidates(projection: Projection, batch: int) -> list[Any]:
     out = projection.sizes[0] if projection.gated else sum(projection.sizes)
     plain = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 128), (16, 512)] if batch == 1 else []
     dotted = [(64, 64), (64, 128), (64, 256), (32, 128), (32, 256), (128, 64), (128, 128)]
-    shapes = [(0, *shape) for shape in plain] + [(8, *shape) for shape in dotted] + [(16, *dotted[1])]
+    dotted += [(32, 512)] if projection.eight_bits else []
+    shapes = [(0, *shape) for shape in plain] + [(8, *shape) for shape in dotted]
+    shapes += [] if projection.eight_bits else [(16, *dotted[1])]
     number_bytes, found = (1 if projection.eight_bits else 2), []
     for (dot, rows, depth), splits, stages in product(shapes, (1, 2, 4, 7, 8), (3, 5)):
+        warps = 8 if rows * depth > 8192 else 4
+        if dot and projection.eight_bits:
+            warps = 2  # see `_tuning_of_8_bits`
         programs = -(-out // rows) * splits
         stage = rows * depth * number_bytes * (2 if projection.gated else 1)
         fits = min((220 << 10) // (stage * stages), 8)
@@ -320,7 +325,7 @@ def candidates(projection: Projection, batch: int) -> list[Any]:
             programs <= 600 and not projection.gated and projection.columns % (depth * splits) == 0
         )
         if splits_well and 40 << 10 <= in_flight <= 176 << 10 and 180 <= programs <= 4096:
-            found.append(LinearTuning(rows, depth, splits, 8 if rows * depth > 8192 else 4, stages, dot, prefetch=512))
+            found.append(LinearTuning(rows, depth, splits, warps, stages, dot, prefetch=512))
     return found
 
 

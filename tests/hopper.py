@@ -48,6 +48,14 @@ def compile_only(monkeypatch, cache):
 
 def spilled_bytes(kernel, tmp_path):
     """What the kernel keeps on its stack."""
+    return int(re.search(r"STACK:(\d+)", _ask("--dump-resource-usage", kernel, tmp_path))[1])
+
+
+def instructions(kernel, tmp_path):
+    """Names of the kernel's machine instructions, in order."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", _ask("-sass", kernel, tmp_path))
+
+
+def _ask(what, kernel, tmp_path):
     (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([TOOL, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True)
-    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+    return subprocess.run([TOOL, what, tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hopper import spilled_bytes
+from hopper import instructions, spilled_bytes
 
 from lycheedecode.fusion.operator import EIGHT_BITS
 from lycheedecode.fusion.triton import linear
@@ -31,3 +31,8 @@ def test_default_launches(compiled, rows, dtype, sizes, columns, tmp_path, monke
     assert "cp.async.cg" in ptx
     assert ptx.index("bulk.prefetch") < ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
     assert "ld.global" not in ptx[: ptx.index("griddepcontrol.wait")]
+    if dtype == EIGHT_BITS:
+        names = instructions(kernel, tmp_path)
+        assert any(name.startswith("F2FP") for name in names)  # conversions of two numbers
+        assert not any(name.startswith("F2F.") for name in names)  # of one, at an eighth of the rate
+        assert not any(name.startswith("HGMMA") for name in names)  # which would take loads of two numbers each

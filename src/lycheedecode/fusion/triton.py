@@ -124,8 +124,12 @@ def _read(at, exists, EVEN: tl.constexpr):
 def _multiply(acc, w, v, DOT: tl.constexpr):
     """Add the product of `w [TN, TK]` and `v [TK, BP]`; without `DOT`, `v` is `[1, TK]` and columns stay apart.
 
-    Weights in 8-bit floats become what `v` is, which holds all of their values.
+    Weights in 8-bit floats become what `v` is, which holds all of their values. On Hopper two of them become float16
+    in one instruction, and two float32 become bfloat16 in one; from float16 straight to bfloat16 each number takes an
+    instruction of an eighth of the usual rate, which would take longer than reading it.
     """
+    if w.dtype == tl.float8e4nv and v.dtype == tl.bfloat16:
+        w = w.to(tl.float16).to(tl.float32)
     if DOT:
         acc = tl.dot(w.to(v.dtype), v, acc, input_precision="ieee")
     else:
@@ -304,13 +308,9 @@ def linear(
 
 @lru_cache(maxsize=1024)
 def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> LinearTuning:
-    """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it.
-
-    Weights in 8-bit floats take the same tiles, and more of them at once.
-    """
+    """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it."""
     if dtype == EIGHT_BITS:
-        usual = default_tuning(rows, sizes, columns, torch.bfloat16, gated)
-        return usual._replace(stages=max(usual.stages, 4), prefetch=2 * usual.prefetch)
+        return _tuning_of_8_bits(rows, sizes, columns, gated)
     far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
     out = sizes[0] if gated else sum(sizes)
     if rows == 1:
@@ -334,6 +334,23 @@ def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch
     if out <= 4096:
         return LinearTuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
     return LinearTuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
+
+
+def _tuning_of_8_bits(rows: int, sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:
+    """For weights in 8-bit floats: more loads at once, and matrix instructions of 16 rows of a weight for each warp.
+
+    Four warps of 64 rows would get a warpgroup's matrix instructions, for which weights come from shared memory two at
+    a time; and of warps that share 16 rows each would convert all of them. So it is two warps.
+    """
+    usual = default_tuning(rows, sizes, columns, torch.bfloat16, gated)
+    if usual.dot == 0:
+        return usual._replace(stages=max(usual.stages, 4), prefetch=2 * usual.prefetch)
+    if gated:
+        depth, stages = (256, 3) if rows <= 8 else (128, 4)
+        return LinearTuning(rows=32, depth=depth, splits=1, warps=2, stages=stages, prefetch=256)
+    tiles = sum(-(-size // 64) for size in sizes)
+    splits = max(min(power_of_two(PROGRAMS // tiles), columns // 128), 1)
+    return LinearTuning(rows=64, depth=128, splits=splits, warps=2, stages=4, prefetch=256)
 
 
 def check(
