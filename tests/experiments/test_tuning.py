@@ -7,11 +7,13 @@ import pytest
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
+from experiments import tune_fetch
 from experiments.__main__ import app
 from experiments.profile_fetch import waits
 from experiments.profile_step import Kernel, add_up, format_kernels
 from experiments.tune_ops import KERNELS, candidates
 from experiments.tune_step import tune_step
+from lycheedecode.ops.fetch import triton as fetch_kernels
 from lycheedecode.results import Result
 
 
@@ -52,7 +54,8 @@ def test_some_candidates_of_many():
 
 
 @pytest.mark.parametrize(
-    "tool", ["tune-step", "tune-ops", "tune-linear", "profile", "profile-round", "profile-memory", "linear"]
+    "tool",
+    ["tune-step", "tune-ops", "tune-linear", "tune-fetch", "profile", "profile-round", "profile-memory", "linear"],
 )
 def test_they_need_a_gpu(tool, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -111,3 +114,16 @@ def test_a_layer_waits_until_its_fetch_is_done():
     found = waits([*step, *later], 2)
     assert found["waited_us_by_layer"] == [0.5, 7.0]
     assert (found["step_us"], found["waited_us"], found["link_busy_us"], found["fetches"]) == (20.0, 7.5, 15.0, 2.0)
+
+
+def test_launches_of_a_fetch_are_tried_and_left(monkeypatch):
+    """Its time is made up here; what it computes is compared."""
+    monkeypatch.setattr(tune_fetch, "time_calls", lambda calls: (calls[0](), SimpleNamespace(ms=1e-3))[1])
+    before = fetch_kernels.LAUNCH
+    small = tune_fetch.TuneFetchSettings(budget_tokens=512, batches=(2,), readers=(3,), context=4096)
+    rows = tune_fetch.tune(small, "cpu")["rows"]
+    assert {row["kernel"] for row in rows} == {"plan", "fetch"}
+    fetched = [row for row in rows if row["kernel"] == "fetch"]
+    assert all(row["gb_per_second"] == pytest.approx(row["blocks"] * 16.384) for row in fetched)
+    assert all(row["blocks"] > 0 for row in fetched)
+    assert before == fetch_kernels.LAUNCH

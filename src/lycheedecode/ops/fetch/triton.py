@@ -11,7 +11,7 @@ processors to the model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,22 @@ from ..types import constant
 if TYPE_CHECKING:
     from . import BlockMap, Tokens
 
-_PROGRAMS, _WARPS = 32, 16
+
+class Launch(NamedTuple):
+    """How the kernels are launched.
+
+    Attributes:
+        programs, fetch_warps: of a fetch.
+        plan_warps: of a program that plans; None: as many as have 8 slots a lane.
+    """
+
+    programs: int = 32
+    fetch_warps: int = 16
+    plan_warps: int | None = None
+
+
+LAUNCH = Launch()
+"""`python -m experiments tune-fetch` tries others."""
 
 
 @triton.jit(
@@ -79,7 +94,8 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
     rows, batch, capacity = blocks.shape
     slots = known.block_of.shape[-1]
     width = common.power_of_two(slots)
-    tuning = Tuning(1, width, min(max(width // 256, 1), 16), 1, common.has_pdl(blocks.device))
+    warps = LAUNCH.plan_warps or min(max(width // 256, 1), 16)
+    tuning = Tuning(1, width, warps, 1, common.has_pdl(blocks.device))
     with common.on_device(blocks):
         _plan_kernel[batch, rows](
             *(blocks, *blocks.stride()[:2], *known, newest, clock, known.slot_of.shape[-1], slots, capacity),
@@ -147,7 +163,7 @@ def fetch(
     size, pairs = block_size * dim, len(readers) * batch
     pdl = 0 if beside else common.has_pdl(pool.keys.device)
     with common.on_device(pool.keys):
-        _fetch_kernel[_PROGRAMS,](
+        _fetch_kernel[LAUNCH.programs,](
             *(*pool, *source, near, known.slot_of, known.missing, known.misses, readers, starts),
             *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1], near.shape[-2]),
             *(pairs, batch),
@@ -156,7 +172,7 @@ def fetch(
             WIDTH=common.power_of_two(pairs),
             ROOM=common.power_of_two(size),
             BLOCK=block_size,
-            **Tuning(1, size, _WARPS, 1, pdl).options,
+            **Tuning(1, size, LAUNCH.fetch_warps, 1, pdl).options,
         )
 
 
