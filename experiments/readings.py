@@ -275,6 +275,12 @@ class Choices:
         """What a choice reads, where that form reads 1."""
         return float(self._tokens[choice].sum())
 
+    def factors(self) -> Tensor:
+        """What is read stays, but for the factors of completion."""
+        number = len(self._source.factors)
+        same = torch.arange(len(self._tokens)) // number == (self.base // number)[:, None]
+        return self._within(lambda price: self._descend(price, same))
+
     def budgets_of_selections(self) -> Tensor:
         """One donor for every head, and a budget for every donor."""
         return self._within(self._tied)

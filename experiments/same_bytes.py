@@ -9,6 +9,7 @@ Every form reads as many bytes a token as HEADS retrieval heads with a budget of
     completion    chunks of other sizes, or none
     calibration   plans found on half and a quarter of the prompts
     budgets       for each selection, or for each head that reads one
+    factors       of completion, above 1.5, too
     two donors    a head reads the union of two selections, with half of the budget each
 
 Plans come from the search of `identify`, budgets and second donors from the same second-order model over readings
@@ -112,7 +113,7 @@ class SameBytes(Study):
 
     def of_readings(self, forms: list[Allotment]) -> Iterator[Allotment]:
         """Budgets of their own, and two donors, for these forms."""
-        options, factors = self.options, self.settings.completion_factors
+        options, factors = self.options, (*self.settings.completion_factors, 2.0, 3.0, 4.0)
         cells = [parse_cell(cell) for cell in options.calibrate]
         every = [Readings(form, factors, min(cell.length for cell in cells)) for form in forms]
         for cell in cells:
@@ -123,7 +124,7 @@ class SameBytes(Study):
         expected: dict[str, float] = {}
         for readings in every:
             choices = readings.choices(COUPLING)
-            for what in ("budgets_of_selections", "budgets_of_heads", "two_donors", "anything"):
+            for what in ("factors", "budgets_of_selections", "budgets_of_heads", "two_donors", "anything"):
                 choice = getattr(choices, what)()
                 label = f"{readings.form.label}, {what.replace('_', ' ')}"
                 expected[label] = round(choices.cost(choice) / choices.cost(choices.base), 4)

@@ -88,11 +88,12 @@ def test_choices_keep_within_their_tokens_and_do_not_cost_more(measured):
     choices = measured.choices(0.2)
     assert choices.tokens(choices.base) == pytest.approx(1)
     forms = {}
-    for what in ("budgets_of_selections", "budgets_of_heads", "two_donors", "anything"):
+    for what in ("factors", "budgets_of_selections", "budgets_of_heads", "two_donors", "anything"):
         choice = getattr(choices, what)()
         assert choices.tokens(choice) <= 1.001, what
         assert choices.cost(choice) <= choices.cost(choices.base), what
         forms[what] = choices.form(what, choice)
+    assert [each.parts for each in forms["factors"].every] == [each.parts for each in measured.form.every]
     budgets = {}
     for reading in forms["budgets_of_selections"].every:
         [(donor, budget)] = reading.parts
@@ -148,7 +149,12 @@ def test_the_study_writes_what_it_finds(monkeypatch, tmp_path, byte_tokenizer):
     [scores] = found.cells.values()
     labels = set(scores)
     assert {"4 heads", "2 heads, float8", "8 heads, int4", "12 heads, int4 of channels"} <= labels
-    assert {"4 heads, two donors", "4 heads, budgets of selections", "2 heads, float8, anything"} <= labels
+    assert {
+        "4 heads, two donors",
+        "4 heads, factors",
+        "4 heads, budgets of selections",
+        "2 heads, float8, anything",
+    } <= labels
     assert {"4 heads, 1/4 of the calibration", "4 heads, chunks of 64", "4 heads, no completion"} <= labels
     assert {score["prompts"] for score in scores.values()} == {2}
     read = found.summary["read"]
