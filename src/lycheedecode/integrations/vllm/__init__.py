@@ -10,12 +10,14 @@ self_check  compares a hybrid step with vLLM's own before accepting requests
 counters    from workers to the server's metrics
 cuda, cpu   the hooks over vLLM's own backends
 beside      data kept beside the pages: means of chunks, copies of scanned keys
-verify      other people's drafts, several tokens of a sequence at once
+verify      drafts, several tokens of a sequence at once
+lossless    the model drafts for itself, hybrid, and verifies with full attention
 fill        a KV connector for `bench serving`
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import Any
@@ -62,10 +64,16 @@ def _prepare_engines(arguments: type) -> None:
 
     @functools.wraps(stock)
     def create_engine_config(self: Any, *others: Any, **named: Any) -> Any:
-        vllm_config = stock(self, *others, **named)
-        from .settings import is_chosen
+        from . import settings
 
-        if is_chosen(vllm_config):
+        ready = contextlib.nullcontext()
+        if settings.drafts(self):
+            from . import frontend
+
+            ready = frontend.drafting(self)
+        with ready:
+            vllm_config = stock(self, *others, **named)
+        if settings.is_chosen(vllm_config):
             from . import frontend
 
             frontend.prepare(vllm_config)

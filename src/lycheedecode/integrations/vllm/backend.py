@@ -10,6 +10,7 @@ where it is all that a step has to do for the prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from ...attention import HybridState
 from ...ops import KV
-from . import self_check, verify
-from .group import Group, Rows, memory_left, part_of_this_process
+from . import self_check, settings, verify
+from .group import Group, Rows, memory_left, part_of_this_process, speculates_only
 from .parts import (
     FIELDS_OF_ROWS,
     FIELDS_OF_TOKENS,
@@ -61,16 +62,19 @@ class HybridBuilder:
         given = vllm_config, kv_cache_spec, layer_names, device, self.obstacle()
         self.hybrid = self.verifying = None
         self._is_all = False
-        if vllm_config.speculative_config is not None:
+        self._drafts, self._speculates = settings.drafts(vllm_config), vllm_config.speculative_config is not None
+        if self._speculates:
             self.verifying = verify.Verifying.of(*given)
             if self.verifying is not None:
                 self.reorder_batch_threshold = self.verifying.most
                 self.supports_draft_decode_metadata_update = False  # `VerifyStep` would not follow
                 self.supports_update_block_table = False
+        if speculates_only(vllm_config):
             return
         self.hybrid = Group.of(*given)
         if self.hybrid is not None:
-            self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
+            if not self._drafts:
+                self.reorder_batch_threshold = 1  # vLLM sorts sequences that get one token to the front
             self.supports_update_block_table = False  # the page table is in `BatchStep`, too
             modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
             self._modules = {index: modules[name] for name, index in self.hybrid.layers.items()}
@@ -95,7 +99,7 @@ class HybridBuilder:
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        if self.verifying is not None:
+        if self._speculates:
             return self._build_verifying(common_prefix_len, common_attn_metadata, fast_build)
         hybrid = self.hybrid is not None and not common_prefix_len
         rows = decode_rows(common_attn_metadata) if hybrid else 0
@@ -104,11 +108,22 @@ class HybridBuilder:
         return self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-        if self.verifying is not None:
+        if self._speculates:
             return self._build_verifying(0, common_attn_metadata, False)
         if self.hybrid is not None:
             self._fit()
         return self._build(0 if self.hybrid is None else common_attn_metadata.num_reqs, 0, common_attn_metadata, False)
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int | None) -> Any:
+        """Of one token of every sequence, where the model drafts for itself; `draft_index` None: for a CUDA graph."""
+        if self.hybrid is None:
+            return super().build_for_drafting(common_attn_metadata, draft_index)
+        self._fit()
+        if draft_index is not None:
+            lengths = common_attn_metadata.seq_lens_cpu_upper_bound.tolist()
+            kv_of = self._kv_of(common_attn_metadata, common_attn_metadata.num_reqs)
+            self.hybrid.begin_draft(draft_index, self._drafts, kv_of, lengths)
+        return self._build(common_attn_metadata.num_reqs, 0, common_attn_metadata, True)
 
     def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
         # It reads a prefix once for many sequences; rows that use hybrid attention hardly read it.
@@ -119,18 +134,23 @@ class HybridBuilder:
         self._fit()
         tokens = common.query_start_loc_cpu.diff()[: common.num_reqs]
         single = int((tokens == 1).int().cumprod(0).sum())
-        lengths, table = common.seq_lens[:single], common.block_table_tensor[:single]
+
+        def on_host() -> list[int]:
+            known = common.seq_lens_cpu_upper_bound  # exact, without speculation
+            return (common.seq_lens[:single].cpu() if known is None else known[:single]).tolist()
+
+        tokens_decoding = int(common.query_start_loc_cpu[rows])  # padding has no tokens
+        self.hybrid.begin_step(Rows(rows, tokens_decoding, single), self._kv_of(common, single), on_host)
+
+    def _kv_of(self, common: CommonAttentionMetadata, rows: int) -> Callable[[int], KV]:
+        """A layer's cache, with the first rows of a step."""
+        lengths, table = common.seq_lens[:rows], common.block_table_tensor[:rows]
 
         def kv_of(layer: int) -> KV:
             module = self._modules[layer]
             return KV(*module.impl.views(module.kv_cache), lengths, None, table)
 
-        def on_host() -> list[int]:
-            known = common.seq_lens_cpu_upper_bound  # exact, without speculation
-            return (lengths.cpu() if known is None else known[:single]).tolist()
-
-        tokens_decoding = int(common.query_start_loc_cpu[rows])  # padding has no tokens
-        self.hybrid.begin_step(Rows(rows, tokens_decoding, single), kv_of, on_host)
+        return kv_of
 
     def _fit(self) -> None:
         """Room beside the pages of vLLM's cache, which is there by now; before a CUDA graph needs it."""
@@ -147,10 +167,11 @@ class HybridBuilder:
 
     def _build_verifying(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
         metadata = super().build(common_prefix_len, common, fast_build)
-        rows = 0 if common_prefix_len else self.verifying.rows(common)
         metadata.verify = None
+        rows = 0 if common_prefix_len or self.verifying is None else self.verifying.rows(common)
         if rows:
-            others = super().build(0, from_row(common, rows), True) if rows < common.num_reqs else None
+            left = int(common.query_start_loc_cpu[-1] - common.query_start_loc_cpu[rows])  # padding has no tokens
+            others = super().build(0, from_row(common, rows), True) if left else None
             metadata.verify = verify.step_of(self.verifying.layers, common, rows, others)
         return metadata
 
@@ -171,7 +192,7 @@ class HybridLayer:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         vllm_config = get_current_vllm_config()
-        if vllm_config.speculative_config is None:  # whose drafts have a model of their own
+        if not speculates_only(vllm_config):  # whose drafts have a model of their own
             part_of_this_process(vllm_config)  # refuses before any weights are loaded
             reserve(memory_left)
         self._extras: dict[str, Any] | None = None

@@ -93,7 +93,12 @@ class Beside:
                 self.copies[layer] = copy.view(torch.float8_e4m3fn)
 
     def write(
-        self, layers: Collection[int], kv_of: Callable[[int], KV], before: Sequence[int], after: Sequence[int]
+        self,
+        layers: Collection[int],
+        kv_of: Callable[[int], KV],
+        before: Sequence[int],
+        after: Sequence[int],
+        copies: bool = True,
     ) -> None:
         """Write what belongs beside the pages of sequences that have grown, but for the copy of their newest token.
 
@@ -101,8 +106,9 @@ class Beside:
             layers: in a step all of `layers`.
             kv_of: the cache of a layer; lengths include the newest token, which need not be there yet. Most steps have
                 nothing to write, and do not ask.
-            before: tokens of each sequence of which everything is written.
-            after: tokens that it has at this step.
+            before: tokens of each sequence of which everything is written; fewer do no harm.
+            after: tokens that it has at this step; more do no harm.
+            copies: whether copies of keys may lack more than the newest token.
         """
         first = [max(length - 1, 0) // self.chunk for length in before]
         chunks = [max(length - 1, 0) // self.chunk - old for old, length in zip(first, after, strict=True)]
@@ -112,7 +118,7 @@ class Beside:
             for layer in self._completed.intersection(layers):
                 kv = _rows_of(kv_of(layer), rows)
                 write_means(kv, self.chunk, *self.means[layer], known, max(chunks[row] for row in rows))
-        if self._scanned:
+        if self._scanned and copies:
             found = [self._pages_to_copy(old, new) for old, new in zip(before, after, strict=True)]
             spans = [(row, begin, end) for row, (begin, end) in enumerate(found) if begin < end]
             for layer in self._scanned.keys() & layers if spans else ():

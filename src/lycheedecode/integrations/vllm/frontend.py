@@ -7,11 +7,61 @@ of another process; it refuses requests; and it shows what workers count.
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from . import counters, settings
 from .parts import VLLMValidationError, get_pp_indices, input_processor
-from .requests import NAME, Limits, RequestError
+from .requests import NAME, Limits, RequestError, ServingError
+
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+@contextmanager
+def drafting(arguments: Any) -> Iterator[None]:
+    """While arguments of a lossless server become a configuration: its model drafts for itself.
+
+    To vLLM it is a draft model like others, which reserves room for the drafts' entries; that it is the model itself
+    is up to the worker (see `lossless`), whose model runner is the one that all known versions have.
+    """
+    if arguments.speculative_config is not None or getattr(arguments, "spec_method", None) is not None:
+        raise ServingError("A lossless server drafts by itself: leave out the speculative configuration.")
+    if arguments.worker_cls != "auto":
+        raise ServingError("A lossless server has a worker class of its own: leave out worker_cls.")
+    if os.environ.setdefault(_RUNNER, "0") != "0":
+        raise ServingError(f"A lossless server needs vLLM's first model runner: unset {_RUNNER}.")
+    arguments.speculative_config = {
+        "method": "draft_model",
+        "model": arguments.model,
+        "revision": arguments.revision,
+        "num_speculative_tokens": settings.drafts(arguments),
+        "draft_sample_method": "probabilistic",
+    }
+    arguments.worker_cls = f"{__package__}.lossless.DraftingWorker"
+    try:
+        yield
+    finally:
+        arguments.speculative_config, arguments.worker_cls = None, "auto"
+
+
+def _check_drafting(vllm_config: Any) -> None:
+    """Raise `ServingError` for what a model cannot draft beside."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    unlike = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "images": model.is_multimodal_model,
+        "prompts given as embeddings": model.enable_prompt_embeds,
+        "layers that keep a state instead of a cache": model.has_inner_state,
+        "positions of several dimensions": model.uses_mrope or getattr(model, "uses_xdrope_dim", 0) > 0,
+    }
+    for what, holds in unlike.items():
+        if holds:
+            raise ServingError(f"A lossless server cannot have {what}.")
 
 
 def prepare(vllm_config: Any) -> None:
@@ -20,6 +70,8 @@ def prepare(vllm_config: Any) -> None:
     count = parallel.pipeline_parallel_size
     stages = [get_pp_indices(plan.num_layers, stage, count) for stage in range(count)]
     settings.of_rank(plan, 0, parallel.tensor_parallel_size, stages, 0)
+    if settings.drafts(vllm_config):
+        _check_drafting(vllm_config)
     types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None)
     if types and len(types) == plan.num_layers and not vllm_config.model_config.disable_sliding_window:
         settings.check_donors(plan, {layer for layer, kind in enumerate(types) if kind == "full_attention"})

@@ -116,6 +116,7 @@ class Group:
         self._default = capacity if limits.default is None else min(limits.default, capacity)
         self._state.limits = torch.full((rows,), self._default, dtype=torch.int32, device=device)
         self._some_ask = False
+        self._drafting: Sequence[str] = ()
         self._bytes = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self._speaks = get_tensor_model_parallel_rank() == 0
         self._left_in = counters.folder_of(vllm_config.instance_id)
@@ -158,14 +159,7 @@ class Group:
             lengths: tokens of these, on the host.
         """
         names = self.requests.take()[: rows.single]
-        asked = self.requests.blocks(names)
-        if any(blocks is not None for blocks in asked):
-            given = [self._default if blocks is None else blocks for blocks in asked]
-            pinned = self._state.limits.is_cuda
-            limits = self.limits_of(len(given))
-            limits.copy_(torch.tensor(given, dtype=torch.int32, pin_memory=pinned), non_blocking=True)
-        elif self._some_ask:
-            self.reset_limits()
+        asked = self._limit(names)
         if names and self.beside.is_used:
             after = list(lengths())[: len(names)]
             before = self.requests.grow(names, after, rows.decoding)
@@ -174,6 +168,43 @@ class Group:
         self.counters["hybrid_steps" if rows.tokens else "dense_steps"] += 1
         self.counters["hybrid_tokens"] += rows.tokens - off
         self.counters["off_tokens"] += off
+        self._report_now_and_then()
+
+    def begin_draft(self, index: int, drafts: int, kv_of: Callable[[int], KV], lengths: Sequence[int]) -> None:
+        """As `begin_step`, for a token that all sequences draft after a step; until verified, nothing is for good.
+
+        Args:
+            index: of the token in its round.
+            drafts: of a round.
+            kv_of: a layer's cache, with all sequences.
+            lengths: tokens of these, this one included, as if all drafts of the last round had been accepted.
+        """
+        if index == 0:
+            self._drafting = self.requests.take()
+            self._limit(self._drafting)
+            self.counters["dense_steps"] += 1  # which verified
+        names = self._drafting
+        if names and self.beside.is_used:
+            lengths = list(lengths)[: len(names)]
+            before = self.requests.verify(names, [length - index - 1 for length in lengths], drafts)
+            self.beside.write(self.beside.layers, kv_of, before, lengths, copies=index == 0)
+        self.counters["hybrid_steps"] += 1
+        self.counters["hybrid_tokens"] += len(names)
+        self._report_now_and_then()
+
+    def _limit(self, names: Sequence[str]) -> list[int | None]:
+        """Give the first rows what their requests ask for, and say what that is."""
+        asked = self.requests.blocks(names)
+        if any(blocks is not None for blocks in asked):
+            given = [self._default if blocks is None else blocks for blocks in asked]
+            pinned = self._state.limits.is_cuda
+            limits = self.limits_of(len(given))
+            limits.copy_(torch.tensor(given, dtype=torch.int32, pin_memory=pinned), non_blocking=True)
+        elif self._some_ask:
+            self.reset_limits()
+        return asked
+
+    def _report_now_and_then(self) -> None:
         if time.monotonic() >= self._report_at:
             self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
             self.report()
@@ -249,6 +280,11 @@ class Group:
         return cls(part, layers, vllm_config, spec, device, sinks)
 
 
+def speculates_only(vllm_config: Any) -> bool:
+    """Whether other people's drafts are verified, so that nothing is hybrid."""
+    return vllm_config.speculative_config is not None and not settings.drafts(vllm_config)
+
+
 def _page(spec: Any, vllm_config: Any) -> Page:
     return Page(spec.num_kv_heads, spec.block_size, spec.head_size, vllm_config.model_config.dtype)
 
@@ -256,7 +292,7 @@ def _page(spec: Any, vllm_config: Any) -> Page:
 def memory_left(worker: Any) -> float:
     """The share of the KV cache's memory that is left to it in a worker whose model is loaded."""
     vllm_config = worker.vllm_config
-    if not settings.is_chosen(vllm_config) or vllm_config.speculative_config is not None:
+    if not settings.is_chosen(vllm_config) or speculates_only(vllm_config):
         return 1.0
     specs = {
         name: spec

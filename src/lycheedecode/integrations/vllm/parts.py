@@ -2,7 +2,7 @@
 
 Seen to work: 0.26.0 (GPU and CPU build), 0.27.1 and 0.32.0 (CPU builds); read, as its CPU build does not exist: 0.33.0.
 `tests/integrations/test_vllm_parts.py` holds what is relied on besides the names, and says which version breaks it.
-The classes that `cpu` and `cuda` extend are imported there.
+The classes that `cpu`, `cuda` and `lossless` extend are imported there.
 
 Importing this refuses a version of vLLM that is not known.
 """
@@ -21,13 +21,16 @@ from .settings import check_version
 check_version(vllm.__version__)  # before names are imported that another version may lack
 
 from vllm import envs  # noqa: E402
-from vllm.config import get_current_vllm_config, get_layers_from_vllm_config  # noqa: E402
+from vllm.compilation.cuda_graph import CUDAGraphWrapper  # noqa: E402
+from vllm.config import CUDAGraphMode, get_current_vllm_config, get_layers_from_vllm_config  # noqa: E402
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank  # noqa: E402
 from vllm.distributed.utils import get_pp_indices  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.forward_context import BatchDescriptor, set_forward_context  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
@@ -37,9 +40,13 @@ __all__ = [
     "Attention",
     "AttentionCGSupport",
     "AttentionType",
+    "BatchDescriptor",
+    "CUDAGraphMode",
+    "CUDAGraphWrapper",
     "CommonAttentionMetadata",
     "FullAttentionSpec",
     "VLLMValidationError",
+    "current_platform",
     "envs",
     "extract_layer_index",
     "get_current_vllm_config",
@@ -50,6 +57,7 @@ __all__ = [
     "init_logger",
     "input_processor",
     "reserve",
+    "set_forward_context",
     "version",
 ]
 

@@ -3,6 +3,8 @@
     "hybrid"                as the server was told; the same as saying nothing
     "budget_tokens=1024"    selections of so many tokens
     "off"                   every head reads everything: full attention
+    "lossless"              in a server that drafts (see `lossless`), where all requests get full attention's text: the
+                            same as "off" or saying nothing; there a budget is that of the drafts
 
 In Python: `SamplingParams(extra_args={"lycheedecode": "off"})`. Nothing here needs vLLM.
 """
@@ -38,6 +40,7 @@ class Limits(NamedTuple):
         default: blocks of a selection where a request says nothing; None: as many as there are.
         allow_off: whether a request may have full attention.
         block_size: tokens of a block.
+        lossless: whether the server is.
     """
 
     least: int
@@ -45,6 +48,7 @@ class Limits(NamedTuple):
     default: int | None
     allow_off: bool
     block_size: int
+    lossless: bool = False
 
     @classmethod
     def of(cls, config: HybridConfig, most: int | None, allow_off: bool) -> Limits:
@@ -66,15 +70,17 @@ class Limits(NamedTuple):
         Raises `RequestError`.
         """
         given = (extra_args or {}).get(NAME)
-        if given is None or given == "hybrid":
+        if given is None or given == "hybrid" or (self.lossless and given in ("lossless", "off")):
             return None
+        if given == "lossless":
+            raise RequestError("This server is not lossless: that is a setting of the server, not of a request.")
         if given == "off":
             if not self.allow_off:
                 raise RequestError("This server does not let requests switch hybrid attention off.")
             return EVERYTHING
         found = re.fullmatch(r"budget_tokens=(\d{1,9})", given) if isinstance(given, str) else None
         if found is None:
-            raise RequestError(f"lycheedecode must be 'hybrid', 'off' or 'budget_tokens=N', not {given!r}.")
+            raise RequestError(f"lycheedecode must be 'hybrid', 'off', 'lossless' or 'budget_tokens=N', not {given!r}.")
         if self.most is None:
             raise RequestError("This server selects without a fixed budget, and takes none from requests.")
         budget = int(found[1])
@@ -146,4 +152,16 @@ class Requests:
             before.append(seen if seen is not None and seen < length else 0)
             loading = seen is None and self._loads
             self._seen[name] = 0 if loading else length if row < decoding else length - 1
+        return before
+
+    def verify(self, rows: Sequence[str], lengths: Sequence[int], drafts: int) -> list[int]:
+        """What each sequence had for good when it last drafted, 0 if that was never; and remember what it has now.
+
+        Args:
+            rows: that draft.
+            lengths: their tokens, drafts included that were not accepted: at most `drafts`.
+            drafts: of a round.
+        """
+        before = [self._seen.get(name, 0) for name in rows]
+        self._seen.update((name, max(length - drafts, 0)) for name, length in zip(rows, lengths, strict=True))
         return before

@@ -1,6 +1,6 @@
 """What a server was told: `--additional-config '{"lycheedecode": {"plan": ..., any setting of HybridConfig}}'`.
 
-Beside these: `self_check`, and for requests (see `requests`) `max_budget_tokens` and `allow_off`.
+Beside these: `self_check`, `lossless`, and for requests (see `requests`) `max_budget_tokens` and `allow_off`.
 
 Nothing here needs vLLM; its configuration is only read.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...config import HybridConfig
+from ...ops.attend import MAX_TOKENS
 from ...plan import HeadPlan, PlanError
 from .requests import NAME, Limits, ServingError
 
@@ -30,11 +31,28 @@ def check_version(version: str) -> None:
         raise ServingError(f"LycheeDecode works in vLLM {oldest} to {newest}, not in {version}.")
 
 
-def is_chosen(vllm_config: Any) -> bool:
-    """Whether the server was started with `--attention-backend CUSTOM`, for all its layers or for those of a kind."""
-    attention = vllm_config.attention_config
-    backends = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
-    return any(getattr(backend, "name", None) == "CUSTOM" for backend in backends)
+def is_chosen(config: Any) -> bool:
+    """Whether the server was started with `--attention-backend CUSTOM`, for all its layers or for those of a kind.
+
+    `config`: vLLM's configuration, or the arguments that it is going to be made of.
+    """
+    attention = config.attention_config
+    backends = [getattr(config, "attention_backend", None), attention.backend]
+    backends += (getattr(attention, "backend_per_kind", None) or {}).values()
+    return any(str(getattr(backend, "name", backend)).upper() == "CUSTOM" for backend in backends)
+
+
+def drafts(config: Any) -> int:
+    """How many tokens the model drafts for itself in a round, `"lossless": 8`; 0: the server is not lossless.
+
+    `config`: as for `is_chosen`. Raises `ServingError`.
+    """
+    everything = config.additional_config
+    given = everything.get(NAME) if isinstance(everything, Mapping) else None
+    count = given.get("lossless", 0) if isinstance(given, Mapping) and is_chosen(config) else 0
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < MAX_TOKENS:
+        raise ServingError(f"lossless must be how many tokens to draft, at most {MAX_TOKENS - 1}, not {count!r}.")
+    return count
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,8 @@ def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
     del given["plan"]
     self_check, allow_off = (_switch(given, name) for name in ("self_check", "allow_off"))
     most = given.pop("max_budget_tokens", None)
+    lossless = drafts(vllm_config) > 0
+    given.pop("lossless", None)
     config = HybridConfig.from_dict(given)
     for name, only in (("refresh_every", 1), ("correction_every", 0), ("verify_every", 0)):
         if getattr(config, name) != only:
@@ -104,7 +124,7 @@ def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
         raise ServingError("scan_keys must be 'cache' with a KV cache in FP8, which has 8 bits already.")
     if config.step_weights != "model":
         raise ServingError("step_weights must be 'model' in vLLM, which quantises weights itself (--quantization fp8).")
-    return config, Limits.of(config, most, allow_off), self_check
+    return config, Limits.of(config, most, allow_off)._replace(lossless=lossless), self_check
 
 
 def _given(vllm_config: Any) -> Mapping[str, Any]:
