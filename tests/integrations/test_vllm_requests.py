@@ -46,8 +46,8 @@ def test_each_gets_what_it_asks_for(llm):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("lossless", "lycheedecode must be 'hybrid', 'off' or 'budget_tokens=N', not 'lossless'."),
-        (7, "lycheedecode must be 'hybrid', 'off' or 'budget_tokens=N', not 7."),
+        ("lossless", "This server is not lossless: that is a setting of the server, not of a request."),
+        (7, "lycheedecode must be 'hybrid', 'off', 'lossless' or 'budget_tokens=N', not 7."),
         ("budget_tokens=33", "budget_tokens must be between 12 and 32, not be 33."),
         ("budget_tokens=4", "budget_tokens must be between 12 and 32, not be 4."),
     ],

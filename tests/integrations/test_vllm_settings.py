@@ -68,8 +68,10 @@ def test_whether_some_head_is_completed(plan_file, tmp_path):
         ({"step_weights": "float8"}, "step_weights must be 'model' in vLLM"),
         ({"verify_every": 4}, "verify_every must be 0 in vLLM"),
         ({"scan_keys": "float8"}, "scan_keys must be 'cache' with a KV cache in FP8"),
+        ({"lossless": 32}, "lossless must be how many tokens to draft, at most 31, not 32"),
+        ({"lossless": True}, "lossless must be how many tokens to draft, at most 31, not True"),
     ],
-    ids=["unknown", "senseless", "refresh", "correction", "8-bit weights", "rounds", "8-bit scan"],
+    ids=["unknown", "senseless", "refresh", "correction", "8-bit weights", "rounds", "8-bit scan", "many", "yes"],
 )
 def test_settings_that_a_server_cannot_honour(plan_file, setting, words):
     with pytest.raises(ValueError, match=words):
@@ -129,6 +131,12 @@ def test_only_the_backend_custom_is_hybrid():
     one_kind = vllm_config(None, backend=None)
     one_kind.attention_config.backend_per_kind = {"full_attention": SimpleNamespace(name="CUSTOM")}
     assert settings.is_chosen(one_kind)
+
+
+def test_what_a_server_drafts():
+    assert settings.drafts(vllm_config({"lycheedecode": {"lossless": 8}})) == 8
+    assert settings.drafts(vllm_config({"lycheedecode": {"lossless": 8}}, backend=None)) == 0
+    assert settings.drafts(vllm_config({"lycheedecode": {"plan": "x"}})) == settings.drafts(vllm_config(None)) == 0
 
 
 def test_the_plugin_is_light():

@@ -66,12 +66,12 @@ def _check_drafting(vllm_config: Any) -> None:
 
 def prepare(vllm_config: Any) -> None:
     """Raise as `settings.read`, `settings.of_rank` and `settings.check_donors`."""
+    if settings.drafts(vllm_config):
+        _check_drafting(vllm_config)
     plan, parallel = settings.read(vllm_config).plan, vllm_config.parallel_config
     count = parallel.pipeline_parallel_size
     stages = [get_pp_indices(plan.num_layers, stage, count) for stage in range(count)]
     settings.of_rank(plan, 0, parallel.tensor_parallel_size, stages, 0)
-    if settings.drafts(vllm_config):
-        _check_drafting(vllm_config)
     types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None)
     if types and len(types) == plan.num_layers and not vllm_config.model_config.disable_sliding_window:
         settings.check_donors(plan, {layer for layer, kind in enumerate(types) if kind == "full_attention"})

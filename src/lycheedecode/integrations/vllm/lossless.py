@@ -28,7 +28,8 @@ from .parts import (
 )
 from .requests import ServingError
 
-from vllm.v1.spec_decode.draft_model import DraftModelProposer  # isort: skip  (`parts` refuses unknown versions)
+import vllm.v1.sample.rejection_sampler  # isort: skip  (`parts` refuses unknown versions)
+from vllm.v1.spec_decode.draft_model import DraftModelProposer  # isort: skip
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -41,6 +42,8 @@ class DraftingWorker(Worker):
 
     def init_device(self) -> None:
         super().init_device()
+        if current_platform.is_cpu():
+            vllm.v1.sample.rejection_sampler.expand_batch_to_tokens = _expanded
         runner = self.model_runner
         runner.drafter = TargetDrafter(self.vllm_config, runner.device, runner)
 
@@ -207,6 +210,15 @@ class TargetDrafter(DraftModelProposer):
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
+
+
+def _expanded(x: Tensor, ends: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Tensor:
+    """Numbers `[sequences]` once for each token: vLLM's own way on CPUs loses what it writes unless that is int64.
+
+    So temperatures were whatever lay in memory (0.27.1, 0.32.0).
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts.long(), output_size=num_tokens)
 
 
 def _graph(size: int) -> BatchDescriptor:
