@@ -37,6 +37,7 @@ def test_texts(tmp_path):
         assert small["bytes_on_host"] == large["bytes_on_host"] == resident["bytes_on_gpu"]
         assert small["bytes_on_gpu"] <= large["bytes_on_gpu"]
         assert 0 < large["miss_rate"] <= small["miss_rate"] < 1
+        assert 0 < large["later_miss_rate"] <= large["miss_rate"]  # the store was filled by then
         assert ("ms" in small) == torch.cuda.is_available()
 
 
@@ -167,6 +168,9 @@ def test_misses_come_from_the_rows_most_like_this_case(tmp_path):
         found = reuse_of(path, *case, reading)
         assert (found.budget_tokens, found.context) == cell
         assert found.misses == pytest.approx({p: m * cell[0] / cell[1] for p, m in MISSES.items()})
+    Result("bench memory", rows=[row | {"later_miss_rate": row["miss_rate"] / 2} for row in rows]).save(path)
+    later = reuse_of(path, 4096, 32768, "share").misses
+    assert later == pytest.approx({p: m / 16 for p, m in MISSES.items()})
     Result("bench ops", rows=[{"ms": 1}]).save(path)
     with pytest.raises(InputError, match="has no misses by the size of the store"):
         reuse_of(path, 4096, 131072, "share")

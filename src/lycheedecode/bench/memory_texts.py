@@ -14,6 +14,7 @@ from torch import nn
 from ..config import HybridConfig
 from ..engine.context import Context
 from ..engine.engine import Engine
+from ..engine.generation import Generation
 from ..errors import ConfigError, MismatchError
 from ..models.load import load_model
 from ..plan import HeadPlan
@@ -106,13 +107,13 @@ def _from_host(
 def _generated(
     engine: Engine, context: Context, settings: MemorySettings
 ) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
-    on_gpu = engine.device.type == "cuda"
-    context.kept_steps.clear()
-    context.cache.forget_state()
-    release()
+    on_gpu, half = engine.device.type == "cuda", (settings.tokens + 1) // 2
+    _from_the_start(engine, context, half)
+    early = _fetched(context)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    made = engine.generate(context, settings.tokens, ignore_eos=True)
+    made = _from_the_start(engine, context, settings.tokens)
+    asked, missed = (count - before for count, before in zip(_fetched(context), early, strict=True))
     seconds, steps = max(one.decode_seconds for one in made), max(settings.tokens - 1, 1)
     times = {
         "prefill_seconds": made[0].prefill_seconds,
@@ -125,7 +126,22 @@ def _generated(
         "bytes_on_host": made[0].bytes_on_host,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "miss_rate": sum(one.miss_rate for one in made) / len(made),
+        "later_miss_rate": missed / asked if asked else 0.0,
         "tokens": sum(len(one.token_ids) for one in made),
         "execution": engine.way,
     }
     return row, [one.token_ids for one in made]
+
+
+def _from_the_start(engine: Engine, context: Context, tokens: int) -> list[Generation]:
+    """With an empty store."""
+    context.kept_steps.clear()
+    context.cache.forget_state()
+    release()
+    return engine.generate(context, tokens, ignore_eos=True)
+
+
+def _fetched(context: Context) -> tuple[float, float]:
+    """Blocks of all sequences that were selected and that were missing, so far."""
+    counts = [context.cache.fetches(b) for b in range(len(context.prompt_lengths))]
+    return sum(asked for asked, _ in counts), sum(missed for _, missed in counts)

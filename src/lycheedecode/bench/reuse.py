@@ -36,7 +36,8 @@ class Reuse:
     """What was measured on a real model.
 
     Attributes:
-        misses: by the size of the store.
+        misses: by the size of the store; of the later half of each text, if the result says so much: while a store
+            fills, more is missing.
         budget_tokens, context: with which selections of which texts.
     """
 
@@ -68,7 +69,7 @@ def reuse_of(path: str | Path, budget_tokens: int, context: int, reading: str) -
     found: dict[int, list[float]] = {}
     for row in rows:
         if distance(row) == distance(nearest):
-            found.setdefault(row["store_percent"], []).append(row["miss_rate"])
+            found.setdefault(row["store_percent"], []).append(row.get("later_miss_rate", row["miss_rate"]))
     misses: Misses = {percent: sum(rates) / len(rates) for percent, rates in sorted(found.items())}
     return Reuse(misses, nearest["budget_tokens"], nearest["context"])
 
