@@ -23,6 +23,7 @@ from lycheedecode.cli.program import Program
 from lycheedecode.cli.report import check_writable, save, screen
 
 TOOLS = {
+    "fetch-order": ("experiments.fetch_order", "OrderSettings", "run", "A model of a step that fetches, by its order."),
     "linear": ("experiments.linear", "LinearSettings", "run", "The projections of a step against the memory's speed."),
     "profile": ("experiments.profile_step", None, "run", "Which kernels a decode step consists of."),
     "profile-memory": (
@@ -42,7 +43,7 @@ TOOLS = {
     "tune-step": ("experiments.tune_step", None, "tune", "Search launches of the projections within a step."),
 }  # fmt: skip
 """Module, settings (None: those of `bench step`), function, and what it does."""
-_ANYWHERE = ("ranks", "serving-probe", "serving-soak")
+_ANYWHERE = ("fetch-order", "ranks", "serving-probe", "serving-soak")
 """What runs without a GPU, too."""
 
 

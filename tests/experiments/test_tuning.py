@@ -7,7 +7,7 @@ import pytest
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
-from experiments import tune_fetch
+from experiments import fetch_order, tune_fetch
 from experiments.__main__ import app
 from experiments.profile_fetch import waits
 from experiments.profile_step import Kernel, add_up, format_kernels
@@ -114,6 +114,19 @@ def test_a_layer_waits_until_its_fetch_is_done():
     found = waits([*step, *later], 2)
     assert found["waited_us_by_layer"] == [0.5, 7.0]
     assert (found["step_us"], found["waited_us"], found["link_busy_us"], found["fetches"]) == (20.0, 7.5, 15.0, 2.0)
+
+
+def test_a_step_that_fetches():
+    """Nothing missing: the step and its plans. A link at its limit: its time, and what cannot run beside it."""
+    settings = fetch_order.OrderSettings()
+    free = fetch_order.step(settings, 1, 6.0, 0.0, 3)
+    assert free["ms"] == pytest.approx(6 + 17 * 0.012 + 17 * 0.008, abs=0.02)
+    slow = fetch_order.OrderSettings(link=1.0)
+    bytes_fetched = (256 - 32 / 2) * 0.165 * 128 * 16384
+    bound = bytes_fetched / 1e6
+    assert bound < fetch_order.step(slow, 1, 6.0, 0.165, 3)["ms"] < bound + 6 / settings.beside
+    today = [fetch_order.step(settings, *case, 0.165, 0)["ms"] for case in ((1, 6.23), (3, 7.78))]
+    assert today == pytest.approx([7.39, 11.27], rel=0.08)  # as measured, where all came in one piece
 
 
 def test_launches_of_a_fetch_are_tried_and_left(monkeypatch):

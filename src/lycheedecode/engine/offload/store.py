@@ -16,7 +16,7 @@ from .lane import Lane, Mark
 from .pinned import wait_for
 
 _WINDOW = 3
-"""Layers ahead of a layer at which its blocks are fetched."""
+"""Layers ahead of a layer at which its blocks are fetched: `python -m experiments fetch-order` compares others."""
 _PIECE = 8192
 """Keys that are converted at a time."""
 
@@ -102,20 +102,13 @@ class BlockStore:
         return -1 if self._scanned is None else self._scanned.row_of.get((layer, head), -1)
 
     def _plan_jobs(self, device: torch.device) -> dict[int, list[tuple[int, Tensor]]]:
-        """What to fetch when a layer is reached: for which layer, and its readers, as `ops.fetch` takes them.
-
-        A layer that selects fetches for itself at once. Later layers get theirs when they are `_WINDOW` layers away, so
-        that nearer ones never wait for what is needed much later, and each for what it reads alone.
-        """
-        found: dict[int, dict[int, list[tuple[int, int, int, int]]]] = {}
-        for selecting, (first, count) in self._rows.items():
-            for row in range(first, first + count):
-                for layer, head in self.readers[row]:
-                    jobs = found.setdefault(max(selecting, layer - _WINDOW), {})
-                    jobs.setdefault(layer, []).append((row, layer, head, self._near(layer, head)))
+        """`fetch_order`, with readers as `ops.fetch` takes them."""
         return {
-            at: [(layer, torch.tensor(jobs[layer], dtype=torch.int32, device=device)) for layer in sorted(jobs)]
-            for at, jobs in found.items()
+            at: [
+                (layer, torch.tensor([(*one, self._near(*one[1:])) for one in readers], dtype=torch.int32).to(device))
+                for layer, readers in jobs
+            ]
+            for at, jobs in fetch_order(self.readers, self._rows, _WINDOW).items()
         }
 
     @property
@@ -227,6 +220,23 @@ class BlockStore:
         self.pulled.add_((self.known.misses * weights[:, 1]).sum(0))
         self.asked.add_((self.selections.counts * weights[:, 0]).sum(0))
         self.fresh.zero_()
+
+
+def fetch_order(
+    readers: Sequence[Sequence[tuple[int, int]]], rows: Mapping[int, tuple[int, int]], window: int
+) -> dict[int, list[tuple[int, list[tuple[int, int, int]]]]]:
+    """What to fetch when a layer is reached: for which layers, the nearest first; row, layer and head of their readers.
+
+    A layer that selects fetches for itself at once. Later layers get theirs when they are `window` layers away: nearer
+    ones, whose donors may select after theirs did, then do not wait behind what is needed much later.
+    """
+    found: dict[int, dict[int, list[tuple[int, int, int]]]] = {}
+    for selecting, (first, count) in rows.items():
+        for row in range(first, first + count):
+            for layer, head in readers[row]:
+                jobs = found.setdefault(max(selecting, layer - window), {})
+                jobs.setdefault(layer, []).append((row, layer, head))
+    return {at: sorted(jobs.items()) for at, jobs in found.items()}
 
 
 def readers_of(
