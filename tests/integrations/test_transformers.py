@@ -1,5 +1,7 @@
 """`generate` inside `hybrid` against `generate` outside it."""
 
+from contextlib import contextmanager
+
 import pytest
 import tiny
 import torch
@@ -109,12 +111,84 @@ def test_text_is_streamed(llama, byte_tokenizer, capsys):
     assert capsys.readouterr().out.strip() == text.strip()
 
 
-def test_assisted_decoding_runs(llama):
-    assistant = tiny.model("llama", num_hidden_layers=1)
-    batch = tiny.padded(tiny.prompts(40))
-    expected = generate(llama, batch, do_sample=False)
-    with hybrid(llama, tiny.plan(), tiny.ROOMY):
-        assert torch.equal(generate(llama, batch, do_sample=False, assistant_model=assistant), expected)
+# ---------------------------------------------------------------------- assisted decoding
+
+ASSISTED = {
+    "assistant": {"assistant_model": tiny.model("llama", num_hidden_layers=1)},
+    "good assistant": {"assistant_model": tiny.model("llama")},
+    "prompt lookup": {"prompt_lookup_num_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("way", ASSISTED)
+@pytest.mark.parametrize(
+    "config",
+    [
+        TIGHT,
+        DENSE,
+        tiny.ROOMY,
+        tiny.config(16, completion="centroid", completion_chunk=8),
+        tiny.config(None, budget_ratio=0.3),
+    ],
+    ids=["selected", "full", "roomy", "completed", "ratio"],
+)
+def test_candidates_attend_as_in_steps_of_their_own(llama, way, config):
+    """Text and logits are those without candidates, whoever proposes them."""
+    batch = {"input_ids": torch.tensor([tiny.prompts(20)[0] * 3])}
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with hybrid(llama, tiny.plan(), config), counted_passes(llama) as passes:
+        expected = llama.generate(**batch, max_new_tokens=24, **options)
+        alone, passes[:] = list(passes), []
+        actual = llama.generate(**batch, max_new_tokens=24, **options, **ASSISTED[way])
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.cat(actual.logits), torch.cat(expected.logits), atol=1e-3, rtol=1e-3)
+    assert alone == [60] + [1] * 23
+    assert max(passes[1:]) > 1  # there were candidates
+
+
+@contextmanager
+def counted_passes(model):
+    """The tokens of every pass."""
+    passes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, options: passes.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    yield passes
+    hook.remove()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_candidates_of_every_family(family):
+    model, batch = tiny.model(family), {"input_ids": torch.tensor([tiny.prompts(20)[0] * 3])}
+    with hybrid(model, tiny.plan_for(family), TIGHT):
+        expected = generate(model, batch, do_sample=False)
+        assert torch.equal(generate(model, batch, do_sample=False, prompt_lookup_num_tokens=4), expected)
+
+
+@pytest.mark.gpu
+def test_candidates_on_a_gpu():
+    model, batch = tiny.model().cuda(), {"input_ids": torch.tensor([tiny.prompts(20)[0] * 3]).cuda()}
+    config = tiny.config(32, block_size=16, completion="centroid", completion_chunk=32)
+    with hybrid(model, tiny.plan(), config):
+        expected = generate(model, batch, do_sample=False)
+        assert torch.equal(generate(model, batch, do_sample=False, prompt_lookup_num_tokens=4), expected)
+
+
+def test_a_prompt_is_dense_whatever_logits_are_asked_for(llama):
+    """A single one, all of them, or those of several sequences; otherwise the last ones are candidates."""
+    one, several = torch.tensor(tiny.prompts(60)), torch.tensor(tiny.prompts(60, 60))
+    dense = llama(several).logits
+    with hybrid(llama, tiny.plan(), TIGHT):
+        torch.testing.assert_close(llama(one).logits, dense[:1])
+        torch.testing.assert_close(llama(one, logits_to_keep=1).logits, dense[:1, -1:])
+        torch.testing.assert_close(llama(several, logits_to_keep=5).logits, dense[:, -5:])
+        kept = llama(one, logits_to_keep=5).logits
+        torch.testing.assert_close(llama.model(one).last_hidden_state[0, -1] @ llama.lm_head.weight.T, dense[0, -1])
+    torch.testing.assert_close(kept[:, 0], dense[:1, -5])
+    context = Engine(llama, plan=tiny.plan(), config=TIGHT).prefill(one[:, :56].tolist())
+    engine = Engine(llama, plan=tiny.plan(), config=TIGHT)
+    steps = [engine.decode_one_token(context, one[:, at]) for at in range(56, 60)]
+    torch.testing.assert_close(kept[0, 1:], torch.cat(steps), atol=1e-3, rtol=1e-3)
 
 
 # ---------------------------------------------------------------------- nothing left behind

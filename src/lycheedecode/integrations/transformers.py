@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,10 +16,12 @@ from ..checks import check_tokenizer, settings_from
 from ..config import ConfigLike, HybridConfig
 from ..engine.plans import PlanLike, plan_from
 from ..errors import ConfigError
-from ..models.routing import RoutedAttention, route_attention, supported_shape
-from ..models.shape import ModelError, inner_model
-from ..ops import KV
+from ..models.routing import RoutedAttention, layer_of, refuse_unless_plain, route_attention, supported_shape
+from ..models.shape import ModelError, ModelShape, inner_model
+from ..ops import KV, Selections
 
+_MOST_CANDIDATES = 128
+"""Of assisted decoding; who asks for more logits at once wants those of a text that is there."""
 _NO_WEIGHTS = "Attention weights (output_attentions) do not exist in hybrid decoding."
 
 
@@ -32,9 +35,11 @@ def hybrid(
     `config` may be a mapping such as `{"budget_tokens": 512}`.
 
     Any caller works: `generate`, greedily or with sampling, beams or streaming, in batches padded on the left, with
-    dynamic or static caches, with a prefix in the cache. Several tokens at once (the prompt, candidates of assisted
-    decoding) are dense. Static caches are not compiled inside the context. If the plan completes heads, each step
-    computes the chunk means from the whole cache; `Engine` keeps them.
+    dynamic or static caches, with a prefix in the cache. Prompts are dense. The candidates of assisted decoding
+    (`assistant_model`, `prompt_lookup_num_tokens`) each attend as in a step of their own, so the text does not depend
+    on them; a pass over one sequence has candidates when 2 to 128 logits are asked for (`logits_to_keep`). Static
+    caches are not compiled inside the context. If the plan completes heads, each step computes the chunk means from the
+    whole cache; `Engine` keeps them.
 
     >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
     >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):
@@ -68,44 +73,119 @@ def hybrid(
     shape = supported_shape(model, head_plan)
     if getattr(inner_model(model).config, "output_attentions", False):
         raise ModelError(_NO_WEIGHTS)
-    routed = RoutedAttention(shape, _MaskedSteps(HybridAttention(head_plan, config, shape.global_layers)))
-    with route_attention(model, routed), _without_compilation(inner_model(model)), _with_cache(inner_model(model)):
+    steps = _MaskedSteps(HybridAttention(head_plan, config, shape.global_layers))
+    inner = inner_model(model)
+    with route_attention(model, _StepsAndCandidates(shape, steps)), _without_compilation(inner), _passes(inner, steps):
         yield model
+
+
+class _StepsAndCandidates(RoutedAttention):
+    """Attention of a pass that may end in candidates: tokens of which each attends as in a step of its own."""
+
+    def __init__(self, shape: ModelShape, steps: _MaskedSteps) -> None:
+        super().__init__(shape, steps)
+        self._steps = steps
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        tokens, number = query.shape[2], self._steps.candidates_of(query)
+        if not number or layer_of(module) not in self._global_layers:
+            return super().__call__(module, query, key, value, attention_mask, scaling, **options)
+        refuse_unless_plain(options)
+        self._shape.check_heads(layer_of(module), key.shape[1])
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        newest = query[0, :, -number:].transpose(0, 1)
+        found = self._steps.attend_candidates(layer_of(module), newest, key, value, attention_mask, scale)
+        if number == tokens:
+            return found[None], None
+        prompt, _ = super().__call__(module, query, key, value, attention_mask, scaling, **options)
+        return torch.cat([prompt[:, :-number], found[None]], 1), None
 
 
 class _MaskedSteps(threading.local):
     """Finds out, from the masks alone, where the tokens of each sequence lie; once a step, not once a layer.
 
     Every thread that calls the model has steps of its own.
+
+    Attributes:
+        logits_to_keep: of the pass that is being made.
     """
+
+    logits_to_keep = 0
 
     def __init__(self, attention: HybridAttention) -> None:
         self._attention = attention
-        self._layer = -1
+        self._layer = 1 << 30  # whatever layer comes first, a pass begins
         self._mask: Tensor | None = None
         self._lengths: Tensor | None = None
         self._starts: Tensor | None = None
-        self._state: HybridState | None = None
         self._room = (0, 0)
+        self._state: HybridState
+        self._rows: Selections
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
-        if layer <= self._layer or mask is not self._mask:
+        if self._is_news(layer, mask):
             self._lengths, self._starts = (None, None) if mask is None else token_spans(mask, keys.shape[2])
-        self._layer, self._mask = layer, mask
-        self._make_room(keys)
         kv = KV(keys, values, self._lengths, self._starts)
-        assert self._state is not None
+        return self._attention(layer, query, kv, self._state_for(layer, kv), scale)
+
+    def candidates_of(self, query: Tensor) -> int:
+        """How many of the newest tokens of queries `[B, Hq, T, D]` are candidates; the last one of a prompt is none."""
+        batch, _, tokens, _ = query.shape
+        if batch > 1 or tokens == 1 or not 2 <= self.logits_to_keep <= _MOST_CANDIDATES:
+            return 0
+        return tokens if tokens <= self.logits_to_keep else self.logits_to_keep - 1
+
+    def attend_candidates(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Attention `[n, Hq, D]` of the newest n tokens of one sequence: n sequences of different lengths in one cache.
+
+        Args:
+            layer, scale: as of a step.
+            query: `[n, Hq, D]`.
+            keys, values: `[1, Hkv, S, D]`.
+            mask: bool `[1, 1, T, S]`, of which the last n rows are theirs; None: causal.
+        """
+        number, slots = query.shape[0], keys.shape[2]
+        if self._is_news(layer, mask):
+            self._lengths, self._starts = torch.arange(slots - number, slots).int().to(keys.device) + 1, None
+            if mask is not None:
+                rows = mask[0, :, -number:].transpose(0, 1)[:, :, None]  # [n, 1, 1, S]
+                self._lengths, self._starts = token_spans(rows, slots)
+        whole = KV(keys, values, *(None if one is None else one[-1:] for one in (self._lengths, self._starts)))
+        state = self._state_for(layer, whole)
+        if number > self._rows.counts.shape[1]:
+            self._rows = self._attention.allocate(2 * number, self._room[1], keys.device).selections
+        kv = KV(keys.expand(number, -1, -1, -1), values.expand(number, -1, -1, -1), self._lengths, self._starts)
+        means = None if state.means is None else state.means.shared(number)
+        return self._attention(layer, query, kv, HybridState(self._rows.sequences(number), means=means), scale)
+
+    def _is_news(self, layer: int, mask: Tensor | None) -> bool:
+        """Whether a layer is the first of a pass that is given its mask."""
+        news = layer <= self._layer or mask is not self._mask
+        self._layer, self._mask = layer, mask
+        return news
+
+    def _state_for(self, layer: int, kv: KV) -> HybridState:
+        """The state, with room for this cache, and the layer's means."""
+        if kv.batch != self._room[0] or kv.slots > self._room[1]:
+            self._room = kv.batch, kv.slots + 256  # a cache that grows by a token a step then seldom asks again
+            self._state = self._attention.allocate(*self._room, kv.keys.device)
+            self._rows = self._state.selections
         if self._state.means is not None and layer in self._state.means.layers:
             self._state.means.write(layer, kv)
-        return self._attention(layer, query, kv, self._state, scale)
-
-    def _make_room(self, keys: Tensor) -> None:
-        batch, slots = keys.shape[0], keys.shape[2]
-        if batch != self._room[0] or slots > self._room[1]:
-            self._room = batch, slots + 256  # a cache that grows by a token a step then seldom asks again
-            self._state = self._attention.allocate(*self._room, keys.device)
+        return self._state
 
 
 def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]:
@@ -130,21 +210,33 @@ def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]
 
 
 @contextmanager
-def _with_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Refuse passes without a cache, which would read the prompt anew, densely; and to return attention weights."""
+def _passes(model: PreTrainedModel, steps: _MaskedSteps) -> Iterator[None]:
+    """Look at what every pass is asked for: how many logits, which tell candidates.
 
-    def refuse(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
+    Refused are passes without a cache, which would read the prompt anew, densely; and to return attention weights.
+    """
+
+    def look(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
         given = options.get("use_cache")
         if not (model.config.get_text_config(decoder=True).use_cache if given is None else given):
             raise ModelError("Hybrid attention needs the KV cache: leave out use_cache=False.")
         if options.get("output_attentions"):
             raise ModelError(_NO_WEIGHTS)
+        kept = options.get("logits_to_keep", 0)
+        steps.logits_to_keep = kept if isinstance(kept, int) else 0
 
-    hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    def forget(*_: Any) -> None:
+        steps.logits_to_keep = 0
+
+    hooks = (
+        model.register_forward_pre_hook(look, with_kwargs=True),
+        model.register_forward_hook(forget, always_call=True),
+    )
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -84,6 +85,12 @@ class ChunkMeans:
         if self.means is None or self.means.shape[2] != kv.batch or self.means.shape[4] < kv.slots // self.chunk:
             self._allocate(kv.keys, kv.slots + kv.slots // 4)
         write_means(kv, self.chunk, *self.of_layer(layer))
+
+    def shared(self, batch: int) -> ChunkMeans:
+        """A view of one sequence's means as those of `batch` sequences, each a beginning of it."""
+        view = copy.copy(self)
+        view.means = None if self.means is None else self.means.expand(-1, -1, batch, -1, -1, -1)
+        return view
 
     def _chunks(self, slots: int, start: int) -> int:
         return max(slots - start, 0) // self.chunk
