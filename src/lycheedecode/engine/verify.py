@@ -367,6 +367,7 @@ class Rounds:
         if self._state is not None:
             layers = self._context.cache.layers
             end = (self._filled + self.tokens).clamp(max=layers[0].capacity)
+            end = torch.where(self._active > 0, end, self._starts)  # of a finished sequence nothing is written
             bounds = self._followed, self._filled, end
             self._state.follow(lambda layer: layers[layer].store, *bounds, most, self._starts)
         self._followed.copy_(self._filled)
