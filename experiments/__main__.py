@@ -33,6 +33,9 @@ TOOLS = {
         "experiments.profile_step", "LosslessSettings", "run_rounds", "Which kernels the parts of a lossless round are."
     ),
     "ranks": ("experiments.ranks", "RanksSettings", "run", "vLLM on several tensor-parallel ranks and on one."),
+    "serving-lossless": (
+        "experiments.serving_lossless", "ServedTextSettings", "run", "Real texts in vLLM: stock, hybrid and lossless."
+    ),
     "serving-probe": (
         "experiments.serving_probe", "ProbeSettings", "run", "Kernels inside vLLM against their definition."
     ),
@@ -43,7 +46,7 @@ TOOLS = {
     "tune-step": ("experiments.tune_step", None, "tune", "Search launches of the projections within a step."),
 }  # fmt: skip
 """Module, settings (None: those of `bench step`), function, and what it does."""
-_ANYWHERE = ("fetch-order", "ranks", "serving-probe", "serving-soak")
+_ANYWHERE = ("fetch-order", "ranks", "serving-lossless", "serving-probe", "serving-soak")
 """What runs without a GPU, too."""
 
 
