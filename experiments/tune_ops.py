@@ -70,7 +70,9 @@ def candidates(kernel: str, batch: int, block: int, kv_heads: int) -> Iterator[C
             for warps, pdl in product((4, 8, 16, 32), (1, 0)):
                 yield Candidate(kernel, batch, heads, block, 1, 32 * warps, warps, 1, pdl)
             continue
-        splits = [s for s in (2**i for i in range(11)) if PROGRAMS[0] <= batch * heads * s <= PROGRAMS[1]]
+        two_each = {264 // (batch * heads)} if kernel == "attend" else set()  # programs, on an H200's processors
+        numbers = sorted({2**i for i in range(11)} | two_each)
+        splits = [s for s in numbers if PROGRAMS[0] <= batch * heads * s <= PROGRAMS[1]]
         for i, (s, (tile, warps, stages)) in enumerate(product(splits, SHAPES[kernel])):
             if tile >= block or kernel != "scan":
                 for pdl in (1, 0) if i == 0 else (1, 2) if kernel == "attend_blocks" else (1,):

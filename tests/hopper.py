@@ -51,6 +51,13 @@ def spilled_bytes(kernel, tmp_path):
     return int(re.search(r"STACK:(\d+)", _ask("--dump-resource-usage", kernel, tmp_path))[1])
 
 
+def programs_at_once(kernel, tmp_path):
+    """That a processor holds: as many as its registers and its shared memory suffice for."""
+    registers = int(re.search(r"REG:(\d+)", _ask("--dump-resource-usage", kernel, tmp_path))[1])
+    warp = -(-32 * registers // 256) * 256
+    return min(65536 // (warp * kernel.metadata.num_warps), (SHARED_MEMORY + 1024) // (kernel.metadata.shared + 1024))
+
+
 def instructions(kernel, tmp_path):
     """Names of the kernel's machine instructions, in order."""
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", _ask("-sass", kernel, tmp_path))

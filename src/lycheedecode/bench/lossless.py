@@ -27,7 +27,7 @@ from ..engine.sampling import Sampling
 from ..engine.verify import Rounds, spare_slots
 from ..errors import DeviceError, MismatchError
 from ..ops import KV
-from ..ops.attend import triton_rows
+from ..ops.attend import triton_dense, triton_rows
 from ..ops.kernel_common import Tuning
 from ..results import Result
 from .harness import say
@@ -99,14 +99,13 @@ def _attend_rows(kv: KV, heads: int, tune: bool) -> Iterator[dict[str, Any]]:
     batch, kv_heads, _, dim = kv.keys.shape
     eight_bits, scale = kv.keys.dtype == torch.float8_e4m3fn, dim**-0.5
     scales = (torch.ones(kv_heads, device="cuda"),) * 2 if eight_bits else None
-    if not eight_bits:
-        query = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
-        yield {
-            "op": "one token",
-            "tokens": 1,
-            "tuning": "",
-            "ms": time_calls([lambda: ops.attend(query, kv, scale)]).ms,
-        }
+    query = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
+    yield {
+        "op": "one token",
+        "tokens": 1,
+        "tuning": str(tuple(triton_dense.default_tuning(batch * kv_heads, kv))),
+        "ms": time_calls([lambda: ops.attend(query, kv, scale, scales=scales)]).ms,
+    }
     for tokens in TOKENS:
         several = torch.randn(batch, tokens, heads, dim, dtype=torch.bfloat16, device="cuda")
         usual = triton_rows.default_tuning(batch * kv_heads, tokens * heads // kv_heads, kv)

@@ -113,6 +113,18 @@ def even_splits(pairs: int, tiles: int, programs: int, most: int) -> int:
     return max(min(wanted, most, power_of_two(tiles)), 1)
 
 
+def filling_splits(pairs: int, places: int) -> int:
+    """Splits of each of `pairs` heads that fill the places in which programs run at once, as few as that takes."""
+    least = max(min(places // pairs, 64), 1)
+    return max(range(least, max(least, 8) + 1), key=lambda splits: pairs * splits / ceil(pairs * splits / places))
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Of a GPU; an H200's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 @lru_cache(maxsize=64)
 def shared_memory(device: torch.device) -> int:
     """Bytes of it that a program can have; an H200's where there is no GPU to ask."""

@@ -93,8 +93,19 @@ def attend(
 
 
 def default_tuning(pairs: int, kv: KV) -> Tuning:
-    """What was fastest on an H200; `python -m experiments tune-ops` measures it."""
-    few, pdl = pairs <= 16, common.has_pdl(kv.keys.device)
+    """What was fastest on an H200; `python -m experiments tune-ops` measures it.
+
+    A program's arithmetic takes about as long as an H200 takes to read its tile, and longer where keys and values are
+    in 8 bits: then processors hold several programs, one of which computes while others wait.
+    """
+    device, pdl = kv.keys.device, common.has_pdl(kv.keys.device)
+    size = kv.keys.element_size()
+    if size == 1 or (size == 2 and pairs <= 16 and common.read_rate(device) > 30e9):
+        programs, stages = (3, 4) if size == 1 else (2, 3)
+        tuning = common.fitting(Tuning(1, min(common.tile_of(kv, 8192 * size), 64), 4, stages, pdl), kv)
+        splits = common.filling_splits(pairs, programs * common.processors(device))
+        return tuning._replace(splits=max(min(splits, triton.cdiv(kv.slots, tuning.tile)), 1))
+    few = pairs <= 16
     tile, stages = (16384, 4) if few else (32768, 3)
     tuning = common.fitting(Tuning(8, common.tile_of(kv, tile), 4, stages, pdl), kv)
     if few:

@@ -13,7 +13,6 @@ A cache in 8-bit floats is widened to float16 in registers.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import ceil
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
 from ..types import KV
+from . import triton_dense
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -163,9 +163,13 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
 
     A single token is read as by `triton_dense`. With more rows a tile's arithmetic takes half as long as its bytes on
     an H200: two programs a processor, of three stages, so that one computes while the other waits. On an H100, whose
-    memory is slower, one program computes beside its own loads, and there is half as much to merge.
+    memory is slower, one program computes beside its own loads, and there is half as much to merge. Where keys and
+    values are in 8 bits, arithmetic takes longer than bytes: as many programs as registers allow.
     """
     device, pdl = kv.keys.device, common.has_pdl(kv.keys.device)
+    size = kv.keys.element_size()
+    if rows <= 16 and size == 1:
+        return triton_dense.default_tuning(pairs, kv)
     tile = min(common.tile_of(kv, 16384), 64)
     tiles = triton.cdiv(max(kv.slots, 1), tile)
     if rows <= 16:
@@ -173,19 +177,11 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
         return tuning._replace(splits=common.even_splits(pairs, tiles, 128, 64)) if pairs <= 16 else tuning
     row_tile = min(common.power_of_two(rows), most_rows(kv))
     held = row_tile * common.power_of_two(kv.keys.shape[3])
-    warps = 8 if held > 64 * 128 or kv.keys.dtype == torch.float32 else 4
-    alone = row_tile == 64 and kv.keys.element_size() == 2 and common.read_rate(device) < 30e9
-    places = (1 if alone else 2) * _processors(device)
-    return common.fitting(Tuning(min(_splits(pairs, places), max(tiles, 1)), tile, warps, 3, pdl), kv)
-
-
-def _splits(pairs: int, places: int) -> int:
-    """Of every pair, so that programs fill the places in which they run at once, and as few of them as that takes."""
-    least = max(min(places // pairs, 64), 1)
-    return max(range(least, max(least, 8) + 1), key=lambda splits: pairs * splits / ceil(pairs * splits / places))
-
-
-@lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    """Of a GPU; an H200's where there is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    warps = 8 if held > 64 * 128 or size == 4 else 4
+    programs, stages = 2, 3
+    if row_tile == 64 and size == 2 and common.read_rate(device) < 30e9:
+        programs = 1
+    elif size == 1 and held == 64 * 128:
+        programs, tile, stages = 3, min(tile, 32), 4
+    splits = common.filling_splits(pairs, programs * common.processors(device))
+    return common.fitting(Tuning(min(splits, max(tiles, 1)), tile, warps, stages, pdl), kv)
