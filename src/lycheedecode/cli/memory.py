@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from ..config import HybridConfig
@@ -21,15 +22,37 @@ from .report import check_writable, save, screen, show_table
 
 app = typer.Typer(add_completion=False)
 GIB = 2**30
+MISSES = {1.0: 0.292, 1.5: 0.215, 2.0: 0.164, 3.0: 0.115}
+"""Of Qwen2.5-Coder-1.5B at 30K tokens with a budget of 1024, by the size of the store
+(docs/results/h100-memory-qwen2.5-coder-1.5b.json)."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A way to decode, and the options that ask for it."""
+    """A way to decode, and the options that ask for it.
+
+    Attributes:
+        store_ratio: of a cache in host memory; 0: it is on the GPU.
+        misses: share of the selected blocks that are fetched.
+        pulled: of what they hold, the share that crosses the link.
+        own: the share that heads of the selecting layer wait for.
+    """
 
     name: str
     options: str
     size: CacheSize
+    store_ratio: float = 0.0
+    misses: float = 0.0
+    pulled: float = 0.0
+    own: float = 0.0
+
+    def step_ms(self, weights: int, bandwidth: float, link: float) -> float:
+        """At least: fetches for later layers run beside the model, which reads `weights` bytes and the cache.
+
+        `bandwidth` and `link` in bytes a millisecond.
+        """
+        near, far = (weights + self.size.read) / bandwidth, self.misses * self.size.selected / link
+        return max(near + far * self.own, far * self.pulled)
 
 
 @app.command(no_args_is_help=False)
@@ -52,7 +75,12 @@ def memory(
     host: Annotated[float, typer.Option(metavar="GIB", help="Host memory.")] = 128.0,
     bandwidth: Annotated[float, typer.Option(metavar="TB/S", help="GPU memory bandwidth.")] = 4.67,
     link: Annotated[float, typer.Option(metavar="GB/S", help="What it fetches from host memory.")] = 49.0,
-    misses: Annotated[float, typer.Option(metavar="SHARE", help="Selected blocks that the store lacks.")] = 0.16,
+    misses: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Selected blocks that the store lacks. \\[default: by its size, as measured]"
+        ),
+    ] = None,
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:
@@ -62,7 +90,7 @@ def memory(
         raise ConfigError("--context and --batch must be at least 1.")
     if not (0 < gpu < 1e9 and 0 <= host < 1e9):
         raise ConfigError("--gpu and --host are GiB of memory and must be above 0.")
-    if not (0 < bandwidth < 1e9 and 0 < link < 1e9 and 0 <= misses <= 1):
+    if not (0 < bandwidth < 1e9 and 0 < link < 1e9 and 0 <= (misses or 0) <= 1):
         raise ConfigError("--bandwidth and --link must be above 0, --misses a share from 0 to 1.")
     config, head_plan = HybridConfig(**form), None if plan is None else HeadPlan.load(plan)
     refuse_unfit(config, store_ratio)
@@ -70,12 +98,17 @@ def memory(
         config = replace(config, completion="none")  # the plan completes nothing
     shape, weights, table = _model(model, revision)
     retrieval = _retrieval(shape, head_plan)
-    ways = list(_ways(shape, batch, context, config, retrieval, store_ratio))
+    ways = [
+        _fetching(way, shape, head_plan, retrieval, "--scan-keys float8" in way.options, misses)
+        for way in _ways(shape, batch, context, config, retrieval, store_ratio)
+    ]
     rows = [_row(way, weights, gpu, host) for way in ways]
     for way, row in zip(ways, rows, strict=True):
-        near = (weights - table + way.size.read) / bandwidth / 1e9
-        far = misses * way.size.selected / link / 1e6 if way.size.host else 0.0
-        row["step_ms"] = max(near, far)  # fetches run beside the model
+        row |= {
+            "misses": way.misses,
+            "own": way.own,
+            "step_ms": way.step_ms(weights - table, bandwidth * 1e9, link * 1e6),
+        }
     cells = [[row["way"], *(_gib(row[name]) for name in ("gpu_bytes", "total_bytes", "host_bytes")),
               "yes" if row["fits"] else "no", f"{row['step_ms']:.1f}"] for row in rows]  # fmt: skip
     console = screen(json_file)
@@ -113,7 +146,24 @@ def _ways(
         options = "--cache host"
         options += " --scan-keys float8" if form.scan_keys == "float8" else ""
         options += f" --store-ratio {kept:g}" if kept != 2 else ""
-        yield Placement(name, options, offloaded_size(shape, batch, slots, 2, form, retrieval, kept))
+        yield Placement(name, options, offloaded_size(shape, batch, slots, 2, form, retrieval, kept), kept)
+
+
+def _fetching(
+    way: Placement, shape: ModelShape, plan: HeadPlan | None, retrieval: int, eight: bool, misses: float | None
+) -> Placement:
+    """With what it fetches; without a plan, retrieval heads alone read what their layer selects.
+
+    `eight`: their keys are on the GPU in 8 bits only.
+    """
+    if not way.store_ratio:
+        return way
+    heads, own = len(shape.global_layers) * shape.num_kv_heads, retrieval
+    if plan is not None:
+        own = sum(donor[0] == layer for layer in shape.global_layers for donor in plan.donors[layer])
+    share = float(np.interp(way.store_ratio, list(MISSES), list(MISSES.values()))) if misses is None else misses
+    near = 0 if eight else retrieval / 2
+    return replace(way, misses=share, pulled=1 - near / heads, own=(own - near) / heads)
 
 
 def _row(way: Placement, weights: int, gpu: float, host: float) -> dict[str, Any]:
