@@ -129,6 +129,18 @@ def test_a_step_that_fetches():
     assert today == pytest.approx([7.39, 11.27], rel=0.08)  # as measured, where all came in one piece
 
 
+def test_orders_of_fetches_from_the_command_line(tmp_path):
+    given = ["--batches", "1", "--step-ms", "6.5", "--windows", "2", "--json", str(tmp_path / "order.json")]
+    done = CliRunner().invoke(app, ["fetch-order", "--misses", "0.1,0.2", *given])
+    assert done.exit_code == 0, done.output
+    rows = Result.load(tmp_path / "order.json").rows
+    assert [(row["misses"], row["window"]) for row in rows] == [(0.1, 0), (0.1, 2), (0.2, 0), (0.2, 2)]
+    assert len(done.stdout.splitlines()) == 4
+    for misses, words in (("0.1,x", "misses takes numbers"), ("-1", "misses must be above 0")):
+        done = CliRunner().invoke(app, ["fetch-order", "--misses", misses, *given])
+        assert (done.exit_code, words in done.stderr) == (2, True), done.output
+
+
 def test_launches_of_a_fetch_are_tried_and_left(monkeypatch):
     """Its time is made up here; what it computes is compared."""
     monkeypatch.setattr(tune_fetch, "time_calls", lambda calls: (calls[0](), SimpleNamespace(ms=1e-3))[1])

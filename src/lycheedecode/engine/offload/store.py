@@ -199,7 +199,7 @@ class BlockStore:
                 mark = self.lane.run(partial(fetch, *more, beside=True))
                 self._launched += 1
                 self._arriving[reader] = self._launched, mark
-        if layer == max(self._rows):
+        if layer == max(self._rows, default=None):
             self._counted = self.lane.run(self._count)
 
     def wait_for(self, layer: int) -> None:
@@ -211,7 +211,8 @@ class BlockStore:
 
     def finish(self) -> None:
         """The end of a step that selected: nothing is left in the lane."""
-        self.lane.wait(self._counted)
+        if self._counted is not None:
+            self.lane.wait(self._counted)
 
     def _count(self) -> None:
         """Count selected and missing blocks of this step, except for the first selection: the store was empty."""
