@@ -83,7 +83,7 @@ def test_texts_are_full_attentions(mine, tmp_path):
     ]
     assert [(row["budget_tokens"], row["case"]) for row in rows] == [(b, case) for b in (80, 96) for case in cases]
     for row in rows:
-        assert (row["same"], row["near_ties"], row["wrong"]) == (row["tokens"], [], [])
+        assert (row["same"], row["tie_token"], row["wrong"]) == (row["tokens"], [], [])
         assert row["prompts"] == [120, 100, 80]
         if not row["case"].endswith("with stops"):
             assert 0 < row["stood"] < 1
@@ -106,8 +106,9 @@ def test_in_16_bits_texts_have_the_shape_of_the_pass(mine, in_16_bits, tmp_path)
     run("--parts", "exact", *mine, *settings, "--weights", "model,float8", "--json", str(path))
     rows = rows_of(path)
     assert [row["in_the_shape_of_the_pass"] for row in rows] == [[True] * 3] * 10 + [None] * 10
-    for tie in [tie for row in rows for tie in row["near_ties"]]:
-        assert 0 <= tie["tie"] <= tie["rounding"] < 1
+    for row in rows:
+        for within, rounding in zip(row["tie_within"], row["tie_rounding"], strict=True):
+            assert 0 <= within <= rounding < 1
 
 
 def written(monkeypatch, change):
@@ -146,7 +147,7 @@ def test_another_text_is_refused(mine, monkeypatch, tmp_path, change, sentence):
 def tied(monkeypatch):
     """Every other token ties."""
     written(monkeypatch, other_token)
-    near = {"tie": 1e-9, "rounding": 1e-8}
+    near = {"found": 0, "right": 1, "gap_in_steps": 1e-9, "gap_in_prefill": 1e-9, "within": 1e-9, "rounding": 1e-8}
     monkeypatch.setattr(lossless_exact.Truth, "_measure", lambda *_: near)
     return ["--budgets", "80", "--tokens", "8", "--ways", "4", "--seeds", "1"]
 
@@ -174,12 +175,12 @@ def test_a_tie_is_as_wide_as_the_smallest_move_that_changes_the_token(mine):
     assert right == row[9]
     gap = float(logits[right] - logits[found])
     tie = truth._measure(case, 1, 9, found, right)
-    assert tie["logits"]["steps"] == pytest.approx([float(logits[found]), float(logits[right])], abs=1e-3)
+    assert [tie["gap_in_steps"], tie["gap_in_prefill"]] == pytest.approx([gap, gap], abs=1e-3)
     assert "wrong" in tie  # rounding in float32 does not reach so far
     logits_of = truth._steps
     truth._steps = lambda *_: logits_of(case, 9) + torch.linspace(0, 2 * gap, 260)
     moved = truth._measure(case, 1, 9, found, right)
-    assert moved["tie"] == pytest.approx(min(gap / 2, (gap + 2 * gap * (right - found) / 259) / 2), abs=1e-3 * gap)
+    assert moved["within"] == pytest.approx(min(gap / 2, (gap + 2 * gap * (right - found) / 259) / 2), abs=1e-3 * gap)
 
 
 def test_what_it_needs_is_said():

@@ -39,6 +39,9 @@ _FILTERS: tuple[dict[str, Any], ...] = ({}, {"top_p": 0.9, "min_p": 0.02}, {"top
 """Of samplers; seeds take them in turn."""
 _HALVINGS = 20
 """Of the interval in which a near tie lies."""
+_OF_TIES = "sequence", "token", "found", "right", "gap_in_steps", "gap_in_prefill", "within", "rounding"
+"""Where; the token found, and the right one; how much higher the right logit is in two shapes of full attention; the
+least move of logits that makes full attention write the one found; how far apart the logits of both shapes lie."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Truth:
         self.texts[case] = case.write(self.full, self.context, self.tokens)
 
     def differences(self, case: Case, found: Sequence[Generation]) -> list[dict[str, Any]]:
-        """Where texts first differ from full attention's: `sequence`, `token`, and `tie`, or why it is none."""
+        """Where texts first differ from full attention's: `sequence`, `token`, and `_OF_TIES` or what is `wrong`."""
         expected, differ = self.texts[case], []
         for sequence, (one, right) in enumerate(zip(found, expected, strict=True)):
             at = same_tokens(one, right)
@@ -118,19 +121,17 @@ class Truth:
             moves = (logits + moved * way for logits in shapes.values() for way in _ways(logits, found, right))
             return any(int(sampler(logits[None], place, at)) == found for logits in moves)
 
-        of_both = {name: [float(logits[found]), float(logits[right])] for name, logits in shapes.items()}
-        tie = {"tokens": [found, right], "logits": of_both, "rounding": rounding}
+        gaps = {f"gap_in_{name}": float(logits[right] - logits[found]) for name, logits in shapes.items()}
+        tie = {"found": found, "right": right, **gaps, "rounding": rounding}
         if not writes_it(rounding):
-            gaps = " and ".join(f"{b - a:.2e}" for a, b in of_both.values())
-            wrong = (
-                f"has {found} for {right}, whose logit is {gaps} higher where rounding moves logits by {rounding:.2e}"
-            )
-            return {**tie, "wrong": wrong}
+            gap = f"{' and '.join(f'{gap:.2e}' for gap in gaps.values())} higher in {' and '.join(shapes)}"
+            moves = f"where rounding moves logits by {rounding:.2e}"
+            return {**tie, "wrong": f"has {found} for {right}, whose logit is {gap}, {moves}"}
         low, high = 0.0, rounding
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if writes_it(middle) else (middle, high)
-        return {**tie, "tie": high}
+        return {**tie, "within": high}
 
     def _steps(self, case: Case, at: int) -> Tensor:
         """Logits `[B, V]` of full attention's steps before token `at` of its texts, as when it wrote them."""
@@ -219,7 +220,7 @@ def _row(truth: Truth, case: Case, found: Sequence[Generation], shaped: Sequence
         if "wrong" in one:
             wrong.append(f"{place} {one['wrong']}")
         elif dtype == torch.float32:
-            wrong.append(f"{place} leaves full attention's text, at a tie within {one['tie']:.1e}")
+            wrong.append(f"{place} leaves full attention's text, at a tie within {one['within']:.1e}")
     in_its_shape = None if shaped is None else [a.token_ids == b.token_ids for a, b in zip(found, shaped, strict=True)]
     if truth.full.device.type == "cuda":  # where a token's result does not depend on its place in a pass
         unlike = [sequence for sequence, equal in enumerate(in_its_shape or ()) if not equal]
@@ -233,7 +234,7 @@ def _row(truth: Truth, case: Case, found: Sequence[Generation], shaped: Sequence
         "same": [same_tokens(a, b) for a, b in zip(found, expected, strict=True)],
         "stood": accepted / drafted if drafted else None,
         "in_the_shape_of_the_pass": in_its_shape,
-        "near_ties": [one for one in differences if "tie" in one],
+        **{f"tie_{name}": [one[name] for one in differences if "within" in one] for name in _OF_TIES},
         "wrong": wrong,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -251,10 +252,10 @@ def format_exact(row: Mapping[str, Any]) -> str:
         parts.append(f"{sum(shape)} in the shape of the pass")
     if row["stood"] is not None:
         parts.append(f"{row['stood']:.0%} of drafts accepted")
+    ties = (row[f"tie_{name}"] for name in ("sequence", "token", "within", "rounding"))
     parts += [
-        f"sequence {tie['sequence']} leaves at token {tie['token']}: a tie within {tie['tie']:.1e} where rounding is "
-        f"{tie['rounding']:.1e}"
-        for tie in row["near_ties"]
+        f"sequence {sequence} leaves at token {token}: a tie within {within:.1e} where rounding is {rounding:.1e}"
+        for sequence, token, within, rounding in zip(*ties, strict=True)
     ]
     parts += [f"WRONG: {one}" for one in row["wrong"]]
     case = f"{row['dtype']}, budget {row['budget_tokens']}, {row['way']} drafts{eight}, {row['case']}"
