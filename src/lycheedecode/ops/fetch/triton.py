@@ -30,11 +30,13 @@ class Launch(NamedTuple):
     """How the kernels are launched.
 
     Attributes:
-        programs, fetch_warps: of a fetch.
+        programs, fetch_warps: of a fetch beside the model.
+        programs_alone: of one that the model waits for.
         plan_warps: of a program that plans; None: as many as have 8 slots a lane.
     """
 
     programs: int = 32
+    programs_alone: int = 32
     fetch_warps: int = 16
     plan_warps: int | None = None
 
@@ -162,8 +164,9 @@ def fetch(
     _, batch, heads, entries, dim = pool.keys.shape
     size, pairs = block_size * dim, len(readers) * batch
     pdl = 0 if beside else common.has_pdl(pool.keys.device)
+    programs = LAUNCH.programs if beside else LAUNCH.programs_alone
     with common.on_device(pool.keys):
-        _fetch_kernel[LAUNCH.programs,](
+        _fetch_kernel[programs,](
             *(*pool, *source, near, known.slot_of, known.missing, known.misses, readers, starts),
             *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1], near.shape[-2]),
             *(pairs, batch),
