@@ -212,7 +212,7 @@ def cpu(out: Path, gpu: str) -> Iterator[str]:
     yield f"{FIDELITY} {quest} {HARD} --json OUT/quest-twice-the-bytes-cpu.json"
     texts = "--parts real --model smollm2-135m --contexts 7000 --batches 1 --tokens 128 --ways hybrid,auto,8"
     yield f"bench lossless {texts} --budget-tokens 512 --block-size 16 --json OUT/cpu-lossless-smollm2-135m.json"
-    cells = "--cells code:1000:continuation:64 --cells prose:1000:continuation:64 --prompts 8 --batch-size 8"
+    cells = "--cells code:1000:continuation:64 --cells prose:1000:continuation:64 --prompts 4 --batch-size 4"
     eight = "--policies full+weights8,hybrid,hybrid+weights8 --budget-tokens 512 --block-size 16 --dtype float32"
     yield f"evaluate fidelity --model smollm2-135m {eight} {cells} --json OUT/cpu-weights8-smollm2-135m.json"
 
