@@ -117,6 +117,7 @@ ASSISTED = {
     "assistant": {"assistant_model": tiny.model("llama", num_hidden_layers=1)},
     "good assistant": {"assistant_model": tiny.model("llama")},
     "prompt lookup": {"prompt_lookup_num_tokens": 5},
+    "early exit": {"assistant_early_exit": 2},
 }
 
 
@@ -163,6 +164,15 @@ def test_candidates_of_every_family(family):
     with hybrid(model, tiny.plan_for(family), TIGHT):
         expected = generate(model, batch, do_sample=False)
         assert torch.equal(generate(model, batch, do_sample=False, prompt_lookup_num_tokens=4), expected)
+
+
+def test_candidates_after_padding(llama):
+    row = tiny.prompts(20)[0] * 3
+    padded = {"input_ids": torch.tensor([[0] * 7 + row]), "attention_mask": torch.tensor([[0] * 7 + [1] * 60])}
+    with hybrid(llama, tiny.plan(), TIGHT):
+        expected = generate(llama, {"input_ids": torch.tensor([row])}, do_sample=False)[0, 60:]
+        found = generate(llama, padded, do_sample=False, prompt_lookup_num_tokens=4)[0, 67:]
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu
