@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import torch
 from serving_engine import CROWDED, ROOMY, SETTINGS, TIGHT, generate, groups, ours, serving
 
 from lycheedecode.integrations.vllm import self_check
@@ -63,6 +64,27 @@ def test_engines_that_do_not_use_the_plugin_do_not_look(folder):
     with serving(folder) as llm:
         stock = generate(llm, PROMPTS[:1])
         assert generate(llm, PROMPTS[:1], asked=["nonsense"]) == stock == ours("llama", tiny.plan(), ROOMY, PROMPTS[:1])
+
+
+def test_off_is_full_attention_of_everything(folder):
+    """Also of tokens that another request has decoded with hybrid attention, whose pages are in the prefix cache."""
+
+    def hits(llm):
+        return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:prefix_cache_hits")
+
+    with serving(folder, tiny.plan(), TIGHT, block_size=32) as llm:
+        [answer] = generate(llm, PROMPTS[:1], 100)
+        longer = [PROMPTS[0] + answer[:80]]
+        before = hits(llm)
+        found = generate(llm, longer, 8, logprobs=0, asked=["off"])
+        assert hits(llm) == before
+        again = generate(llm, longer, 8, logprobs=0, asked=["off"])
+        assert hits(llm) - before == 128
+    with serving(folder, block_size=32) as llm:
+        stock = generate(llm, longer, 8, logprobs=0)
+    for tokens, logprobs in (found, again):
+        assert tokens == stock[0]
+        torch.testing.assert_close(logprobs, stock[1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_self_check_needs_no_more_room_than_there_is(folder):

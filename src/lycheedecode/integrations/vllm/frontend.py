@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ...ops import EVERYTHING
 from . import counters, settings
 from .parts import VLLMValidationError, get_pp_indices, input_processor
 from .requests import NAME, Limits, RequestError, ServingError
@@ -80,14 +81,18 @@ def prepare(vllm_config: Any) -> None:
 
 
 def _check_requests(processor: type) -> None:
-    """Let engines refuse requests for hybrid attention that they cannot serve."""
-    stock = processor._validate_params
-    if hasattr(stock, "__wrapped__"):
+    """Let engines refuse requests for hybrid attention that they cannot serve, and keep those apart that have none.
+
+    What hybrid attention has decoded is in the prefix cache, too. Requests that are off do not find it: their pages
+    have a salt of their own.
+    """
+    validate, process = processor._validate_params, processor.process_inputs
+    if hasattr(validate, "__wrapped__"):
         return
 
-    @functools.wraps(stock)
+    @functools.wraps(validate)
     def _validate_params(self: Any, params: Any, *others: Any, **named: Any) -> Any:
-        result = stock(self, params, *others, **named)
+        result = validate(self, params, *others, **named)
         given = getattr(params, "extra_args", None)
         if given and NAME in given and settings.is_chosen(self.vllm_config):
             try:
@@ -96,7 +101,16 @@ def _check_requests(processor: type) -> None:
                 raise VLLMValidationError(str(error)) from None
         return result
 
-    processor._validate_params = _validate_params
+    @functools.wraps(process)
+    def process_inputs(self: Any, *others: Any, **named: Any) -> Any:
+        request = process(self, *others, **named)
+        given = getattr(request.sampling_params, "extra_args", None)
+        asks = given and NAME in given and settings.is_chosen(self.vllm_config)
+        if asks and _limits(self).blocks(given) == EVERYTHING:
+            request.cache_salt = f"{NAME}: off {request.cache_salt or ''}"
+        return request
+
+    processor._validate_params, processor.process_inputs = _validate_params, process_inputs
 
 
 def _limits(processor: Any) -> Limits:
