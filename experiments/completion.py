@@ -256,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL)
+    add("--dtype", default="auto", help="of its weights; of a GGUF file, auto is float32 on a GPU")
     add("--json", type=Path, required=True)
     add("--cells", nargs="+", default=["code:6000:continuation:64", "prose:6000:continuation:64"])
     add("--prompts", type=int, default=12, help="of each kind")
@@ -263,7 +264,7 @@ def main() -> None:
     add("--block-size", type=int, default=16)
     add("--prefill-chunk", type=int, default=32768)
     options = parser.parse_args()
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     config = HybridConfig(budget_tokens=options.budget_tokens, block_size=options.block_size)
     study, compared = Trials(model, tokenizer, config), trials(model.config.num_hidden_layers)
     settings = {**vars(options), "json": None, "model": Path(options.model).name, "window": WINDOW}

@@ -360,6 +360,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL)
+    add("--dtype", default="auto", help="of its weights; of a GGUF file, auto is float32 on a GPU")
     add("--json", type=Path, required=True)
     add("--plans", type=Path, help="folder for the plans")
     add("--identify", nargs="+", default=["code:12288:continuation:64", "prose:12288:continuation:64"])
@@ -396,7 +397,7 @@ def main() -> None:
     except LycheeError as error:
         parser.error(str(error))
     torch.set_float32_matmul_precision("highest" if options.float32 else "high")
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     study = Study(model, tokenizer, options)
     study.evaluate(study.students(forms, study.plans(forms)))
     for name, cell in study.result.cells.items():

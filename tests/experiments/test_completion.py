@@ -81,7 +81,7 @@ def test_keys_that_are_not_rotated_are_means(layers):
 
 
 def test_the_study_writes_what_it_finds(monkeypatch, tmp_path, llama, byte_tokenizer):
-    monkeypatch.setattr(completion, "load_model", lambda name: (llama, byte_tokenizer))
+    monkeypatch.setattr(completion, "load_model", lambda name, dtype: (llama, byte_tokenizer))
     path, sizes = tmp_path / "found.json", ["--budget-tokens", "64", "--block-size", "8", "--prompts", "2"]
     monkeypatch.setattr("sys.argv", ["study", "--json", str(path), "--cells", "prose:300:continuation:12", *sizes])
     completion.main()

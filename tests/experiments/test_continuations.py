@@ -15,7 +15,7 @@ SIZES = "--block-size 8 --draws 2 --identify-prompts 2 --batch-size 2 --evaluate
 @pytest.fixture
 def study(monkeypatch, tmp_path, llama, byte_tokenizer):
     """Runs the command with some more words; its result."""
-    monkeypatch.setattr(continuations, "load_model", lambda name: (llama, byte_tokenizer))
+    monkeypatch.setattr(continuations, "load_model", lambda name, dtype: (llama, byte_tokenizer))
     monkeypatch.setattr(continuations.os, "sched_getaffinity", lambda process: {0})  # no processes for searches
 
     def run(*words: str) -> Result:
@@ -71,7 +71,7 @@ def test_plans_of_before_need_no_search(study, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("words", "rounds"), [((), True), (("--float32",), False)], ids=["as it is", "float32"])
 def test_answers_in_float32_have_no_floor(study, monkeypatch, byte_tokenizer, words, rounds):
     coarse = tiny.model("llama", torch.bfloat16)
-    monkeypatch.setattr(continuations, "load_model", lambda name: (coarse, byte_tokenizer))
+    monkeypatch.setattr(continuations, "load_model", lambda name, dtype: (coarse, byte_tokenizer))
     [scores] = study("--forms", "budget_tokens=64", *words).cells.values()
     assert (scores["full attention by another kernel"]["kl_mean"] > 1e-5) == rounds
 

@@ -134,7 +134,7 @@ def test_a_head_reads_the_union_of_two_selections():
 
 def test_the_study_writes_what_it_finds(monkeypatch, tmp_path, byte_tokenizer):
     model = tiny.model(num_hidden_layers=6)
-    monkeypatch.setattr(same_bytes, "load_model", lambda name: (model, byte_tokenizer))
+    monkeypatch.setattr(same_bytes, "load_model", lambda name, dtype: (model, byte_tokenizer))
     monkeypatch.setattr("experiments.continuations.os.sched_getaffinity", lambda process: {0})
     path = tmp_path / "study.json"
     words = (
