@@ -199,12 +199,15 @@ def test_a_changed_model_is_followed(change):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_on_a_gpu(family, rows):
-    """Compiled steps with our kernel compute what eager steps do, in 16 bits."""
+    """Steps in 16 bits lie about as far from those in float32 when they are compiled, with our kernel, as when not."""
     model = tiny.model(family, torch.bfloat16, hidden_size=384, intermediate_size=512).cuda()
     tokens = torch.arange(rows, device="cuda") + 7
-    results = []
-    for execution in ("eager", "compiled"):
+
+    def steps(model, execution):
         engine = Engine(model, config={"step_weights": "float8"}, execution=execution)
         context = engine.prefill(tiny.prompts(*range(30, 30 + rows)))
-        results.append(torch.stack([engine.decode_one_token(context, tokens) for _ in range(3)]))
-    assert (results[1] - results[0]).norm() / results[0].norm() < 5e-2
+        return torch.stack([engine.decode_one_token(context, tokens).float() for _ in range(3)])
+
+    eager, compiled = steps(model, "eager"), steps(model, "compiled")
+    right = steps(model.float(), "eager")
+    assert (compiled - right).norm() < 2 * (eager - right).norm()
