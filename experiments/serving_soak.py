@@ -113,7 +113,7 @@ def _start(folder: str, drafts: int | None = None, hybrid: bool = True, **option
     own |= {"sink_tokens": 4, "recent_tokens": 4, "completion": "centroid", "completion_chunk": 16}
     own |= {"scan_keys": "float8", "lossless": drafts or 0}
     chosen = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}} if hybrid else {}
-    size = {"max_model_len": 256, "max_num_batched_tokens": 64, "block_size": 32}
+    size = {"max_model_len": 256, "max_num_batched_tokens": 64 * (1 + (drafts or 0)), "block_size": 32}
     return LLM(
         folder, load_format="dummy", dtype="float32", skip_tokenizer_init=True, enforce_eager=True, seed=0,
         disable_log_stats=False, **{"max_num_seqs": 4, **size, **chosen, **options},
