@@ -233,6 +233,8 @@ def _row(truth: Truth, case: Case, found: Sequence[Generation], shaped: Sequence
         "finish_reasons": [one.finish_reason for one in expected],
         "same": [same_tokens(a, b) for a, b in zip(found, expected, strict=True)],
         "stood": accepted / drafted if drafted else None,
+        "seconds": max(one.decode_seconds for one in found),
+        "full_seconds": max(one.decode_seconds for one in expected),
         "in_the_shape_of_the_pass": in_its_shape,
         **{f"tie_{name}": [one[name] for one in differences if "within" in one] for name in _OF_TIES},
         "wrong": wrong,
@@ -252,6 +254,7 @@ def format_exact(row: Mapping[str, Any]) -> str:
         parts.append(f"{sum(shape)} in the shape of the pass")
     if row["stood"] is not None:
         parts.append(f"{row['stood']:.0%} of drafts accepted")
+    parts.append(f"{row['seconds']:.1f} s, full attention {row['full_seconds']:.1f}")
     ties = (row[f"tie_{name}"] for name in ("sequence", "token", "within", "rounding"))
     parts += [
         f"sequence {sequence} leaves at token {token}: a tie within {within:.1e} where rounding is {rounding:.1e}"
