@@ -107,11 +107,13 @@ def half_plan(out: Path, gpu: str) -> Iterator[str]:
 def real_lossless(out: Path, gpu: str) -> Iterator[str]:
     texts = f"bench lossless --model MODEL --plan {PLAN}"
     exact = f"{texts} --parts exact --contexts 3000 --batches 4 --tokens 500 --block-size 16 --ways 8"
-    for dtype, weights in (("bfloat16", "--weights model,float8"), ("float32", "")):
-        yield f"{exact} --dtype {dtype} {weights} --json OUT/{gpu}-lossless-exact-coder-1.5b-{dtype}.json"
+    for dtype, weights in (("bfloat16", "--weights float8 "), ("float32", "")):
+        sizes = f"{weights}--execution graph --dtype {dtype}"
+        yield f"{exact} {sizes} --json OUT/{gpu}-lossless-exact-coder-1.5b-{dtype}.json"
     for batch, length in ((16, 8000), (32, 30000)):
-        sizes = f"--parts real --contexts {length} --batches {batch} --budget-tokens 1024 --ways hybrid,auto"
-        yield f"{texts} {sizes} --weights model,float8 --json OUT/{gpu}-lossless-real-{batch}x{length}.json"
+        sizes = f"--contexts {length} --batches {batch} --budget-tokens 1024 --weights model,float8"
+        real = f"{texts} --parts real --dtype bfloat16 --ways hybrid,auto {sizes}"
+        yield f"{real} --json OUT/{gpu}-lossless-real-{batch}x{length}.json"
     policies = f"--plan {PLAN} --policies full+weights8,hybrid,hybrid+weights8 {FORM}"
     cells = "--cells code:8000:continuation:64 --cells prose:8000:continuation:64 --prompts 15 --batch-size 15"
     yield f"evaluate fidelity {MODEL} {policies} {cells} --json OUT/{gpu}-weights8-coder-1.5b.json"
