@@ -62,7 +62,7 @@ class Projection(NamedTuple):
 
     @classmethod
     def of(cls, kind: Any) -> Projection:
-        """That of a `linear.triton.Kind`."""
+        """That of a `fusion.launches.Kind`."""
         eight_bits = kind.dtype == EIGHT_BITS
         return cls(kind.sizes, kind.columns, kind.norm, kind.residual, kind.gated, eight_bits)
 
@@ -304,7 +304,7 @@ def measured_bandwidth() -> float:
 
 def candidates(projection: Projection, batch: int) -> list[Any]:
     """Launches with 40-176 KiB of loads in flight on each of 132 multiprocessors, and about the same work for each."""
-    from lycheedecode.fusion.triton import LinearTuning
+    from lycheedecode.fusion.launches import LinearTuning
 
     out = projection.sizes[0] if projection.gated else sum(projection.sizes)
     plain = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 128), (16, 512)] if batch == 1 else []

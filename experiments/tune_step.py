@@ -3,7 +3,7 @@
     for every kind of layer     its candidates in turn -> the step captured anew, and timed; the fastest stays
 
 A launch that is fastest after itself need not be so between attention and the next layer: kernels start early, and what
-one of them calls into the L2, another may need there. What wins goes into `fusion.triton.default_tuning` by hand.
+one of them calls into the L2, another may need there. What wins goes into `fusion.launches.default_tuning` by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STARTS = ({"prefetch": 128}, {"prefetch": 512}, {"prefetch": 2048}, {"overlap": 
 def tune(settings: StepSettings, device: str) -> dict[str, Any]:
     """Launches of the linear layers for the first context and batch, with the last form of attention."""
     from experiments import linear
-    from lycheedecode.fusion.triton import Kind, LinearTuning, tuned
+    from lycheedecode.fusion.launches import Kind, LinearTuning, tuned
 
     model = build(settings.model, settings.layers, device, torch.bfloat16)
     context = random_context(model, settings.batches[0], settings.contexts[0], ROOM)
@@ -59,7 +59,7 @@ def tune_step(
     """Better launches, left in `launches`; returns every one that was tried, with the step's time.
 
     Args:
-        launches: the launch of each kind of layer in the step, as `fusion.triton.tuned` takes them.
+        launches: the launch of each kind of layer in the step, as `fusion.launches.tuned` takes them.
         candidates: other launches of a kind.
         compile_ahead: takes pairs of a kind and a launch.
         step_ms: captures the step with the launches as they are, and times it; raises where one of them cannot run.

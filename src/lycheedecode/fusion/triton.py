@@ -5,17 +5,16 @@ then the program that arrives last adds the shares up. One launch goes over up t
 the projections of one input need no fused copy of their weights. Early starts (programmatic dependent launch): weights
 depend on no kernel before, so while the one before drains, a program already calls its first ones into the L2.
 
+Weights in 8-bit floats are widened in registers: two of them become float16 in one instruction. Two bfloat16 take four,
+so a few rows of input change instead, see `_parts`.
+
 Names in kernels: `n` a row of a weight, `k` a column of it, `b` a row of the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache
+from collections.abc import Sequence
 from math import ceil
-from typing import NamedTuple
 
 import torch
 import triton
@@ -25,70 +24,8 @@ from torch import Tensor
 from ..ops import kernel_common as common
 from ..ops.kernel_common import power_of_two
 from ..ops.merge import is_last, take_arrivals
+from .launches import Kind, LinearTuning, launch_of
 from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS
-
-PROGRAMS = 396
-"""Programs that an H200's 132 multiprocessors hold at once, three each: one wave, whose loads keep the memory busy."""
-
-
-class LinearTuning(NamedTuple):
-    """How the kernel cuts its work; never changes what it computes.
-
-    Attributes:
-        rows: of a weight, that a program multiplies.
-        depth: columns that it handles at once.
-        splits: programs that share the columns of a row.
-        warps: of a program.
-        stages: depth of its load pipeline.
-        dot: rows of input that a matrix instruction takes, 8 or 16; 0: ordinary multiplications, for one row only.
-        prefetch: columns of its rows that a program calls into the L2 while the kernel before it drains; 0 starts
-            when that kernel has ended.
-        overlap: MiB that are left to read when the kernel after it may start.
-    """
-
-    rows: int
-    depth: int
-    splits: int
-    warps: int
-    stages: int
-    dot: int = 8
-    prefetch: int = 0
-    overlap: int = 16
-
-
-class Kind(NamedTuple):
-    """What a launch is chosen by; `dtype` is that of the weights."""
-
-    rows: int
-    sizes: tuple[int, ...]
-    columns: int
-    dtype: torch.dtype
-    gated: bool
-    norm: bool = False
-    residual: bool = False
-
-
-_launches: ContextVar[MutableMapping[Kind, LinearTuning] | None] = ContextVar("lycheedecode_launches", default=None)
-
-
-@contextmanager
-def tuned(launches: MutableMapping[Kind, LinearTuning]) -> Iterator[None]:
-    """Layers that this thread computes while this is open take their launches from `launches`.
-
-    Kinds of layers that it lacks are added to it, with their default.
-    """
-    before = _launches.set(launches)
-    try:
-        yield
-    finally:
-        _launches.reset(before)
-
-
-def _launch_of(kind: Kind) -> LinearTuning:
-    launches = _launches.get()
-    if launches is None:
-        return default_tuning(*kind[:5])
-    return launches.get(kind) or launches.setdefault(kind, default_tuning(*kind[:5]))
 
 
 @triton.jit
@@ -121,12 +58,30 @@ def _read(at, exists, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _multiply(acc, w, v, DOT: tl.constexpr):
-    """Add the product of `w [TN, TK]` and `v [TK, BP]`; without `DOT`, `v` is `[1, TK]` and columns stay apart.
+def _parts(v, is_second):
+    """Numbers as two float16 each, `first * 2**10 + second * 2**-30`: columns of `v` hold one part or the other.
 
-    Weights in 8-bit floats become what `v` is, which holds all of their values. On Hopper two of them become float16
-    in one instruction, and two float32 become bfloat16 in one; from float16 straight to bfloat16 each number takes an
-    instruction of an eighth of the usual rate, which would take longer than reading it.
+    All of a bfloat16's bits, between 2**-46 and 2**26: no other scale need be found before the numbers are read.
+    """
+    v = v.to(tl.float32)
+    first = (v * 0.0009765625).to(tl.float16)
+    second = ((v - first.to(tl.float32) * 1024.0) * 1073741824.0).to(tl.float16)
+    return tl.where(is_second, second, first)
+
+
+@triton.jit
+def _joined(y, TN: tl.constexpr, BP: tl.constexpr):
+    """`[TN, BP]`: what products with `_parts`, `[TN, 2 * BP]`, stand for."""
+    factor = tl.where(tl.arange(0, 2) == 0, 1024.0, 9.313225746154785e-10)
+    return tl.sum(tl.reshape(y, [TN, 2, BP]) * factor[None, :, None], 1)
+
+
+@triton.jit
+def _multiply(acc, w, v, DOT: tl.constexpr):
+    """Add the product of `w [TN, TK]` and `v [TK, columns]`; without `DOT`, `v` is `[1, TK]` and columns stay apart.
+
+    Weights in 8-bit floats become what `v` is, which holds all of their values. From float16 straight to bfloat16 each
+    would take an instruction of an eighth of the usual rate, and longer than reading it.
     """
     if w.dtype == tl.float8e4nv and v.dtype == tl.bfloat16:
         w = w.to(tl.float16).to(tl.float32)
@@ -165,7 +120,8 @@ def _linear_kernel(
     out, x, w0, w1, w2, s0, s1, s2, b0, b1, b2, residual, norm, partial, sums, arrivals,
     N0, N1, N2, K, steps, trigger, prefetch, stride_out, stride_x, stride_r, eps,
     B: tl.constexpr, BP: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr,
+    DOT: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     program, split = tl.program_id(0), tl.program_id(1)
     weight, size, bias, N, first, tile = w0, s0, b0, N0, N0 * 0, program
@@ -183,6 +139,7 @@ def _linear_kernel(
     n = tile * TN + tl.arange(0, TN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # rows past the end are the last one again, never stored
     b = tl.arange(0, BP)
+    column = tl.arange(0, BP * PARTS)  # of what the weight is multiplied with: the rows, or the parts of each
     begin = split * steps * TK
     if PDL:
         _call_into_l2(weight, tile, N, K, begin, prefetch, TN, THREADS)
@@ -190,15 +147,18 @@ def _linear_kernel(
             _call_into_l2(w1, tile, N, K, begin, prefetch, TN, THREADS)
         tl.extra.cuda.gdc_wait()
 
-    y = tl.zeros([TN, BP if DOT else TK], tl.float32)
+    y = tl.zeros([TN, BP * PARTS if DOT else TK], tl.float32)
     gate = y
-    squares = tl.zeros([TK, BP] if DOT else [1, TK], tl.float32)
+    squares = tl.zeros([TK, BP * PARTS] if DOT else [1, TK], tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
         if PDL:
             _let_next_start(step == trigger)
         k = begin + step * TK + tl.arange(0, TK)
         if DOT:
-            v = tl.load(x + b[None, :] * stride_x + k[:, None], mask=(b < B)[None, :] & (k < K)[:, None], other=0.0)
+            b_in = column % BP
+            v = tl.load(
+                x + b_in[None, :] * stride_x + k[:, None], mask=(b_in < B)[None, :] & (k < K)[:, None], other=0.0
+            )
         else:
             v = _read(x + k[None, :], (k < K)[None, :], EVEN)
         if norm is not None:
@@ -206,6 +166,8 @@ def _linear_kernel(
             v = v.to(tl.float32)
             squares += v * v
             v = (v * (scale[:, None] if DOT else scale[None, :])).to(x.dtype.element_ty)
+        if PARTS == 2:
+            v = _parts(v, (column >= BP)[None, :])
         at = row + k[None, :]
         if GATED:
             gate = _multiply(gate, _read(w0 + at, (k < K)[None, :], EVEN), v, DOT)
@@ -214,6 +176,9 @@ def _linear_kernel(
             y = _multiply(y, _read(weight + at, (k < K)[None, :], EVEN), v, DOT)
 
     square = tl.sum(squares, 0 if DOT else 1)
+    if PARTS == 2:
+        y, gate = _joined(y, TN, BP), _joined(gate, TN, BP)
+        square = tl.max(tl.reshape(square, [2, BP]), 0)  # of both parts the same
     if not DOT:
         y = tl.sum(y, 1)[:, None]
         gate = tl.sum(gate, 1)[:, None]
@@ -260,7 +225,7 @@ def linear(
     out = x.new_empty((*x.shape[:-1], width))
     if tuning is None:
         kind = Kind(rows, tuple(sizes), columns, weights[0].dtype, gated, norm is not None, residual is not None)
-        tuning = _launch_of(kind)
+        tuning = launch_of(kind)
     if gated and tuning.splits > 1:
         raise ValueError("A gated linear layer takes no splits.")
     flat = x.reshape(rows, columns)
@@ -268,7 +233,8 @@ def linear(
     tiles = -(-sizes[0] // tuning.rows) if gated else sum(-(-size // tuning.rows) for size in sizes)
     steps = -(-columns // (tuning.depth * tuning.splits))
     even = steps * tuning.depth * tuning.splits == columns
-    padded = max(tuning.dot, power_of_two(rows)) if tuning.dot else 1
+    parts = 2 if scales and tuning.dot and x.dtype == torch.bfloat16 and rows <= 4 else 1
+    padded = max(tuning.dot // parts, power_of_two(rows)) if tuning.dot else 1
     if rows > padded:
         raise ValueError(f"{rows} rows need matrix instructions.")
     partial = sums = arrivals = None
@@ -296,6 +262,7 @@ def linear(
             SPLITS=tuning.splits,
             STAGES=tuning.stages,
             DOT=tuning.dot > 0,
+            PARTS=parts,
             GATED=gated,
             EVEN=even,
             PDL=pdl,
@@ -304,53 +271,6 @@ def linear(
             **({"launch_pdl": True} if pdl else {}),
         )
     return out
-
-
-@lru_cache(maxsize=1024)
-def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> LinearTuning:
-    """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it."""
-    if dtype == EIGHT_BITS:
-        return _tuning_of_8_bits(rows, sizes, columns, gated)
-    far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
-    out = sizes[0] if gated else sum(sizes)
-    if rows == 1:
-        if gated:
-            return LinearTuning(rows=16, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
-        if out >= 32 * PROGRAMS and dtype.itemsize == 2:
-            return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=near)
-        if columns > 8192:
-            return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=far)
-        if out <= 4096:
-            return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
-        return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
-    if gated:
-        return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
-    tiles = sum(-(-size // 64) for size in sizes)
-    if tiles >= PROGRAMS:
-        return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=far)
-    splits = min(power_of_two(PROGRAMS // tiles), max(columns // 128, 1))
-    if columns > 8192:
-        return LinearTuning(rows=32, depth=256, splits=2, warps=4, stages=5, prefetch=far)
-    if out <= 4096:
-        return LinearTuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
-    return LinearTuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
-
-
-def _tuning_of_8_bits(rows: int, sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:
-    """For weights in 8-bit floats: more loads at once, and matrix instructions of 16 rows of a weight for each warp.
-
-    Four warps of 64 rows would get a warpgroup's matrix instructions, for which weights come from shared memory two at
-    a time; and of warps that share 16 rows each would convert all of them. So it is two warps.
-    """
-    usual = default_tuning(rows, sizes, columns, torch.bfloat16, gated)
-    if usual.dot == 0:
-        return usual._replace(stages=max(usual.stages, 4), prefetch=2 * usual.prefetch)
-    if gated:
-        depth, stages = (256, 3) if rows <= 8 else (128, 4)
-        return LinearTuning(rows=32, depth=depth, splits=1, warps=2, stages=stages, prefetch=256)
-    tiles = sum(-(-size // 64) for size in sizes)
-    splits = max(min(power_of_two(PROGRAMS // tiles), columns // 128), 1)
-    return LinearTuning(rows=64, depth=128, splits=splits, warps=2, stages=4, prefetch=256)
 
 
 def check(

@@ -1,0 +1,126 @@
+"""How linear layers of a few rows are launched: what was fastest, and a place to try others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ..ops.kernel_common import power_of_two
+from .operator import EIGHT_BITS
+
+PROGRAMS = 396
+"""Programs that an H200's 132 multiprocessors hold at once, three each: one wave, whose loads keep the memory busy."""
+
+
+class LinearTuning(NamedTuple):
+    """How the kernel cuts its work; never changes what it computes.
+
+    Attributes:
+        rows: of a weight, that a program multiplies.
+        depth: columns that it handles at once.
+        splits: programs that share the columns of a row.
+        warps: of a program.
+        stages: depth of its load pipeline.
+        dot: rows of input that a matrix instruction takes, 8 or 16 (or half as many, in two parts: weights in 8 bits);
+            0: ordinary multiplications, for one row only.
+        prefetch: columns of its rows that a program calls into the L2 while the kernel before it drains; 0 starts
+            when that kernel has ended.
+        overlap: MiB that are left to read when the kernel after it may start.
+    """
+
+    rows: int
+    depth: int
+    splits: int
+    warps: int
+    stages: int
+    dot: int = 8
+    prefetch: int = 0
+    overlap: int = 16
+
+
+class Kind(NamedTuple):
+    """What a launch is chosen by; `dtype` is that of the weights."""
+
+    rows: int
+    sizes: tuple[int, ...]
+    columns: int
+    dtype: torch.dtype
+    gated: bool
+    norm: bool = False
+    residual: bool = False
+
+
+_launches: ContextVar[MutableMapping[Kind, LinearTuning] | None] = ContextVar("lycheedecode_launches", default=None)
+
+
+@contextmanager
+def tuned(launches: MutableMapping[Kind, LinearTuning]) -> Iterator[None]:
+    """Layers that this thread computes while this is open take their launches from `launches`.
+
+    Kinds of layers that it lacks are added to it, with their default.
+    """
+    before = _launches.set(launches)
+    try:
+        yield
+    finally:
+        _launches.reset(before)
+
+
+def launch_of(kind: Kind) -> LinearTuning:
+    """That which is tried, or else the default."""
+    launches = _launches.get()
+    if launches is None:
+        return default_tuning(*kind[:5])
+    return launches.get(kind) or launches.setdefault(kind, default_tuning(*kind[:5]))
+
+
+@lru_cache(maxsize=1024)
+def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch.dtype, gated: bool) -> LinearTuning:
+    """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it."""
+    if dtype == EIGHT_BITS:
+        return _tuning_of_8_bits(rows, sizes, columns, gated)
+    far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
+    out = sizes[0] if gated else sum(sizes)
+    if rows == 1:
+        if gated:
+            return LinearTuning(rows=16, depth=256, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+        if out >= 32 * PROGRAMS and dtype.itemsize == 2:
+            return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=near)
+        if columns > 8192:
+            return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=far)
+        if out <= 4096:
+            return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=5, dot=0, prefetch=near)
+        return LinearTuning(rows=16, depth=512, splits=1, warps=4, stages=3, dot=0, prefetch=far, overlap=4)
+    if gated:
+        return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, prefetch=near)
+    tiles = sum(-(-size // 64) for size in sizes)
+    if tiles >= PROGRAMS:
+        return LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=far)
+    splits = min(power_of_two(PROGRAMS // tiles), max(columns // 128, 1))
+    if columns > 8192:
+        return LinearTuning(rows=32, depth=256, splits=2, warps=4, stages=5, prefetch=far)
+    if out <= 4096:
+        return LinearTuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
+    return LinearTuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
+
+
+def _tuning_of_8_bits(rows: int, sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:
+    """For weights in 8-bit floats: more loads at once, and matrix instructions of 16 rows of a weight for each warp.
+
+    Four warps of 64 rows would get a warpgroup's matrix instructions, for which weights come from shared memory two at
+    a time; and of warps that share 16 rows each would convert all of them. So it is two warps.
+    """
+    usual = default_tuning(rows, sizes, columns, torch.bfloat16, gated)
+    if usual.dot == 0:
+        return usual._replace(stages=max(usual.stages, 4), prefetch=2 * usual.prefetch)
+    if gated:
+        depth, stages = (256, 3) if rows <= 8 else (128, 4)
+        return LinearTuning(rows=32, depth=depth, splits=1, warps=2, stages=stages, prefetch=256)
+    tiles = sum(-(-size // 64) for size in sizes)
+    splits = max(min(power_of_two(PROGRAMS // tiles), columns // 128, 4), 1)
+    return LinearTuning(rows=64, depth=128, splits=splits, warps=2, stages=4, prefetch=256)
