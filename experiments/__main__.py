@@ -42,6 +42,9 @@ TOOLS = {
     "serving-soak": ("experiments.serving_soak", "SoakSettings", "run", "Clients of all kinds for minutes."),
     "tune-fetch": ("experiments.tune_fetch", "TuneFetchSettings", "tune", "Search launches of plan and fetch."),
     "tune-linear": ("experiments.linear", "TuneLinearSettings", "tune", "Search launches of the projections alone."),
+    "tune-memory": (
+        "experiments.tune_memory", "MemorySettings", "tune", "Search launches and order of fetches within a step."
+    ),
     "tune-ops": ("experiments.tune_ops", "TuneOpsSettings", "tune", "Search launches of scan, select and attend."),
     "tune-step": ("experiments.tune_step", None, "tune", "Search launches of the projections within a step."),
 }  # fmt: skip

@@ -1,18 +1,22 @@
 """The search for launches that make a step fast, on a step that is made up; candidates and profiles."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
-from experiments import fetch_order, tune_fetch
+from experiments import fetch_order, tune_fetch, tune_memory
 from experiments.__main__ import app
 from experiments.profile_fetch import waits
 from experiments.profile_step import Kernel, add_up, format_kernels
 from experiments.tune_ops import KERNELS, candidates
 from experiments.tune_step import tune_step
+from lycheedecode.bench.settings import MemorySettings
+from lycheedecode.engine.offload import store
 from lycheedecode.ops.fetch import triton as fetch_kernels
 from lycheedecode.results import Result
 
@@ -55,7 +59,17 @@ def test_some_candidates_of_many():
 
 @pytest.mark.parametrize(
     "tool",
-    ["tune-step", "tune-ops", "tune-linear", "tune-fetch", "profile", "profile-round", "profile-memory", "linear"],
+    [
+        "tune-step",
+        "tune-ops",
+        "tune-linear",
+        "tune-fetch",
+        "tune-memory",
+        "profile",
+        "profile-round",
+        "profile-memory",
+        "linear",
+    ],
 )
 def test_they_need_a_gpu(tool, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -152,3 +166,23 @@ def test_launches_of_a_fetch_are_tried_and_left(monkeypatch):
     assert all(row["gb_per_second"] == pytest.approx(row["blocks"] * 16.384) for row in fetched)
     assert all(row["blocks"] > 0 for row in fetched)
     assert before == fetch_kernels.LAUNCH
+
+
+def test_what_makes_steps_faster_stays(monkeypatch):
+    """On a CPU launches change nothing, so their times are made up; the steps are real."""
+    seen = []
+
+    def made_up(engine, context, steps):
+        engine.decode_one_token(context, torch.tensor([7] * len(context.prompt_lengths)))
+        launch = fetch_kernels.LAUNCH
+        seen.append((launch.programs, launch.fetch_warps, launch.plan_warps, store._WINDOW))
+        return [10.0 - (launch.programs == 64) - (launch.plan_warps == 8) / 2 + store._WINDOW / 1000]
+
+    monkeypatch.setattr(tune_memory, "_step_ms", made_up)
+    before = fetch_kernels.LAUNCH, store._WINDOW
+    small = MemorySettings(cases=("1x400",), readings=("none",), store_percents=(200,)).shrunk()
+    rows = tune_memory.tune(replace(small, cases=("1x400",), smoke=True), "cpu")["rows"]
+    assert len(rows) == len(seen) == 2 + sum(map(len, tune_memory.GROUPS))
+    assert rows[-1]["changes"] == {"programs": 64, "fetch_warps": 8, "plan_warps": 8}
+    assert seen[-1] == (64, 8, 8, before[1])
+    assert before == (fetch_kernels.LAUNCH, store._WINDOW)

@@ -279,7 +279,7 @@ class ReplayedCase:
         if on_gpu:
             torch.cuda.synchronize()
         asked, missed, pulled = (after - was for after, was in zip(_fetched(cache), before, strict=True))
-        times = _intervals(events)[steps:-2]  # the last ones wait for what is kept
+        times = intervals(events)[steps:-2]  # the last ones wait for what is kept
         near, far = cache.memory()
         token = 2 * self._shape.head_dim * self._weight.element_size()
         whole = (self._length + ROOM) * slot_bytes(self._shape, self._batch, self._weight.dtype)
@@ -313,7 +313,8 @@ def _fetched(cache: KVCache) -> tuple[float, float, float]:
     return float(store.asked.sum()), float(store.missed.sum()), float(store.pulled.sum())
 
 
-def _intervals(events: list[Any]) -> list[float]:
+def intervals(events: list[Any]) -> list[float]:
+    """Milliseconds between events of `event_now`."""
     if isinstance(events[0], float):
         return [(end - begin) * 1e3 for begin, end in pairwise(events)]
     return [begin.elapsed_time(end) for begin, end in pairwise(events)]
