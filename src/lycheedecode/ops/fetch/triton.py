@@ -32,7 +32,7 @@ class Launch(NamedTuple):
     Attributes:
         programs, fetch_warps: of a fetch beside the model.
         programs_alone: of one that the model waits for.
-        plan_warps: of a program that plans; None: as many as have 8 slots a lane.
+        plan_warps: of a program that plans; None: enough for a slot a lane, 8 at most.
     """
 
     programs: int = 32
@@ -96,7 +96,7 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
     rows, batch, capacity = blocks.shape
     slots = known.block_of.shape[-1]
     width = common.power_of_two(slots)
-    warps = LAUNCH.plan_warps or min(max(width // 256, 1), 16)
+    warps = LAUNCH.plan_warps or min(max(width // 32, 1), 8)
     tuning = Tuning(1, width, warps, 1, common.has_pdl(blocks.device))
     with common.on_device(blocks):
         _plan_kernel[batch, rows](
