@@ -180,8 +180,8 @@ class Recorded:
         self.runs.append((context.cudagraph_runtime_mode, len(inputs["input_ids"])))
         if context.cudagraph_runtime_mode is CUDAGraphMode.FULL:
             self.concrete_cudagraph_entries[context.batch_descriptor] = {
-                name: (metadata.hybrid.lengths.data_ptr(), metadata.hybrid.page_table.data_ptr())
-                for name, metadata in context.attn_metadata.items()
+                name: [x.data_ptr() for x in (step.lengths, step.page_table, step.grown.lengths, step.grown.first)]
+                for name, step in ((name, metadata.hybrid) for name, metadata in context.attn_metadata.items())
             }
         return self.model(**inputs)
 
@@ -198,7 +198,8 @@ def test_graphs_are_captured_and_used_for_batches_that_they_hold(folder, stock, 
             drafter.dummy_run(4, is_graph_capturing=True)
         return drafter.model
 
-    with serving(folder, plan(), {**TIGHT, "lossless": DRAFTS}, max_num_seqs=3, block_size=32) as llm:
+    config = {**TIGHT, **FORMS["centroid"], "lossless": DRAFTS}
+    with serving(folder, plan(), config, max_num_seqs=3, block_size=32) as llm:
         [graphs] = llm.collective_rpc(prepare)
         modes = CUDAGraphMode.NONE, CUDAGraphMode.FULL
         assert graphs.runs == [(mode, size) for size in (3, 2, 1) for mode in modes]

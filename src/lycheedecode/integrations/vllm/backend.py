@@ -20,6 +20,7 @@ from torch import Tensor
 from ...attention import HybridState
 from ...ops import KV
 from . import self_check, settings, verify
+from .beside import Grown
 from .group import Group, Rows, memory_left, part_of_this_process, speculates_only
 from .parts import (
     FIELDS_OF_ROWS,
@@ -44,6 +45,7 @@ class BatchStep(NamedTuple):
         page_table: int32 `[rows, pages]`.
         state: of these rows.
         others: the backend's metadata of the other sequences; None when there are none.
+        grown: what belongs beside the pages of sequences that draft; None: they do not, or nothing does.
     """
 
     group: Group
@@ -52,6 +54,7 @@ class BatchStep(NamedTuple):
     page_table: Tensor
     state: HybridState
     others: Any
+    grown: Grown | None = None
 
 
 class HybridBuilder:
@@ -123,7 +126,10 @@ class HybridBuilder:
             lengths = common_attn_metadata.seq_lens_cpu_upper_bound.tolist()
             kv_of = self._kv_of(common_attn_metadata, common_attn_metadata.num_reqs)
             self.hybrid.begin_draft(draft_index, self._drafts, kv_of, lengths)
-        return self._build(common_attn_metadata.num_reqs, 0, common_attn_metadata, True)
+        metadata = self._build(common_attn_metadata.num_reqs, 0, common_attn_metadata, True)
+        grown = self.hybrid.grown(common_attn_metadata.seq_lens, self._drafts)
+        metadata.hybrid = metadata.hybrid._replace(grown=grown)
+        return metadata
 
     def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
         # It reads a prefix once for many sequences; rows that use hybrid attention hardly read it.
@@ -249,6 +255,8 @@ class HybridLayer:
         rows, attention = step.rows, step.group.attention
         kv = KV(*self.views(kv_cache), step.lengths, None, step.page_table)
         asked = _as_output(layer, query[:rows], output)
+        if step.grown is not None:
+            step.group.beside.follow(index, kv, step.grown)
         attention(index, asked, kv, step.state, self.scale, out=output[:rows], **self.extras(layer))
         if index == step.group.last_layer:
             step.group.add_bytes(step.lengths, step.state)

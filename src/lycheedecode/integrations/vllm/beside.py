@@ -2,6 +2,7 @@
 
     a step is to come, before any CUDA graph   `Beside.write`: what is not there yet of the sequences that get a token
     a layer of it                              reads both; a scan writes the copy of the newest token itself
+    a layer of a step that drafts              first `Beside.follow`: means that drafts, verified or not, complete
 
 Nothing is believed of the past of a page. When a sequence decodes for the first time, all that belongs beside its pages
 is written from what vLLM's cache holds; that reads the cache once, like one dense step. After that it is a chunk every
@@ -34,6 +35,20 @@ class Page(NamedTuple):
     tokens: int
     dim: int
     dtype: torch.dtype
+
+
+class Grown(NamedTuple):
+    """Of sequences that draft.
+
+    Attributes:
+        lengths: int32 `[rows]`, tokens of each without the newest.
+        first: int32 `[rows]`, chunks whose means are for good, at least.
+        chunks: that may have become complete since, at most.
+    """
+
+    lengths: Tensor
+    first: Tensor
+    chunks: int
 
 
 class Beside:
@@ -98,7 +113,7 @@ class Beside:
         kv_of: Callable[[int], KV],
         before: Sequence[int],
         after: Sequence[int],
-        copies: bool = True,
+        meant: Sequence[int] | None = None,
     ) -> None:
         """Write what belongs beside the pages of sequences that have grown, but for the copy of their newest token.
 
@@ -108,9 +123,9 @@ class Beside:
                 nothing to write, and do not ask.
             before: tokens of each sequence of which everything is written; fewer do no harm.
             after: tokens that it has at this step; more do no harm.
-            copies: whether copies of keys may lack more than the newest token.
+            meant: as `before`, for means only; None: the same.
         """
-        first = [max(length - 1, 0) // self.chunk for length in before]
+        first = [max(length - 1, 0) // self.chunk for length in (before if meant is None else meant)]
         chunks = [max(length - 1, 0) // self.chunk - old for old, length in zip(first, after, strict=True)]
         rows = [row for row, count in enumerate(chunks) if count > 0]
         if rows and self._completed:
@@ -118,13 +133,19 @@ class Beside:
             for layer in self._completed.intersection(layers):
                 kv = _rows_of(kv_of(layer), rows)
                 write_means(kv, self.chunk, *self.means[layer], known, max(chunks[row] for row in rows))
-        if self._scanned and copies:
+        if self._scanned:
             found = [self._pages_to_copy(old, new) for old, new in zip(before, after, strict=True)]
             spans = [(row, begin, end) for row, (begin, end) in enumerate(found) if begin < end]
             for layer in self._scanned.keys() & layers if spans else ():
                 kv = kv_of(layer)
                 pages = torch.cat([kv.page_table[row, begin:end] for row, begin, end in spans]).long()
                 reference.write_pages_to_copy(self.copies[layer], kv.keys, self._scanned[layer], pages)
+
+    def follow(self, layer: int, kv: KV, grown: Grown) -> None:
+        """Write the means of a layer that have become complete lately, from what its cache holds; in a CUDA graph."""
+        if layer in self.means:
+            written = kv._replace(lengths=grown.lengths)
+            write_means(written, self.chunk, *self.means[layer], grown.first, grown.chunks)
 
     def _pages_to_copy(self, before: int, after: int) -> tuple[int, int]:
         """First page whose copy lacks a token, and the page after the last one; a scan copies token `after - 1`."""

@@ -18,7 +18,7 @@ from ...ops import EVERYTHING, KV, has_float8
 from ...ops.dispatch import kernel_obstacle
 from ...plan import HeadPlan
 from . import counters, settings
-from .beside import Beside, Page, PagedState, share_of_memory
+from .beside import Beside, Grown, Page, PagedState, share_of_memory
 from .parts import (
     Attention,
     AttentionType,
@@ -117,6 +117,7 @@ class Group:
         self._state.limits = torch.full((rows,), self._default, dtype=torch.int32, device=device)
         self._some_ask = False
         self._drafting: Sequence[str] = ()
+        self._grown = torch.zeros((2, rows), dtype=torch.int32, device=device)
         self._bytes = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self._speaks = get_tensor_model_parallel_rank() == 0
         self._left_in = counters.folder_of(vllm_config.instance_id)
@@ -183,14 +184,35 @@ class Group:
             self._drafting = self.requests.take()
             self._limit(self._drafting)
             self.counters["dense_steps"] += 1  # which verified
-        names = self._drafting
-        if names and self.beside.is_used:
-            lengths = list(lengths)[: len(names)]
-            before = self.requests.verify(names, [length - index - 1 for length in lengths], drafts)
-            self.beside.write(self.beside.layers, kv_of, before, lengths, copies=index == 0)
+            if self._drafting and self.beside.is_used:
+                self._write_verified(drafts, kv_of, lengths[: len(self._drafting)])
         self.counters["hybrid_steps"] += 1
-        self.counters["hybrid_tokens"] += len(names)
+        self.counters["hybrid_tokens"] += len(self._drafting)
         self._report_now_and_then()
+
+    def _write_verified(self, drafts: int, kv_of: Callable[[int], KV], after: Sequence[int]) -> None:
+        last = self.requests.verify(self._drafting, [length - 1 for length in after])
+        good = [max(length - drafts, 0) for length in last]
+        meant = list(good)
+        for row, (old, new) in enumerate(zip(last, after, strict=True)):
+            if old and new - 1 - old <= drafts + 1:  # a round ago: layers write these means, see `grown`
+                meant[row] = new
+        self.beside.write(self.beside.layers, kv_of, good, after, meant)
+
+    def grown(self, lengths: Tensor, drafts: int) -> Grown | None:
+        """What a step that drafts writes beside pages: what has come since the last round and within this one.
+
+        Args:
+            lengths: int32 `[rows]`, tokens of each sequence, the newest included.
+            drafts: of a round.
+        """
+        if not self.beside.means:
+            return None
+        chunk, since = self.beside.chunk, 2 * drafts + 1
+        before, first = (each[: len(lengths)] for each in self._grown)
+        before.copy_(lengths.sub(1).clamp_(min=0))
+        first.copy_((before - since).clamp_(min=0).div_(chunk, rounding_mode="floor"))
+        return Grown(before, first, since // chunk + 1)
 
     def _limit(self, names: Sequence[str]) -> list[int | None]:
         """Give the first rows what their requests ask for, and say what that is."""

@@ -154,14 +154,13 @@ class Requests:
             self._seen[name] = 0 if loading else length if row < decoding else length - 1
         return before
 
-    def verify(self, rows: Sequence[str], lengths: Sequence[int], drafts: int) -> list[int]:
-        """What each sequence had for good when it last drafted, 0 if that was never; and remember what it has now.
+    def verify(self, rows: Sequence[str], lengths: Sequence[int]) -> list[int]:
+        """What each sequence had when it last drafted, 0 if that was never; and remember what it has now.
 
         Args:
             rows: that draft.
-            lengths: their tokens, drafts included that were not accepted: at most `drafts`.
-            drafts: of a round.
+            lengths: their tokens, drafts included that were not accepted.
         """
         before = [self._seen.get(name, 0) for name in rows]
-        self._seen.update((name, max(length - drafts, 0)) for name, length in zip(rows, lengths, strict=True))
+        self._seen.update(zip(rows, lengths, strict=True))
         return before
