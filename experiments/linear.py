@@ -314,9 +314,9 @@ def candidates(projection: Projection, batch: int) -> list[Any]:
     shapes += [] if projection.eight_bits else [(16, *dotted[1])]
     number_bytes, found = (1 if projection.eight_bits else 2), []
     for (dot, rows, depth), splits, stages in product(shapes, (1, 2, 4, 7, 8), (3, 5)):
-        warps = 8 if rows * depth > 8192 else 4
+        warps = [8 if rows * depth > 8192 else 4]
         if dot and projection.eight_bits:
-            warps = 2  # see `_tuning_of_8_bits`
+            warps = [2, 4] if rows == 64 else [2]  # see `launches._tuning_of_8_bits`
         programs = -(-out // rows) * splits
         stage = rows * depth * number_bytes * (2 if projection.gated else 1)
         fits = min((220 << 10) // (stage * stages), 8)
@@ -325,7 +325,7 @@ def candidates(projection: Projection, batch: int) -> list[Any]:
             programs <= 600 and not projection.gated and projection.columns % (depth * splits) == 0
         )
         if splits_well and 40 << 10 <= in_flight <= 176 << 10 and 180 <= programs <= 4096:
-            found.append(LinearTuning(rows, depth, splits, warps, stages, dot, prefetch=512))
+            found += [LinearTuning(rows, depth, splits, w, stages, dot, prefetch=512) for w in warps]
     return found
 
 
