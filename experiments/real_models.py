@@ -47,14 +47,14 @@ def real_ruler(out: Path, gpu: str) -> Iterator[str]:
     items = "--tasks ruler --lengths 32768,8192,16384 --limit 10 --batch-size 10 --execution graph"
     data = "--data DATA --text DATA/PaulGrahamEssays.json:text"
     policies = f"--plan {PLAN} --policies hybrid --budgets 1024,2048 --block-size 32"
-    yield f"evaluate tasks {MODEL} {items} {data} {policies} --json OUT/real-ruler.json"
+    yield f"evaluate tasks {MODEL} {items} {data} {policies} --resume --json OUT/real-ruler.json"
 
 
 @stage("GSM8K after 8K and 16K tokens of worked examples, with and without Cache Correction", _ALL, 3)
 def real_gsm8k(out: Path, gpu: str) -> Iterator[str]:
     items = "--tasks gsm8k_many_shot --lengths 8192,16384 --limit 64 --batch-size 32 --execution graph"
     policies = f"--plan {PLAN} --policies hybrid,hybrid+correction {FORM}"
-    yield f"evaluate tasks {MODEL} {items} --data DATA {policies} --json OUT/real-gsm8k.json"
+    yield f"evaluate tasks {MODEL} {items} --data DATA {policies} --resume --json OUT/real-gsm8k.json"
 
 
 @stage("prose at 30K again, answers in float32 over the same prefill", _MODEL, 2)

@@ -21,6 +21,9 @@ NOTES = {
     "h100-equal-bytes-qwen2.5-coder-1.5b": "`ours-7` is what `identify --num-retrieval-heads 7` finds, `paper-7` what "
     "the paper's own identification does (HardKuma gates, 400 steps, 10 passkeys in 1K and 2K tokens). All read as "
     "many bytes as the plan that ships does with a budget of 1024.",
+    "h100-equal-bytes-16k-qwen2.5-coder-1.5b": "As above, at 16K tokens, and in float32 (a GGUF file, `auto` then).",
+    "h100-gsm8k-qwen2.5-coder-1.5b": "In float32 (a GGUF file, `auto` then). 64 problems do not tell 1.5 points apart.",
+    "h100-memory-llama-3-8b-512k": "Before fetches were made by layer; only 1 x 512K has not been timed again.",
 }
 """What a reader of a file has to know and its numbers do not say."""
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from lycheedecode import Engine, HybridConfig
 from lycheedecode.cli import app
+from lycheedecode.cli import tasks as command
 from lycheedecode.evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
 from lycheedecode.evaluate.tasks.summary import averages
 from lycheedecode.integrations.lm_eval import LycheeLM
@@ -111,6 +112,26 @@ def test_a_budget_that_covers_the_context_scores_what_full_attention_does(base, 
     assert "difference_value" not in rows[0]
     assert "vt, 1024 tokens" in printed
     assert "mean of ruler, 1280 tokens" in printed
+
+
+def test_a_run_that_is_cut_off_keeps_rows_of_the_tasks_that_it_finished(base, tmp_path, monkeypatch):
+    complete, saved = command._complete, []
+
+    def once(*arguments):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(True)
+        return complete(*arguments)
+
+    monkeypatch.setattr(command, "_complete", once)
+    out = tmp_path / "result.json"
+    done = runner.invoke(app, [*base, "--tasks", "niah_single_1,vt", "--lengths", "1024", *SHAPE, "--json", str(out)])
+    assert done.exit_code == 130
+    result = json.loads(out.read_text())["result"]
+    assert [(row["task"], row["policy"]) for row in result["rows"]] == [
+        ("niah_single_1", "full"), ("niah_single_1", "hybrid")
+    ]  # fmt: skip
+    assert len(result["tasks"]) == 1
 
 
 def test_a_right_answer_scores(engines, monkeypatch):

