@@ -265,11 +265,12 @@ class ReplayedCase:
         if on_gpu:
             release()
             clear_cublas_workspaces()  # of prompts: what steps need, they make
-            torch.cuda.reset_peak_memory_stats()
+        _peak(on_gpu)
         token_ids, before = torch.full((self._batch,), 7, device=engine.device), (0.0, 0.0, 0.0)
+        first_peak = None
         for step in range(2 * steps):
             if step == steps:
-                before = _fetched(cache)
+                before, first_peak = _fetched(cache), _peak(on_gpu)  # of compiling and capturing, too
             events.append(event_now(engine.device))
             logits = engine.decode_one_token(context, token_ids)
             token_ids = logits.argmax(-1)
@@ -283,7 +284,7 @@ class ReplayedCase:
         near, far = cache.memory()
         token = 2 * self._shape.head_dim * self._weight.element_size()
         whole = (self._length + ROOM) * slot_bytes(self._shape, self._batch, self._weight.dtype)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        peak = _peak(on_gpu)
         given = attention.given_bytes if isinstance(attention, _Replayed) else 0
         weights = sum(weight.nbytes for weight in self._model.parameters())
         read = weight_bytes(self._model) + int(context.kv_bytes.sum()) // context.steps
@@ -294,6 +295,7 @@ class ReplayedCase:
             "bytes_on_gpu": near,
             "bytes_on_host": far,
             "part_of_full_cache": near / whole,
+            "first_peak_bytes": first_peak,
             "peak_bytes": peak,
             "weight_bytes": weights,
             "replay_bytes": given,
@@ -303,6 +305,15 @@ class ReplayedCase:
             "fetched_bytes": pulled * self._settings.block_size * token / steps,
             "execution": engine.way,
         }, torch.stack(kept)
+
+
+def _peak(on_gpu: bool) -> int | None:
+    """Most bytes of the GPU's memory that were allocated since the last call."""
+    if not on_gpu:
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def _fetched(cache: KVCache) -> tuple[float, float, float]:
