@@ -256,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL)
-    add("--dtype", default="auto", help="of its weights; of a GGUF file, auto is float32 on a GPU")
+    add("--dtype", default="auto", help="of its weights")
     add("--json", type=Path, required=True)
     add("--cells", nargs="+", default=["code:6000:continuation:64", "prose:6000:continuation:64"])
     add("--prompts", type=int, default=12, help="of each kind")

@@ -360,7 +360,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL)
-    add("--dtype", default="auto", help="of its weights; of a GGUF file, auto is float32 on a GPU")
+    add("--dtype", default="auto", help="of its weights")
     add("--json", type=Path, required=True)
     add("--plans", type=Path, help="folder for the plans")
     add("--identify", nargs="+", default=["code:12288:continuation:64", "prose:12288:continuation:64"])

