@@ -45,6 +45,20 @@ def test_builders_and_layers_are_called_as_we_override_them():
             assert found == expected, f"{HERE}: {function.__qualname__} takes {found}."
 
 
+def test_drafters_are_called_as_we_override_them():
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    from lycheedecode.integrations.vllm.lossless import TargetDrafter
+
+    overridden = [name for name in vars(TargetDrafter) if name[0] != "_" and hasattr(DraftModelProposer, name)]
+    assert len(overridden) == 5
+    for name in overridden:
+        expected, found = (
+            list(inspect.signature(getattr(x, name)).parameters) for x in (TargetDrafter, DraftModelProposer)
+        )
+        assert found == expected, f"{HERE}: DraftModelProposer.{name} takes {found}."
+
+
 SELECTED = """
 import json, sys, torch
 import lycheedecode.integrations.vllm as plugin

@@ -49,7 +49,7 @@ class DraftingWorker(Worker):
 
 
 class TargetDrafter(DraftModelProposer):
-    """What the model runner asks for drafts.
+    """What the model runner asks for drafts; `propose` and what sets it up are called as vLLM calls its own.
 
     Args:
         vllm_config: of the server.
@@ -102,12 +102,10 @@ class TargetDrafter(DraftModelProposer):
         """Capture the graphs beside vLLM's; drafts need less memory than the pass that it has just run."""
         for size in reversed(self._sizes if is_graph_capturing else []):
             if _graph(size) not in self.model.concrete_cudagraph_entries:
-                for name in (self.input_ids, self.positions, *self._slots):
-                    name[:size] = 0
-                self._lengths[:size] = 1
+                self.input_ids[:size], self.positions[:size], self._lengths[:size] = 0, 0, 1
                 for slots in self._slots:
                     slots[:size] = -1
-                for mode in (CUDAGraphMode.NONE, CUDAGraphMode.FULL):
+                for mode in (CUDAGraphMode.NONE, CUDAGraphMode.FULL):  # first what is made once
                     self._forward(size, self._metadata(size, None, self.max_model_len, None), mode)
 
     # ------------------------------------------------------------------ a round
@@ -128,9 +126,8 @@ class TargetDrafter(DraftModelProposer):
     ) -> Tensor:
         """Drafts `[sequences, num_speculative_tokens]` after `next_token_ids`, of which the cache has nothing yet."""
         rows = common_attn_metadata.batch_size()
-        size, mode = next(((size, CUDAGraphMode.FULL) for size in self._sizes if size >= rows), None) or (
-            rows,
-            CUDAGraphMode.NONE,
+        size, mode = next(
+            ((size, CUDAGraphMode.FULL) for size in self._sizes if size >= rows), (rows, CUDAGraphMode.NONE)
         )
         verified = common_attn_metadata.seq_lens[:rows]
         if num_rejected_tokens_gpu is not None:
