@@ -11,7 +11,7 @@ from experiments.report.tables import table
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """A table of policies, by kind of prompt or by task; nothing where there is little to sum up."""
+    """A table of policies, by kind of prompt or by task, or of texts that should be equal; nothing for short files."""
     cells = result.get("cells") or {}
     if len(cells) > 1 and any(len(scores) > 1 for scores in cells.values()):
         yield "Mean KL against full attention, in nats, with half the 95% interval where it was measured:"
@@ -21,6 +21,36 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "Scores, with 95% intervals:"
         yield ""
         yield from table(_tasks(result["rows"], result["averages"]))
+    exact = [row for row in result.get("rows") or () if row.get("part") == "exact"]
+    if exact:
+        yield "Lossless texts beside full attention's, greedy and sampled, of prompts of several lengths in one batch:"
+        yield ""
+        yield from table(_exact(exact))
+
+
+def _exact(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each form of drafts: how many texts are full attention's, and where the others leave it."""
+    forms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        eight = " with 8-bit weights" if row["weights"] == "float8" else ""
+        form = f"{row['dtype']}, {row['way']} drafts{eight}, budget {row['budget_tokens']}"
+        forms.setdefault(form.replace("torch.", ""), []).append(row)
+    shown = []
+    for form, cases in forms.items():
+        pairs = [pair for row in cases for pair in zip(row["same"], row["tokens"], strict=True)]
+        shaped = [one for row in cases for one in row["in_the_shape_of_the_pass"] or ()]
+        shown.append(
+            {
+                "": form,
+                "cases": len(cases),
+                "tokens": sum(tokens for _, tokens in pairs),
+                "full attention's texts": f"{sum(same == tokens for same, tokens in pairs)} of {len(pairs)}",
+                "left at a near tie": sum(len(row.get("tie_token", row.get("near_ties", ()))) for row in cases),
+                "its texts in the pass's shape": f"{sum(shaped)} of {len(shaped)}" if shaped else "",
+                "wrong": sum(len(row["wrong"]) for row in cases),
+            }
+        )
+    return shown
 
 
 def _fidelity(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -120,6 +120,8 @@ def shown(value: Any, name: str) -> str:
     """A number as its name asks for."""
     if value is None:
         return ""
+    if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        return str(len(value))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if "bytes" in name:

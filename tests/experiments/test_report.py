@@ -329,3 +329,19 @@ def test_long_files_begin_with_an_overview(tmp_path):
     assert "| quest | 0.02 | 0.08 | 4 |" in text  # the geometric mean of 2 and 8
     assert "| duo |  |  |  |" in text
     assert text.index("geometric mean") < text.index("<summary>All numbers</summary>")
+
+
+def test_texts_that_should_be_equal_are_counted(tmp_path):
+    row = {"part": "exact", "dtype": "bfloat16", "way": "8", "weights": "float8", "budget_tokens": 64, "case": "greedy"}
+    row |= {
+        "tokens": [50, 30],
+        "same": [50, 7],
+        "in_the_shape_of_the_pass": [True, True],
+        "tie_token": [7],
+        "wrong": [],
+    }
+    other = {**row, "case": "seed 1", "same": [50, 30], "tie_token": [], "in_the_shape_of_the_pass": [True, False]}
+    other |= {"wrong": ["seed 1: sequence 1 is not full attention's in the shape of the pass"]}
+    write(tmp_path, texts={"command": "bench lossless", "settings": {}, "result": {"rows": [row, other]}})
+    shown = part(render(tmp_path), "### texts: bench lossless")
+    assert "| bfloat16, 8 drafts with 8-bit weights, budget 64 | 2 | 160 | 3 of 4 | 1 | 3 of 4 | 1 |" in shown
