@@ -146,6 +146,39 @@ def test_sixteen_at_once_some_of_which_hang_up(folder, tmp_path):
         assert float(counted.split()[-1]) >= COUNT - 1
 
 
+def test_a_lossless_server(folder, tmp_path):
+    """Everybody gets full attention's tokens; the server's own counters say how many were drafted."""
+    from openai import AsyncOpenAI
+
+    prompts, kinds = tiny.prompts(*LENGTHS[:8]), [*CLASSES, "lossless"] * 2
+
+    async def load(address):
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            tasks = [
+                complete(client, str(folder), prompt, 3 if i == 1 else None, vllm_xargs={"lycheedecode": kinds[i]})
+                for i, prompt in enumerate(prompts)
+            ]
+            return await asyncio.gather(*tasks)
+
+    own = {"plan": str(folder / "plan.json"), **CONFIG, "lossless": 4}
+    with server(folder, {"lycheedecode": own}, tmp_path) as (*running, log):
+        wait_until_healthy(*running, log)
+        results = asyncio.run(load(running[1]))
+        with urllib.request.urlopen(f"{running[1]}/metrics") as page:
+            metrics = page.read().decode()
+    engine = Engine(tiny.model("llama", head_dim=32))
+    for prompt, tokens in zip(prompts, results, strict=True):
+        expected = list(engine.generate([prompt], COUNT, ignore_eos=True)[0].token_ids)
+        assert tokens == expected[: len(tokens)]
+        assert len(tokens) == COUNT or prompt is prompts[1]
+    for name in ("draft", "accepted"):
+        [counted] = [
+            line for line in metrics.splitlines() if line.startswith(f"vllm:spec_decode_num_{name}_tokens_tot")
+        ]
+        assert float(counted.split()[-1]) > 0
+    assert "the model's own drafts are verified at once in 4 layers." in log.read_text()
+
+
 def test_the_server_does_not_start_without_a_plan(folder, tmp_path):
     with server(folder, {}, tmp_path) as (process, _, log):
         assert process.wait(120) != 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import ops
 from ...ops import KV
 from ...ops.attend import MAX_TOKENS
+from . import settings
 from .group import logger, why_all_dense, why_dense
 from .parts import Attention, CommonAttentionMetadata, get_layers_from_vllm_config
 
@@ -70,7 +71,8 @@ class Verifying:
         chosen = frozenset(name for name, reason in why.items() if reason is None)
         if not chosen:
             return None
-        said = "LycheeDecode: speculative decoding: all requests have full attention, drafts are verified at once in"
+        whose = "the model's own drafts" if settings.drafts(vllm_config) else "drafts"
+        said = f"LycheeDecode: speculative decoding: all requests have full attention, {whose} are verified at once in"
         logger.info_once("%s %d layers.", said, len(chosen))
         return cls(chosen, most)
 
