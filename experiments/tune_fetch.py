@@ -108,7 +108,7 @@ class _Case:
         blocks = int(self.known.misses[table[:, 0].long()].sum())
         for programs, warps in _FETCHES:
             pool = Tokens(*(torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2)))
-            with launches(programs_alone=programs, fetch_warps=warps):
+            with launches(programs_alone=programs, warps_alone=warps):
                 run = partial(fetch.fetch, self.source, pool, self.known, table, None, None, _SIZE)
                 run()
                 right = pool.values if right is None else right

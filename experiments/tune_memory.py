@@ -29,16 +29,19 @@ from lycheedecode.engine.offload import store
 NOISE = 0.003
 """What must be gained, as a share of a step."""
 GROUPS: tuple[tuple[dict[str, int], ...], ...] = (
+    ({"shared": -1},),
     (
-        {"programs": 64, "fetch_warps": 8},
-        {"programs": 128, "fetch_warps": 4},
-        {"programs": 16, "fetch_warps": 16},
-        {"programs": 32, "fetch_warps": 8},
-        {"programs": 24, "fetch_warps": 4},
+        {"programs": 64, "warps": 4, "piece": 1024},
+        {"programs": 128, "warps": 2, "piece": 512},
+        {"programs": 128, "warps": 1, "piece": 256},
+        {"programs": 32, "warps": 4, "piece": 1024},
+        {"programs": 16, "warps": 8, "piece": 2048},
+        {"programs": 16, "warps": 16, "piece": 4096},
+        {"programs": 8, "warps": 16, "piece": 4096},
     ),
-    ({"programs_alone": 64}, {"programs_alone": 128}, {"programs_alone": 256}),
-    ({"plan_warps": 4}, {"plan_warps": 8}, {"plan_warps": 16}),
-    ({"window": 1}, {"window": 2}, {"window": 5}, {"window": 8}),
+    ({"programs_alone": 64}, {"programs_alone": 128}, {"programs_alone": 128, "warps_alone": 8, "piece_alone": 2048}),
+    ({"plan_warps": 1}, {"plan_warps": 4}, {"plan_warps": 16}),
+    ({"window": 1}, {"window": 2}, {"window": 5}),
 )
 """Changes that exclude each other; of every group the best one stays."""
 

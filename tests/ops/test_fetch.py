@@ -132,8 +132,10 @@ def empty_pool(slots=SLOTS):
 
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("starts", [None, [0, 7]])
-def test_missing_blocks_come_to_every_head_that_reads_them(way, starts, near):
-    """Two of them have their keys at hand: those in host memory are not read then."""
+def test_missing_blocks_come_to_every_head_that_reads_them(way, starts, near, monkeypatch):
+    """Two of them have their keys at hand: those in host memory are not read then. Beside the model, in pieces."""
+    if way is not definition:
+        monkeypatch.setattr(way, "LAUNCH", way.LAUNCH._replace(programs=5, warps=1, piece=16))
     source, known, pool = make_tokens(BLOCKS * SIZE + 8), new_map(), empty_pool()
     whole = Tokens(*(part.clone() for part in source))
     scanned, used = None, [(*reader[:3], -1) for reader in READERS]
@@ -147,8 +149,8 @@ def test_missing_blocks_come_to_every_head_that_reads_them(way, starts, near):
     for clock in range(1, 12):
         newest = [10 + clock, 3 + clock]
         way.plan_fetch(selections(newest, clock), known, ints(newest), ints([clock]), TAIL)
-        for part in (used[:2], used[2:]):
-            way.fetch(source, pool, known, ints(part), scanned, starts, SIZE)
+        for part, beside in ((used[:2], False), (used[2:], True)):
+            way.fetch(source, pool, known, ints(part), scanned, starts, SIZE, beside)
         for (r, layer, head, _), b in product(READERS, range(BATCH)):
             for slot, block in enumerate(known.block_of[r, b].tolist()):
                 if block < 0:

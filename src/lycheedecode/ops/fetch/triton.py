@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import kernel_common as common
 from ..kernel_common import Tuning
+from ..triton_private import leave_shared_memory
 from ..types import constant
 
 if TYPE_CHECKING:
@@ -30,14 +31,20 @@ class Launch(NamedTuple):
     """How the kernels are launched.
 
     Attributes:
-        programs, fetch_warps: of a fetch beside the model.
-        programs_alone: of one that the model waits for.
+        programs, warps: of a fetch beside the model.
+        piece: numbers of a key's and of a value's block that each of its programs has on their way at once.
+        programs_alone, warps_alone, piece_alone: of a fetch that the model waits for.
+        shared: percent of a processor that a fetch beside the model leaves as shared memory; -1: as CUDA likes.
         plan_warps: of a program that plans; None: enough for a slot a lane, 8 at most.
     """
 
     programs: int = 32
+    warps: int = 16
+    piece: int = 4096
     programs_alone: int = 32
-    fetch_warps: int = 16
+    warps_alone: int = 16
+    piece_alone: int = 4096
+    shared: int = 100
     plan_warps: int | None = None
 
 
@@ -113,7 +120,7 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
 def _fetch_kernel(
     keys, values, source_keys, source_values, near_keys, slot_of, missing, misses, readers, starts,
     S, P, N, K, near_slots, pairs, batch,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     w = tl.arange(0, WIDTH)
@@ -121,7 +128,6 @@ def _fetch_kernel(
     common.wait_for_inputs(PDL)
     count = tl.load(misses + row * batch + w % batch, mask=w < pairs, other=0)
     end = tl.cumsum(count, 0)
-    i = tl.arange(0, ROOM)
     dim = SIZE // BLOCK
     for item in range(tl.program_id(0), tl.sum(count, 0), tl.num_programs(0)):
         w_item = tl.sum((end <= item).to(tl.int32), 0)
@@ -137,13 +143,15 @@ def _fetch_kernel(
         if starts is not None:
             first += tl.load(starts + b)
         line = (layer * batch + b) * HEADS + head
-        v = tl.load(source_values + (line * S + first) * dim + i, mask=i < SIZE)
-        far_k = tl.load(source_keys + (line * S + first) * dim + i, mask=common.mask_if(near < 0, i < SIZE))
-        here = common.mask_if(near >= 0, i < SIZE)
-        near_k = tl.load(near_keys + ((near * batch + b) * near_slots + first) * dim + i, mask=here)
-        at = (line * P + slot * BLOCK) * dim + i
-        tl.store(keys + at, tl.where(near < 0, far_k, near_k), mask=i < SIZE)
-        tl.store(values + at, v, mask=i < SIZE)
+        far, at = (line * S + first) * dim, (line * P + slot * BLOCK) * dim
+        close = ((near * batch + b) * near_slots + first) * dim
+        for begin in range(0, SIZE, PIECE):
+            i = begin + tl.arange(0, PIECE)
+            v = tl.load(source_values + far + i, mask=i < SIZE)
+            far_k = tl.load(source_keys + far + i, mask=common.mask_if(near < 0, i < SIZE))
+            near_k = tl.load(near_keys + close + i, mask=common.mask_if(near >= 0, i < SIZE))
+            tl.store(keys + at + i, tl.where(near < 0, far_k, near_k), mask=i < SIZE)
+            tl.store(values + at + i, v, mask=i < SIZE)
 
 
 def fetch(
@@ -164,19 +172,21 @@ def fetch(
     _, batch, heads, entries, dim = pool.keys.shape
     size, pairs = block_size * dim, len(readers) * batch
     pdl = 0 if beside else common.has_pdl(pool.keys.device)
-    programs = LAUNCH.programs if beside else LAUNCH.programs_alone
+    programs, warps, piece = LAUNCH[:3] if beside else LAUNCH[3:6]
     with common.on_device(pool.keys):
-        _fetch_kernel[programs,](
+        launched = _fetch_kernel[programs,](
             *(*pool, *source, near, known.slot_of, known.missing, known.misses, readers, starts),
             *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1], near.shape[-2]),
             *(pairs, batch),
             HEADS=heads,
             SIZE=size,
             WIDTH=common.power_of_two(pairs),
-            ROOM=common.power_of_two(size),
+            PIECE=min(common.power_of_two(size), piece),
             BLOCK=block_size,
-            **Tuning(1, size, LAUNCH.fetch_warps, 1, pdl).options,
+            **Tuning(1, size, warps, 1, pdl).options,
         )
+    if beside:
+        leave_shared_memory(launched, LAUNCH.shared)
 
 
 @triton.jit(do_not_specialize=["begin", "S", "P", "slots"])
