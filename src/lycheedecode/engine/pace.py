@@ -36,14 +36,15 @@ class Pace:
         self._stood = dict.fromkeys(refreshes, _PRIOR[0] * _PRIOR[1])
         self._tried = dict.fromkeys(refreshes, _PRIOR[1])
         self._seconds: dict[str, float] = {}
-        self._trials = [Plan(0, 1), *(Plan(-(-most // 2), refresh) for refresh in reversed(refreshes))] if most else []
+        self._seen: set[int] = set()
+        self._trials = [Plan(0, 1), Plan(-(-most // 2), self._refreshes[-1])] if most else []
         self._waited = 0
 
     def next(self) -> Plan:
         """The next round."""
         if self._fixed:
             return Plan(self.most, self._refreshes[0])
-        if self._trials:  # launched without waiting for what they tell: each costs something where drafts do not pay
+        if self._trials:  # of drafts only half a round: they cost something where they do not pay
             return self._trials.pop(0)
         if not {"full", "select", "verify"} <= self._seconds.keys():
             return Plan(0, 1)
@@ -69,7 +70,12 @@ class Pace:
         return gained / seconds
 
     def share(self, refresh: int) -> float:
-        """The chance that a draft is accepted if all drafts before it were."""
+        """The chance that a draft is accepted if all drafts before it were.
+
+        Where that was not seen, half as many are rejected as elsewhere: it is tried if that would pay.
+        """
+        if self._seen and refresh not in self._seen:
+            return 0.5 + max(self.share(other) for other in self._seen) / 2
         return min(self._stood[refresh] / self._tried[refresh], 1.0)
 
     def saw(self, plan: Plan, accepted: Sequence[int], drafting: Sequence[float], passing: float) -> None:
@@ -78,6 +84,7 @@ class Pace:
         if not drafts:
             self._time("full", passing)
             return
+        self._seen.add(refresh)
         self._stood[refresh] = self._stood[refresh] * _FADE + sum(accepted)
         self._tried[refresh] = self._tried[refresh] * _FADE + sum(min(count + 1, drafts) for count in accepted)
         for what, times in (
