@@ -47,7 +47,7 @@ def drafts(config: Any) -> int:
 
     `config`: as for `is_chosen`. Raises `ServingError`.
     """
-    everything = config.additional_config
+    everything = getattr(config, "additional_config", None)  # whatever version of vLLM this is
     given = everything.get(NAME) if isinstance(everything, Mapping) else None
     count = given.get("lossless", 0) if isinstance(given, Mapping) and is_chosen(config) else 0
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < MAX_TOKENS:
