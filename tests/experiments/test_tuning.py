@@ -133,18 +133,34 @@ def test_a_layer_waits_until_its_fetch_is_done():
 def test_a_step_that_fetches():
     """Nothing missing: the step and its plans. A link at its limit: its time, and what cannot run beside it."""
     settings = fetch_order.OrderSettings()
-    free = fetch_order.step(settings, 1, 6.0, 0.0, 3)
+    free = fetch_order.step(settings, 1, 6.0, 0.9, 0.0, 3)
     assert free["ms"] == pytest.approx(6 + 17 * 0.012 + 17 * 0.008, abs=0.02)
     slow = fetch_order.OrderSettings(link=1.0)
-    bytes_fetched = (256 - 32 / 2) * 0.165 * 128 * 16384
-    bound = bytes_fetched / 1e6
-    assert bound < fetch_order.step(slow, 1, 6.0, 0.165, 3)["ms"] < bound + 6 / settings.beside
-    today = [fetch_order.step(settings, *case, 0.165, 0)["ms"] for case in ((1, 6.23), (3, 7.78))]
-    assert today == pytest.approx([7.39, 11.27], rel=0.08)  # as measured, where all came in one piece
+    bound = (256 - 32 / 2) * 0.165 * 128 * 16384 / 1e6
+    assert bound < fetch_order.step(slow, 1, 6.0, 0.9, 0.165, 3)["ms"] < bound + 6 / 0.9
+
+
+def test_the_model_of_a_step_is_near_what_was_measured():
+    """One H100, 16-bit keys, a store of two budgets; the second share of misses was .106 there."""
+    measured = {1: (6.95, 6.77), 3: (10.18, 9.50), 6: (13.38, 11.91)}
+    rows = fetch_order.run(fetch_order.OrderSettings(windows=(3,)), "cpu")["rows"]
+    for row in (row for row in rows if row["window"]):
+        assert row["ms"] == pytest.approx(measured[row["batch"]][row["misses"] < 0.15], rel=0.03)
 
 
 def test_orders_of_fetches_from_the_command_line(tmp_path):
-    given = ["--batches", "1", "--step-ms", "6.5", "--windows", "2", "--json", str(tmp_path / "order.json")]
+    given = [
+        "--batches",
+        "1",
+        "--step-ms",
+        "6.5",
+        "--beside",
+        "0.8",
+        "--windows",
+        "2",
+        "--json",
+        str(tmp_path / "order.json"),
+    ]
     done = CliRunner().invoke(app, ["fetch-order", "--misses", "0.1,0.2", *given])
     assert done.exit_code == 0, done.output
     rows = Result.load(tmp_path / "order.json").rows
