@@ -49,6 +49,7 @@ class ServedTextSettings(BenchSettings):
         tokens: of every answer.
         repeats: times that each generation is timed.
         memory: share of the GPU's memory that vLLM may take.
+        eager: without CUDA graphs, as always on a CPU.
     """
 
     budget_tokens: int = 1024
@@ -63,6 +64,7 @@ class ServedTextSettings(BenchSettings):
     tokens: int = 192
     repeats: int = 2
     memory: float = 0.8
+    eager: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +111,7 @@ def _start(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: Se
         own |= {"block_size": settings.block_size, "lossless": settings.drafts if way == "lossless" else 0}
         chosen = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}}
     batches, at_once = sorted({batch for batch, _ in cases}), settings.drafts + 1 if way == "lossless" else 1
-    if device == "cuda":  # no graphs but those that are timed
+    if device == "cuda" and not settings.eager:  # no graphs but those that are timed
         chosen["compilation_config"] = {"cudagraph_capture_sizes": [batch * at_once for batch in batches]}
     return LLM(
         folder,
@@ -118,7 +120,7 @@ def _start(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: Se
         max_model_len=max(length for _, length in cases) + settings.tokens + 2 * settings.drafts,
         max_num_seqs=batches[-1],
         gpu_memory_utilization=settings.memory,
-        enforce_eager=device == "cpu",
+        enforce_eager=settings.eager or device == "cpu",
         disable_log_stats=False,
         seed=settings.seed,
         **chosen,
