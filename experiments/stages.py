@@ -204,6 +204,7 @@ def spread(out: Path, gpu: str) -> Iterator[str]:
 @stage("generation and fidelity without a GPU", "a quiet CPU", 90)
 def cpu(out: Path, gpu: str) -> Iterator[str]:
     small = "--model smollm2-135m --contexts 7000 --tokens 64 --budget-tokens 512 --block-size 16"
+    small += " --ways full,hybrid,hybrid+refresh2,transformers"
     yield f"bench generate {small} --json OUT/cpu-generate.json"
     cells = "--batch-size 10 --cells noise:2048:passkey:1 --cells prose:2048:passkey:1"
     policies = "--policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,own-topk"

@@ -79,6 +79,9 @@ def test_generations_are_compared(tmp_path):
     rows = {row["way"]: row for row in json.loads(path.read_text())["result"]["rows"]}
     assert rows["full"]["same_tokens"] == rows["transformers"]["same_tokens"] == 6
     assert rows["transformers"]["speedup"] == 1
+    assert {way: row.get("retrieval_heads") for way, row in rows.items()} == {
+        "full": None, "hybrid": 2, "transformers": None
+    }  # fmt: skip
     assert "hybrid" in done.stdout
     assert "transformers: eager, sdpa" in done.stdout
 

@@ -74,7 +74,9 @@ def _from_host(model: PreTrainedModel, prompts: Tensor, _: str, settings: Genera
 
 def _generate(engine: Engine, context: Context, settings: GenerateSettings) -> dict[str, Any]:
     results = engine.generate(context, settings.tokens, ignore_eos=True)
+    plan = getattr(engine.attention, "plan", None)
     return {
+        **({} if plan is None else {"retrieval_heads": len(plan.retrieval)}),
         "prefill_seconds": results[0].prefill_seconds,
         "decode_seconds": results[0].decode_seconds,
         "steps": settings.tokens - 1,
