@@ -39,6 +39,7 @@ GROUPS: tuple[tuple[dict[str, int], ...], ...] = (
         {"programs": 16, "warps": 16, "piece": 4096},
         {"programs": 8, "warps": 16, "piece": 4096},
     ),
+    ({"streamed": 1},),
     ({"programs_alone": 64}, {"programs_alone": 128}, {"programs_alone": 128, "warps_alone": 8, "piece_alone": 2048}),
     ({"plan_warps": 1}, {"plan_warps": 4}, {"plan_warps": 16}),
     ({"window": 1}, {"window": 2}, {"window": 5}),

@@ -35,6 +35,7 @@ class Launch(NamedTuple):
         piece: numbers of a key's and of a value's block that each of its programs has on their way at once.
         programs_alone, warps_alone, piece_alone: of a fetch that the model waits for.
         shared: percent of a processor that a fetch beside the model leaves as shared memory; -1: as CUDA likes.
+        streamed: whether blocks from host memory pass by the L1 cache.
         plan_warps: of a program that plans; None: enough for a slot a lane, 8 at most.
     """
 
@@ -45,6 +46,7 @@ class Launch(NamedTuple):
     warps_alone: int = 16
     piece_alone: int = 4096
     shared: int = 100
+    streamed: bool = False
     plan_warps: int | None = None
 
 
@@ -121,7 +123,7 @@ def _fetch_kernel(
     keys, values, source_keys, source_values, near_keys, slot_of, missing, misses, readers, starts,
     S, P, N, K, near_slots, pairs, batch,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    CACHE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     w = tl.arange(0, WIDTH)
     row = tl.load(readers + w // batch * 4, mask=w < pairs, other=0)
@@ -147,8 +149,8 @@ def _fetch_kernel(
         close = ((near * batch + b) * near_slots + first) * dim
         for begin in range(0, SIZE, PIECE):
             i = begin + tl.arange(0, PIECE)
-            v = tl.load(source_values + far + i, mask=i < SIZE)
-            far_k = tl.load(source_keys + far + i, mask=common.mask_if(near < 0, i < SIZE))
+            v = tl.load(source_values + far + i, mask=i < SIZE, cache_modifier=CACHE)
+            far_k = tl.load(source_keys + far + i, mask=common.mask_if(near < 0, i < SIZE), cache_modifier=CACHE)
             near_k = tl.load(near_keys + close + i, mask=common.mask_if(near >= 0, i < SIZE))
             tl.store(keys + at + i, tl.where(near < 0, far_k, near_k), mask=i < SIZE)
             tl.store(values + at + i, v, mask=i < SIZE)
@@ -183,6 +185,7 @@ def fetch(
             WIDTH=common.power_of_two(pairs),
             PIECE=min(common.power_of_two(size), piece),
             BLOCK=block_size,
+            CACHE=".cg" if LAUNCH.streamed else "",
             **Tuning(1, size, warps, 1, pdl).options,
         )
     if beside:
