@@ -122,6 +122,26 @@ def test_sampled_tokens_have_the_models_distribution(tmp_path):
         assert apart.max() < 4.5
 
 
+def test_greedy_texts_beside_sampled_ones_and_with_penalties(folder):
+    """And what is sampled keeps to the most probable token where it may take no other."""
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.3}
+    kinds = [
+        greedy,
+        {"temperature": 1.0, "top_k": 1},
+        greedy,
+        {"temperature": 1.5, "top_p": 0.9, "seed": 3},
+        greedy,
+        {},
+    ]
+    same, results = [0, 1, 2, 4], []
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, detokenize=False, **kind) for kind in kinds]
+    for more in ({}, {"plan": plan(), "config": {**TIGHT, "lossless": DRAFTS}}):
+        with serving(folder, max_num_seqs=4, **more) as llm:
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+            results.append([list(outputs[i].outputs[0].token_ids) for i in same])
+    assert results[0] == results[1]
+
+
 def test_requests_choose_the_budget_of_their_drafts(folder, stock, monkeypatch):
     asked = ["lossless", "budget_tokens=24", "off", "hybrid", "budget_tokens=32", None]
     with serving(folder, plan(), {**TIGHT, "max_budget_tokens": 32, "lossless": DRAFTS}, **CROWDED) as llm:
