@@ -23,11 +23,10 @@ from lycheedecode.cli.program import Program
 from lycheedecode.cli.report import check_writable, save, screen
 
 TOOLS = {
-    "fetch-order": ("experiments.fetch_order", "OrderSettings", "run", "A model of a step that fetches, by its order."),
     "linear": ("experiments.linear", "LinearSettings", "run", "The projections of a step against the memory's speed."),
     "profile": ("experiments.profile_step", None, "run", "Which kernels a decode step consists of."),
     "profile-memory": (
-        "experiments.profile_fetch", "MemorySettings", "run", "How long layers wait for blocks from host memory."
+        "experiments.profile_memory", "MemorySettings", "run", "How long layers wait for blocks from host memory."
     ),
     "profile-round": (
         "experiments.profile_step", "LosslessSettings", "run_rounds", "Which kernels the parts of a lossless round are."
@@ -40,16 +39,15 @@ TOOLS = {
         "experiments.serving_probe", "ProbeSettings", "run", "Kernels inside vLLM against their definition."
     ),
     "serving-soak": ("experiments.serving_soak", "SoakSettings", "run", "Clients of all kinds for minutes."),
-    "tune-fetch": ("experiments.tune_fetch", "TuneFetchSettings", "tune", "Search launches of plan and fetch."),
     "tune-linear": ("experiments.linear", "TuneLinearSettings", "tune", "Search launches of the projections alone."),
     "tune-memory": (
-        "experiments.tune_memory", "MemorySettings", "tune", "Search launches and order of fetches within a step."
+        "experiments.tune_memory", "MemorySettings", "tune", "Search launches of fetches within a step."
     ),
     "tune-ops": ("experiments.tune_ops", "TuneOpsSettings", "tune", "Search launches of scan, select and attend."),
     "tune-step": ("experiments.tune_step", None, "tune", "Search launches of the projections within a step."),
 }  # fmt: skip
 """Module, settings (None: those of `bench step`), function, and what it does."""
-_ANYWHERE = ("fetch-order", "ranks", "serving-lossless", "serving-probe", "serving-soak")
+_ANYWHERE = ("ranks", "serving-lossless", "serving-probe", "serving-soak")
 """What runs without a GPU, too."""
 
 

@@ -90,6 +90,11 @@ def profile_step(engine: Engine, context: Context) -> list[Kernel]:
 
 def trace(run: Callable[[], Any], before: Callable[[], Any] | None = None) -> list[Kernel]:
     """Kernels of a call of `run`, those that take longest first; `before` is called once in front of all calls."""
+    return add_up(record(run, _STEPS, before), _STEPS)
+
+
+def record(run: Callable[[], Any], steps: int, before: Callable[[], Any] | None = None) -> Any:
+    """What a tracer records in so many calls of `run` on a GPU, after some that warm up."""
 
     def several(times: int) -> None:
         if before is not None:
@@ -100,8 +105,8 @@ def trace(run: Callable[[], Any], before: Callable[[], Any] | None = None) -> li
 
     several(_WARM_UP)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as events:
-        several(_STEPS)
-    return add_up(events.events(), _STEPS)
+        several(steps)
+    return events.events()
 
 
 def add_up(events: Any, steps: int) -> list[Kernel]:

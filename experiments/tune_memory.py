@@ -1,11 +1,11 @@
-"""`python -m experiments tune-memory`: which launches and which order of fetches make a whole step fastest.
+"""`python -m experiments tune-memory`: which launches of fetches, and how far ahead, make a whole step fastest.
 
     python -m experiments tune-memory --model llama-3-8b --cases 3x131072 --budgets 4096 --store-percents 200 \\
         --readings share --reuse docs/results/h100-memory-qwen2.5-coder-1.5b.json
 
-Beside the model a fetch takes processors from it, which `tune-fetch` does not see. From the defaults, one setting after
-the other is varied in steps over a replayed `bench memory`, and what is faster by more than the noise stays. What wins
-goes into `ops/fetch/triton.py` and `engine/offload/store.py` by hand.
+A fetch beside the model takes processors from it, which a search of fetches alone would not see. From the defaults, one
+setting after the other is varied in steps over a replayed `bench memory`, and what is faster by more than the noise
+stays. What wins goes into `ops/fetch/triton.py` and `engine/offload/store.py` by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from experiments.tune_fetch import launches
 from lycheedecode.bench.harness import say
 from lycheedecode.bench.memory_steps import ReplayedCase, cases, intervals
 from lycheedecode.bench.settings import MemorySettings
@@ -88,13 +87,16 @@ def _timed(case: ReplayedCase, changes: dict[str, int], steps: int) -> tuple[flo
 
 @contextmanager
 def _changed(changes: dict[str, int]) -> Iterator[None]:
-    before = store._WINDOW
+    """Engines that are made and steps that are captured while this is open are launched so."""
+    from lycheedecode.ops.fetch import triton
+
+    launch, window = triton.LAUNCH, store._WINDOW
+    triton.LAUNCH = launch._replace(**{name: value for name, value in changes.items() if name != "window"})
+    store._WINDOW = changes.get("window", window)
     try:
-        store._WINDOW = changes.get("window", before)
-        with launches(**{name: value for name, value in changes.items() if name != "window"}):
-            yield
+        yield
     finally:
-        store._WINDOW = before
+        triton.LAUNCH, store._WINDOW = launch, window
 
 
 def _step_ms(engine: Engine, context: Context, steps: int) -> list[float]:

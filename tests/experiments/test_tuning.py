@@ -9,9 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
-from experiments import fetch_order, tune_fetch, tune_memory
+from experiments import tune_memory
 from experiments.__main__ import app
-from experiments.profile_fetch import waits
+from experiments.profile_memory import waits
 from experiments.profile_step import Kernel, add_up, format_kernels
 from experiments.tune_ops import KERNELS, candidates
 from experiments.tune_step import tune_step
@@ -63,7 +63,6 @@ def test_some_candidates_of_many():
         "tune-step",
         "tune-ops",
         "tune-linear",
-        "tune-fetch",
         "tune-memory",
         "profile",
         "profile-round",
@@ -128,60 +127,6 @@ def test_a_layer_waits_until_its_fetch_is_done():
     found = waits([*step, *later], 2)
     assert found["waited_us_by_layer"] == [0.5, 7.0]
     assert (found["step_us"], found["waited_us"], found["link_busy_us"], found["fetches"]) == (20.0, 7.5, 15.0, 2.0)
-
-
-def test_a_step_that_fetches():
-    """Nothing missing: the step and its plans. A link at its limit: its time, and what cannot run beside it."""
-    settings = fetch_order.OrderSettings()
-    free = fetch_order.step(settings, 1, 6.0, 0.9, 0.0, 3)
-    assert free["ms"] == pytest.approx(6 + 17 * 0.012 + 17 * 0.008, abs=0.02)
-    slow = fetch_order.OrderSettings(link=1.0)
-    bound = (256 - 32 / 2) * 0.165 * 128 * 16384 / 1e6
-    assert bound < fetch_order.step(slow, 1, 6.0, 0.9, 0.165, 3)["ms"] < bound + 6 / 0.9
-
-
-def test_the_model_of_a_step_is_near_what_was_measured():
-    """One H100, 16-bit keys, a store of two budgets; the second share of misses was .106 there."""
-    measured = {1: (6.95, 6.77), 3: (10.18, 9.50), 6: (13.38, 11.91)}
-    rows = fetch_order.run(fetch_order.OrderSettings(windows=(3,)), "cpu")["rows"]
-    for row in (row for row in rows if row["window"]):
-        assert row["ms"] == pytest.approx(measured[row["batch"]][row["misses"] < 0.15], rel=0.03)
-
-
-def test_orders_of_fetches_from_the_command_line(tmp_path):
-    given = [
-        "--batches",
-        "1",
-        "--step-ms",
-        "6.5",
-        "--beside",
-        "0.8",
-        "--windows",
-        "2",
-        "--json",
-        str(tmp_path / "order.json"),
-    ]
-    done = CliRunner().invoke(app, ["fetch-order", "--misses", "0.1,0.2", *given])
-    assert done.exit_code == 0, done.output
-    rows = Result.load(tmp_path / "order.json").rows
-    assert [(row["misses"], row["window"]) for row in rows] == [(0.1, 0), (0.1, 2), (0.2, 0), (0.2, 2)]
-    assert len(done.stdout.splitlines()) == 4
-    for misses, words in (("0.1,x", "misses takes numbers"), ("-1", "misses must be above 0")):
-        done = CliRunner().invoke(app, ["fetch-order", "--misses", misses, *given])
-        assert (done.exit_code, words in done.stderr) == (2, True), done.output
-
-
-def test_launches_of_a_fetch_are_tried_and_left(monkeypatch):
-    """Its time is made up here; what it computes is compared."""
-    monkeypatch.setattr(tune_fetch, "time_calls", lambda calls: (calls[0](), SimpleNamespace(ms=1e-3))[1])
-    before = fetch_kernels.LAUNCH
-    small = tune_fetch.TuneFetchSettings(budget_tokens=512, batches=(2,), readers=(3,), context=4096)
-    rows = tune_fetch.tune(small, "cpu")["rows"]
-    assert {row["kernel"] for row in rows} == {"plan", "fetch"}
-    fetched = [row for row in rows if row["kernel"] == "fetch"]
-    assert all(row["gb_per_second"] == pytest.approx(row["blocks"] * 16.384) for row in fetched)
-    assert all(row["blocks"] > 0 for row in fetched)
-    assert before == fetch_kernels.LAUNCH
 
 
 def test_what_makes_steps_faster_stays(monkeypatch):

@@ -105,7 +105,7 @@ def _options(
         text, metavar, default = helps.get(field.name, ""), None, field.default
         text = text[:1].upper() + text[1:]
         if isinstance(default, tuple):
-            kind, metavar = str, "NAMES" if get_args(kind)[0] is str else "NUMBERS"
+            kind, metavar = str, "NUMBERS" if get_args(kind)[0] is int else "NAMES"
             default = ",".join(map(str, default))
         if default is not MISSING and default is not None and default is not False:
             text += f" \\[default: {default}]"
@@ -132,13 +132,7 @@ def _several(settings: type) -> dict[str, type]:
 
 
 def _parts(option: str, text: str, kind: type) -> tuple[Any, ...]:
-    if kind is int:
-        return parse_numbers(option, text)
-    parts = tuple(part.strip() for part in text.split(","))
-    try:
-        return tuple(map(kind, parts))
-    except ValueError:
-        raise ConfigError(f"{option} takes numbers separated by commas, not {text!r}.") from None
+    return parse_numbers(option, text) if kind is int else tuple(part.strip() for part in text.split(","))
 
 
 def _helps(settings: type) -> dict[str, str]:

@@ -51,7 +51,7 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch()
-"""`python -m experiments tune-fetch` tries others."""
+"""`python -m experiments tune-memory` tries others."""
 
 
 @triton.jit(
@@ -174,7 +174,10 @@ def fetch(
     _, batch, heads, entries, dim = pool.keys.shape
     size, pairs = block_size * dim, len(readers) * batch
     pdl = 0 if beside else common.has_pdl(pool.keys.device)
-    programs, warps, piece = LAUNCH[:3] if beside else LAUNCH[3:6]
+    if beside:
+        programs, warps, piece = LAUNCH.programs, LAUNCH.warps, LAUNCH.piece
+    else:
+        programs, warps, piece = LAUNCH.programs_alone, LAUNCH.warps_alone, LAUNCH.piece_alone
     with common.on_device(pool.keys):
         launched = _fetch_kernel[programs,](
             *(*pool, *source, near, known.slot_of, known.missing, known.misses, readers, starts),

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
+from experiments.profile_step import record
 from lycheedecode.bench.harness import say
 from lycheedecode.bench.memory_steps import ReplayedCase, cases
 from lycheedecode.bench.settings import MemorySettings
 from lycheedecode.engine.engine import Context, Engine
 
-_WARM_UP, _STEPS = 3, 5
+_STEPS = 5
 _FETCH, _ATTEND = "_fetch_kernel", "_attend_blocks_kernel"
 Interval = tuple[str, float, float]
 """Name, beginning and end of a kernel, in microseconds."""
@@ -69,14 +69,8 @@ def _covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 def _trace(engine: Engine, context: Context) -> list[Interval]:
     token_ids = torch.full((len(context.prompt_lengths),), 7, device=engine.device)
-    for _ in range(_WARM_UP):
-        engine.decode_one_token(context, token_ids)
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
-        for _ in range(_STEPS):
-            engine.decode_one_token(context, token_ids)
-        torch.cuda.synchronize()
-    events = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    events = record(lambda: engine.decode_one_token(context, token_ids), _STEPS)
+    events = [event for event in events if event.device_type == DeviceType.CUDA]
     return [(event.name, event.time_range.start, event.time_range.end) for event in events]
 
 
