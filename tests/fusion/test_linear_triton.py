@@ -106,24 +106,6 @@ def test_weights_in_8_bits(rows, sizes, columns, dtype):
         assert (by_definition.double() - right).norm() / right.norm() < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("rows", "tuning"), [(4, LinearTuning(32, 32, 1, 2, 2)), (2, LinearTuning(16, 64, 3, 2, 2))])
-def test_parts_of_bfloat16(rows, tuning):
-    """A few rows of bfloat16 meet weights in 8 bits as two float16 each: numbers of all sizes, beyond float16's."""
-    weights, scales = map(list, zip(*(quantize(random(size, 192)) for size in (48, 17)), strict=True))
-    exponents = torch.linspace(-24, 24, 192, device=DEVICE)
-    x = (random(rows, 192) * exponents.exp2()).to(torch.bfloat16)
-    norm, residual = random(192, dtype=torch.bfloat16), random(rows, 65, dtype=torch.bfloat16)
-    exact = [weight.double() * scale[:, None] for weight, scale in zip(weights, scales, strict=True)]
-    for end in (192, 100, 40):  # without the largest columns the smaller ones show
-        few = torch.where(torch.arange(192, device=DEVICE) < end, x, 0)
-        right = reference(few.double(), exact)
-        result = linear(few, weights, scales=scales, tuning=tuning)
-        assert (result.double() - right).norm() / right.norm() < 4e-3
-    right = reference(x.double(), exact, [], residual.double(), norm.double(), 1e-5)
-    result = linear(x, weights, [], residual, norm, 1e-5, scales=scales, tuning=tuning)
-    assert (result.double() - right).norm() / right.norm() < 1e-2
-
-
 def test_splits_need_no_atomic_sums():
     """The same bits every time."""
     x, weight = random(4, 4096), random(64, 4096)

@@ -26,8 +26,7 @@ class LinearTuning(NamedTuple):
         splits: programs that share the columns of a row.
         warps: of a program.
         stages: depth of its load pipeline.
-        dot: rows of input that a matrix instruction takes, 8 or 16 (or half as many, in two parts: weights in 8 bits);
-            0: ordinary multiplications, for one row only.
+        dot: rows of input that a matrix instruction takes, 8 or 16; 0: ordinary multiplications, for one row only.
         prefetch: columns of its rows that a program calls into the L2 while the kernel before it drains; 0 starts
             when that kernel has ended.
         overlap: MiB that are left to read when the kernel after it may start.
@@ -122,5 +121,5 @@ def _tuning_of_8_bits(rows: int, sizes: tuple[int, ...], columns: int, gated: bo
         depth, stages = (256, 3) if rows <= 8 else (128, 4)
         return LinearTuning(rows=32, depth=depth, splits=1, warps=2, stages=stages, prefetch=256)
     tiles = sum(-(-size // 64) for size in sizes)
-    splits = max(min(power_of_two(PROGRAMS // tiles), columns // 128, 4), 1)
+    splits = max(min(power_of_two(PROGRAMS // tiles), columns // 128), 1)
     return LinearTuning(rows=64, depth=128, splits=splits, warps=2, stages=4, prefetch=256)

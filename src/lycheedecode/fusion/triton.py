@@ -5,9 +5,6 @@ then the program that arrives last adds the shares up. One launch goes over up t
 the projections of one input need no fused copy of their weights. Early starts (programmatic dependent launch): weights
 depend on no kernel before, so while the one before drains, a program already calls its first ones into the L2.
 
-Weights in 8-bit floats are widened in registers: two of them become float16 in one instruction. Two bfloat16 take four,
-so a few rows of input change instead, see `_parts`.
-
 Names in kernels: `n` a row of a weight, `k` a column of it, `b` a row of the input.
 """
 
@@ -58,30 +55,12 @@ def _read(at, exists, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _parts(v, is_second):
-    """Numbers as two float16 each, `first * 2**10 + second * 2**-30`: columns of `v` hold one part or the other.
-
-    All of a bfloat16's bits, between 2**-46 and 2**26: no other scale need be found before the numbers are read.
-    """
-    v = v.to(tl.float32)
-    first = (v * 0.0009765625).to(tl.float16)
-    second = ((v - first.to(tl.float32) * 1024.0) * 1073741824.0).to(tl.float16)
-    return tl.where(is_second, second, first)
-
-
-@triton.jit
-def _joined(y, TN: tl.constexpr, BP: tl.constexpr):
-    """`[TN, BP]`: what products with `_parts`, `[TN, 2 * BP]`, stand for."""
-    factor = tl.where(tl.arange(0, 2) == 0, 1024.0, 9.313225746154785e-10)
-    return tl.sum(tl.reshape(y, [TN, 2, BP]) * factor[None, :, None], 1)
-
-
-@triton.jit
 def _multiply(acc, w, v, DOT: tl.constexpr):
-    """Add the product of `w [TN, TK]` and `v [TK, columns]`; without `DOT`, `v` is `[1, TK]` and columns stay apart.
+    """Add the product of `w [TN, TK]` and `v [TK, BP]`; without `DOT`, `v` is `[1, TK]` and columns stay apart.
 
-    Weights in 8-bit floats become what `v` is, which holds all of their values. From float16 straight to bfloat16 each
-    would take an instruction of an eighth of the usual rate, and longer than reading it.
+    Weights in 8-bit floats become what `v` is, which holds all of their values. On Hopper two of them become float16
+    in one instruction, and two float32 become bfloat16 in one; from float16 straight to bfloat16 each number takes an
+    instruction of an eighth of the usual rate, which would take longer than reading it.
     """
     if w.dtype == tl.float8e4nv and v.dtype == tl.bfloat16:
         w = w.to(tl.float16).to(tl.float32)
@@ -120,8 +99,7 @@ def _linear_kernel(
     out, x, w0, w1, w2, s0, s1, s2, b0, b1, b2, residual, norm, partial, sums, arrivals,
     N0, N1, N2, K, steps, trigger, prefetch, stride_out, stride_x, stride_r, eps,
     B: tl.constexpr, BP: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-    THREADS: tl.constexpr,
+    DOT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     program, split = tl.program_id(0), tl.program_id(1)
     weight, size, bias, N, first, tile = w0, s0, b0, N0, N0 * 0, program
@@ -139,7 +117,6 @@ def _linear_kernel(
     n = tile * TN + tl.arange(0, TN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K  # rows past the end are the last one again, never stored
     b = tl.arange(0, BP)
-    column = tl.arange(0, BP * PARTS)  # of what the weight is multiplied with: the rows, or the parts of each
     begin = split * steps * TK
     if PDL:
         _call_into_l2(weight, tile, N, K, begin, prefetch, TN, THREADS)
@@ -147,18 +124,15 @@ def _linear_kernel(
             _call_into_l2(w1, tile, N, K, begin, prefetch, TN, THREADS)
         tl.extra.cuda.gdc_wait()
 
-    y = tl.zeros([TN, BP * PARTS if DOT else TK], tl.float32)
+    y = tl.zeros([TN, BP if DOT else TK], tl.float32)
     gate = y
-    squares = tl.zeros([TK, BP * PARTS] if DOT else [1, TK], tl.float32)
+    squares = tl.zeros([TK, BP] if DOT else [1, TK], tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
         if PDL:
             _let_next_start(step == trigger)
         k = begin + step * TK + tl.arange(0, TK)
         if DOT:
-            b_in = column % BP
-            v = tl.load(
-                x + b_in[None, :] * stride_x + k[:, None], mask=(b_in < B)[None, :] & (k < K)[:, None], other=0.0
-            )
+            v = tl.load(x + b[None, :] * stride_x + k[:, None], mask=(b < B)[None, :] & (k < K)[:, None], other=0.0)
         else:
             v = _read(x + k[None, :], (k < K)[None, :], EVEN)
         if norm is not None:
@@ -166,8 +140,6 @@ def _linear_kernel(
             v = v.to(tl.float32)
             squares += v * v
             v = (v * (scale[:, None] if DOT else scale[None, :])).to(x.dtype.element_ty)
-        if PARTS == 2:
-            v = _parts(v, (column >= BP)[None, :])
         at = row + k[None, :]
         if GATED:
             gate = _multiply(gate, _read(w0 + at, (k < K)[None, :], EVEN), v, DOT)
@@ -176,9 +148,6 @@ def _linear_kernel(
             y = _multiply(y, _read(weight + at, (k < K)[None, :], EVEN), v, DOT)
 
     square = tl.sum(squares, 0 if DOT else 1)
-    if PARTS == 2:
-        y, gate = _joined(y, TN, BP), _joined(gate, TN, BP)
-        square = tl.max(tl.reshape(square, [2, BP]), 0)  # of both parts the same
     if not DOT:
         y = tl.sum(y, 1)[:, None]
         gate = tl.sum(gate, 1)[:, None]
@@ -233,8 +202,7 @@ def linear(
     tiles = -(-sizes[0] // tuning.rows) if gated else sum(-(-size // tuning.rows) for size in sizes)
     steps = -(-columns // (tuning.depth * tuning.splits))
     even = steps * tuning.depth * tuning.splits == columns
-    parts = 2 if scales and tuning.dot and x.dtype == torch.bfloat16 and rows <= 4 else 1
-    padded = max(tuning.dot // parts, power_of_two(rows)) if tuning.dot else 1
+    padded = max(tuning.dot, power_of_two(rows)) if tuning.dot else 1
     if rows > padded:
         raise ValueError(f"{rows} rows need matrix instructions.")
     partial = sums = arrivals = None
@@ -262,7 +230,6 @@ def linear(
             SPLITS=tuning.splits,
             STAGES=tuning.stages,
             DOT=tuning.dot > 0,
-            PARTS=parts,
             GATED=gated,
             EVEN=even,
             PDL=pdl,

@@ -112,7 +112,7 @@ def attend_tokens(
     Args:
         query: `[B, T, Hq, D]`, 1 <= T <= 32; token t is the one before the T - 1 - t last ones of its sequence.
         kv: the layer's cache, the T tokens included; a sequence may have fewer than T.
-        scale: factor on the logits, positive.
+        scale: factor on the logits.
         begins: int32 `[B, T]`, not falling: the first token that each query sees; None: they see all before them.
         scales: float32 `[Hkv]` of keys and of values, which then are float8_e4m3fn: what they stand for is their
             product.
@@ -121,8 +121,6 @@ def attend_tokens(
         `[B, T, Hq, D]` in the dtype of `query`; zeros for a query before its sequence begins.
     """
     _check_tokens(query, kv, begins, scales)
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, not {scale}.")
     kernels = kernels_for(query)
     return (reference if kernels is None else kernels).attend_tokens(query, kv, scale, begins, scales)
 

@@ -103,7 +103,7 @@ def default_tuning(pairs: int, kv: KV) -> Tuning:
     if size == 1 or (size == 2 and pairs <= 16 and common.read_rate(device) > 30e9):
         programs, stages = (3, 4) if size == 1 else (2, 3)
         tuning = common.fitting(Tuning(1, min(common.tile_of(kv, 8192 * size), 64), 4, stages, pdl), kv)
-        splits = max(common.filling_splits(pairs, programs * common.processors(device)), 8)  # lengths may be uneven
+        splits = common.filling_splits(pairs, programs * common.processors(device))
         return tuning._replace(splits=max(min(splits, triton.cdiv(kv.slots, tuning.tile)), 1))
     few = pairs <= 16
     tile, stages = (16384, 4) if few else (32768, 3)

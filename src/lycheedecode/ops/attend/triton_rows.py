@@ -67,14 +67,14 @@ def _attend_rows_kernel(
         v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
         if key_scales is not None:
             k, v = common.widened(k, v, q)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee")
+        x = tl.dot(q, tl.trans(k), input_precision="ieee") * size[:, None]
         seen = token[None, :] < end[:, None]
         if begins is not None:
             seen = seen & (token[None, :] >= low[:, None])
         x = tl.where(seen, x, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(x, 1) * size)
+        new_peak = tl.maximum(peak, tl.max(x, 1))
         shift = common.finite(new_peak)
-        p = tl.exp2(x * size[:, None] - shift[:, None])  # one instruction: logits are not scaled apart
+        p = tl.exp2(x - shift[:, None])
         fade = tl.exp2(peak - shift)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         peak, total = new_peak, total * fade + tl.sum(p, 1)
