@@ -123,7 +123,8 @@ def test_sampled_tokens_have_the_models_distribution(tmp_path):
 
 
 def test_greedy_texts_beside_sampled_ones_and_with_penalties(folder):
-    """And what is sampled keeps to the most probable token where it may take no other."""
+    """What is sampled keeps to the most probable token where it may take no other, and tokens of a request to those
+    that it allows, wherever it is in the batch."""
     greedy = {"temperature": 0.0, "repetition_penalty": 1.3}
     kinds = [
         greedy,
@@ -131,10 +132,12 @@ def test_greedy_texts_beside_sampled_ones_and_with_penalties(folder):
         greedy,
         {"temperature": 1.5, "top_p": 0.9, "seed": 3},
         greedy,
-        {},
+        {"temperature": 0.0, "allowed_token_ids": list(range(4, 90, 3))},
     ]
-    same, results = [0, 1, 2, 4], []
-    params = [SamplingParams(max_tokens=24, ignore_eos=True, detokenize=False, **kind) for kind in kinds]
+    same, results = [0, 1, 2, 4, 5], []
+    params = [
+        SamplingParams(max_tokens=24 - 2 * i, ignore_eos=True, detokenize=False, **kind) for i, kind in enumerate(kinds)
+    ]
     for more in ({}, {"plan": plan(), "config": {**TIGHT, "lossless": DRAFTS}}):
         with serving(folder, max_num_seqs=4, **more) as llm:
             outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)

@@ -31,6 +31,7 @@ from .parts import (
     get_current_vllm_config,
     get_layers_from_vllm_config,
     reserve,
+    swap_whole_rows,
 )
 from .settings import FLOAT8
 
@@ -62,6 +63,7 @@ class HybridBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        swap_whole_rows()
         given = vllm_config, kv_cache_spec, layer_names, device, self.obstacle()
         self.hybrid = self.verifying = None
         self._is_all = False

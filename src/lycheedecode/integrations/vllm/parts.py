@@ -58,6 +58,7 @@ __all__ = [
     "input_processor",
     "reserve",
     "set_forward_context",
+    "swap_whole_rows",
     "version",
 ]
 
@@ -88,6 +89,28 @@ def follow_requests() -> None:
         runner = getattr(sys.modules.get(module), "GPUModelRunner", None)
         if runner is not None and not hasattr(getattr(runner, method), "__wrapped__"):
             setattr(runner, method, _telling(getattr(runner, method), rows_of))
+
+
+def swap_whole_rows() -> None:
+    """Let rows of a batch keep their `allowed_token_ids` when vLLM sorts it, which it does for few backends but this.
+
+    Up to 0.27 it swaps two rows of that mask as views, of which the second is then the first one's: one request obeys
+    what another asked for.
+    """
+    batch = getattr(sys.modules.get("vllm.v1.worker.gpu_input_batch"), "InputBatch", None)
+    if batch is None or hasattr(batch.swap_states, "__wrapped__"):
+        return
+    stock = batch.swap_states
+
+    @functools.wraps(stock)
+    def swap_states(self: Any, first: int, second: int) -> None:
+        mask = self.allowed_token_ids_mask_cpu_tensor
+        swapped = None if mask is None else mask[[second, first]]  # a copy
+        stock(self, first, second)
+        if mask is not None:
+            mask[[first, second]] = swapped
+
+    batch.swap_states = swap_states
 
 
 def reserve(left: Callable[[Any], float]) -> None:
