@@ -28,7 +28,7 @@ from lycheedecode.engine.offload import store
 NOISE = 0.003
 """What must be gained, as a share of a step."""
 GROUPS: tuple[tuple[dict[str, int], ...], ...] = (
-    ({"shared": -1},),
+    ({"shared": 100},),
     (
         {"programs": 64, "warps": 4, "piece": 1024},
         {"programs": 128, "warps": 2, "piece": 512},
@@ -40,7 +40,7 @@ GROUPS: tuple[tuple[dict[str, int], ...], ...] = (
     ),
     ({"streamed": 1},),
     ({"programs_alone": 64}, {"programs_alone": 128}, {"programs_alone": 128, "warps_alone": 8, "piece_alone": 2048}),
-    ({"plan_warps": 1}, {"plan_warps": 4}, {"plan_warps": 16}),
+    ({"plan_warps": 4}, {"plan_warps": 8}, {"plan_warps": 16}),
     ({"window": 1}, {"window": 2}, {"window": 5}),
 )
 """Changes that exclude each other; of every group the best one stays."""
@@ -91,7 +91,9 @@ def _changed(changes: dict[str, int]) -> Iterator[None]:
     from lycheedecode.ops.fetch import triton
 
     launch, window = triton.LAUNCH, store._WINDOW
-    triton.LAUNCH = launch._replace(**{name: value for name, value in changes.items() if name != "window"})
+    triton.LAUNCH = launch._replace(
+        **{"shared": -1, **{name: value for name, value in changes.items() if name != "window"}}
+    )
     store._WINDOW = changes.get("window", window)
     try:
         yield

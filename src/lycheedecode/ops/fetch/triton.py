@@ -34,9 +34,10 @@ class Launch(NamedTuple):
         programs, warps: of a fetch beside the model.
         piece: numbers of a key's and of a value's block that each of its programs has on their way at once.
         programs_alone, warps_alone, piece_alone: of a fetch that the model waits for.
-        shared: percent of a processor that a fetch beside the model leaves as shared memory; -1: as CUDA likes.
+        shared: percent of a processor that a fetch beside the model leaves as shared memory; -1: as CUDA likes; None:
+            CUDA is not asked.
         streamed: whether blocks from host memory pass by the L1 cache.
-        plan_warps: of a program that plans; None: enough for a slot a lane, 8 at most.
+        plan_warps: of a program that plans; None: enough for eight slots a lane.
     """
 
     programs: int = 32
@@ -45,7 +46,7 @@ class Launch(NamedTuple):
     programs_alone: int = 32
     warps_alone: int = 16
     piece_alone: int = 4096
-    shared: int = 100
+    shared: int | None = None
     streamed: bool = False
     plan_warps: int | None = None
 
@@ -105,7 +106,7 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
     rows, batch, capacity = blocks.shape
     slots = known.block_of.shape[-1]
     width = common.power_of_two(slots)
-    warps = LAUNCH.plan_warps or min(max(width // 32, 1), 8)
+    warps = LAUNCH.plan_warps or min(max(width // 256, 1), 16)
     tuning = Tuning(1, width, warps, 1, common.has_pdl(blocks.device))
     with common.on_device(blocks):
         _plan_kernel[batch, rows](
@@ -191,7 +192,7 @@ def fetch(
             CACHE=".cg" if LAUNCH.streamed else "",
             **Tuning(1, size, warps, 1, pdl).options,
         )
-    if beside:
+    if beside and LAUNCH.shared is not None:
         leave_shared_memory(launched, LAUNCH.shared)
 
 
