@@ -1,5 +1,6 @@
 """Tests share two cores with each other, and everything in them is tiny: one thread each is fastest."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def benchmarks_collect_little():
+    """A benchmark collects garbage after every case: of all that is imported, that takes longer than tiny cases do."""
+    import tiny  # noqa: F401  # imports transformers
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # transformers takes seconds to import, and kernels in the interpreter need none of it: whoever asks for these pays.

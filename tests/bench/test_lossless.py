@@ -12,6 +12,8 @@ from lycheedecode import Sampling
 from lycheedecode.bench import lossless, lossless_exact, lossless_texts
 from lycheedecode.cli import app
 
+pytestmark = pytest.mark.usefixtures("benchmarks_collect_little")
+
 
 def run(*arguments, status=0):
     done = CliRunner().invoke(app, ["bench", "lossless", *arguments])

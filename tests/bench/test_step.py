@@ -14,6 +14,8 @@ from lycheedecode.cli.bench import as_of_now
 from lycheedecode.engine.engine import Engine
 from lycheedecode.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("benchmarks_collect_little")
+
 
 def run(name, *arguments, status=0):
     done = CliRunner().invoke(app, ["bench", name, *arguments])

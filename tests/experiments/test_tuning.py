@@ -20,6 +20,8 @@ from lycheedecode.engine.offload import store
 from lycheedecode.ops.fetch import triton as fetch_kernels
 from lycheedecode.results import Result
 
+pytestmark = pytest.mark.usefixtures("benchmarks_collect_little")
+
 
 class Launch(NamedTuple):
     rows: int = 16
