@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from experiments.continuations import Figures
+from experiments.figures import Figures
 from lycheedecode.config import HybridConfig
 from lycheedecode.identify import Cell
 from lycheedecode.identify.replay import Drawn, Parts, Seen, TeacherBatch, choose_blocks, full, prepare, replay, weigh

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from experiments.figures import Figures
 from lycheedecode.config import HybridConfig
 from lycheedecode.errors import InputError, LycheeError
 from lycheedecode.identify import Cell, IdentifySettings, Stages, settle
@@ -104,43 +105,6 @@ def search(job: Job, reach: Reach, factors: Sequence[float]) -> HeadPlan:
     """The plan that a search finds."""
     surrogate = Surrogate(job.table[..., : len(factors)], reach, job.coupling, factors)
     return surrogate.plan(surrogate.assign(surrogate.search(job.heads)))
-
-
-class Figures:
-    """KL, agreement and acceptance of one student on one kind of prompt."""
-
-    def __init__(self) -> None:
-        self._kl: list[Tensor] = []
-        self._top1: list[Tensor] = []
-        self._accepted: list[Tensor] = []
-        self._prompts: list[float] = []
-
-    def add(self, expected: Tensor, found: Tensor, mask: Tensor, temperature: float) -> None:
-        """Logits of full attention and of the student, `[B, T, V]`, where `mask` is True."""
-        for theirs, ours, inside in zip(expected, found, mask, strict=True):
-            theirs, ours = theirs[inside], ours[inside]
-            p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
-            kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
-            self._kl.append(kl.cpu())
-            self._prompts.append(float(kl.mean()))
-            self._top1.append((p.argmax(-1) == q.argmax(-1)).cpu())
-            hot = torch.minimum((theirs / temperature).softmax(-1), (ours / temperature).softmax(-1))
-            self._accepted.append(hot.sum(-1).cpu())
-
-    def to_dict(self) -> dict[str, float]:
-        """Means over tokens, the 99th percentile, and the standard error of the mean over prompts."""
-        kl, each = torch.cat(self._kl).double(), torch.tensor(self._prompts).double()
-        error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
-        return {
-            "prompts": len(each),
-            "kl_mean": float(kl.mean()),
-            "kl_error": error,
-            "kl_median_of_prompts": float(each.median()),
-            "kl_of_prompts": [round(float(kl), 5) for kl in each],
-            "kl_p99": float(kl.quantile(0.99)),
-            "top1_agreement": float(torch.cat(self._top1).double().mean()),
-            "acceptance": float(torch.cat(self._accepted).double().mean()),
-        }
 
 
 class Study:
@@ -340,6 +304,12 @@ class Study:
         self.result = self.result.add(**found, total_seconds=round(self.seconds, 1))
         self.result.save(self.options.json)
 
+    def show(self) -> None:
+        """Print a line for every student on every kind."""
+        for name, cell in self.result.cells.items():
+            for label, each in cell.items():
+                print(f"{name}  {label:55}  {each['kl_mean']:.5f} +- {each['kl_error']:.5f}  p99 {each['kl_p99']:.4f}")
+
     def _say(self, what: str) -> None:
         self.keep(seconds={**self.result.summary["seconds"], what: round(self.seconds, 1)})
         print(f"{self.seconds:7.1f} s  {what}", flush=True)
@@ -400,9 +370,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     study = Study(model, tokenizer, options)
     study.evaluate(study.students(forms, study.plans(forms)))
-    for name, cell in study.result.cells.items():
-        for label, each in cell.items():
-            print(f"{name}  {label:55}  {each['kl_mean']:.5f} +- {each['kl_error']:.5f}  p99 {each['kl_p99']:.4f}")
+    study.show()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What every head reads, more freely than a head plan says: its own budget, two donors, other keys to scan.
 
-Allotment      a reading for every head, which `replay` can follow
-Readings  the second-order model of `identify.sensitivity` over the readings that a head might have
-Choices   finds good ones that read no more tokens than a form does
+Allotment  a reading for every head, which `Reader` follows in `replay`
+Readings   the second-order model of `identify.sensitivity` over the readings that a head might have
+Choices    finds good ones that read no more tokens than a form does
 """
 
 from __future__ import annotations

@@ -164,9 +164,7 @@ def main() -> None:
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     study = SameBytes(model, tokenizer, options)
     study.run()
-    for name, cell in study.result.cells.items():
-        for label, each in cell.items():
-            print(f"{name}  {label:45}  {each['kl_mean']:.5f} +- {each['kl_error']:.5f}  p99 {each['kl_p99']:.4f}")
+    study.show()
 
 
 if __name__ == "__main__":

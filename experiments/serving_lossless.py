@@ -13,12 +13,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import same_tokens, say
 from lycheedecode.bench.lossless_texts import prompts_of
 from lycheedecode.bench.serving import closing, require_vllm
 from lycheedecode.bench.settings import SHORT, BenchSettings, LosslessSettings, as_pairs, check_names
@@ -91,7 +90,7 @@ def run(settings: ServedTextSettings, device: str) -> Iterator[dict[str, Any]]:
                 for case, prompts in cases.items():
                     row = {"way": way, "batch": case[0], "context": case[1], **_time(llm, prompts, settings)}
                     first = stock.setdefault(case, row)
-                    same = [_same(*pair) for pair in zip(first["token_ids"], row["token_ids"], strict=True)]
+                    same = [same_tokens(*pair) for pair in zip(first["token_ids"], row["token_ids"], strict=True)]
                     row |= {"speedup": row["tokens_per_second"] / first["tokens_per_second"], "same_tokens": same}
                     say(_line(row))
                     yield {name: value for name, value in row.items() if name != "token_ids"}
@@ -155,10 +154,6 @@ def _generate(llm: Any, prompts: Sequence[Sequence[int]], count: int) -> tuple[f
     began = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False)
     return time.perf_counter() - began, [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def _same(one: Sequence[int], other: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=True)))
 
 
 def _line(row: Mapping[str, Any]) -> str:

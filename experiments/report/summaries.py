@@ -34,7 +34,7 @@ def _exact(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         eight = " with 8-bit weights" if row["weights"] == "float8" else ""
         form = f"{row['dtype']}, {row['way']} drafts{eight}, budget {row['budget_tokens']}"
-        forms.setdefault(form.replace("torch.", ""), []).append(row)
+        forms.setdefault(form, []).append(row)
     shown = []
     for form, cases in forms.items():
         pairs = [pair for row in cases for pair in zip(row["same"], row["tokens"], strict=True)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from ..engine.engine import Context, Engine
 from ..errors import DeviceError
 from ..models.versions import attention_name
 from ..results import Result
-from .harness import say
+from .harness import same_tokens, say
 from .models import build, prompts_for, release
 from .settings import FORMS, GenerateSettings
 from .step import make_engine
@@ -130,8 +129,7 @@ def _compared(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         case["ms"] = case["decode_seconds"] / case["steps"] * 1e3
         case["tokens_per_second"] = case["batch"] * 1e3 / case["ms"]
-        pairs = zip(first, case["token_ids"], strict=True)
-        case["same_tokens"] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        case["same_tokens"] = same_tokens(first, case["token_ids"])
     for case in cases:
         del case["token_ids"]
         case["speedup"] = base and base["ms"] / case["ms"]

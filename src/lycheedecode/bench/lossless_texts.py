@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from itertools import product, takewhile
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ..config import HybridConfig
@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..models.load import load_model
 from ..plan import HeadPlan, bundled_plan_of
 from ..prompts.text import load_text
-from .harness import say
+from .harness import same_tokens, say
 from .models import release
 from .settings import LosslessSettings
 
@@ -115,12 +115,6 @@ def _generate(engine: Engine, context: Context, settings: LosslessSettings) -> t
     return engine.generate(context, settings.tokens, sampling=sampling, ignore_eos=True), time.process_time() - began
 
 
-def same_tokens(one: Generation, other: Generation) -> int:
-    """Tokens until the first that differs."""
-    pairs = zip(one.token_ids, other.token_ids, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
 def _real_row(name: str, results: list[Generation], first: list[Generation], length: int) -> dict[str, Any]:
     seconds = max(result.decode_seconds for result in results)
     total = sum(len(result.token_ids) - 1 for result in results)
@@ -130,7 +124,7 @@ def _real_row(name: str, results: list[Generation], first: list[Generation], len
         "way": name, "batch": len(results), "context": length, "tokens": len(results[0].token_ids), "seconds": seconds,
         "tokens_per_second": speed, "speedup": speed / (base / max(result.decode_seconds for result in first)),
         "gained": total / rounds if rounds else 1.0, "stood": accepted / drafted if drafted else None,
-        "same": [same_tokens(a, b) for a, b in zip(results, first, strict=True)],
+        "same": [same_tokens(a.token_ids, b.token_ids) for a, b in zip(results, first, strict=True)],
         "kv_bytes_per_token": sum(r.kv_bytes_per_token for r in results) / len(results),
     }  # fmt: skip
 

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +33,7 @@ import torch
 from ..errors import ConfigError, PackageError
 from ..plan import HeadPlan
 from ..results import Result
-from .harness import say
+from .harness import same_tokens, say
 from .models import random_config
 from .settings import SERVERS, SHORT, ServingSettings
 from .workload import Shape, spread_plan
@@ -211,8 +210,7 @@ def _compared(row: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, An
     """With the speed-up over the stock backend, and how many tokens are the same until the first that differs."""
     same = None
     if stock is not None:
-        pairs = zip(stock["token_ids"], row["token_ids"], strict=True)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        same = same_tokens(stock["token_ids"], row["token_ids"])
     kept = {name: value for name, value in row.items() if name != "token_ids"}
     return {**kept, "speedup": stock and stock["ms"] / row["ms"], "same_tokens": same}
 

@@ -229,8 +229,8 @@ class MemorySettings(BenchSettings):
         block_size: tokens per block.
         store_percents: store sizes, in percent of a selection.
         reuse: a result of texts, whose misses are replayed (steps).
-        readings: whose misses: those of selections of the same share of the context, or of the same budget; none: of
-            nobody, nothing is fetched (steps).
+        readings: whose misses: those of selections of the same share of the context (share), or of the same budget
+            (budget); none: selections stay, and nothing is fetched (steps).
         forms: of hybrid attention (steps).
         at_once: also time steps that fetch nothing ahead (steps).
         steps: number of timed steps (steps).

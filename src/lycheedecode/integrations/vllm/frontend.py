@@ -55,7 +55,7 @@ def _check_drafting(vllm_config: Any) -> None:
         "data parallelism": parallel.data_parallel_size > 1,
         "LoRA adapters": vllm_config.lora_config is not None,
         "a KV connector": vllm_config.kv_transfer_config is not None,
-        "images": model.is_multimodal_model,
+        "a multimodal model": model.is_multimodal_model,
         "prompts given as embeddings": model.enable_prompt_embeds,
         "layers that keep a state instead of a cache": model.has_inner_state,
         "positions of several dimensions": model.uses_mrope or getattr(model, "uses_xdrope_dim", 0) > 0,

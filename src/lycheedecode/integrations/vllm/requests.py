@@ -51,7 +51,7 @@ class Limits(NamedTuple):
     lossless: bool = False
 
     @classmethod
-    def of(cls, config: HybridConfig, most: int | None, allow_off: bool) -> Limits:
+    def of(cls, config: HybridConfig, most: int | None, allow_off: bool, lossless: bool = False) -> Limits:
         """Of a server; `most` None: the server's own budget. Raises `ServingError` for one below that."""
         if most is None:
             most = config.budget_tokens
@@ -62,7 +62,8 @@ class Limits(NamedTuple):
                 f"max_budget_tokens must be a whole number of at least budget_tokens, {config.budget_tokens}, "
                 f"not {most!r}."
             )
-        return cls(config.forced_blocks * config.block_size, most, config.budget_blocks, allow_off, config.block_size)
+        least, default = config.forced_blocks * config.block_size, config.budget_blocks
+        return cls(least, most, default, allow_off, config.block_size, lossless)
 
     def blocks(self, extra_args: Mapping[str, Any] | None) -> int | None:
         """Most blocks of a request's selections; None: the default, `EVERYTHING`: all that there are.

@@ -124,7 +124,7 @@ def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
         raise ServingError("scan_keys must be 'cache' with a KV cache in FP8, which has 8 bits already.")
     if config.step_weights != "model":
         raise ServingError("step_weights must be 'model' in vLLM, which quantises weights itself (--quantization fp8).")
-    return config, Limits.of(config, most, allow_off)._replace(lossless=lossless), self_check
+    return config, Limits.of(config, most, allow_off, lossless), self_check
 
 
 def _given(vllm_config: Any) -> Mapping[str, Any]:
