@@ -214,7 +214,7 @@ def cpu(out: Path, gpu: str) -> Iterator[str]:
     yield f"{FIDELITY} --budget-tokens 512 {texts} {few} --json OUT/continuations-2k-cpu.json"
     quest = "--policies hybrid,quest --budgets 512,1232 --prompts 12 --batch-size 6"
     yield f"{FIDELITY} {quest} {HARD} --json OUT/quest-twice-the-bytes-cpu.json"
-    texts = "--parts real --model smollm2-135m --contexts 7000 --batches 1 --tokens 128 --ways hybrid,auto,8"
+    texts = "--parts real --model smollm2-135m --contexts 7000 --batches 1 --tokens 128 --ways auto --texts code"
     yield f"bench lossless {texts} --budget-tokens 512 --block-size 16 --json OUT/cpu-lossless-smollm2-135m.json"
     cells = "--cells code:1000:continuation:64 --cells prose:1000:continuation:64 --prompts 4 --batch-size 4"
     eight = "--policies full+weights8,hybrid,hybrid+weights8 --budget-tokens 512 --block-size 16 --dtype float32"
