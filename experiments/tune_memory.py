@@ -28,7 +28,6 @@ from lycheedecode.engine.offload import store
 NOISE = 0.003
 """What must be gained, as a share of a step."""
 GROUPS: tuple[tuple[dict[str, int], ...], ...] = (
-    ({"shared": 100},),
     (
         {"programs": 64, "warps": 4, "piece": 1024},
         {"programs": 128, "warps": 2, "piece": 512},
@@ -91,9 +90,7 @@ def _changed(changes: dict[str, int]) -> Iterator[None]:
     from lycheedecode.ops.fetch import triton
 
     launch, window = triton.LAUNCH, store._WINDOW
-    triton.LAUNCH = launch._replace(
-        **{"shared": -1, **{name: value for name, value in changes.items() if name != "window"}}
-    )
+    triton.LAUNCH = launch._replace(**{name: value for name, value in changes.items() if name != "window"})
     store._WINDOW = changes.get("window", window)
     try:
         yield

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .. import kernel_common as common
 from ..kernel_common import Tuning
-from ..triton_private import leave_shared_memory
 from ..types import constant
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ class Launch(NamedTuple):
         programs, warps: of a fetch beside the model.
         piece: numbers of a key's and of a value's block that each of its programs has on their way at once.
         programs_alone, warps_alone, piece_alone: of a fetch that the model waits for.
-        shared: percent of a processor that a fetch beside the model leaves as shared memory; -1: as CUDA likes; None:
-            CUDA is not asked.
         streamed: whether blocks from host memory pass by the L1 cache.
         plan_warps: of a program that plans; None: enough for eight slots a lane.
     """
@@ -46,7 +43,6 @@ class Launch(NamedTuple):
     programs_alone: int = 32
     warps_alone: int = 16
     piece_alone: int = 4096
-    shared: int | None = None
     streamed: bool = False
     plan_warps: int | None = None
 
@@ -180,7 +176,7 @@ def fetch(
     else:
         programs, warps, piece = LAUNCH.programs_alone, LAUNCH.warps_alone, LAUNCH.piece_alone
     with common.on_device(pool.keys):
-        launched = _fetch_kernel[programs,](
+        _fetch_kernel[programs,](
             *(*pool, *source, near, known.slot_of, known.missing, known.misses, readers, starts),
             *(source.keys.shape[3], entries, known.slot_of.shape[-1], known.missing.shape[-1], near.shape[-2]),
             *(pairs, batch),
@@ -192,8 +188,6 @@ def fetch(
             CACHE=".cg" if LAUNCH.streamed else "",
             **Tuning(1, size, warps, 1, pdl).options,
         )
-    if beside and LAUNCH.shared is not None:
-        leave_shared_memory(launched, LAUNCH.shared)
 
 
 @triton.jit(do_not_specialize=["begin", "S", "P", "slots"])
