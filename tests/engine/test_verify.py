@@ -349,7 +349,11 @@ def test_drafting_is_tried_again():
     assert [pace.next() for _ in range(3)] == [(0, 1), (4, 1), (0, 1)]  # what these tell comes a round late
     pace.saw(Plan(0, 1), [0], [], 1.0)
     pace.saw(Plan(4, 1), [0], [1.0] * 4, 1.0)
-    assert [pace.next().drafts for _ in range(128)].count(0) == 126
+    tried = [turn for turn in range(1, 3000) if pace.next().drafts]
+    assert tried == [64, 192, 448, 960, 1984]  # the longest wait is 1024
+    for _ in range(20):  # the text has changed
+        pace.saw(Plan(8, 1), [8], [0.1] * 8, 1.0)
+    assert [pace.next().drafts for _ in range(3)] == [8, 8, 8]
     assert Pace(6, fixed=True, refreshes=(3,)).next() == (6, 3)
 
 

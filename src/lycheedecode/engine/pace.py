@@ -9,8 +9,8 @@ _PRIOR = 0.9, 8.0
 """Assumed share of accepted drafts before any was seen, and how many drafts that assumption counts as."""
 _FADE, _SLOWER, _FASTER = 0.9, 0.2, 0.7
 """Decay of older rounds; how far a slower and a faster measurement move the estimated time."""
-_WAIT = 64
-"""Rounds before retrying what did not pay."""
+_WAIT, _LONGEST = 64, 1024
+"""Rounds before retrying what did not pay; twice as many after every retry that did not, up to the longest."""
 _WORTH = 1.03
 """Times as fast as full steps that rounds have to seem: the best of many estimates is too good by about as much."""
 
@@ -38,7 +38,8 @@ class Pace:
         self._seconds: dict[str, float] = {}
         self._seen: set[int] = set()
         self._trials = [Plan(0, 1), Plan(-(-most // 2), self._refreshes[-1])] if most else []
-        self._waited = 0
+        self._pays: bool | None = None
+        self._waited, self._wait = 0, _WAIT
 
     def next(self) -> Plan:
         """The next round."""
@@ -50,11 +51,21 @@ class Pace:
             return Plan(0, 1)
         best = {refresh: self._best(refresh) for refresh in self._refreshes}
         ranked = sorted(best.values(), key=self.speed)
-        self._waited += 1
-        again = self._waited % _WAIT == 0
-        if self.speed(ranked[-1]) > _WORTH / self._seconds["full"]:
+        pays = self.speed(ranked[-1]) > _WORTH / self._seconds["full"]
+        again = self._retries(pays)
+        if pays:
             return ranked[0] if again else ranked[-1]
         return ranked[-1] if again else Plan(0, 1)
+
+    def _retries(self, pays: bool) -> bool:
+        """Whether it is time for what seemed slower."""
+        if pays != self._pays:
+            self._pays, self._waited, self._wait = pays, 0, _WAIT
+        self._waited += 1
+        if self._waited < self._wait:
+            return False
+        self._waited, self._wait = 0, min(2 * self._wait, _LONGEST)
+        return True
 
     def _best(self, refresh: int) -> Plan:
         return max((Plan(drafts, refresh) for drafts in range(1, self.most + 1)), key=self.speed)
