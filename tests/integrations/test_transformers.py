@@ -324,6 +324,24 @@ def test_decoding_without_a_cache_is_refused(llama, by_config, monkeypatch):
     assert generate(llama, batch, use_cache=False).shape == (1, 52)  # outside of it, as ever
 
 
+@pytest.mark.parametrize("start", [0, 5], ids=["", "padded"])
+def test_a_second_reading_of_what_the_cache_holds_is_refused(llama, start):
+    """transformers makes it for assisted decoding; its text is then wrong outside of this context, too."""
+    ids, cache = torch.tensor(tiny.prompts(40)), DynamicCache(config=llama.config)
+    mask = torch.ones_like(ids)
+    mask[:, :start] = 0
+    with hybrid(llama, tiny.plan(), TIGHT):
+        first = generate(llama, {"input_ids": ids, "attention_mask": mask}, **cache_argument(cache))
+        held = cache.get_seq_length()
+        longer = torch.cat([first, ids[:, :3]], 1)
+        mask = torch.cat([mask, torch.ones_like(longer[:, 40:])], 1)
+        batch = {"input_ids": longer, "attention_mask": mask}
+        with pytest.raises(ModelError, match=rf"again from its beginning, .* holds {held} tokens"):
+            generate(llama, batch, **cache_argument(cache), prompt_lookup_num_tokens=3)
+        empty = cache_argument(DynamicCache(config=llama.config))
+        assert torch.equal(generate(llama, batch), generate(llama, batch, **empty, prompt_lookup_num_tokens=3))
+
+
 def test_a_mask_with_gaps_is_refused(llama):
     batch = tiny.padded(tiny.prompts(20))
     batch["attention_mask"][0, 7] = 0

@@ -18,10 +18,15 @@ from ..engine.plans import PlanLike, plan_from
 from ..errors import ConfigError
 from ..models.routing import RoutedAttention, layer_of, refuse_unless_plain, route_attention, supported_shape
 from ..models.shape import ModelError, ModelShape, inner_model
+from ..models.versions import CACHE_NAMES
 from ..ops import KV, Selections
 
 _MOST_CANDIDATES = 128
 """Of assisted decoding; who asks for more logits at once wants those of a text that is there."""
+_READ_AGAIN = (
+    "The text is read again from its beginning, into a cache that holds {} tokens: assisted decoding (assistant_model, "
+    "prompt_lookup_num_tokens) needs an empty one."
+)
 _NO_WEIGHTS = "Attention weights (output_attentions) do not exist in hybrid decoding."
 
 
@@ -37,9 +42,10 @@ def hybrid(
     Any caller works: `generate`, greedily or with sampling, beams or streaming, in batches padded on the left, with
     dynamic or static caches, with a prefix in the cache. Prompts are dense. The candidates of assisted decoding
     (`assistant_model`, `prompt_lookup_num_tokens`) each attend as in a step of their own, so the text does not depend
-    on them; a pass over one sequence has candidates when 2 to 128 logits are asked for (`logits_to_keep`). Static
-    caches are not compiled inside the context. If the plan completes heads, each step computes the chunk means from the
-    whole cache; `Engine` keeps them.
+    on them; a pass over one sequence has candidates when 2 to 128 logits are asked for (`logits_to_keep`). They need
+    an empty cache: over another one, transformers 5 reads the whole prompt again, which is refused here. Static caches
+    are not compiled inside the context. If the plan completes heads, each step computes the chunk means from the whole
+    cache; `Engine` keeps them.
 
     >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
     >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):
@@ -213,7 +219,8 @@ def token_spans(mask: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]
 def _passes(model: PreTrainedModel, steps: _MaskedSteps) -> Iterator[None]:
     """Look at what every pass is asked for: how many logits, which tell candidates.
 
-    Refused are passes without a cache, which would read the prompt anew, densely; and to return attention weights.
+    Refused are passes without a cache, which would read the prompt anew, densely; those that read into a cache what it
+    holds already; and to return attention weights.
     """
 
     def look(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
@@ -222,6 +229,7 @@ def _passes(model: PreTrainedModel, steps: _MaskedSteps) -> Iterator[None]:
             raise ModelError("Hybrid attention needs the KV cache: leave out use_cache=False.")
         if options.get("output_attentions"):
             raise ModelError(_NO_WEIGHTS)
+        _refuse_second_reading(options)
         kept = options.get("logits_to_keep", 0)
         steps.logits_to_keep = kept if isinstance(kept, int) else 0
 
@@ -237,6 +245,22 @@ def _passes(model: PreTrainedModel, steps: _MaskedSteps) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _refuse_second_reading(options: dict[str, Any]) -> None:
+    """Raise `ModelError` for tokens that a mask has no room for or, without one, whose positions begin anew."""
+    token_ids, mask, positions = map(options.get, ("input_ids", "attention_mask", "position_ids"))
+    caches = (options.get(name) for name in CACHE_NAMES)
+    cache = next((one for one in caches if one is not None), None)
+    if token_ids is None or token_ids.shape[1] == 1 or cache is None:
+        return
+    held = int(cache.get_seq_length())
+    if mask is None:
+        again = positions is not None and positions.dim() == 2 and not positions[0, 0]
+    else:
+        again = torch.is_tensor(mask) and mask.dim() == 2 and mask.shape[1] < held + token_ids.shape[1]
+    if held and again:
+        raise ModelError(_READ_AGAIN.format(held))
 
 
 @contextmanager

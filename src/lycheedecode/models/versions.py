@@ -21,7 +21,9 @@ def _release(package: str) -> tuple[int, int]:
 
 
 # Renamed in 5.24; the old name warns until 5.40, which removes it.
-_CACHE = "cache" if _release("transformers") >= (5, 24) else "past_key_values"
+CACHE_NAMES = ("cache", "past_key_values")
+"""By which a caller may give a model its cache."""
+_CACHE = CACHE_NAMES[0] if _release("transformers") >= (5, 24) else CACHE_NAMES[1]
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

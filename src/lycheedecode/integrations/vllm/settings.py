@@ -51,7 +51,7 @@ def drafts(config: Any) -> int:
     given = everything.get(NAME) if isinstance(everything, Mapping) else None
     count = given.get("lossless", 0) if isinstance(given, Mapping) and is_chosen(config) else 0
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < MAX_TOKENS:
-        raise ServingError(f"lossless must be how many tokens to draft, at most {MAX_TOKENS - 1}, not {count!r}.")
+        raise ServingError(f"lossless must be how many tokens to draft, from 0 to {MAX_TOKENS - 1}, not {count!r}.")
     return count
 
 
@@ -117,7 +117,9 @@ def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
     lossless = drafts(vllm_config) > 0
     given.pop("lossless", None)
     config = HybridConfig.from_dict(given)
-    for name, only in (("refresh_every", 1), ("correction_every", 0), ("verify_every", 0)):
+    if config.verify_every:
+        raise ServingError("verify_every is Engine's: in vLLM a lossless server has the setting lossless, as 8.")
+    for name, only in (("refresh_every", 1), ("correction_every", 0)):
         if getattr(config, name) != only:
             raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
     if config.scan_keys != "cache" and vllm_config.cache_config.cache_dtype in FLOAT8:
