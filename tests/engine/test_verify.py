@@ -275,15 +275,15 @@ def check_what_is_kept(context):
 
 def test_what_full_steps_wrote_is_followed_before_drafts(llama, monkeypatch):
     """Also after more of them in a row than are followed at once."""
-    plans = iter([Plan(0, 1)] * 100 + [Plan(8, 8)] * 2 + [Plan(0, 1)] * 3 + [Plan(8, 8)] * 9)
+    plans = iter([Plan(0, 1)] * 70 + [Plan(8, 8)] * 2 + [Plan(0, 1)] * 3 + [Plan(8, 8)] * 9)
     monkeypatch.setattr(Pace, "next", lambda self: next(plans))
     engine = lossless(
         llama, "auto", "graph", budget_tokens=64, scan_keys="float8", completion="centroid", completion_chunk=8
     )
     rows, sampling = tiny.prompts(60, 37), SAMPLERS["hot"]
     context = engine.prefill(rows, room=200)
-    results = engine.generate(context, 120, sampling=sampling)
-    assert tokens(results) == tokens(Engine(llama).generate(rows, 120, sampling=sampling))
+    results = engine.generate(context, 88, sampling=sampling)
+    assert tokens(results) == tokens(Engine(llama).generate(rows, 88, sampling=sampling))
     check_what_is_kept(context)
 
 
