@@ -132,7 +132,7 @@ def _parse(name: str) -> tuple[type[Policy], int, dict[str, Any]]:
     known = base in POLICIES and (not colon or (base == "random" and seed.isdecimal()))
     if not known or not set(endings) <= set(_endings(POLICIES[base])):
         near = get_close_matches(name, NAMES, n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise PolicyError(f"There is no policy {name!r}: {hint}There are {', '.join(NAMES)}.")
+        hint = f": did you mean {' or '.join(near)}?" if near else "."
+        raise PolicyError(f"There is no policy {name!r}{hint} There are {', '.join(NAMES)}.")
     settings = {key: value for ending in endings for key, value in _ENDINGS[ending].items()}
     return POLICIES[base], int(seed or 0), settings
