@@ -44,7 +44,8 @@ class HybridConfig:
         selection: how block scores become a selection: the best `budget_tokens` (`top_k`) or `budget_ratio`
             (`ratio`), the smallest set that holds `top_p` of the attention mass, or every block with a score of at
             least `threshold`.
-        top_p: attention mass in (0, 1] that a `top_p` selection must hold.
+        top_p: attention mass in (0, 1] that a `top_p` selection must hold; float32 sums it, so even with 1 blocks that
+            no longer move the sum stay out.
         threshold: lowest share of the attention mass, in (0, 1), of a block that `threshold` selects.
         retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
             `full`: they attend to the whole cache, as in the paper.

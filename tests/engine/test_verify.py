@@ -339,6 +339,16 @@ def test_drafts_are_as_many_as_pay():
     assert paced(0.1, 0.1, 1, 1, {1: 0.5})[0] >= 2
 
 
+def test_a_pass_that_takes_longer_for_more_tokens():
+    """As on a CPU: what five tokens took tells what nine will take."""
+    pace = Pace(8, fixed=False)
+    pace.saw(pace.next(), [0], [], 1.0)
+    pace.saw(pace.next(), [4], [0.5] * 4, 2.6)  # 9 tokens in 0.5 * 8 + 4.2 full steps at most
+    assert [pace.next().drafts for _ in range(9)] == [0] * 9
+    pace.saw(Plan(4, 1), [4], [0.2] * 4, 1.2)
+    assert pace.next().drafts > 4
+
+
 def test_selections_are_made_as_often_as_pays():
     assert paced(0.5, 0.2, 1, 1, {1: 0.97, 8: 0.94})[1] == 8
     assert paced(0.3, 0.28, 1, 1, {1: 0.97, 8: 0.7})[1] == 1
@@ -358,10 +368,10 @@ def test_drafting_is_tried_again():
 
 
 def test_other_selections_are_tried_where_that_would_pay():
-    for accepted, tried in ((4, False), (3, True), (0, False)):  # all: nothing is gained by more selections
+    for accepted, passing, tried in ((4, 1.25, False), (3, 1.25, True), (0, 2.6, False)):  # of all: nothing to gain
         pace = Pace(8, fixed=False, refreshes=(1, 8))
         pace.saw(pace.next(), [0], [], 1.0)
-        pace.saw(pace.next(), [accepted] * 20, [0.35] + [0.3] * 3, 1.5)
+        pace.saw(pace.next(), [accepted] * 20, [0.35] + [0.3] * 3, passing)
         assert any(pace.next().refresh == 1 and pace.next().drafts for _ in range(5)) == tried
 
 

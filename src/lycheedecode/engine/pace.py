@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
 
 class Pace:
-    """Chooses for a batch, from the share of accepted drafts and from the seconds of a draft, a pass and a full step.
+    """Chooses for a batch, from the share of accepted drafts and from the seconds of a draft, a full step and a pass.
 
     Args:
         most: drafts of a round.
@@ -47,7 +47,7 @@ class Pace:
             return Plan(self.most, self._refreshes[0])
         if self._trials:  # of drafts only half a round: they cost something where they do not pay
             return self._trials.pop(0)
-        if not {"full", "select", "verify"} <= self._seconds.keys():
+        if not {"full", "select", "more"} <= self._seconds.keys():
             return Plan(0, 1)
         best = {refresh: self._best(refresh) for refresh in self._refreshes}
         ranked = sorted(best.values(), key=self.speed)
@@ -75,7 +75,8 @@ class Pace:
         drafts, share = plan.drafts, self.share(plan.refresh)
         gained = drafts + 1 if share == 1 else (1 - share ** (drafts + 1)) / (1 - share)
         selecting = -(-drafts // plan.refresh)
-        seconds = selecting * self._seconds["select"] + self._seconds["verify"]
+        passing = self._seconds["full"] + drafts * self._seconds["more"]
+        seconds = selecting * self._seconds["select"] + max(passing, 0.0)
         if drafts > selecting:
             seconds += (drafts - selecting) * self._seconds["keep"]
         return gained / seconds
@@ -104,8 +105,12 @@ class Pace:
         ):
             if times:
                 self._time(what, sum(times) / len(times))
-        self._time("verify", passing)
+        # On a GPU a pass takes about a full step's time; on a CPU each of its tokens adds to it.
+        if "full" in self._seconds:
+            self._time("more", (passing - self._seconds["full"]) / drafts, self._seconds["full"])
 
-    def _time(self, what: str, seconds: float) -> None:
+    def _time(self, what: str, seconds: float, most: float | None = None) -> None:
+        """Move an estimate, by no more than `most`, or what it is."""
         known = self._seconds.get(what, seconds)
-        self._seconds[what] = known + (_SLOWER if seconds > known else _FASTER) * (min(seconds, 2 * known) - known)
+        change = min(seconds - known, known if most is None else most)
+        self._seconds[what] = known + (_SLOWER if change > 0 else _FASTER) * change
