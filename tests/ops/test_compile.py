@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hopper import SHARED_MEMORY, instructions, programs_at_once, spilled_bytes
+from hopper import SHARED_MEMORY, programs_at_once, spilled_bytes
 
 from lycheedecode import HybridConfig
 from lycheedecode.bench import read
@@ -166,7 +166,7 @@ def test_several_tokens(compiled, tokens, group, dim, dtype, page, tmp_path, mon
     check(compiled, tmp_path, 2)
 
 
-@pytest.mark.parametrize(("tokens", "page"), [(0, 0), (0, 16), (1, 0), (5, 0), (9, 16)])
+@pytest.mark.parametrize(("tokens", "page"), [(0, 0), (0, 16), (1, 0), (9, 0), (9, 16)])
 def test_programs_of_8_bit_caches_wait_for_each_other(compiled, tokens, page, tmp_path):
     """A processor holds three: their arithmetic takes longer than their bytes. 0 tokens: the dense operation's one."""
     kv, scales = make_cache(128, torch.float8_e4m3fn, page), (torch.ones(2), torch.ones(2))
@@ -177,7 +177,6 @@ def test_programs_of_8_bit_caches_wait_for_each_other(compiled, tokens, page, tm
         kernels.attend(query[:, 0], kv, 0.1, scales=scales)
     assert compiled[0].metadata.name.startswith("_attend")
     assert programs_at_once(compiled[0], tmp_path) >= 3
-    assert "LDS.U8" not in instructions(compiled[0], tmp_path)  # values are not loaded byte by byte
 
 
 STRATEGIES = {

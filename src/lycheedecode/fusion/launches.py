@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.kernel_common import power_of_two
+from ..ops.types import power_of_two
 from .operator import EIGHT_BITS
 
 PROGRAMS = 396

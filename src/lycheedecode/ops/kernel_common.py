@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .types import KV, constant
+from .types import KV, constant, power_of_two
 
 LOG2_E = 1.4426950408889634
 
@@ -92,11 +92,6 @@ def padded(group: int, dim: int) -> dict[str, int]:
     return {"G": group, "D": dim, "GP": max(16, power_of_two(group)), "DP": max(16, power_of_two(dim))}
 
 
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
 def tile_of(kv: KV, size: int) -> int:
     """Tokens, at least 16, whose keys fill `size` bytes.
 
@@ -147,8 +142,7 @@ def read_rate(device: torch.device) -> float:
 def fitting(tuning: Tuning, kv: KV) -> Tuning:
     """With smaller tiles where keys and values in flight do not fit into this GPU's shared memory."""
     token = 2 * power_of_two(kv.keys.shape[3]) * kv.keys.element_size()
-    copies = max(tuning.stages - 1, 1) + (1 if kv.keys.element_size() == 1 else 0)  # values are widened into another
-    most = (shared_memory(kv.keys.device) - 8192) // (copies * token)
+    most = (shared_memory(kv.keys.device) - 8192) // (max(tuning.stages - 1, 1) * token)
     return tuning._replace(tile=max(min(tuning.tile, power_of_two(most + 1) // 2), 16))
 
 
@@ -287,23 +281,6 @@ def for_8_bit_keys(q, scale):
         q = (q / size).to(tl.float16)
         scale = scale * size
     return q, scale
-
-
-COMPILED = tl.constexpr(isinstance(mask_if, triton.JITFunction))
-"""Not run by the interpreter, which knows no assembly."""
-
-
-@triton.jit
-def widened(k, v, q):
-    """Keys and values in 8-bit floats as the query is, which `for_8_bit_keys` made, values where they were loaded to.
-
-    A matrix instruction takes values two tokens at a time. Left to itself, the compiler deals them out first, each by a
-    load of its own byte, and converts them then; what it cannot look into keeps the conversion before it.
-    """
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    if COMPILED and q.dtype == tl.float16:
-        v = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=tl.float16, is_pure=False, pack=2)
-    return k, v
 
 
 @triton.jit

@@ -137,3 +137,8 @@ class Completion(NamedTuple):
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[len(values)]`, made once: CUDA graphs hold on to its address."""
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()

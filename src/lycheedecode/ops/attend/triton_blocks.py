@@ -147,7 +147,7 @@ def _attend_blocks_kernel(
                 tl.where(is_mean, stride_ms, stride_vs), D, DP,
             )  # fmt: skip
         if key_scales is not None:
-            k, v = common.widened(k, v, q)
+            k, v = k.to(q.dtype), v.to(q.dtype)
         if taken is None or key_scales is not None:
             found = _look_up(tile + SPLITS, tiles, blocks, K, everything, None, 0, BLOCK, TILE)
         else:
@@ -165,7 +165,7 @@ def _attend_blocks_kernel(
             k = common.load_tokens(mean_keys, page, entry, head, exists, stride_mp, stride_mh, stride_ms, D, DP)
             v = common.load_tokens(mean_values, page, entry, head, exists, stride_mp, stride_mh, stride_ms, D, DP)
             bias = tl.log2(tl.maximum(unread, 1).to(tl.float32)) + log_factor
-            k, v = common.widened(k, v, q)
+            k, v = k.to(q.dtype), v.to(q.dtype)
             acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale, bias)
 
     if value_scales is not None:

@@ -52,7 +52,7 @@ def _attend_kernel(
         k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
         v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
         if key_scales is not None:
-            k, v = common.widened(k, v, q)
+            k, v = k.to(q.dtype), v.to(q.dtype)
         acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
 
     if value_scales is not None:

@@ -63,10 +63,8 @@ def _attend_rows_kernel(
         token = tile * TILE + tl.arange(0, TILE)
         exists = token < count
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
-        k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
-        v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP)
-        if key_scales is not None:
-            k, v = common.widened(k, v, q)
+        k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP).to(q.dtype)
+        v = common.load_tokens(values, page, entry, head, exists, stride_vp, stride_vh, stride_vs, D, DP).to(q.dtype)
         x = tl.dot(q, tl.trans(k), input_precision="ieee") * size[:, None]
         seen = token[None, :] < end[:, None]
         if begins is not None:
@@ -183,7 +181,7 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     programs, stages = 2, 3
     if row_tile == 64 and size == 2 and common.read_rate(device) < 30e9:
         programs = 1
-    elif size == 1 and held <= 64 * 128:
-        programs, tile, stages = (3, min(tile, 32), 4) if row_tile == 64 else (3, tile, 3)
+    elif size == 1 and held == 64 * 128:
+        programs, tile, stages = 3, min(tile, 32), 4
     splits = common.filling_splits(pairs, programs * common.processors(device))
     return common.fitting(Tuning(min(splits, max(tiles, 1)), tile, warps, stages, pdl), kv)
