@@ -157,8 +157,9 @@ def tasks(
                 engines, names, asked, answers=record, report=steps.show,
                 on_cell=lambda cells: save(json_file if path else None, _complete(found, cells, left_out)),
             )  # fmt: skip
-    save(json_file, _complete(found, cells, left_out))
-    _show(screen(json_file), cells, averages(cells))
+    done = _complete(found, cells, left_out)
+    save(json_file, done)
+    _show(screen(json_file), cells, done.summary["averages"])
 
 
 def _complete(found: Result, cells: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> Result:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...ops import KV, Selections
 from ...ops.fetch import BlockMap, Tokens, fetch, plan_fetch, write_back
+from ...ops.reference_common import as_float8
 from ...plan import HeadPlan
 from .lane import Lane, Mark
 from .pinned import wait_for
@@ -323,6 +324,5 @@ class ScanKeys:
         if self.keys.dtype != torch.float8_e4m3fn:
             mine.copy_(whole, non_blocking=True)
             return
-        most = torch.finfo(self.keys.dtype).max
         for near, far in zip(mine.split(_PIECE), whole.split(_PIECE), strict=True):
-            near.copy_(far.to(near.device, non_blocking=True).float().clamp(-most, most))
+            near.copy_(as_float8(far.to(near.device, non_blocking=True)))

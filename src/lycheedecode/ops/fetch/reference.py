@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference_common import as_float8
+
 if TYPE_CHECKING:
     from . import BlockMap, Tokens
 
@@ -83,9 +85,7 @@ def newest_keys(
     for row, head in enumerate(heads):
         key = keys[sequence, head, at.long() - 1]
         if copy.dtype == torch.float8_e4m3fn:  # floats of 8 bits cannot be indexed
-            most = torch.finfo(copy.dtype).max
-            key = key.float().clamp(-most, most).to(copy.dtype)
-            copy.view(torch.uint8)[sequence, row, filled.long() - 1] = key.view(torch.uint8)
+            copy.view(torch.uint8)[sequence, row, filled.long() - 1] = as_float8(key).view(torch.uint8)
         else:
             copy[sequence, row, filled.long() - 1] = key
     return query.unflatten(1, (keys.shape[1], -1))[:, list(heads)].flatten(1, 2)

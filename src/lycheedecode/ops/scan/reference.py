@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference_common import all_tokens, by_kv_head, existing_tokens, floats, with_sinks
+from ..reference_common import all_tokens, as_float8, by_kv_head, existing_tokens, floats, with_sinks
 from ..types import KV
 
 
@@ -52,7 +52,7 @@ def write_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], begin: int, e
     Keys beyond what 8 bits can say, 448, become that; there are none in models that we know of.
     """
     for row, head in enumerate(heads):
-        copy[:, row, begin:end] = _as_float8(keys[:, head, begin:end])
+        copy[:, row, begin:end] = as_float8(keys[:, head, begin:end])
 
 
 def write_newest_to_copy(copy: Tensor, kv: KV, heads: tuple[int, ...], newest: int) -> None:
@@ -72,7 +72,7 @@ def write_newest_to_copy(copy: Tensor, kv: KV, heads: tuple[int, ...], newest: i
 def write_pages_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], pages: Tensor) -> None:
     """Write whole pages, int64 `[n]`, of a cache `[P, Hkv, page, D]` into a copy `[P, R, page, D]`."""
     for row, head in enumerate(heads):
-        copy.view(torch.uint8)[pages, row] = _as_float8(keys[pages, head]).view(torch.uint8)
+        copy.view(torch.uint8)[pages, row] = as_float8(keys[pages, head]).view(torch.uint8)
 
 
 def write_slots_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], slot: Tensor) -> None:
@@ -82,13 +82,8 @@ def write_slots_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], slot
 
 def _write_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], page: Tensor, entry: Tensor) -> None:
     for row, head in enumerate(heads):
-        key = _as_float8(keys[page, head, entry])
+        key = as_float8(keys[page, head, entry])
         copy.view(torch.uint8)[page, row, entry] = key.view(torch.uint8)  # floats of 8 bits cannot be indexed
-
-
-def _as_float8(keys: Tensor) -> Tensor:
-    most = torch.finfo(torch.float8_e4m3fn).max
-    return keys.float().clamp(-most, most).to(torch.float8_e4m3fn)
 
 
 def _from_first_token(weights: Tensor, starts: Tensor) -> Tensor:
