@@ -117,9 +117,14 @@ def _tuning_of_8_bits(rows: int, sizes: tuple[int, ...], columns: int, gated: bo
     usual = default_tuning(rows, sizes, columns, torch.bfloat16, gated)
     if usual.dot == 0:
         return usual._replace(stages=max(usual.stages, 4), prefetch=2 * usual.prefetch)
+    if gated and rows <= 8:
+        return LinearTuning(rows=32, depth=512, splits=1, warps=2, stages=3, prefetch=512)
     if gated:
-        depth, stages = (256, 3) if rows <= 8 else (128, 4)
-        return LinearTuning(rows=32, depth=depth, splits=1, warps=2, stages=stages, prefetch=256)
+        return LinearTuning(rows=32, depth=128, splits=1, warps=2, stages=4, prefetch=256)
+    if columns > 8192 and rows <= 8:
+        return LinearTuning(rows=64, depth=256, splits=4, warps=2, stages=5, prefetch=512)
+    if sum(sizes) <= 4096 and rows <= 8:
+        return LinearTuning(rows=32, depth=256, splits=2, warps=2, stages=5, prefetch=512)
     tiles = sum(-(-size // 64) for size in sizes)
     splits = max(min(power_of_two(PROGRAMS // tiles), columns // 128), 1)
     return LinearTuning(rows=64, depth=128, splits=splits, warps=2, stages=4, prefetch=256)
