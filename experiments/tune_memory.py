@@ -29,18 +29,19 @@ NOISE = 0.003
 """What must be gained, as a share of a step."""
 GROUPS: tuple[tuple[dict[str, int], ...], ...] = (
     (
+        {"programs": 16, "warps": 4, "piece": 1024},
         {"programs": 64, "warps": 4, "piece": 1024},
-        {"programs": 128, "warps": 2, "piece": 512},
         {"programs": 128, "warps": 1, "piece": 256},
-        {"programs": 32, "warps": 4, "piece": 1024},
+        {"programs": 32, "warps": 2, "piece": 512},
         {"programs": 16, "warps": 8, "piece": 2048},
-        {"programs": 16, "warps": 16, "piece": 4096},
-        {"programs": 8, "warps": 16, "piece": 4096},
     ),
-    ({"streamed": 1},),
-    ({"programs_alone": 64}, {"programs_alone": 128}, {"programs_alone": 128, "warps_alone": 8, "piece_alone": 2048}),
-    ({"plan_warps": 4}, {"plan_warps": 8}, {"plan_warps": 16}),
-    ({"window": 1}, {"window": 2}, {"window": 5}),
+    (
+        {"programs_alone": 64},
+        {"programs_alone": 256},
+        {"programs_alone": 128, "warps_alone": 4, "piece_alone": 1024},
+    ),
+    ({"plan_warps": 1}, {"plan_warps": 8}),
+    ({"window": 1}, {"window": 3}),
 )
 """Changes that exclude each other; of every group the best one stays."""
 

@@ -139,13 +139,13 @@ def test_what_makes_steps_faster_stays(monkeypatch):
         engine.decode_one_token(context, torch.tensor([7] * len(context.prompt_lengths)))
         launch = fetch_kernels.LAUNCH
         seen.append((launch.programs, launch.warps, launch.plan_warps, store._WINDOW))
-        return [10.0 - (launch.programs == 64) - (launch.plan_warps == 4) / 2 + store._WINDOW / 1000]
+        return [10.0 - (launch.programs == 64) - (launch.plan_warps == 8) / 2 + store._WINDOW / 1000]
 
     monkeypatch.setattr(tune_memory, "_step_ms", made_up)
     before = fetch_kernels.LAUNCH, store._WINDOW
     small = MemorySettings(cases=("1x400",), readings=("none",), store_percents=(200,)).shrunk()
     rows = tune_memory.tune(replace(small, cases=("1x400",), smoke=True), "cpu")["rows"]
     assert len(rows) == len(seen) == 2 + sum(map(len, tune_memory.GROUPS))
-    assert rows[-1]["changes"] == {"programs": 64, "warps": 4, "piece": 1024, "plan_warps": 4}
-    assert seen[-1] == (64, 4, 4, before[1])
+    assert rows[-1]["changes"] == {"programs": 64, "warps": 4, "piece": 1024, "plan_warps": 8}
+    assert seen[-1] == (64, 4, 8, before[1])
     assert before == (fetch_kernels.LAUNCH, store._WINDOW)

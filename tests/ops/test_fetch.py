@@ -135,7 +135,7 @@ def empty_pool(slots=SLOTS):
 def test_missing_blocks_come_to_every_head_that_reads_them(way, starts, near, monkeypatch):
     """Two of them have their keys at hand: those in host memory are not read then. Beside the model, in pieces."""
     if way is not definition:
-        monkeypatch.setattr(way, "LAUNCH", way.LAUNCH._replace(programs=5, warps=1, piece=16, streamed=near))
+        monkeypatch.setattr(way, "LAUNCH", way.LAUNCH._replace(programs=5, warps=1, piece=16))
     source, known, pool = make_tokens(BLOCKS * SIZE + 8), new_map(), empty_pool()
     whole = Tokens(*(part.clone() for part in source))
     scanned, used = None, [(*reader[:3], -1) for reader in READERS]

@@ -31,7 +31,6 @@ def test_fetching(compiled, dim, dtype, block_size, capacity, pdl, tmp_path, mon
     triton.plan_fetch(blocks, known, counts, clock, 2)
     scanned = torch.empty(5, 3, 8200, dim, dtype=dtype)
     triton.fetch(source, pool, known, readers, scanned, counts, block_size)
-    monkeypatch.setattr(triton, "LAUNCH", triton.LAUNCH._replace(programs=128, warps=2, piece=512, streamed=True))
     triton.fetch(source, pool, known, readers, scanned, counts, block_size, beside=True)
     triton.write_back(pool, source, 5, 30, counts, 2 * capacity * block_size, 64)
     query = torch.empty(3, 32, dim, dtype=dtype)

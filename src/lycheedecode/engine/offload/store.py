@@ -16,7 +16,7 @@ from ...plan import HeadPlan
 from .lane import Lane, Mark
 from .pinned import wait_for
 
-_WINDOW = 3
+_WINDOW = 2
 """Layers ahead of a layer at which its blocks are fetched: `python -m experiments tune-memory` compares others."""
 _PIECE = 8192
 """Keys that are converted at a time."""

@@ -1,12 +1,12 @@
 """Blocks from host memory into their slots, planned and copied without the host.
 
     plan         a program for each row and sequence: look up, find the slots used least recently, write the map
-    fetch        a few programs with many lanes, which take turns in (head, block that it lacks)
+    fetch        some programs, which take turns in (head, block that it lacks)
     write_back   a program for each token, sequence and layer
     newest_keys  a program for each head and sequence
 
-Host memory is pinned, so kernels read and write it in place. A few programs keep the link busy and leave the other
-processors to the model.
+Host memory is pinned, so kernels read and write it in place. A fetch beside the model has few and small programs: they
+keep the link busy and leave the processors to the model. One that the model waits for takes what it can get.
 """
 
 from __future__ import annotations
@@ -33,22 +33,20 @@ class Launch(NamedTuple):
         programs, warps: of a fetch beside the model.
         piece: numbers of a key's and of a value's block that each of its programs has on their way at once.
         programs_alone, warps_alone, piece_alone: of a fetch that the model waits for.
-        streamed: whether blocks from host memory pass by the L1 cache.
-        plan_warps: of a program that plans; None: enough for eight slots a lane.
+        plan_warps: of a program that plans, at least; more for more than eight slots a lane.
     """
 
     programs: int = 32
-    warps: int = 16
-    piece: int = 4096
-    programs_alone: int = 32
+    warps: int = 4
+    piece: int = 1024
+    programs_alone: int = 128
     warps_alone: int = 16
     piece_alone: int = 4096
-    streamed: bool = False
-    plan_warps: int | None = None
+    plan_warps: int = 4
 
 
 LAUNCH = Launch()
-"""`python -m experiments tune-memory` tries others."""
+"""The fastest steps of 3 x 128K on an H100; `python -m experiments tune-memory` tries others."""
 
 
 @triton.jit(
@@ -102,7 +100,7 @@ def plan_fetch(blocks: Tensor, known: BlockMap, newest: Tensor, clock: Tensor, t
     rows, batch, capacity = blocks.shape
     slots = known.block_of.shape[-1]
     width = common.power_of_two(slots)
-    warps = LAUNCH.plan_warps or min(max(width // 256, 1), 16)
+    warps = min(max(width // 256, LAUNCH.plan_warps), 16)
     tuning = Tuning(1, width, warps, 1, common.has_pdl(blocks.device))
     with common.on_device(blocks):
         _plan_kernel[batch, rows](
@@ -120,7 +118,7 @@ def _fetch_kernel(
     keys, values, source_keys, source_values, near_keys, slot_of, missing, misses, readers, starts,
     S, P, N, K, near_slots, pairs, batch,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
-    CACHE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     w = tl.arange(0, WIDTH)
     row = tl.load(readers + w // batch * 4, mask=w < pairs, other=0)
@@ -146,8 +144,8 @@ def _fetch_kernel(
         close = ((near * batch + b) * near_slots + first) * dim
         for begin in range(0, SIZE, PIECE):
             i = begin + tl.arange(0, PIECE)
-            v = tl.load(source_values + far + i, mask=i < SIZE, cache_modifier=CACHE)
-            far_k = tl.load(source_keys + far + i, mask=common.mask_if(near < 0, i < SIZE), cache_modifier=CACHE)
+            v = tl.load(source_values + far + i, mask=i < SIZE)
+            far_k = tl.load(source_keys + far + i, mask=common.mask_if(near < 0, i < SIZE))
             near_k = tl.load(near_keys + close + i, mask=common.mask_if(near >= 0, i < SIZE))
             tl.store(keys + at + i, tl.where(near < 0, far_k, near_k), mask=i < SIZE)
             tl.store(values + at + i, v, mask=i < SIZE)
@@ -185,7 +183,6 @@ def fetch(
             WIDTH=common.power_of_two(pairs),
             PIECE=min(common.power_of_two(size), piece),
             BLOCK=block_size,
-            CACHE=".cg" if LAUNCH.streamed else "",
             **Tuning(1, size, warps, 1, pdl).options,
         )
 
