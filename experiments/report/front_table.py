@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,23 +43,35 @@ def _times(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
 
 
 def _fidelity(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
-    """The longest continuations, a row for each text; the longest tasks, if possible with a competitor."""
+    """The longest continuations with competitors, a row for each text; the most tasks, and the longest with any."""
     found = [one for source in sources for one in faithful.closeness(source)]
-    for one in next(faithful.continuations(found), []):
+    continued = list(faithful.continuations(found))
+    for one in next((texts for texts in continued if any(one.peers for one in texts)), next(iter(continued), [])):
         kind, heads = one.kind, f", {one.heads} retrieval heads" if one.heads else ""
         text = _TEXTS.get(kind.text, kind.text)
         what = f"mean KL, nats, {text}: {one.source.model}, {kind.length} tokens, budget {one.budget}{heads}"
         where = {"machine": one.source.machine, "n": one.prompts, "file": one.source.link}
         yield _front(what, *faithful.kl_cells(one), where)
     tasks = list(faithful.task_rows(sources))
-    best = next((row for row in tasks if row["closest that reads as much"]), tasks[0] if tasks else None)
-    if best is not None:
-        budgets, scores, peers = (
-            str(best[name]).split(" / ") for name in ("budget", "hybrid (95% interval)", "closest that reads as much")
-        )
-        at = len(budgets) // 2
-        what = f"{best['measure']}: {best['measured on']}, budget {budgets[at].removesuffix(' tokens')}"
-        yield _front(what, best["full"], scores[at], peers[at] if len(peers) == len(scores) else "", best)
+    compared = [row for row in tasks if row["closest that reads as much"]]
+    widest = sorted(tasks, key=_number_of_tasks)[-1:]
+    yield from (_of_tasks(row) for row in tasks if row in widest or row in compared[:1])
+
+
+def _number_of_tasks(row: Row) -> tuple[int, int]:
+    """Of how many tasks a row is the mean, and after how many tokens."""
+    mean, length = re.search(r"mean of (\d+)", row["measure"]), re.search(r"(\d+) tokens", row["measured on"])
+    return int(mean[1]) if mean else 1, int(length[1]) if length else 0
+
+
+def _of_tasks(row: Row) -> dict[str, Any]:
+    """The middle one of its budgets."""
+    budgets, scores, peers = (
+        str(row[name]).split(" / ") for name in ("budget", "hybrid (95% interval)", "closest that reads as much")
+    )
+    at = (len(budgets) - 1) // 2
+    what = f"{row['measure']}: {row['measured on']}, budget {budgets[at].removesuffix(' tokens')}"
+    return _front(what, row["full"], scores[at], peers[at] if len(peers) == len(scores) else "", row)
 
 
 def _memory(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:

