@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,8 +111,8 @@ def _tool(name: str) -> Callable[..., None]:
         check_writable(json_file)
         from lycheedecode.bench.harness import measure
 
-        asked = settings(**given)
-        result = measure(f"experiments {name}", asked, getattr(loaded, function), needs_gpu=name not in _ANYWHERE)
+        asked, keep = settings(**given), None if str(json_file) == "-" else partial(save, json_file)
+        result = measure(f"experiments {name}", asked, getattr(loaded, function), name not in _ANYWHERE, keep)
         for line in getattr(loaded, "lines", lambda result: ())(result):
             screen(json_file).print(line, soft_wrap=True, markup=False)
         save(json_file, result)

@@ -1,27 +1,30 @@
 """`python -m experiments serving-lossless`: real texts continued in vLLM by its own attention, hybrid and losslessly.
 
     a real model, its plan, slices of texts -> vLLM, stock; the plugin, hybrid; the plugin, lossless  -> tokens a second
+                                                                                                      -> the same texts?
 
-Prompts come from the prefix cache when they are timed, and what comes once is left out as in `bench serving`: the
-difference between a long and a short generation. Greedy, so that a lossless text is the stock backend's, but for near
-ties, which the pass over several tokens may round another way: how many tokens are the same until then is said.
+Prompts come from the prefix cache when they are timed, and the time is that in which all sequences decode. Greedy, so
+that a lossless text is the stock backend's, but for near ties: the pass over several tokens may round them another way.
+`near_ties` shows that it leaves stock's nowhere else, or the command fails.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
-from lycheedecode.bench.harness import same_tokens, say
+from experiments.near_ties import StockTexts, said
+from experiments.ranks import generate
+from lycheedecode.bench.harness import say
 from lycheedecode.bench.lossless_texts import prompts_of
+from lycheedecode.bench.served import TOO_SHORT, decode
 from lycheedecode.bench.serving import closing, require_vllm
-from lycheedecode.bench.settings import SHORT, BenchSettings, LosslessSettings, as_pairs, check_names
-from lycheedecode.errors import ConfigError
+from lycheedecode.bench.settings import BenchSettings, LosslessSettings, as_pairs, check_names
+from lycheedecode.errors import ConfigError, MismatchError
 from lycheedecode.models.load import load_model
 from lycheedecode.plan import HeadPlan, bundled_plan_of
 from lycheedecode.results import Result
@@ -49,6 +52,7 @@ class ServedTextSettings(BenchSettings):
         repeats: times that each generation is timed.
         memory: share of the GPU's memory that vLLM may take.
         eager: without CUDA graphs, as always on a CPU.
+        dtype: of the model and its cache; auto: bfloat16 on a GPU, float32 elsewhere.
     """
 
     budget_tokens: int = 1024
@@ -64,6 +68,7 @@ class ServedTextSettings(BenchSettings):
     repeats: int = 2
     memory: float = 0.8
     eager: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,36 +77,49 @@ class ServedTextSettings(BenchSettings):
 
 
 def run(settings: ServedTextSettings, device: str) -> Iterator[dict[str, Any]]:
-    """A row for every way and case, as soon as it is there; stock first."""
+    """A row for every way and case, as soon as it is there, stock first; then `MismatchError` where one is wrong."""
     require_vllm()
     plan = HeadPlan.load(settings.plan) if settings.plan else bundled_plan_of(settings.model)
     if plan is None:
         raise ConfigError(f"No plan ships for {settings.model}: give one with --plan.")
-    model, tokenizer = load_model(settings.model, dtype=_dtype(device), device="cpu")
+    dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    model, tokenizer = load_model(settings.model, dtype=dtype, device="cpu")
     texts = LosslessSettings(texts=settings.texts)
     cases = {(batch, length): prompts_of(tokenizer, texts, length, batch) for batch, length in as_pairs(settings.cases)}
     stock: dict[tuple[int, int], dict[str, Any]] = {}
+    truths: dict[tuple[int, int], StockTexts] = {}
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
         plan.save(Path(folder) / "plan.json")
         for way in (way for way in _WAYS if way in settings.ways):
-            with closing(_start(folder, way, list(cases), settings, device)) as llm:
+            with closing(_start(folder, way, list(cases), settings, device, dtype)) as llm:
                 for case, prompts in cases.items():
                     row = {"way": way, "batch": case[0], "context": case[1], **_time(llm, prompts, settings)}
-                    first = stock.setdefault(case, row)
-                    same = [same_tokens(*pair) for pair in zip(first["token_ids"], row["token_ids"], strict=True)]
-                    row |= {"speedup": row["tokens_per_second"] / first["tokens_per_second"], "same_tokens": same}
+                    if way == "stock":
+                        stock[case], truths[case] = row, StockTexts.of(llm, prompts, settings.tokens)
+                        row |= truths[case].row()
+                    elif case in truths:
+                        answers = generate(llm, [list(prompt) for prompt in prompts], settings.tokens)
+                        row |= truths[case].compare(answers, way == "lossless")
+                    row["speedup"] = _speedup(row, stock.get(case))
+                    wrong += row.get("wrong", ())
                     say(_line(row))
-                    yield {name: value for name, value in row.items() if name != "token_ids"}
+                    yield row
             del llm
+    if wrong:
+        raise MismatchError(f"lossless texts are not full attention's: {'; '.join(wrong)}.")
 
 
-def _dtype(device: str) -> str:
-    return "bfloat16" if device == "cuda" else "float32"
+def _speedup(row: Mapping[str, Any], stock: Mapping[str, Any] | None) -> float | None:
+    speeds = row["tokens_per_second"], stock and stock["tokens_per_second"]
+    return speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
 
 
-def _start(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: ServedTextSettings, device: str) -> Any:
+def _start(
+    folder: str, way: str, cases: Sequence[tuple[int, int]], settings: ServedTextSettings, device: str, dtype: str
+) -> Any:
     from vllm import LLM
 
     chosen: dict[str, Any] = {"attention_backend": "FLASH_ATTN"} if device == "cuda" else {}
@@ -114,7 +132,7 @@ def _start(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: Se
         chosen["compilation_config"] = {"cudagraph_capture_sizes": [batch * at_once for batch in batches]}
     return LLM(
         folder,
-        dtype=_dtype(device),
+        dtype=dtype,
         skip_tokenizer_init=True,
         max_model_len=max(length for _, length in cases) + settings.tokens + 2 * settings.drafts,
         max_num_seqs=batches[-1],
@@ -127,18 +145,20 @@ def _start(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: Se
 
 
 def _time(llm: Any, prompts: Sequence[Sequence[int]], settings: ServedTextSettings) -> dict[str, Any]:
-    few, many = settings.tokens // SHORT, settings.tokens
-    _generate(llm, prompts, few)  # the prefill
+    """Speed, and what became of drafts."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(max_tokens=settings.tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+    decode(llm, prompts, [greedy] * len(prompts))  # the prefill, and what comes once
     before = _counts(llm)
-    timed = [(_generate(llm, prompts, few)[0], *_generate(llm, prompts, many)) for _ in range(settings.repeats)]
+    speeds = [decode(llm, prompts, [greedy] * len(prompts)).tokens_per_second for _ in range(settings.repeats)]
     rounds, drafted, accepted = (new - old for new, old in zip(_counts(llm), before, strict=True))
-    seconds = median(long - short for short, long, _ in timed)
+    known = [speed for speed in speeds if speed]
     return {
-        "tokens": many,
-        "tokens_per_second": len(prompts) * (many - few) / seconds,
+        "tokens": settings.tokens,
+        "tokens_per_second": median(known) if len(known) == len(speeds) else None,
         "tokens_a_round": 1 + accepted / rounds if rounds else 1.0,
         "accepted": accepted / drafted if drafted else None,
-        "token_ids": timed[-1][2],
     }
 
 
@@ -147,22 +167,14 @@ def _counts(llm: Any) -> list[float]:
     return [sum(one.value for one in metrics if one.name == name) for name in (_ROUNDS, _DRAFTED, _ACCEPTED)]
 
 
-def _generate(llm: Any, prompts: Sequence[Sequence[int]], count: int) -> tuple[float, list[list[int]]]:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False)
-    began = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False)
-    return time.perf_counter() - began, [list(output.outputs[0].token_ids) for output in outputs]
-
-
 def _line(row: Mapping[str, Any]) -> str:
-    drafts = "" if row["accepted"] is None else f", {row['tokens_a_round']:.2f} tokens a round"
-    same = row["same_tokens"]
-    return (
-        f"{row['way']:8} {row['batch']} x {row['context']}: {row['tokens_per_second']:8.1f} tokens/s, "
-        f"{row['speedup']:.2f}x{drafts}; the first {min(same)} to {max(same)} of {row['tokens']} tokens are stock's"
-    )
+    speed, gain = row["tokens_per_second"], row["speedup"]
+    parts = [TOO_SHORT if speed is None else f"{speed:8.1f} tokens/s" + ("" if gain is None else f", {gain:.2f}x")]
+    if row["accepted"] is not None:
+        parts.append(f"{row['tokens_a_round']:.2f} tokens a round")
+    if "same_tokens" in row:
+        parts += said(row)
+    return f"{row['way']:8} {row['batch']} x {row['context']}: {'; '.join(parts)}"
 
 
 def lines(result: Result) -> Iterator[str]:

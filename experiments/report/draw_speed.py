@@ -23,7 +23,7 @@ def times(sources: Sequence[Source]) -> dict[tuple[str, str], dict[int, Series]]
     for source in sorted(sources, key=lambda one: one.date):
         for row in source.rows:
             name = _name(source, row)
-            if name:
+            if name and row["ms"]:
                 series = found.setdefault((source.model, source.machine), {}).setdefault(row["batch"], {})
                 series.setdefault(name, {})[row["context"]] = row["ms"]
     return {key: batches for key, by_batch in found.items() if (batches := _drawable(by_batch))}

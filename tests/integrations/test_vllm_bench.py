@@ -1,17 +1,18 @@
-"""`bench serving` and the study of ranks on a CPU: a tiny shape both ways, and on two ranks."""
+"""`bench serving` and studies of vLLM on a CPU: a tiny shape both ways, on two ranks, and losslessly."""
 
 import json
 import os
 from contextlib import nullcontext
-from math import isfinite
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
-from experiments import ranks, serving_probe
+from experiments import ranks, serving_lossless, serving_probe
 from experiments.__main__ import app as experiments
 from lycheedecode.bench import serving
+from lycheedecode.bench.served import Decoded
 from lycheedecode.bench.settings import SERVERS, ServingSettings
 from lycheedecode.cli import app
 from lycheedecode.errors import MismatchError
@@ -49,12 +50,12 @@ def test_a_plugin_that_vllm_cannot_find_is_said_before_an_engine_starts(monkeypa
 
 
 def test_both_ways_get_the_same_prompts_and_generations(monkeypatch):
-    """Also where the engine, which sets the seed, is in a process of its own; the short ones are a third."""
+    """Also where the engine, which sets the seed, is in a process of its own."""
     sent = {way: [] for way in SERVERS}
 
     def generate(way, prompts, count, asked=()):
         sent[way].append((prompts, count, asked))
-        return float(count), list(range(count))
+        return Decoded([list(range(count))], 1.0, count, count, 1.0)
 
     monkeypatch.setattr(serving, "find_spec", lambda name: True)
     monkeypatch.setattr(serving, "entry_points", lambda **which: (which,))
@@ -62,8 +63,8 @@ def test_both_ways_get_the_same_prompts_and_generations(monkeypatch):
     monkeypatch.setattr(serving, "closing", nullcontext)
     monkeypatch.setattr(serving, "_generate", generate)
     assert run(app, "bench", "serving", "--smoke", "--fill", "--mixed", "--ways", ",".join(SERVERS)) == 0
-    alike = [(batch, count, ()) for batch in (1, 2) for count in (1, 12, 4, 12)]
-    mixed = [(2, count, (None, "off", "budget_tokens=32")) for count in (4, 12)]
+    alike = [(batch, count, ()) for batch in (1, 2) for count in (1, 12, 12)]
+    mixed = [(2, 12, (None, "off", "budget_tokens=32"))]
     for way, calls in sent.items():
         assert [(len(prompts), *rest) for prompts, *rest in calls] == alike + (mixed if way != "stock" else [])
         assert calls[: len(alike)] == sent["stock"]
@@ -80,7 +81,7 @@ def test_a_tiny_shape_is_timed_both_ways(tmp_path, monkeypatch, capfd, fill):
     ways = ServingSettings().ways
     assert [(row["way"], row["batch"]) for row in rows] == [(way, batch) for way in ways for batch in (1, 2)]
     assert all(bool(row["prefill_ms"]) != bool(fill) for row in rows)
-    assert all(row["prefill_seconds"] > 0 and isfinite(row["ms"]) for row in rows)  # ms: a difference of short times
+    assert all(row["prefill_seconds"] > 0 and row["fast_ms"] > 0 and row["slow_ms"] > 0 for row in rows)
     assert [row["same_tokens"] for row in rows[:2]] == [12, 12]
     assert "vs stock" in capfd.readouterr().out
 
@@ -156,3 +157,42 @@ def test_clients_of_all_kinds_get_their_tokens(tmp_path, monkeypatch):
     assert row["aborted"] > 0
     assert row["preempted"] > 0
     assert min(result["steps"].values()) >= 0
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """Arguments of `serving-lossless` on a tiny model."""
+    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    model = tiny.model(head_dim=32, initializer_range=0.1)
+    monkeypatch.setattr(serving_lossless, "load_model", lambda *_, **__: (model, tiny.byte_tokenizer()))
+    tiny.plan().save(tmp_path / "plan.json")
+    size = ["--cases", "2x90", "--tokens", "40", "--drafts", "3", "--budget-tokens", "64", "--block-size", "16"]
+    return ["--plan", str(tmp_path / "plan.json"), *size, "--repeats", "1", "--json", str(tmp_path / "result.json")]
+
+
+def rows_of(folder):
+    return json.loads((folder / "result.json").read_text())["result"]["rows"]
+
+
+def test_lossless_texts_are_timed_and_are_stocks(texts, tmp_path, capfd):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
+    assert run(experiments, "serving-lossless", *texts) == 0
+    stock, hybrid, lossless = rows_of(tmp_path)
+    assert stock["same_tokens"] == lossless["same_tokens"] == [40, 40]
+    assert lossless["gaps"] == lossless["wrong"] == []
+    assert max(stock["moved_most"], lossless["moved_most"]) < 1e-4 < hybrid["moved"]
+    assert stock["tokens_per_second"] > 0
+    assert lossless["speedup"] == lossless["tokens_per_second"] / stock["tokens_per_second"]
+    assert "the first 40 to 40 of 40 tokens are stock's" in capfd.readouterr().out
+
+
+def test_texts_that_are_not_stocks_are_found(texts, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
+    from lycheedecode.integrations.vllm import verify
+
+    right = verify.attend
+    monkeypatch.setattr(verify, "attend", lambda *given: right(*given) * 1.2)
+    assert run(experiments, "serving-lossless", *texts, "--ways", "stock,lossless") == 1
+    assert rows_of(tmp_path)[1]["wrong"]
+    assert "lossless texts are not full attention's: " in capfd.readouterr().err

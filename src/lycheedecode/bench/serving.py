@@ -4,11 +4,9 @@
 
 Both are driven through vLLM's public interface; weights are random. A prompt is prefilled before it is timed, and comes
 from the prefix cache then; with `--fill` a KV connector (`integrations.vllm.fill`) fills the cache with random numbers
-instead. What a token takes is the difference between a long and a short generation, divided by the tokens between them:
-prefill and everything else that comes once is in both. Sequences are sent one after the other, and the first ends
-before the last: the short generation, a third of the long one, is long enough for all to decode together. How many
-tokens of the first sequence are the stock backend's is said, but proves nothing: random models choose between near
-ties. `prefill_ms` is the time of fresh prompts and their first token.
+instead. What a token takes is timed while all sequences of a batch decode (`served`), and not said where they hardly
+ever do. How many tokens of the first sequence are the stock backend's is said, but proves nothing: random models choose
+between near ties. `prefill_ms` is the time of fresh prompts and their first token.
 
 With `--mixed`, of every three requests of a batch one asks for nothing, one for full attention and one for half the
 budget.
@@ -35,7 +33,8 @@ from ..plan import HeadPlan
 from ..results import Result
 from .harness import same_tokens, say
 from .models import random_config
-from .settings import SERVERS, SHORT, ServingSettings
+from .served import TOO_SHORT, Decoded, decode
+from .settings import SERVERS, ServingSettings
 from .workload import Shape, spread_plan
 
 _PLUGIN = "lycheedecode"
@@ -161,9 +160,9 @@ def _time_cases(
 ) -> Iterator[dict[str, Any]]:
     most = max(max(text) for text in texts)
     for batch, context in cases:
-        prompts = [{"prompt_token_ids": text[:context]} for text in texts[:batch]]
-        prefill, _ = _generate(llm, prompts, 1)
-        _, tokens = _generate(llm, prompts, settings.tokens)  # what comes once with decoding has then come
+        prompts = [text[:context] for text in texts[:batch]]
+        prefill = _generate(llm, prompts, 1).seconds
+        tokens = _generate(llm, prompts, settings.tokens).token_ids[0]  # what comes once with decoding has then come
         row: dict[str, Any] = {"way": way, "batch": batch, "context": context, "requests": "alike"}
         row |= {"prefill_seconds": prefill, "prefill_ms": None, "token_ids": tokens}
         if not settings.fill:
@@ -172,38 +171,37 @@ def _time_cases(
         if settings.mixed and SERVERS[way] is not None and batch > 1:
             kinds.append(("mixed", (None, "off", f"budget_tokens={settings.budget_tokens // 2}")))
         for name, asked in kinds:
-            times = sorted(_token_ms(llm, prompts, settings.tokens, asked) for _ in range(settings.repeats))
-            timed = {**row, "requests": name, "ms": median(times), "fast_ms": times[0], "slow_ms": times[-1]}
-            say(f"{way} {batch} x {context}, {name}: {timed['ms']:.3f} ms a token")
+            timed = {**row, "requests": name, **_times(llm, prompts, settings, asked)}
+            found = TOO_SHORT if timed["ms"] is None else f"{timed['ms']:.3f} ms a token"
+            say(f"{way} {batch} x {context}, {name}: {found}")
             yield timed
+
+
+def _times(
+    llm: Any, prompts: Sequence[Sequence[int]], settings: ServingSettings, asked: Sequence[str | None]
+) -> dict[str, float | None]:
+    """Milliseconds in which every sequence gets a token: median, fastest and slowest; None: too short to measure."""
+    speeds = [_generate(llm, prompts, settings.tokens, asked).tokens_per_second for _ in range(settings.repeats)]
+    times = sorted(len(prompts) * 1e3 / speed for speed in speeds if speed)
+    if len(times) < len(speeds):
+        return dict.fromkeys(("ms", "fast_ms", "slow_ms"))
+    return {"ms": median(times), "fast_ms": times[0], "slow_ms": times[-1]}
 
 
 def _prefill_ms(llm: Any, batch: int, context: int, most: int) -> float:
     """Of prompts that no cache knows."""
-    fresh = torch.randint(4, most, (batch, context)).tolist()
-    return _generate(llm, [{"prompt_token_ids": text} for text in fresh], 1)[0] * 1e3
+    return _generate(llm, torch.randint(4, most, (batch, context)).tolist(), 1).seconds * 1e3
 
 
-def _token_ms(llm: Any, prompts: Sequence[Any], count: int, asked: Sequence[str | None]) -> float:
-    short = count // SHORT
-    few, many = (_generate(llm, prompts, tokens, asked)[0] for tokens in (short, count))
-    return (many - few) * 1e3 / (count - short)
-
-
-def _generate(
-    llm: Any, prompts: Sequence[Any], count: int, asked: Sequence[str | None] = ()
-) -> tuple[float, list[int]]:
-    """Seconds, and the first sequence's tokens; `asked`: what requests say in turn of their attention."""
+def _generate(llm: Any, prompts: Sequence[Sequence[int]], count: int, asked: Sequence[str | None] = ()) -> Decoded:
+    """Answers of so many tokens; `asked`: what requests say in turn of their attention."""
     from vllm import SamplingParams
 
     def of(said: str | None) -> SamplingParams:
         extra = None if said is None else {"lycheedecode": said}
         return SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra)
 
-    sampling = [of(asked[i % len(asked)] if asked else None) for i in range(len(prompts))]
-    began = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    return time.perf_counter() - began, list(outputs[0].outputs[0].token_ids)
+    return decode(llm, prompts, [of(asked[i % len(asked)] if asked else None) for i in range(len(prompts))])
 
 
 def _compared(row: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, Any]:
@@ -212,7 +210,8 @@ def _compared(row: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, An
     if stock is not None:
         same = same_tokens(stock["token_ids"], row["token_ids"])
     kept = {name: value for name, value in row.items() if name != "token_ids"}
-    return {**kept, "speedup": stock and stock["ms"] / row["ms"], "same_tokens": same}
+    both = stock is not None and stock["ms"] and row["ms"]
+    return {**kept, "speedup": stock["ms"] / row["ms"] if stock and both else None, "same_tokens": same}
 
 
 # ---------------------------------------------------------------------- what is shown
@@ -226,7 +225,7 @@ HEADER = (
 def format_row(row: Mapping[str, Any]) -> str:
     """A line of the table under `HEADER`."""
     speedup = f"{row['speedup']:7.2f}x" if row["speedup"] else " " * 8
-    times = f"{row['ms']:8.3f} {row['fast_ms']:8.3f} {row['slow_ms']:8.3f}"
+    times = f"{row['ms']:8.3f} {row['fast_ms']:8.3f} {row['slow_ms']:8.3f}" if row["ms"] else f"{TOO_SHORT:26.26}"
     same = "" if row["same_tokens"] is None else row["same_tokens"]
     prefill = f"{row['prefill_ms']:9.1f}" if row.get("prefill_ms") else " " * 9
     way = row["way"] + (", mixed" if row.get("requests") == "mixed" else "")

@@ -25,8 +25,8 @@ SERVERS: dict[str, dict[str, Any] | None] = {
 """Attention in vLLM: its own, or the plugin's with these settings."""
 KV_CACHE_DTYPES = ("auto", "fp8")
 """Of vLLM's cache: the model's own, or 8-bit floats."""
-SHORT = 3
-"""So many times as long as the short generation is the long one."""
+LEAST_STEPS = 4
+"""Of vLLM, from whose times something is said."""
 
 Settings = TypeVar("Settings", bound="BenchSettings")
 OfModel = TypeVar("OfModel", bound="ModelSettings")
@@ -290,8 +290,8 @@ class ServingSettings(BenchSettings):
         mixed: also time batches whose requests ask for different things.
         tensor_parallel_size: ranks that share the heads.
         block_size: tokens per block.
-        tokens: new tokens of the long generation.
-        repeats: timed pairs of generations.
+        tokens: of every answer.
+        repeats: timed generations.
         memory: share of the GPU's memory that vLLM may use.
         fill: fill the cache with random numbers instead of running long prefills.
     """
@@ -313,8 +313,8 @@ class ServingSettings(BenchSettings):
         super().__post_init__()
         check_names("ways", self.ways, SERVERS)
         check_names("kv_cache_dtype", (self.kv_cache_dtype,), KV_CACHE_DTYPES)
-        if self.tokens < SHORT:
-            raise ConfigError(f"tokens must be at least {SHORT}, not {self.tokens}.")
+        if self.tokens < LEAST_STEPS + 2:
+            raise ConfigError(f"tokens must be at least {LEAST_STEPS + 2}, not {self.tokens}.")
         _ = self.pairs  # refuses what is none
 
     @property
