@@ -236,7 +236,7 @@ class MemorySettings(BenchSettings):
         steps: number of timed steps (steps).
         texts: texts to continue (texts).
         tokens: new tokens in each sequence (texts).
-        prefill_chunk: prompt tokens that pass through the model at once, the same for every cache (texts).
+        prefill_chunk: prompt tokens that pass through the model at once, the same for every cache (prefill, texts).
         execution: how decode steps run.
     """
 
@@ -274,7 +274,7 @@ class MemorySettings(BenchSettings):
 
     def shrunk(self) -> MemorySettings:
         small = replace(self, model="tiny", plan=None, layers=None, cases=("1x400", "2x400"), reuse=None)
-        return replace(small, budgets=(80,), block_size=16, steps=6, tokens=12)
+        return replace(small, budgets=(80,), block_size=16, steps=6, tokens=12, prefill_chunk=150)
 
 
 @dataclass(frozen=True, kw_only=True)
