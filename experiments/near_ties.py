@@ -35,13 +35,13 @@ class StockTexts:
     Attributes:
         answers: of each prompt.
         places: of each text, at which tokens gaps are compared.
-        moves: how far those gaps moved in other shapes of the same attention.
+        moves: how far those gaps moved in each of two other shapes of the same attention.
         alone: `compare` of the texts that stock writes one at a time.
     """
 
     answers: list[RankAnswer]
     places: list[list[int]]
-    moves: list[float]
+    moves: tuple[list[float], ...]
     alone: dict[str, Any]
 
     @classmethod
@@ -55,18 +55,23 @@ class StockTexts:
         moves = [
             _moved(answers[row].logprobs[at], one.logprobs[0]) for (row, at), one in zip(asked, again, strict=True)
         ]
-        truth = cls(answers, places, moves, {})
+        truth = cls(answers, places, (moves,), {})
         alone = truth._against([generate(llm, [prompt], tokens)[0] for prompt in lists])
-        return cls(answers, places, moves + alone["moves"], _shown(alone))
+        return cls(answers, places, (moves, alone["moves"]), _shown(alone))
 
     @property
     def rounding(self) -> float:
         """The furthest that a gap moved."""
-        return max(*self.moves, _RESOLUTION)
+        return max(*map(max, self.moves), _RESOLUTION)
+
+    @property
+    def typical(self) -> float:
+        """How far gaps moved on average, in the shape in which they moved further."""
+        return max(map(fmean, self.moves))
 
     def row(self) -> dict[str, Any]:
         """Of stock itself: the texts that it writes one at a time, against those of the batch."""
-        return {**self.alone, "moved": fmean(self.moves), "moved_most": max(self.moves), "wrong": []}
+        return {**self.alone, "moved": self.typical, "moved_most": max(map(max, self.moves)), "wrong": []}
 
     def compare(self, found: Sequence[RankAnswer], lossless: bool) -> dict[str, Any]:
         """How far texts are the same; `lossless`: they have to be, and `wrong` says where they are not.
@@ -85,8 +90,8 @@ class StockTexts:
                     place = f"text {row} leaves stock's at token {compared['same_tokens'][row]}"
                     far = "far" if apart is None else f"{apart:.3g} nats"
                     wrong.append(f"{place}, which is {far} above the other where rounding moves {self.rounding:.3g}")
-            if moves and fmean(moves) > max(_FURTHER * fmean(self.moves), _RESOLUTION):
-                wrong.append(f"gaps move by {fmean(moves):.3g} nats on average, stock's own by {fmean(self.moves):.3g}")
+            if moves and fmean(moves) > max(_FURTHER * self.typical, _RESOLUTION):
+                wrong.append(f"gaps move by {fmean(moves):.3g} nats on average, stock's own by {self.typical:.3g}")
         far = {"moved": fmean(moves) if moves else None, "moved_most": max(moves) if moves else None}
         return {**_shown(compared), **far, "rounding": self.rounding, "wrong": wrong}
 

@@ -40,6 +40,10 @@ NOTES = {
     "h100-memory-qwen2.5-coder-1.5b": "In every row from host memory, all 16 texts have the tokens of the resident "
     "cache: the benchmark ends if one has not. Each text is read once and continued twice: `miss rate` counts the 256 "
     "steps after its start, `later miss rate` the later half.",
+    "h100-serving-lossless-coder-1.5b": "In bfloat16. The file says where texts leave stock's; that they may do so at "
+    "near ties only has been checked since.",
+    "h100-serving-lossless-smollm2": "In bfloat16, as above. Without the rows of 4 x 1000, whose speeds were "
+    "differences of times too short to measure: one was negative.",
 }
 """What a reader of a file has to know and its numbers do not say."""
 
