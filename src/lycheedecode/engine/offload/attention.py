@@ -87,6 +87,7 @@ class OffloadedAttention(HybridAttention):
     ) -> None:
         super().__init__(plan, config, layers)
         self._global, self._ratio, self._ahead = tuple(layers), store_ratio, ahead
+        self._position = {layer: number for number, layer in enumerate(layers)}  # as in every HostCache of the model
 
     def size(self, shape: ModelShape, batch: int, slots: int, itemsize: int) -> CacheSize:
         """The memory that a batch will need."""
@@ -101,16 +102,15 @@ class OffloadedAttention(HybridAttention):
         chunks = max(slots // config.chunk_tokens, 1) if self._factors else 0
         size = len(self.plan.retrieval), cache.batch, config.capacity_blocks(blocks)
         selections = Selections.allocate(*size, device, chunks)
-        readers, rows = readers_of(self.plan, cache.position)
+        readers, rows = readers_of(self.plan, self._position)
         shape = config.block_size, blocks, self._ratio, config.refresh_every
         keys = cache.tokens.keys
         dtype = torch.float8_e4m3fn if config.scan_keys == "float8" else keys.dtype
         heads = {layer: mine for layer, mine in self.scanned.items() if mine}
-        scanned = ScanKeys(heads, cache.position, dtype, cache.batch, slots, keys.shape[-1], device)
+        scanned = ScanKeys(heads, self._position, dtype, cache.batch, slots, keys.shape[-1], device)
         more = cache.starts, device, self._ahead, scanned
         store = BlockStore(cache.tokens, readers, rows, selections, *shape, *more)
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens, device) if self._factors else None
-        self._position = cache.position
         return OffloadedState(selections, means=means, store=store, scanned=scanned)
 
     def attend_offloaded(

@@ -51,10 +51,15 @@ class BlockStore:
         scanned: keys on the device that need not be fetched.
 
     Attributes:
-        readers: as given.
+        source, selections, block_size, readers: as given.
+        slots, tail_blocks: see `pool_blocks`.
+        pool, known: keys and values of the blocks, `[L, B, Hkv, P, D]`, and where each block lies.
         lane: the stream on which blocks for later layers are fetched.
         missed, asked: blocks that were missing, and selected, counted for every head that reads them; float64 `[B]`.
         pulled: what of the missing blocks crossed the link; half a block where its keys were there.
+        clock: int32 `[1]`, selections so far.
+        fresh: int32 `[1]`, 1 while the store is empty.
+        written: slots whose tokens are in host memory; -1 before the first step.
     """
 
     def __init__(
@@ -75,7 +80,7 @@ class BlockStore:
         num_rows, batch, capacity = selections.blocks.shape
         self.source, self.selections, self.block_size, self.readers = source, selections, block_size, readers
         self.slots, self.tail_blocks = pool_blocks(ratio, capacity, blocks, block_size, refresh_every)
-        self._ahead = refresh_every - 1
+        self._later_tokens = refresh_every - 1  # for which a selection stands, after the one that made it
         layers, _, heads, _, dim = source.keys.shape
         shape = layers, batch, heads, (self.slots + self.tail_blocks) * block_size, dim
         with torch.inference_mode(False):  # steps may be prepared outside of that mode, and write these there
@@ -174,7 +179,7 @@ class BlockStore:
         """A step with sequences of `lengths` tokens, int32 `[B]`, the new ones included."""
         size = self.block_size
         self.at = (lengths - 1) % (self.tail_blocks * size) + (self.slots * size + 1)
-        self._newest = (lengths + (self._ahead - 1)) // size
+        self._newest = (lengths + (self._later_tokens - 1)) // size
         if refresh:
             self.clock.add_(1)
 
