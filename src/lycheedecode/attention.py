@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .config import HybridConfig
+from .errors import LycheeWarning
 from .ops import KV, ChunkMeans, Completion, KeyCopy, Selections
 from .ops.count import Means
 from .ops.types import constant
@@ -348,7 +349,8 @@ def _warn_of_other_fit(plan: HeadPlan, config: HybridConfig) -> None:
     other = {name: made[name] for name, value in here.items() if value and made.get(name) not in (None, value)}
     if other:
         said = " and ".join(f"{name} = {value}, not {here[name]}" for name, value in other.items())
-        warnings.warn(f"The head plan's completion was fitted for {said}; it is used unchanged.", stacklevel=4)
+        said = f"The head plan's completion was fitted for {said}; it is used unchanged."
+        warnings.warn(said, LycheeWarning, stacklevel=4)
 
 
 def attend_in_two_forms(

@@ -45,6 +45,10 @@ class ResumeError(LycheeError):
     """Unfinished work that cannot be continued: there is none, or it belongs to something else."""
 
 
+class LycheeWarning(UserWarning):
+    """What a user should know and need not mend, in one sentence: the command line prints it as well."""
+
+
 class MismatchError(LycheeError):
     """Two ways of computing the same disagree; nothing is timed then."""
 

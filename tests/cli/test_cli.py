@@ -592,6 +592,10 @@ def test_generate_from_host_memory(base, plan_file, tmp_path):
         done = run(*base, "--plan", plan_file, *BUDGET, "--cache", place, "--json", str(path), PROMPT)
         outs.append(json.loads(path.read_text(encoding="utf-8")))
         assert ("in host memory" in done.stderr) == (place == "host")
+        warned = (
+            "lycheedecode: Without a GPU the KV cache is in host memory anyway: cache='host' works, but gains nothing."
+        )
+        assert done.stderr.splitlines().count(warned) == (place == "host" and not torch.cuda.is_available())
     resident, host = (out["result"] for out in outs)
     assert host["token_ids"] == resident["token_ids"]
     assert host["bytes_on_host"] == resident["bytes_on_gpu"] > 0

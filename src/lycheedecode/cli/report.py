@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import InputError, OutputError
+from ..errors import InputError, LycheeWarning, OutputError
 from ..results import Result
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -86,7 +86,7 @@ def progress(message: str) -> Iterator[None]:
 
 @contextmanager
 def quiet(verbose: bool) -> Iterator[None]:
-    """Keep libraries from writing to stderr, unless `verbose`."""
+    """Keep libraries from writing to stderr, unless `verbose`; our own warnings are a line each."""
     if verbose:
         yield
         return
@@ -101,6 +101,8 @@ def quiet(verbose: bool) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", LycheeWarning)  # once each
+            warnings.showwarning = lambda message, *_, **__: errors.print(f"lycheedecode: {message}", markup=False)
             yield
     finally:
         logging.captureWarnings(False)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..attention import DecodeAttention, State
 from ..config import HybridConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, LycheeWarning
 from ..models.routing import AttentionRoute, Window
 from ..models.state import ModelState
 from . import step as steps
@@ -190,6 +190,7 @@ class Decoder:
         warnings.warn(
             f"Decoding continues more slowly ({self.way}): the step cannot be {what} ({type(error).__name__}: "
             f"{reason[:300]}).",
+            LycheeWarning,
             stacklevel=5,
         )
 

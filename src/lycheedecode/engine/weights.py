@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HybridConfig
-from ..errors import ConfigError, DeviceError
+from ..errors import ConfigError, DeviceError, LycheeWarning
 from ..fusion.operator import MAX_ROWS, quantize
 from ..models.shape import inner_model
 from ..models.state import ModelState
@@ -75,7 +75,8 @@ def model_of_steps(model: nn.Module, config: HybridConfig, state: ModelState) ->
     except torch.OutOfMemoryError:
         made = None  # what there is of it goes before memory is needed for anything else
     if made is None:
-        warnings.warn("Memory does not suffice for weights in 8 bits: decode steps use the model's own.", stacklevel=5)
+        said = "Memory does not suffice for weights in 8 bits: decode steps use the model's own."
+        warnings.warn(said, LycheeWarning, stacklevel=5)
         return model
     _copies[model] = ref(made), state
     return made

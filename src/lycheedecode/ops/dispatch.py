@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..errors import LycheeWarning
 from .types import KV
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +35,8 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
     reason = kernel_obstacle(tensor)
     if reason is None:
         return _operators()
-    warnings.warn(f"Decode attention takes the slow path in plain PyTorch: {reason}.", stacklevel=3)
+    said = f"Decode attention takes the slow path in plain PyTorch: {reason}."
+    warnings.warn(said, LycheeWarning, stacklevel=3)
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...attention import DecodeAttention
 from ...config import HybridConfig
-from ...errors import ConfigError
+from ...errors import ConfigError, LycheeWarning
 from ...models.routing import Window
 from ...models.shape import ModelShape
 from ...plan import HeadPlan
@@ -49,6 +49,7 @@ def check_place(place: str, plan: HeadPlan | None, config: HybridConfig, store_r
     if not on_gpu:
         warnings.warn(
             "Without a GPU the KV cache is in host memory anyway: cache='host' works, but gains nothing.",
+            LycheeWarning,
             stacklevel=3,
         )
     return place
@@ -101,6 +102,7 @@ def _is_in_host_memory(place: str, model: nn.Module, shape: ModelShape, batch: i
     warnings.warn(
         f"The KV cache of {batch} x {slots} tokens ({needed / 2**30:.1f} GiB) goes to host memory: "
         f"{free / 2**30:.1f} GiB of the GPU's are free.",
+        LycheeWarning,
         stacklevel=4,
     )
     return True
