@@ -161,10 +161,10 @@ def most_rows(kv: KV) -> int:
 def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     """What was fastest on an H100 and on an H200; `bench lossless --parts attend --tune` measures it.
 
-    A single token is read as by `triton_dense`. With more rows a tile's arithmetic takes half as long as its bytes on
+    A single token in 8 bits is read as by `triton_dense`. With more than 16 rows a tile's arithmetic takes half as long as its bytes on
     an H200: two programs a processor, of three stages, so that one computes while the other waits. On an H100, whose
     memory is slower, one program computes beside its own loads, and there is half as much to merge. Where keys and
-    values are in 8 bits, arithmetic takes longer than bytes: as many programs as registers allow.
+    values are in 8 bits, that takes about as long as in 16 bits: it waits for conversions, not for bytes.
     """
     device, pdl = kv.keys.device, common.has_pdl(kv.keys.device)
     size = kv.keys.element_size()
@@ -178,10 +178,6 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     row_tile = min(common.power_of_two(rows), most_rows(kv))
     held = row_tile * common.power_of_two(kv.keys.shape[3])
     warps = 8 if held > 64 * 128 or size == 4 else 4
-    programs, stages = 2, 3
-    if row_tile == 64 and size == 2 and common.read_rate(device) < 30e9:
-        programs = 1
-    elif size == 1 and held == 64 * 128:
-        programs, tile, stages = 3, min(tile, 32), 4
+    programs = 1 if row_tile == 64 and size == 2 and common.read_rate(device) < 30e9 else 2
     splits = common.filling_splits(pairs, programs * common.processors(device))
-    return common.fitting(Tuning(min(splits, max(tiles, 1)), tile, warps, stages, pdl), kv)
+    return common.fitting(Tuning(min(splits, max(tiles, 1)), tile, warps, 3, pdl), kv)
