@@ -157,8 +157,8 @@ def _time(llm: Any, prompts: Sequence[Sequence[int]], settings: ServedTextSettin
     return {
         "tokens": settings.tokens,
         "tokens_per_second": median(known) if len(known) == len(speeds) else None,
-        "tokens_a_round": 1 + accepted / rounds if rounds else 1.0,
-        "accepted": accepted / drafted if drafted else None,
+        "tokens_per_round": 1 + accepted / rounds if rounds else 1.0,
+        "accepted_share": accepted / drafted if drafted else None,
     }
 
 
@@ -170,8 +170,8 @@ def _counts(llm: Any) -> list[float]:
 def _line(row: Mapping[str, Any]) -> str:
     speed, gain = row["tokens_per_second"], row["speedup"]
     parts = [TOO_SHORT if speed is None else f"{speed:8.1f} tokens/s" + ("" if gain is None else f", {gain:.2f}x")]
-    if row["accepted"] is not None:
-        parts.append(f"{row['tokens_a_round']:.2f} tokens a round")
+    if row["accepted_share"] is not None:
+        parts.append(f"{row['tokens_per_round']:.2f} tokens a round")
     if "same_tokens" in row:
         parts += said(row)
     return f"{row['way']:8} {row['batch']} x {row['context']}: {'; '.join(parts)}"

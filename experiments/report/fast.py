@@ -85,13 +85,13 @@ def _other(ms: float | None) -> dict[str, str]:
 
 
 def _lossless(source: Source) -> Iterator[Found]:
-    """Rounds with a given number of tokens gained; texts of real models, where they are counted."""
+    """Rounds with a given number of tokens each; texts of real models, where they are counted."""
     real = {_case(row): row for row in source.rows if row.get("part") == "real" and row["way"] == "full"}
     for row in source.rows:
         if row.get("part") == "rounds" and "full_ms" in row:
             drafts = f"{row['drafts']} drafts{' with 8-bit weights' if row.get('weights') == 'float8' else ''}"
             every = _reselect(str(row["refresh"]))
-            timed = f"lossless decode ({drafts}, {every}; assumes {row['gained']} tokens per round)"
+            timed = f"lossless decode ({drafts}, {every}; assumes {row['tokens_per_round']} tokens per round)"
             key = ("bench lossless", source.model, timed, *_case(row))
             yield key, _row(source, timed, row, row["full_ms"], row["ms_per_token"], "", source.settings.get("steps"))
         elif row.get("part") == "real" and row["way"] != "full" and _case(row) in real:
@@ -112,7 +112,7 @@ def _served_texts(source: Source) -> Iterator[Found]:
             continue
         what = f"budget {budget}"
         if row["way"] == "lossless":
-            what += f", {source.settings['drafts']} drafts; {row['tokens_a_round']:.1f} tokens per round"
+            what += f", {source.settings['drafts']} drafts; {row['tokens_per_round']:.1f} tokens per round"
         timed = f"vLLM {version}, {row['way']} decode of texts ({what})"
         key = ("experiments serving-lossless", source.model, row["way"], budget, source.settings["drafts"], *_case(row))
         texts = f"{row['batch']} x {row['tokens']} tokens"
@@ -128,7 +128,7 @@ def _of_texts(row: Row, budget: Any) -> str:
     if drafts == "hybrid":
         return f"hybrid decode of texts ({', '.join([*budgets, *ways, *weights])})"
     drafted = f"{'automatic' if drafts == 'auto' else drafts} drafts{' with 8-bit weights' if weights else ''}"
-    return f"lossless decode of texts ({', '.join([*budgets, drafted, *ways])}; {row['gained']:.1f} tokens per round)"
+    return f"lossless decode of texts ({', '.join([*budgets, drafted, *ways])}; {row['tokens_per_round']:.1f} tokens per round)"
 
 
 def _reselect(every: str) -> str:

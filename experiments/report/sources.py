@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,25 @@ _MODELS = {
 }
 
 
+_RENAMED = {
+    "gained": "tokens_per_round",
+    "tokens_a_round": "tokens_per_round",
+    "stood": "accepted_share",
+    "accepted": "accepted_share",
+}
+"""Names that rows of lossless decoding had in older files."""
+
+
 def read(folder: Path) -> list[Source]:
     """The result files of a folder."""
-    return [Source(path.stem, folder.name, Result.load(path)) for path in sorted(folder.glob("*.json"))]
+    return [Source(path.stem, folder.name, _load(path)) for path in sorted(folder.glob("*.json"))]
+
+
+def _load(path: Path) -> Result:
+    result = Result.load(path)
+    if not result.command.endswith("lossless"):
+        return result
+    return replace(result, rows=[{_RENAMED.get(name, name): row[name] for name in row} for row in result.rows])
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _exact(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "cases": len(cases),
                 "tokens": sum(tokens for _, tokens in pairs),
                 "full attention's texts": f"{sum(same == tokens for same, tokens in pairs)} of {len(pairs)}",
-                "left at a near tie": sum(len(row.get("tie_token", row.get("near_ties", ()))) for row in cases),
+                "left at a near tie": sum(len(row["tie_token"]) for row in cases),
                 "its texts in the pass's shape": f"{sum(shaped)} of {len(shaped)}" if shaped else "",
                 "wrong": sum(len(row["wrong"]) for row in cases),
             }

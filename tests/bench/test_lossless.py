@@ -23,7 +23,7 @@ def run(*arguments, status=0):
 
 def test_smoke_writes_its_report(tmp_path):
     path = tmp_path / "lossless.json"
-    arguments = ["--smoke", "--batches", "1,2", "--drafts", "3", "--refresh", "1,8", "--gained", "3.5"]
+    arguments = ["--smoke", "--batches", "1,2", "--drafts", "3", "--refresh", "1,8", "--tokens-per-round", "3.5"]
     arguments += ["--weights", "model,float8"]
     done = run(*arguments, "--json", str(path))
     rows = json.loads(path.read_text())["result"]["rows"]
@@ -33,7 +33,7 @@ def test_smoke_writes_its_report(tmp_path):
     assert all(row["error"] < (2e-2 if torch.cuda.is_available() else 1e-4) for row in rows)
     assert all(row["ms_per_token"] == row["round_ms"] / 3.5 for row in rows)
     assert ["keep_ms" in row for row in rows] == [False, True] * 4
-    assert "if 3.5 tokens are gained a round" in done.stdout
+    assert "if a round yields 3.5 tokens" in done.stdout
 
 
 def test_a_wrong_pass_is_refused(monkeypatch):
@@ -65,7 +65,7 @@ def test_real_models_are_compared_token_by_token(mine, tmp_path):
     for row in rows:
         if not row["way"].startswith("hybrid"):
             assert row["same"] == [30] * 3
-    assert rows[3]["gained"] >= 1
+    assert rows[3]["tokens_per_round"] >= 1
     assert "of drafts accepted" in done.stdout
 
 
@@ -88,7 +88,7 @@ def test_texts_are_full_attentions(mine, tmp_path):
         assert (row["same"], row["tie_token"], row["wrong"]) == (row["tokens"], [], [])
         assert row["prompts"] == [120, 100, 80]
         if not row["case"].endswith("with stops"):
-            assert 0 < row["stood"] < 1
+            assert 0 < row["accepted_share"] < 1
             assert row["tokens"] == [30] * 3
         else:
             assert row["finish_reasons"][0] == "eos"

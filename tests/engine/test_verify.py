@@ -9,7 +9,7 @@ import torch
 
 from lycheedecode import Engine, HybridConfig, Sampling, policies
 from lycheedecode.engine import passes
-from lycheedecode.engine.pace import Pace, Plan
+from lycheedecode.engine.pace import Pace, Schedule
 from lycheedecode.engine.step import forward
 from lycheedecode.errors import ConfigError
 from lycheedecode.models.shape import ModelShape
@@ -58,7 +58,7 @@ def test_the_text_is_full_attentions(llama, form, sampler):
     assert tokens(results) == full_attentions(sampler, 60, 37, 90)
     for result in results:
         assert result.drafted == 5 * result.rounds
-        assert 0 < result.accepted < result.drafted  # some stood, and some did not
+        assert 0 < result.accepted < result.drafted  # some, and not all
         assert result.rounds + result.accepted >= 39
 
 
@@ -243,7 +243,7 @@ def test_without_a_seed_texts_differ(llama):
 
 
 def test_what_is_kept_beside_the_cache_follows_it(llama):
-    """Copies of keys and means of chunks are those of the tokens that stood."""
+    """Copies of keys and means of chunks are those of the accepted tokens."""
     settings = {"scan_keys": "float8", "completion": "centroid", "completion_chunk": 8}
     engine = lossless(llama, 4, **settings)
     context = engine.prefill(tiny.prompts(60, 37), room=100)
@@ -275,8 +275,8 @@ def check_what_is_kept(context):
 
 def test_what_full_steps_wrote_is_followed_before_drafts(llama, monkeypatch):
     """Also after more of them in a row than are followed at once."""
-    plans = iter([Plan(0, 1)] * 70 + [Plan(8, 8)] * 2 + [Plan(0, 1)] * 3 + [Plan(8, 8)] * 9)
-    monkeypatch.setattr(Pace, "next", lambda self: next(plans))
+    schedules = iter([Schedule(0, 1)] * 70 + [Schedule(8, 8)] * 2 + [Schedule(0, 1)] * 3 + [Schedule(8, 8)] * 9)
+    monkeypatch.setattr(Pace, "next", lambda self: next(schedules))
     engine = lossless(
         llama, "auto", "graph", budget_tokens=64, scan_keys="float8", completion="centroid", completion_chunk=8
     )
@@ -320,15 +320,15 @@ def test_cache_correction_in_longer_stretches_than_a_pass_takes(llama):
 
 
 def paced(select, keep, verify, full, shares, rounds=60):
-    """What a pace settles on, in seconds of its parts, where such shares of drafts stand for each refresh."""
+    """What a pace settles on, in seconds of its parts, where such shares of drafts are accepted for each refresh."""
     pace, drawn = Pace(8, fixed=False, refreshes=tuple(shares)), torch.Generator().manual_seed(0)
     for _ in range(rounds):
-        plan = pace.next()
-        share, drafts = shares[plan.refresh], plan.drafts
-        stood = [int((torch.rand(drafts, generator=drawn) < share).long().cumprod(0).sum()) for _ in range(4)]
-        drafting = [keep if j % plan.refresh else select for j in range(drafts)]
-        pace.saw(plan, stood, drafting, verify if drafts else full)
-    return tuple(plan)
+        schedule = pace.next()
+        share, drafts = shares[schedule.refresh], schedule.drafts
+        accepted = [int((torch.rand(drafts, generator=drawn) < share).long().cumprod(0).sum()) for _ in range(4)]
+        drafting = [keep if j % schedule.refresh else select for j in range(drafts)]
+        pace.saw(schedule, accepted, drafting, verify if drafts else full)
+    return tuple(schedule)
 
 
 def test_drafts_are_as_many_as_pay():
@@ -345,7 +345,7 @@ def test_a_pass_that_takes_longer_for_more_tokens():
     pace.saw(pace.next(), [0], [], 1.0)
     pace.saw(pace.next(), [4], [0.5] * 4, 2.6)  # 9 tokens in 0.5 * 8 + 4.2 full steps at most
     assert [pace.next().drafts for _ in range(9)] == [0] * 9
-    pace.saw(Plan(4, 1), [4], [0.2] * 4, 1.2)
+    pace.saw(Schedule(4, 1), [4], [0.2] * 4, 1.2)
     assert pace.next().drafts > 4
 
 
@@ -357,12 +357,12 @@ def test_selections_are_made_as_often_as_pays():
 def test_drafting_is_tried_again():
     pace = Pace(8, fixed=False)
     assert [pace.next() for _ in range(3)] == [(0, 1), (4, 1), (0, 1)]  # what these tell comes a round late
-    pace.saw(Plan(0, 1), [0], [], 1.0)
-    pace.saw(Plan(4, 1), [0], [1.0] * 4, 1.0)
+    pace.saw(Schedule(0, 1), [0], [], 1.0)
+    pace.saw(Schedule(4, 1), [0], [1.0] * 4, 1.0)
     tried = [turn for turn in range(1, 3000) if pace.next().drafts]
     assert tried == [64, 192, 448, 960, 1984]  # the longest wait is 1024
     for _ in range(20):  # the text has changed
-        pace.saw(Plan(8, 1), [8], [0.1] * 8, 1.0)
+        pace.saw(Schedule(8, 1), [8], [0.1] * 8, 1.0)
     assert [pace.next().drafts for _ in range(3)] == [8, 8, 8]
     assert Pace(6, fixed=True, refreshes=(3,)).next() == (6, 3)
 
@@ -386,12 +386,12 @@ def speedup(select, keep, verify, share, tokens=256, batch=16):
     seconds, written, launched = 0.0, torch.ones(batch), pace.next()
     while (written < tokens).any():
         (drafts, refresh), launched = launched, pace.next()
-        stands = torch.rand(batch, drafts, generator=drawn) < shares[refresh]
-        stood = stands.long().cumprod(1).sum(1)
+        agrees = torch.rand(batch, drafts, generator=drawn) < shares[refresh]
+        accepted = agrees.long().cumprod(1).sum(1)
         drafting = [vary(keep if j % refresh else select) for j in range(drafts)]
         passing = vary(verify if drafts else 1.0)
-        pace.saw(Plan(drafts, refresh), stood[written < tokens].tolist(), drafting, passing)
-        seconds, written = seconds + sum(drafting) + passing, written + stood + 1
+        pace.saw(Schedule(drafts, refresh), accepted[written < tokens].tolist(), drafting, passing)
+        seconds, written = seconds + sum(drafting) + passing, written + accepted + 1
     return (tokens - 1) / seconds
 
 

@@ -199,7 +199,7 @@ def test_every_speed_says_what_is_in_it(tmp_path):
     served = [{"way": way, "batch": 4, "context": 4096, "ms": ms, "fast_ms": ms, "slow_ms": ms + 1, "speedup": 1.0}
               for way, ms in (("stock", 20.0), ("hybrid", 10.0))]  # fmt: skip
     served += [{**row, "context": 8192, "ms": None} for row in served[1:]] + [{**served[0], "context": 8192}]
-    case = {"part": "rounds", "batch": 1, "context": 4096, "drafts": 8, "refresh": 1, "gained": 7.4}
+    case = {"part": "rounds", "batch": 1, "context": 4096, "drafts": 8, "refresh": 1, "tokens_per_round": 7.4}
     rounds = [{**case, "full_ms": 8.0, "ms_per_token": 5.0}]
     real = [{"part": "real", "way": way, "batch": 2, "context": 4096, "tokens": 64, "tokens_per_second": speed,
              "gained": 7.0} for way, speed in (("full", 100.0), ("8", 150.0))]  # fmt: skip

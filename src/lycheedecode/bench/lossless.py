@@ -2,8 +2,8 @@
 
     attend   attention of 1, 5, 9, 16 query tokens over one cache       they should take the time of one
     rounds   a full step, a draft, the pass, a whole round              random weights say nothing of acceptance: the
-             of a model with random weights                             tokens that a round gains are given
-    real     texts continued by full attention, and losslessly          how many drafts stand? how fast?
+             of a model with random weights                             tokens that a round yields are given
+    real     texts continued by full attention, and losslessly          how many drafts are accepted? how fast?
     exact    the same, with many budgets and seeds                      are all tokens full attention's?
 
 Passes are verified against full steps before anything is timed.
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import ops
 from ..config import HybridConfig
 from ..engine.context import Context
 from ..engine.engine import Engine
@@ -97,26 +96,24 @@ def format_attend(row: Mapping[str, Any]) -> str:
 
 def _attend_rows(kv: KV, heads: int, tune: bool) -> Iterator[dict[str, Any]]:
     batch, kv_heads, _, dim = kv.keys.shape
-    eight_bits, scale = kv.keys.dtype == torch.float8_e4m3fn, dim**-0.5
+    eight_bits, scale, pairs = kv.keys.dtype == torch.float8_e4m3fn, dim**-0.5, batch * kv_heads
     scales = (torch.ones(kv_heads, device="cuda"),) * 2 if eight_bits else None
-    query = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
-    yield {
-        "op": "one token",
-        "tokens": 1,
-        "tuning": str(tuple(triton_dense.default_tuning(batch * kv_heads, kv))),
-        "ms": time_calls([lambda: ops.attend(query, kv, scale, scales=scales)]).ms,
-    }
+    query = torch.randn(batch, max(TOKENS), heads, dim, dtype=torch.bfloat16, device="cuda")
+    one = partial(triton_dense.attend, query[:, 0].contiguous(), kv, scale, scales=scales)
+    cases: list[tuple[str, int, Tuning, Callable[..., Any]]]
+    cases = [("one token", 1, triton_dense.default_tuning(pairs, kv), one)]
     for tokens in TOKENS:
-        several = torch.randn(batch, tokens, heads, dim, dtype=torch.bfloat16, device="cuda")
-        usual = triton_rows.default_tuning(batch * kv_heads, tokens * heads // kv_heads, kv)
-        for tuning in _tunings(usual, batch * kv_heads) if tune and tokens == 9 else [usual]:
-            call = partial(triton_rows.attend_tokens, several, kv, scale, None, scales, tuning)
+        several = partial(triton_rows.attend_tokens, query[:, :tokens].contiguous(), kv, scale, scales=scales)
+        usual = triton_rows.default_tuning(pairs, tokens * heads // kv_heads, kv)
+        cases.append(("several", tokens, usual, several))
+    for op, tokens, usual, attend in cases:
+        for tuning in _tunings(usual, pairs) if tune and (op == "one token" or tokens == 9) else [usual]:
             try:
-                timing = time_calls([call])
+                timing = time_calls([partial(attend, tuning=tuning)])
             except Exception as error:  # a launch that this GPU cannot hold is one less to choose from
                 say(f"{tuple(tuning)}: {type(error).__name__}")
                 continue
-            yield {"op": "several", "tokens": tokens, "tuning": str(tuple(tuning)), "ms": timing.ms}
+            yield {"op": op, "tokens": tokens, "tuning": str(tuple(tuning)), "ms": timing.ms}
 
 
 def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
@@ -179,11 +176,11 @@ def _round(
             rounds.parts["verify"]()
 
         round_ms = _ms(whole, max(settings.steps // 4, 2), engine.device, rounds.rewind)
-    per_token = round_ms / settings.gained
+    per_token = round_ms / settings.tokens_per_round
     return {
         **{f"{name}_ms": ms for name, ms in parts.items()},
         "round_ms": round_ms,
-        "gained": settings.gained,
+        "tokens_per_round": settings.tokens_per_round,
         "ms_per_token": per_token,
         "speedup": full_ms / per_token,
         "error": error,
@@ -246,6 +243,6 @@ def format_round(row: Mapping[str, Any]) -> str:
     return (
         f"{row['batch']} x {row['context']}, {row['drafts']} drafts{eight}, selected every {row['refresh']}: full step "
         f"{row['full_ms']:.3f} ms, draft {row['select_ms']:.3f}{keep}, pass {row['verify_ms']:.3f}, round "
-        f"{row['round_ms']:.3f}; if {row['gained']} tokens are gained a round: {row['ms_per_token']:.3f} ms a token, "
+        f"{row['round_ms']:.3f}; if a round yields {row['tokens_per_round']} tokens: {row['ms_per_token']:.3f} ms a token, "
         f"{row['speedup']:.2f}x  (error {row['error']:.1e}, {row['way']})"
     )

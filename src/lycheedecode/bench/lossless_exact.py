@@ -232,7 +232,7 @@ def _row(truth: Truth, case: Case, found: Sequence[Generation], shaped: Sequence
         "tokens": [len(one.token_ids) for one in expected],
         "finish_reasons": [one.finish_reason for one in expected],
         "same": [same_tokens(a.token_ids, b.token_ids) for a, b in zip(found, expected, strict=True)],
-        "stood": accepted / drafted if drafted else None,
+        "accepted_share": accepted / drafted if drafted else None,
         "seconds": max(one.decode_seconds for one in found),
         "full_seconds": max(one.decode_seconds for one in expected),
         "in_the_shape_of_the_pass": in_its_shape,
@@ -252,8 +252,8 @@ def format_exact(row: Mapping[str, Any]) -> str:
     ]
     if shape is not None:
         parts.append(f"{sum(shape)} in the shape of the pass")
-    if row["stood"] is not None:
-        parts.append(f"{row['stood']:.0%} of drafts accepted")
+    if row["accepted_share"] is not None:
+        parts.append(f"{row['accepted_share']:.0%} of drafts accepted")
     parts.append(f"{row['seconds']:.1f} s, full attention {row['full_seconds']:.1f}")
     ties = (row[f"tie_{name}"] for name in ("sequence", "token", "within", "rounding"))
     parts += [

@@ -123,7 +123,8 @@ def _real_row(name: str, results: list[Generation], first: list[Generation], len
     return {
         "way": name, "batch": len(results), "context": length, "tokens": len(results[0].token_ids), "seconds": seconds,
         "tokens_per_second": speed, "speedup": speed / (base / max(result.decode_seconds for result in first)),
-        "gained": total / rounds if rounds else 1.0, "stood": accepted / drafted if drafted else None,
+        "tokens_per_round": total / rounds if rounds else 1.0,
+        "accepted_share": accepted / drafted if drafted else None,
         "same": [same_tokens(a.token_ids, b.token_ids) for a, b in zip(results, first, strict=True)],
         "kv_bytes_per_token": sum(r.kv_bytes_per_token for r in results) / len(results),
     }  # fmt: skip
@@ -131,12 +132,12 @@ def _real_row(name: str, results: list[Generation], first: list[Generation], len
 
 def format_real(row: Mapping[str, Any]) -> str:
     """A line for people."""
-    if row["stood"] is None:
-        stood = ""
+    if row["accepted_share"] is None:
+        drafts = ""
     else:
-        stood = f", {row['gained']:.2f} tokens a round, {row['stood']:.0%} of drafts accepted"
+        drafts = f", {row['tokens_per_round']:.2f} tokens a round, {row['accepted_share']:.0%} of drafts accepted"
     return (
         f"{row['way']:40} {row['batch']} x {row['context']}: {row['tokens_per_second']:8.1f} tokens/s, "
-        f"{row['speedup']:.2f}x, {row['cpu_seconds']:.1f} s of processors{stood}; first {min(row['same'])} to "
+        f"{row['speedup']:.2f}x, {row['cpu_seconds']:.1f} s of processors{drafts}; first {min(row['same'])} to "
         f"{max(row['same'])} of {row['tokens']} tokens are full attention's"
     )

@@ -135,7 +135,7 @@ class LosslessSettings(ModelSettings):
         drafts: drafts in a round (rounds).
         refresh: drafts per selection (rounds, real).
         weights: the drafts' weights: model or float8 (rounds, real, exact).
-        gained: tokens that a round is assumed to gain; measure it with real models (rounds).
+        tokens_per_round: that a round is assumed to yield; measure it with real models (rounds).
         steps: number of timed steps (rounds).
         tune: also try other launch settings (attend).
         plan: the head plan; the model's bundled one without (real, exact).
@@ -153,7 +153,7 @@ class LosslessSettings(ModelSettings):
     drafts: tuple[int, ...] = (8,)
     refresh: tuple[int, ...] = (1,)
     weights: tuple[str, ...] = ("model",)
-    gained: float = 7.4
+    tokens_per_round: float = 7.4
     steps: int = 20
     tune: bool = False
     plan: str | None = None

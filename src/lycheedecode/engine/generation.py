@@ -30,7 +30,7 @@ class Generation:
         kv_bytes_per_token: mean bytes of the KV cache that were read for a token of this sequence, drafts included.
         rounds: with `verify_every`: passes of full attention that verified drafts of this sequence.
         drafted: tokens that were drafted in them.
-        accepted: of these, that stood.
+        accepted: of these, that full attention chose as well.
         bytes_on_gpu: of the batch's KV cache and all that is kept beside it, on the device that attends.
         bytes_on_host: of the batch's KV cache, in host memory beside a device.
         miss_rate: share of selected blocks, counted for every head that reads them, that came from there.

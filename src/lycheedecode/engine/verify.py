@@ -32,7 +32,7 @@ from ..errors import ConfigError
 from .context import Context
 from .decoder import Captured, Decoder
 from .generation import PendingTokens, refuse_nan
-from .pace import Pace, Plan
+from .pace import Pace, Schedule
 from .passes import DensePass
 from .sampling import Sampler, Sampling
 from .step import FixedStep, Forward
@@ -76,7 +76,7 @@ class Tally:
 class _Round:
     """A round that was launched: its tokens, still on their way to the host, and the times between its parts."""
 
-    plan: Plan
+    schedule: Schedule
     tokens: PendingTokens
     marks: list[Any]
 
@@ -214,37 +214,37 @@ class Rounds:
     def _launch(self) -> _Round:
         """Launch a round."""
         with self._decoder.route, torch.inference_mode():
-            plan = self._pace.next()
-            self._catch_up(plan)
+            schedule = self._pace.next()
+            self._catch_up(schedule)
             marks = [self._mark()]
-            for draft in range(plan.drafts):
-                self.parts["keep" if draft % plan.refresh else "select"]()
+            for draft in range(schedule.drafts):
+                self.parts["keep" if draft % schedule.refresh else "select"]()
                 marks.append(self._mark())
-            self.parts["verify" if plan.drafts or "full" not in self.parts else "full"]()
+            self.parts["verify" if schedule.drafts or "full" not in self.parts else "full"]()
             marks.append(self._mark())
-            return _Round(plan, PendingTokens(self._result), marks)
+            return _Round(schedule, PendingTokens(self._result), marks)
 
-    def _catch_up(self, plan: Plan) -> None:
+    def _catch_up(self, schedule: Schedule) -> None:
         """What full steps decoded is followed when drafts need it: a step spends no time on that."""
         if "follow" not in self.parts:
             return
-        if self._behind and (plan.drafts or self._behind == _MOST_BEHIND):
+        if self._behind and (schedule.drafts or self._behind == _MOST_BEHIND):
             self.parts["follow"]()
             self._behind = 0
-        self._behind += not plan.drafts
+        self._behind += not schedule.drafts
 
     def _read(self, launched: _Round) -> list[list[int]]:
         """Wait for a round and return its tokens."""
-        rows, plan = launched.tokens.tolist(), launched.plan
+        rows, schedule = launched.tokens.tolist(), launched.schedule
         tokens = [row[:gained] for *row, gained in rows]
         running = [i for i in range(len(rows)) if i not in self._finished and rows[i][-1]]
         for i in running:
             tally = self._tallies[i]
             tally.rounds += 1
-            tally.drafted += plan.drafts
+            tally.drafted += schedule.drafts
             tally.accepted += len(tokens[i]) - 1
         *drafting, passing = (self._between(*pair) for pair in pairwise(launched.marks))
-        self._pace.saw(plan, [len(tokens[i]) - 1 for i in running], drafting, passing)
+        self._pace.saw(schedule, [len(tokens[i]) - 1 for i in running], drafting, passing)
         return tokens
 
     def _mark(self) -> Any:
