@@ -128,7 +128,8 @@ def _of_texts(row: Row, budget: Any) -> str:
     if drafts == "hybrid":
         return f"hybrid decode of texts ({', '.join([*budgets, *ways, *weights])})"
     drafted = f"{'automatic' if drafts == 'auto' else drafts} drafts{' with 8-bit weights' if weights else ''}"
-    return f"lossless decode of texts ({', '.join([*budgets, drafted, *ways])}; {row['tokens_per_round']:.1f} tokens per round)"
+    what, yielded = ", ".join([*budgets, drafted, *ways]), f"{row['tokens_per_round']:.1f} tokens per round"
+    return f"lossless decode of texts ({what}; {yielded})"
 
 
 def _reselect(every: str) -> str:

@@ -35,11 +35,12 @@ def _times(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
             hybrid = row["hybrid"] if what == "prefill" else row["hybrid"].split(" (")[0]
             yield _front(f"{row['timed']}: {_SHAPE}, {case}", row["full"], hybrid, row["others"], row)
             break
-    for what in ("hybrid decode of texts", "lossless decode of texts"):
-        for row in (row for row in timed if row["timed"].startswith(what) and "8-bit" not in row["timed"]):
+    texts = [row for row in timed if " decode of texts" in row["timed"] and "8-bit" not in row["timed"]]
+    for hybrid in [row for row in texts if row["timed"].startswith("hybrid")][:1]:
+        lossless = [row for row in texts if row["timed"].startswith("lossless") and row["file"] == hybrid["file"]]
+        for row in (hybrid, *lossless[:1]):
             where = f"{row['model']}, {row['batch x context']}"
             yield _front(f"{row['timed']}: {where}", row["full"], row["hybrid"], row["others"], row)
-            break
 
 
 def _fidelity(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
