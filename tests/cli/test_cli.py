@@ -228,6 +228,8 @@ def test_compare_shows_both(base, plan_file, tmp_path):
         (["x", "--compare", "full", "--temperature", "1"], "leave out --full, --stop and sampling options"),
         (["x", "--full"], "--full decodes without a plan and a budget"),
         (["x", "--verify-every", "40"], "verify_every must be 'auto' or a whole number from 0 to 31"),
+        (["x", "--lossless", "--verify-every", "0"], "--verify-every must be at least 1, not 0"),
+        (["x", "--lossless", "--compare", "full"], "--compare shows what hybrid attention changes"),
         (["x", "--lossless", "--correction-every", "8"], "leave out correction_every"),
         (["x", "--lossless", "--html", "page.html"], "leave out --lossless"),
         (["x", "--stop", ""], "Stop strings must not be empty"),

@@ -428,6 +428,14 @@ def test_numbers_of_drafts_are_checked(every):
         HybridConfig(verify_every=every)
 
 
+def test_only_generations_verify(llama):
+    engine = lossless(llama, 4)
+    context = engine.prefill(tiny.prompts(30))
+    for ask in (lambda: engine.score(context, [[5]]), lambda: engine.decode_one_token(context, torch.tensor([5]))):
+        with pytest.raises(ConfigError, match="Only generations verify"):
+            ask()
+
+
 def test_cache_correction_is_not_for_rounds():
     with pytest.raises(ConfigError, match="leave out correction_every"):
         HybridConfig(verify_every=4, correction_every=32)

@@ -243,6 +243,6 @@ def format_round(row: Mapping[str, Any]) -> str:
     return (
         f"{row['batch']} x {row['context']}, {row['drafts']} drafts{eight}, selected every {row['refresh']}: full step "
         f"{row['full_ms']:.3f} ms, draft {row['select_ms']:.3f}{keep}, pass {row['verify_ms']:.3f}, round "
-        f"{row['round_ms']:.3f}; if a round yields {row['tokens_per_round']} tokens: {row['ms_per_token']:.3f} ms a token, "
-        f"{row['speedup']:.2f}x  (error {row['error']:.1e}, {row['way']})"
+        f"{row['round_ms']:.3f}; if a round yields {row['tokens_per_round']} tokens: {row['ms_per_token']:.3f} ms a "
+        f"token, {row['speedup']:.2f}x  (error {row['error']:.1e}, {row['way']})"
     )

@@ -135,7 +135,7 @@ class LosslessSettings(ModelSettings):
         drafts: drafts in a round (rounds).
         refresh: drafts per selection (rounds, real).
         weights: the drafts' weights: model or float8 (rounds, real, exact).
-        tokens_per_round: that a round is assumed to yield; measure it with real models (rounds).
+        tokens_per_round: that a round is assumed to yield (rounds); parts=real measures it.
         steps: number of timed steps (rounds).
         tune: also try other launch settings (attend).
         plan: the head plan; the model's bundled one without (real, exact).

@@ -178,6 +178,10 @@ def _refuse_what_does_not_combine(asked: _Asked, form: Mapping[str, Any], drawin
         raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
     if html and (full or against):
         raise ConfigError("--html shows what selections hold: leave out --full and --compare.")
+    if form.get("verify_every") == 0:
+        raise ConfigError("--verify-every must be at least 1, not 0: without it and --lossless, nothing is verified.")
+    if against and "verify_every" in form:
+        raise ConfigError("--compare shows what hybrid attention changes, --lossless changes nothing: leave one out.")
     if html and "verify_every" in form:
         raise ConfigError("--html shows what selections hold: leave out --lossless.")
     if asked.cache != "resident" and (full or against or html):

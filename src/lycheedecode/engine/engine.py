@@ -186,6 +186,8 @@ class Engine:
         With Cache Correction, every n-th token makes a dense pass together with the n - 1 before it, which rewrites
         their cache entries; the logits come from that pass.
         """
+        if self.config.verify_every:
+            raise ConfigError("Only generations verify: for single steps and scores, leave out verify_every.")
         check_step(context, token_ids, self.model, self._vocabulary)
         context.steps += 1
         if self._positions.turn:
@@ -321,9 +323,7 @@ class Engine:
             if all(row.finish_reason is not None for row in rows):
                 return
             if context._turn != turn:  # whoever reads the pieces has used it in between
-                raise InputError(
-                    "Another generation over this Context began before this one had ended; prefill another Context."
-                )
+                raise InputError("Another generation over this Context began before this one ended: prefill two.")
 
     def _result(
         self, context: Context, sequence: int, row: SequenceState, seconds: float, source: Rounds | SingleSteps

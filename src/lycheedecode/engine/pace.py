@@ -23,7 +23,7 @@ class Schedule(NamedTuple):
 
 
 class Pace:
-    """Chooses for a batch, from the chance that a draft is accepted and from the seconds of a draft, a full step and a pass.
+    """Chooses for a batch, from drafts that were accepted and from the seconds of a draft, a full step and a pass.
 
     Args:
         most: drafts of a round.

@@ -161,10 +161,10 @@ def most_rows(kv: KV) -> int:
 def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     """What was fastest on an H100 and on an H200; `bench lossless --parts attend --tune` measures it.
 
-    A single token in 8 bits is read as by `triton_dense`. With more than 16 rows a tile's arithmetic takes half as long as its bytes on
-    an H200: two programs a processor, of three stages, so that one computes while the other waits. On an H100, whose
-    memory is slower, one program computes beside its own loads, and there is half as much to merge. Where keys and
-    values are in 8 bits, that takes about as long as in 16 bits: it waits for conversions, not for bytes.
+    A single token in 8 bits is read as by `triton_dense`. With more than 16 rows a tile's arithmetic takes half as
+    long as its bytes on an H200: two programs a processor, of three stages, so that one computes while the other
+    waits. On an H100, whose memory is slower, one program computes beside its own loads, and there is half as much to
+    merge. In 8 bits it takes about as long as in 16: it waits for conversions, not for bytes.
     """
     device, pdl = kv.keys.device, common.has_pdl(kv.keys.device)
     size = kv.keys.element_size()
