@@ -27,19 +27,25 @@ def real_plans(out: Path, gpu: str) -> Iterator[str]:
     yield f"identify OUT/plans/paper-7.json {common} {train} --json OUT/identify-coder-1.5b-paper.json"
 
 
-@stage("after `real_plans`: policies at equal bytes on continuations of code, prose and AA-LCR's documents", _ALL, 5)
+@stage("after `real_plans`: policies at equal bytes on continuations of code, prose and AA-LCR's documents", _ALL, 4)
 def real_fidelity(out: Path, gpu: str) -> Iterator[str]:
-    policies = f"hybrid@{PLAN},hybrid@ours-7,paper@ours-7,paper@paper-7,duo@ours-7,kascade@{PLAN}"
+    yield f"{_at_equal_bytes(30000)} --json OUT/real-fidelity.json"
+
+
+@stage("the same after 16K and 8K tokens", _ALL, 4)
+def real_fidelity_short(out: Path, gpu: str) -> Iterator[str]:
+    yield f"{_at_equal_bytes(16000, 8000)} --json OUT/real-fidelity-short.json"
+
+
+def _at_equal_bytes(*lengths: int) -> str:
+    first = f"hybrid@{PLAN},hybrid+float8@{PLAN},hybrid@ours-7"
+    policies = f"{first},paper@ours-7,paper@paper-7,duo@ours-7,kascade@{PLAN},tidaldecode,quest,streaming"
     plans = f"--plan {PLAN} --plan OUT/plans/ours-7.json --plan OUT/plans/paper-7.json"
     cells = " ".join(
-        f"--cells {text}:{length}:continuation:64" for length in (30000, 16000, 8000) for text in ("code", "prose", LCR)
+        f"--cells {text}:{length}:continuation:64" for length in lengths for text in ("code", "prose", LCR)
     )
     sizes = "--prompts 30 --batch-size 15 --minutes MINUTES"
-    others = "tidaldecode,quest,streaming"
-    yield (
-        f"evaluate fidelity {MODEL} {FORM} --match-bytes {plans} --policies {policies},{others} {cells} {sizes} "
-        "--json OUT/real-fidelity.json"
-    )
+    return f"evaluate fidelity {MODEL} {FORM} --match-bytes {plans} --policies {policies} {cells} {sizes}"
 
 
 @stage("RULER's 13 tasks over NVIDIA's data, the longest first", _ALL, 5)
@@ -50,9 +56,17 @@ def real_ruler(out: Path, gpu: str) -> Iterator[str]:
     yield f"evaluate tasks {MODEL} {items} {data} {policies} --resume --json OUT/real-ruler.json"
 
 
+@stage("RULER at 32K again, 8-bit scan keys with budgets of as many bytes", _ALL, 3)
+def real_ruler_float8(out: Path, gpu: str) -> Iterator[str]:
+    items = "--tasks ruler --lengths 32768 --limit 10 --batch-size 10 --execution graph"
+    data = "--data DATA --text DATA/PaulGrahamEssays.json:text"
+    policies = f"--plan {PLAN} --policies hybrid+float8 --budgets 3072,4096 --block-size 32"
+    yield f"evaluate tasks {MODEL} {items} {data} {policies} --resume --json OUT/real-ruler-float8.json"
+
+
 @stage("GSM8K after 8K and 16K tokens of worked examples, with and without Cache Correction", _ALL, 3)
 def real_gsm8k(out: Path, gpu: str) -> Iterator[str]:
-    items = "--tasks gsm8k_many_shot --lengths 8192,16384 --limit 64 --batch-size 32 --execution graph"
+    items = "--tasks gsm8k_many_shot --lengths 8192,16384 --limit 128 --batch-size 32 --execution graph"
     policies = f"--plan {PLAN} --policies hybrid,hybrid+correction {FORM}"
     yield f"evaluate tasks {MODEL} {items} --data DATA {policies} --resume --json OUT/real-gsm8k.json"
 
@@ -64,10 +78,12 @@ def real_float32(out: Path, gpu: str) -> Iterator[str]:
     yield f"-m experiments.continuations {MODEL} {what} {sizes} --json OUT/real-float32.json"
 
 
-@stage("generation in batches of 16 and 32 at 30K", _MODEL, 3)
+@stage("generation in batches of 1, 16 and 32 at 30K; 8-bit scan keys with a budget of as many bytes", _MODEL, 4)
 def real_speed(out: Path, gpu: str) -> Iterator[str]:
-    sizes = f"--batches 16,32 --contexts 30000 --tokens 128 --ways full,hybrid {FORM}"
-    yield f"bench generate --model MODEL {sizes} --json OUT/{gpu}-generate-coder-1.5b.json"
+    sizes = "bench generate --model MODEL --batches 1,16,32 --contexts 30000 --tokens 128 --block-size 32"
+    yield f"{sizes} --ways full,hybrid --budget-tokens 1024 --json OUT/{gpu}-generate-coder-1.5b.json"
+    eight = "--ways full,hybrid+float8 --budget-tokens 2880"
+    yield f"{sizes} {eight} --json OUT/{gpu}-generate-float8-coder-1.5b.json"
 
 
 @stage("what stands best for unread tokens, in SmolLM2 and in a coder of 1.5B", _MODEL, 3)

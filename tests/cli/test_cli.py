@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,31 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
     assert (len(measured), out.read_bytes()) == (2 + 1 + 2, whole)
     out.write_text("{}", encoding="utf-8")
     assert "not a head plan (it has no 'donors')" in refusal("identify", str(out), *call, "--resume")
+
+
+def test_what_happens_in_place_of_what_was_asked_for_is_said_once(model_folder, tmp_path):
+    path = tmp_path / "plan.json"
+    made = {"completion": {"chunk": 64, "budget_tokens": 1024}}
+    replace(tiny.plan(), completion=((0.5, 0.5),) * tiny.LAYERS, provenance=made).save(path)
+    call = ["--model", model_folder, "--device", "cpu", "--dtype", "float32", "-n", "3", "--no-chat", *BUDGET]
+    done = run("generate", *call, "--plan", str(path), "--cache", "host", "A prompt. " * 20)
+    said = (
+        "lycheedecode: The head plan's completion was fitted for chunk = 64, not 128 and budget_tokens = 1024, not 64;"
+    )
+    assert done.stderr.count(said) == 1
+    assert done.stderr.count("lycheedecode: Without a GPU the KV cache is in host memory anyway") == 1
+    assert "UserWarning" not in done.stderr
+
+
+def test_a_call_that_found_nothing_leaves_nothing_in_the_way(model_folder, tmp_path):
+    short, out = tmp_path / "short.txt", tmp_path / "plan.json"
+    short.write_text("A few words. " * 40, encoding="utf-8")
+    call = ["identify", str(out), "--model", model_folder, "--device", "cpu", "--dtype", "float32", *BUDGET]
+    said = refusal(*call, "--calibrate", f"{short}:400:continuation:8", "--calibrate-prompts", "1")
+    assert "A prompt needs" in said
+    assert "would fit" in said
+    run(*call, "--calibrate", "noise:300:passkey:1", "--calibrate-prompts", "1", "--draws", "1")
+    assert HeadPlan.load(out).retrieval
 
 
 def test_options_replace_a_presets_budget_as_a_whole():

@@ -131,7 +131,10 @@ def identify(
     settings = _settings(preset, changes, form, text, train, calibrate)
     state = _state(output)
     if (state / STATE).is_file() and not resume:
-        raise ResumeError(f"An interrupted identification left {str(state)!r}: add --resume, or remove that folder.")
+        if any(state.glob("*.safetensors")):
+            left = f"An interrupted identification left {str(state)!r}"
+            raise ResumeError(f"{left}: add --resume, or remove that folder.")
+        shutil.rmtree(state)  # nothing was found, as where prompts did not fit the text
     if resume and not (state / STATE).is_file() and output.exists():
         found = HeadPlan.load(output)
         errors.print(

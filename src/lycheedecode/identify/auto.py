@@ -71,12 +71,15 @@ def auto_plan(
             if _fits(plan, model):
                 return plan
     tokenizer = tokenizer or _tokenizer(shape.name)
-    say(f"No head plan is known for {shape.name}: one is identified now, and kept in {path}.")
+    kept = _is_writable(path.parent)
+    where = f"and kept in {path}" if kept else f"but {path.parent} cannot be written, so the next call does it again"
+    say(f"No head plan is known for {shape.name}: one is identified now, {where}.")
     plan = identify(model, tokenizer, settings, report=report)
-    try:
-        plan.save(path)
-    except OutputError as error:
-        say(f"The plan cannot be kept, so the next call identifies again: {error}")
+    if kept:
+        try:
+            plan.save(path)
+        except OutputError as error:  # a disk that is full
+            say(f"The plan cannot be kept, so the next call identifies again: {error}")
     return plan
 
 
@@ -85,6 +88,14 @@ def cache_folder() -> Path:
     if given := os.environ.get("LYCHEEDECODE_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lycheedecode"
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _form(config: HybridConfig) -> HybridConfig:
