@@ -28,7 +28,7 @@ class Generation:
         prefill_seconds: time until the first token could be drawn, for the whole batch.
         decode_seconds: time in decode steps until this sequence ended.
         kv_bytes_per_token: mean bytes of the KV cache that were read for a token of this sequence, drafts included.
-        rounds: with `verify_every`: passes of full attention that verified drafts of this sequence.
+        rounds: with `verify_every`: passes of full attention over this sequence, those without drafts included.
         drafted: tokens that were drafted in them.
         accepted: of these, that full attention chose as well.
         bytes_on_gpu: of the batch's KV cache and all that is kept beside it, on the device that attends.

@@ -115,7 +115,7 @@ class Rounds:
     ) -> None:
         cache, self._decoder, self._full, self._config = context.cache, decoder, full, config
         self._context, self._hybrid = context, not isinstance(decoder.attention, FullAttention)
-        self._state, self._place = cache.state_for(decoder.attention)[0], cache.place
+        self._state = cache.state_for(decoder.attention)[0]
         batch, device = len(context.prompt_lengths), context.logits.device
         self.tokens = tokens = most_drafts(config) + 1
         self._sampler = Sampler(sampling, device)
