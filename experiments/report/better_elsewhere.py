@@ -9,7 +9,7 @@ from typing import Any
 from experiments.report.faithful import reads_no_more
 from experiments.report.memory import from_host
 from experiments.report.names import PEERS, name_of
-from experiments.report.sources import Row, Source, tokens
+from experiments.report.sources import BUSY, Row, Source, tokens
 
 Finder = Callable[[Source], "str | None"]
 """Says what is better in a file, says nothing where nothing is, and returns None where nothing is compared."""
@@ -149,7 +149,7 @@ def _task_places(source: Source) -> Iterator[tuple[str, Row, list[Row]]]:
 
 def _slower(source: Source) -> str | None:
     """Rows of a benchmark that took longer than what they are compared with."""
-    timed = [row for row in source.rows if row.get("speedup") is not None]
+    timed = [row for row in source.rows if row.get("speedup") is not None and source.name not in BUSY]
     slower = [f"{_subject(row)}, {row['speedup']:.2f}x" for row in timed if row["speedup"] < 1]
     if not timed:
         return None

@@ -19,8 +19,7 @@ _ASSUMED = (
     "times of a round do not depend on it; `ms per token` and `speedup` do, in proportion."
 )
 NOTES = {
-    "cpu-lossless-drafts-smollm2-135m": "For its tokens per round: it ran beside other programs, and its seconds say "
-    "nothing.",
+    "cpu-lossless-drafts-smollm2-135m": "For its tokens per round: beside other programs, seconds say nothing.",
     "continuations-qwen2.5-coder-1.5b": "`one plan for all budgets` is the plan that ships; its coupling of 0.2 was "
     "chosen on these prompts. Everything after the prefill ran in bfloat16: differences below that of `full attention "
     f"by another kernel` are rounding. {_DENSE}",

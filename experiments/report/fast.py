@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.report.sources import Row, Source, tokens
+from experiments.report.sources import BUSY, Row, Source, tokens
 
 Key = tuple[Any, ...]
 Found = tuple[Key, dict[str, Any]]
@@ -25,7 +25,7 @@ SHOWN = {
 def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """The rows of the table, whole generations first."""
     latest: dict[Key, dict[str, Any]] = {}
-    for source in sorted(sources, key=lambda one: one.date):
+    for source in sorted((one for one in sources if one.name not in BUSY), key=lambda one: one.date):
         for key, row in KINDS.get(source.result.command, lambda _: ())(source):
             latest[key, source.machine] = row
     order = list(KINDS)
