@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -242,9 +243,15 @@ def run(
         dry: only print its commands.
         model, data: what MODEL and DATA stand for; None: the stage's own model.
         minutes: after which it is ended, whatever it does; results are written as they come.
+
+    Raises:
+        ConfigError: there is no such stage, or no time for it.
+        StageError: a command failed.
     """
     if name not in STAGES:
         raise ConfigError(f"There is no stage {name!r}: there are {', '.join(STAGES)}.")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigError(f"--minutes must be above 0, not {minutes}: leave it out to run a stage to its end.")
     began = time.perf_counter()
     places = {"OUT": str(out), "MODEL": model or STAGES[name].model, "DATA": str(data)}
     for words in map(str.split, STAGES[name].commands(out, gpu)):

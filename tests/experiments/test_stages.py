@@ -112,6 +112,13 @@ def test_a_stage_ends_when_its_time_is_over(monkeypatch, tmp_path):
     assert f"real_plans is out of time: what it found lies in {tmp_path}" in done.stderr
 
 
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf"])
+def test_a_stage_without_any_time_is_refused(minutes, asked):
+    done = runner.invoke(app, ["generate", "--minutes", minutes])
+    assert (done.exit_code, asked) == (2, [])
+    assert f"--minutes must be above 0, not {float(minutes)}" in done.stderr
+
+
 def test_models_data_and_time_have_their_places(asked, tmp_path):
     places = ["--model", "build/model", "--data", "build/data", "--minutes", "3"]
     assert runner.invoke(app, ["real_fidelity", "--out", str(tmp_path), *places]).exit_code == 0

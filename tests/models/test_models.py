@@ -56,12 +56,20 @@ def refusal(name: str, **options) -> str:
 def test_what_cannot_be_loaded_is_refused_in_one_sentence(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "There is no model at" in refusal(str(tmp_path / "missing"))
-    assert "cannot be loaded" in refusal(str(tmp_path))
+    assert "is not a whole model: it has no config.json" in refusal(str(tmp_path))
     assert "There is no model at" in refusal(str(tmp_path / "missing.gguf"))
     assert "is not a device" in refusal(saved, device="toaster")
     assert "dtype must be one of auto, float32" in refusal(saved, device="cpu", dtype="int8")
     if not torch.cuda.is_available():
         assert "sees no GPU" in refusal(saved, device="cuda")
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    assert "is not a whole model: it has no tokenizer (tokenizer.json)" in refusal(str(tmp_path))
+    tiny.byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "no file named model.safetensors" in refusal(str(tmp_path))
 
 
 def test_pickled_weights_are_never_loaded(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,10 +55,24 @@ def not_loaded(name: str, error: Exception) -> Exception:
         return error
     if isinstance(error, KeyError):
         return ModelError(f"The model {name!r} cannot be loaded: {error} is missing.")
+    missing = _missing(Path(name), str(error))
+    if missing:
+        return ModelError(f"The folder {name!r} is not a whole model: it has no {missing}.")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Validation of a config says first which of its functions found the error, and then the error.
     said = lines[1].split(": ", 1)[-1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
     return ModelError(f"The model {name!r} cannot be loaded: {said.rstrip('.')}.")
+
+
+def _missing(folder: Path, said: str) -> str:
+    """What a folder lacks, where that is why transformers failed: it names classes, and not the file."""
+    if not folder.is_dir():
+        return ""
+    names = {path.name for path in folder.iterdir()}
+    if not names & {"config.json", "adapter_config.json"}:
+        return "config.json"
+    has_tokenizer = any("token" in name or "vocab" in name or name.endswith(".model") for name in names)
+    return "tokenizer (tokenizer.json)" if "tokenizer" in said and not has_tokenizer else ""
 
 
 def check_gguf(name: str, model: nn.Module, header: Header) -> None:
