@@ -24,6 +24,8 @@ _PLACES = 32
 """Of each text, at which gaps are compared."""
 _FURTHER = 3.0
 """So many times as far as stock's own gaps move, on average, those of a way with the same text may move."""
+_ENOUGH = 16
+"""Places, for an average of how far gaps move to say anything."""
 _RESOLUTION = 1e-4
 """Nats: log-probabilities that differ by less are the same to float32, in which they are computed."""
 
@@ -90,7 +92,7 @@ class StockTexts:
                     place = f"text {row} leaves stock's at token {compared['same_tokens'][row]}"
                     far = "far" if apart is None else f"{apart:.3g} nats"
                     wrong.append(f"{place}, which is {far} above the other where rounding moves {self.rounding:.3g}")
-            if moves and fmean(moves) > max(_FURTHER * self.typical, _RESOLUTION):
+            if len(moves) >= _ENOUGH and fmean(moves) > max(_FURTHER * self.typical, _RESOLUTION):
                 wrong.append(f"gaps move by {fmean(moves):.3g} nats on average, stock's own by {self.typical:.3g}")
         far = {"moved": fmean(moves) if moves else None, "moved_most": max(moves) if moves else None}
         return {**_shown(compared), **far, "rounding": self.rounding, "wrong": wrong}

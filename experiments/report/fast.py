@@ -46,14 +46,18 @@ def _steps(source: Source) -> Iterator[Found]:
 def _serving(source: Source) -> Iterator[Found]:
     stock = {_case(row): row for row in source.rows if row["way"] == "stock"}
     ranks, dtype = source.settings.get("tensor_parallel_size", 1), source.settings.get("kv_cache_dtype", "auto")
+    pages = source.settings.get("kv_layout", "auto"), source.settings.get("page_tokens")
     for row in source.rows:
         base, mixed = stock.get(_case(row)), row.get("requests") == "mixed"
         if row["way"] in SHOWN and base is not None and base["ms"] and row["ms"]:  # else too short to measure
-            key = ("bench serving", source.model, ranks, row["way"], dtype, mixed, *_case(row))
+            key = ("bench serving", source.model, ranks, row["way"], dtype, pages, mixed, *_case(row))
             timed = f"vLLM {source.version('vllm')}, decode{SHOWN[row['way']]}" + (
                 f", {ranks} ranks" if ranks > 1 else ""
             )
             timed += (f", {dtype} cache" if dtype != "auto" else "") + (", mixed requests" if mixed else "")
+            timed += (f", {pages[0]} pages" if pages[0] != "auto" else "") + (
+                f", {pages[1]} tokens a page" if pages[1] else ""
+            )
             spread = f"{row['fast_ms']:.2f} to {row['slow_ms']:.2f}"
             yield key, _row(source, timed, row, base["ms"], row["ms"], spread, source.settings.get("repeats"))
 

@@ -27,6 +27,7 @@ GAPS = [2.0, 0.0625, 1.0, 0.25, 3.0]
 def truth(monkeypatch):
     """Of a vLLM whose gaps are wider by `ROUNDING` in a prompt, and the same in a batch and alone."""
     monkeypatch.setattr(near_ties, "_PLACES", 3)
+    monkeypatch.setattr(near_ties, "_ENOUGH", 5)
 
     def generate(llm, prompts, tokens):
         if tokens == 1:

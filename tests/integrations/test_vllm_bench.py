@@ -11,7 +11,7 @@ import torch
 
 from experiments import ranks, serving_lossless, serving_probe
 from experiments.__main__ import app as experiments
-from lycheedecode.bench import serving
+from lycheedecode.bench import models, serving
 from lycheedecode.bench.served import Decoded
 from lycheedecode.bench.settings import SERVERS, ServingSettings
 from lycheedecode.cli import app
@@ -19,10 +19,11 @@ from lycheedecode.errors import MismatchError
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_the_plan_divides_over_ranks(world):
-    config = SimpleNamespace(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+@pytest.mark.parametrize("model", ["llama-3-8b", "llama-3-70b"])
+def test_the_plan_divides_over_ranks(model, world):
+    config = models.random_config(model)
     plan = serving.plan_of(config, world)
-    assert len(plan.retrieval) == 32
+    assert len(plan.retrieval) == config.num_hidden_layers
     for rank in range(world):
         plan.shard(rank, world)
 
@@ -75,7 +76,10 @@ def test_a_tiny_shape_is_timed_both_ways(tmp_path, monkeypatch, capfd, fill):
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
     for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
         monkeypatch.setitem(os.environ, name, value)
-    assert run(app, "bench", "serving", "--smoke", *fill, "--json", str(tmp_path / "result.json")) == 0
+    asked = [*fill, "--kv-layout", "HND", "--page-tokens", "64"]
+    monkeypatch.setitem(os.environ, "VLLM_KV_CACHE_LAYOUT", "NHD")  # which is undone at the end
+    assert run(app, "bench", "serving", "--smoke", *asked, "--json", str(tmp_path / "result.json")) == 0
+    assert os.environ["VLLM_KV_CACHE_LAYOUT"] == "HND"
     report = json.loads((tmp_path / "result.json").read_text())
     rows = report["result"]["rows"]
     ways = ServingSettings().ways

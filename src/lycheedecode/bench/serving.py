@@ -46,6 +46,8 @@ _PAGE = 16
 def run(settings: ServingSettings, device: str) -> Iterator[dict[str, Any]]:
     """Time every case with every way, one engine after the other, stock first; a row as soon as it is there."""
     require_vllm(settings.ways != ("stock",))
+    if settings.kv_layout != "auto":
+        os.environ["VLLM_KV_CACHE_LAYOUT"] = settings.kv_layout  # also of workers
     cases = sorted(settings.pairs)
     config = random_config(
         settings.model,
@@ -133,6 +135,8 @@ def _engine(folder: str, way: str, cases: Sequence[tuple[int, int]], settings: S
             "kv_connector": "FillConnector", "kv_connector_module_path": "lycheedecode.integrations.vllm.fill",
             "kv_role": "kv_both", "kv_connector_extra_config": numbers,
         }  # fmt: skip
+    if settings.page_tokens is not None:
+        chosen["block_size"] = settings.page_tokens
     if device == "cuda":  # no graphs but those that are timed
         chosen["compilation_config"] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in cases})}
     return LLM(

@@ -288,6 +288,9 @@ class ServingSettings(BenchSettings):
         ways: vLLM's own attention (stock) or the plugin (hybrid), also with 8-bit scans or with completion.
         kv_cache_dtype: of the KV cache, for every way: auto or fp8.
         mixed: also time batches whose requests ask for different things.
+        kv_layout: of its pages, for every way: NHD has the heads of a token together, HND the tokens of a head; auto:
+            vLLM's choice.
+        page_tokens: tokens of a page, for every way. [default: vLLM's choice]
         tensor_parallel_size: ranks that share the heads.
         block_size: tokens per block.
         tokens: of every answer.
@@ -302,6 +305,8 @@ class ServingSettings(BenchSettings):
     ways: tuple[str, ...] = ("stock", "hybrid")
     kv_cache_dtype: str = "auto"
     mixed: bool = False
+    kv_layout: Literal["auto", "NHD", "HND"] = "auto"
+    page_tokens: int | None = None
     tensor_parallel_size: int = 1
     block_size: int = 32
     tokens: int = 132
