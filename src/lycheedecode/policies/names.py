@@ -130,6 +130,13 @@ def _parse(name: str) -> tuple[type[Policy], int, dict[str, Any]]:
     bare, *endings = name.split("+")
     base, colon, seed = bare.partition(":")
     known = base in POLICIES and (not colon or (base == "random" and seed.isdecimal()))
+    if known and set(endings) <= set(_ENDINGS):
+        allowed = _endings(POLICIES[base])
+        for ending in (ending for ending in endings if ending not in allowed):
+            may = " or ".join(f"+{one}" for one in allowed)
+            raise PolicyError(
+                f"{name!r} asks for what {base} does not have: after {base} may follow {may}, not +{ending}."
+            )
     if not known or not set(endings) <= set(_endings(POLICIES[base])):
         near = get_close_matches(name, NAMES, n=3)
         hint = f": did you mean {' or '.join(near)}?" if near else "."
