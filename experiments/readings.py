@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lycheedecode.config import HybridConfig
-from lycheedecode.identify.replay import Seen, TeacherBatch, choose_blocks, full, in_parts, replay
-from lycheedecode.identify.sensitivity import along_gradient
+from lycheedecode.identify.budgets import LEVELS, Menu, measure_options
+from lycheedecode.identify.donors import Reach
+from lycheedecode.identify.replay import Seen, TeacherBatch, choose_blocks, in_parts
 from lycheedecode.plan import Head, HeadPlan
 
 # ---------------------------------------------------------------------- keys that retrieval heads scan
@@ -170,8 +171,6 @@ class Readings:
         longest: tokens of the calibration prompts; larger budgets are left out.
     """
 
-    LEVELS = (0.25, 0.5, 1, 2, 4)
-
     def __init__(self, form: Allotment, factors: Sequence[float], longest: int) -> None:
         self.form, self.factors, self.longest = form, tuple(factors), longest
         self.width = len(form.readings[0])
@@ -181,7 +180,7 @@ class Readings:
         def times(level: float) -> int:
             return max(int(level * self.base) // block * block, least)
 
-        self.levels = sorted({times(level) for level in self.LEVELS if times(level) <= longest} | {self.base})
+        self.levels = sorted({times(level) for level in LEVELS if times(level) <= longest} | {self.base})
         self.parts: list[tuple[Part, ...]] = [((head, size),) for head in form.retrieval for size in self.levels]
         half = times(0.5)
         self.parts += [((one, half), (two, half)) for one, two in combinations(form.retrieval, 2)]
@@ -192,30 +191,22 @@ class Readings:
     @torch.no_grad()
     def measure(self, model: Any, lesson: TeacherBatch, gradient: dict[int, Tensor]) -> None:
         """Add a batch of prompts, of whose answers these are the gradients."""
-        form, config, width = self.form, self.form.config, self.width
+        form, config = self.form, self.form.config
         asked = {each for part in self.parts for each in part}
         chosen: Blocks = {}
-        draws, batch = next(iter(gradient.values())).shape[:2]
-        table = torch.zeros(
-            draws, batch, len(form.every), len(self.parts), len(self.factors), device=lesson.answer_ids.device
-        )
 
-        def attend(layer: int, seen: Seen) -> Tensor:
-            output, means = full(layer, seen), seen.means(config.chunk_tokens)
+        def look(layer: int, seen: Seen) -> None:
             chosen.update(select(layer, seen, {part for part in asked if part[0][0] == layer}, config, form.keys))
-            for i, parts in enumerate(self.parts):
-                if self._reaches(parts, layer):
-                    blocks = Reading(parts).blocks(chosen)[:, None].expand(-1, width, -1, -1)
-                    read = in_parts(seen, blocks, config.block_size, config.chunk_tokens, means)
-                    rows = slice(layer * width, (layer + 1) * width)
-                    table[:, :, rows, i] = along_gradient(gradient[layer], read, output, self.factors)
-            return output
 
-        replay(model, lesson, attend)
-        read = torch.stack([Reading(parts).blocks(chosen).sum() for parts in self.parts])
-        self._read += read.double().cpu() * config.block_size
+        def blocks(i: int) -> Tensor:
+            return Reading(self.parts[i]).blocks(chosen)
+
+        reach = Reach(len(form.readings), self.width)
+        first = [max(donor[0] for donor, _ in parts) for parts in self.parts]
+        table = measure_options(model, lesson, config, reach, gradient, self.factors, first, look, blocks)
+        self._read += torch.stack([blocks(i).sum() for i in range(len(self.parts))]).double().cpu() * config.block_size
         self._steps += lesson.answer_ids.numel()
-        self._rows.append((table / lesson.mask.sum(-1).sqrt()[:, None, None, None]).flatten(0, 1).cpu())
+        self._rows.append(table.cpu())
 
     @staticmethod
     def _reaches(parts: tuple[Part, ...], layer: int) -> bool:
@@ -232,10 +223,8 @@ class Readings:
         return Choices(self, torch.cat(self._rows), allowed, (self._read / self._steps).float(), coupling)
 
 
-class Choices:
-    """Scores readings by the second-order model, and finds good ones.
-
-    A choice is int64 `[H]`: for every head `parts * F + factor`.
+class Choices(Menu):
+    """Readings as options of heads; a choice is for every head `parts * F + factor`.
 
     Args:
         source: what was measured.
@@ -246,58 +235,42 @@ class Choices:
     """
 
     def __init__(self, source: Readings, table: Tensor, allowed: Tensor, tokens: Tensor, coupling: float) -> None:
-        self._source, self._coupling, number = source, coupling, len(source.factors)
+        self._source, number = source, len(source.factors)
         index = {parts: i for i, parts in enumerate(source.parts)}
-        self.base = torch.tensor(
+        base = torch.tensor(
             [index[each.parts] * number + source.factors.index(each.factor) for each in source.form.every]
         )
-        self._every = torch.arange(len(self.base))
-        self._table = table.flatten(2)
         means = torch.tensor([source.longest // source.form.config.chunk_tokens * (f > 0) for f in source.factors])
         tokens = (tokens[:, None] + means).flatten()
-        self._tokens = tokens / tokens[self.base].sum()
-        unit = 0.5 * self._table[:, self._every, self.base].sum(1).square().mean()
-        self._table = self._table / unit.clamp(min=1e-12).sqrt()
-        self._alone = 0.5 * self._table.square().mean(0)
-        self._alone[~allowed.repeat_interleave(number, 1)] = torch.inf
+        super().__init__(table.flatten(2), allowed.repeat_interleave(number, 1), tokens, base, coupling)
         self._donor = [parts[0][0] for parts in source.parts for _ in range(number)]
         self._single = torch.tensor([len(parts) == 1 for parts in source.parts]).repeat_interleave(number)
         self._budget = torch.tensor([sum(size for _, size in parts) for parts in source.parts])
         self._budget = self._budget.repeat_interleave(number)
 
-    def cost(self, choice: Tensor) -> float:
-        """KL of a choice, where the form that was given costs about 1."""
-        together = 0.5 * self._table[:, self._every, choice].sum(1).square().mean()
-        alone = self._alone[self._every, choice].sum()
-        return float((1 - self._coupling) * alone + self._coupling * together)
-
-    def tokens(self, choice: Tensor) -> float:
-        """What a choice reads, where that form reads 1."""
-        return float(self._tokens[choice].sum())
-
     def factors(self) -> Tensor:
         """What is read stays, but for the factors of completion."""
         number = len(self._source.factors)
         same = torch.arange(len(self._tokens)) // number == (self.base // number)[:, None]
-        return self._within(lambda price: self._descend(price, same))
+        return self.best(same)
 
     def budgets_of_selections(self) -> Tensor:
         """One donor for every head, and a budget for every donor."""
-        return self._within(self._tied)
+        return self.within(self._tied)
 
     def budgets_of_heads(self) -> Tensor:
         """One donor and a budget for every head."""
-        return self._within(lambda price: self._descend(price, self._single))
+        return self.best(self._single)
 
     def two_donors(self) -> Tensor:
         """One donor and the budget of all, or two and half of it each, for every head."""
         open_ = self._budget <= self._source.base
         open_ &= ~self._single | (self._budget == self._source.base)
-        return self._within(lambda price: self._descend(price, open_))
+        return self.best(open_)
 
     def anything(self) -> Tensor:
         """All options for every head."""
-        return self._within(lambda price: self._descend(price, torch.ones_like(self._single)))
+        return self.best(torch.ones_like(self._single))
 
     def form(self, label: str, choice: Tensor) -> Allotment:
         """A choice as a form."""
@@ -306,35 +279,6 @@ class Choices:
         rows = tuple(tuple(every[i : i + source.width]) for i in range(0, len(every), source.width))
         return replace(source.form, label=label, readings=rows)
 
-    def _within(self, at: Callable[[float], Tensor], rounds: int = 20) -> Tensor:
-        """What the lowest price of tokens gives at which no more of them are read than there are."""
-        low, high, best = -6.0, 4.0, self.base
-        for _ in range(rounds):
-            middle = (low + high) / 2
-            choice = at(10**middle)
-            if self.tokens(choice) <= 1.001:
-                high = middle
-                best = min(best, choice, key=self.cost)
-            else:
-                low = middle
-        return best
-
-    def _descend(self, price: float, open_: Tensor, sweeps: int = 3) -> Tensor:
-        """Each head's best option given the others', `sweeps` times."""
-        alone = (self._alone + price * self._tokens).masked_fill(~open_, torch.inf)
-        choice = alone.argmin(1)
-        total = self._table[:, self._every, choice].sum(1)
-        for _ in range(sweeps if self._coupling else 0):
-            before = choice.clone()
-            for head in range(len(choice)):
-                others = total - self._table[:, head, choice[head]]
-                coupled = others @ self._table[:, head] / len(others)
-                choice[head] = (alone[head] + self._coupling * coupled).argmin()
-                total = others + self._table[:, head, choice[head]]
-            if torch.equal(before, choice):
-                break
-        return choice
-
     def _tied(self, price: float, sweeps: int = 2) -> Tensor:
         """The readers of a selection share its budget: options given budgets, and budgets given readers, in turn."""
         donors = self._source.form.retrieval
@@ -342,7 +286,7 @@ class Choices:
         budget = dict.fromkeys(donors, self._source.base)
         for _ in range(sweeps):
             open_ = torch.stack([of_donor[each] & (self._budget == budget[each]) for each in donors]).any(0)
-            choice = self._descend(price, open_, 1)
+            choice = self.descend(price, open_, 1)
             for donor in donors:
                 readers = of_donor[donor][choice].nonzero()[:, 0]
                 rivals = []

@@ -18,6 +18,7 @@ LEVELS = [
     {"config"},
     {"plan"},
     {"ops", "plan_views", "prompts", "results"},
+    {"roles"},
     {"attention", "fusion"},
     {"models"},
     {"engine"},

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lycheedecode import HeadPlan, PlanError
-from lycheedecode.plan import FORMAT, bundled_plans
+from lycheedecode.plan import FORMAT, FORMAT_OF_BUDGETS, bundled_plans
 
 TABLE = [[(0, 0), (0, 1)], [(0, 1), (1, 1)], [(0, 0), (1, 1)]]
 
@@ -69,10 +69,40 @@ def test_factors_that_make_no_sense_are_refused(table, said):
         HeadPlan.from_donors(TABLE, completion=table)
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ([[1.0, 2.0]], "budgets must have the shape of donors, 3 x 2"),
+        ([[1.0, 0.0]] * 3, "budgets must be a table of finite factors above 0"),
+        ([[1.0, float("nan")]] * 3, "finite factors above 0"),
+        ([[1.0, float("inf")]] * 3, "finite factors above 0"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(table, said):
+    with pytest.raises(PlanError, match=said):
+        HeadPlan.from_donors(TABLE, budgets=table)
+
+
 def test_factors_of_a_layer():
     plan = HeadPlan.from_donors(TABLE, completion=[[1, 0], [0.5, 2], [0, 0]])
     assert [plan.completion_factors(layer) for layer in range(3)] == [(1.0, 0.0), (0.5, 2.0), (0.0, 0.0)]
     assert HeadPlan.from_donors(TABLE).completion_factors(1) == (0.0, 0.0)
+
+
+def test_budgets_of_a_layer():
+    plan = HeadPlan.from_donors(TABLE, budgets=[[1, 2], [0.5, 2], [1, 1]])
+    assert [plan.budget_factors(layer) for layer in range(3)] == [(1.0, 2.0), (0.5, 2.0), (1.0, 1.0)]
+    assert HeadPlan.from_donors(TABLE).budget_factors(1) == (1.0, 1.0)
+    assert HeadPlan.from_donors(TABLE, budgets=[[1, 1]] * 3) == HeadPlan.from_donors(TABLE)
+
+
+def test_versions_that_know_no_budgets_refuse_a_plan_that_has_some(tmp_path):
+    """They take format 1 only."""
+    plan = HeadPlan.from_donors(TABLE, budgets=[[1, 2], [0.5, 2], [1, 1]])
+    assert plan.to_json()["format"] == FORMAT_OF_BUDGETS != FORMAT
+    assert HeadPlan.from_donors(TABLE).to_json()["format"] == FORMAT
+    plan.save(tmp_path / "plan.json")
+    assert HeadPlan.load(tmp_path / "plan.json") == plan
 
 
 def test_same_index_inherits_from_the_nearest_retrieval_head_of_its_index():
@@ -191,9 +221,8 @@ def test_a_plan_for_another_model_is_refused():
 
 
 def test_shards_keep_their_own_donors():
-    plan = HeadPlan.same_index(
-        [(1, 3), (2, 0)], 3, 4, gate_means=[[0.1, 0.2, 0.3, 0.4]] * 3, completion=[[0, 1, 2, 3]] * 3
-    )
+    tables = {"gate_means": [[0.1, 0.2, 0.3, 0.4]] * 3, "completion": [[0, 1, 2, 3]] * 3, "budgets": [[1, 2, 1, 1]] * 3}
+    plan = HeadPlan.same_index([(1, 3), (2, 0)], 3, 4, **tables)
     left, right = plan.shard(0, 2), plan.shard(1, 2)
     assert [shard.num_kv_heads for shard in (left, right)] == [2, 2]
     for layer in range(3):
@@ -201,6 +230,7 @@ def test_shards_keep_their_own_donors():
         assert tuple(joined) == plan.donors[layer]
     assert right.gate_means[0] == (0.3, 0.4)
     assert (left.completion[2], right.completion[2]) == ((0, 1), (2, 3))
+    assert (left.budgets, right.budgets) == (((1, 2),) * 3, None)
     assert right.provenance["shard"] == [1, 2]
 
 
@@ -215,11 +245,13 @@ def test_a_donor_on_another_rank_is_refused():
 
 
 def test_stages_count_layers_from_their_first():
-    plan = HeadPlan.from_donors([[(0, 0)], [(0, 0)], [(2, 0)], [(2, 0)]], completion=[[0], [1], [2], [3]])
+    donors = [[(0, 0)], [(0, 0)], [(2, 0)], [(2, 0)]]
+    plan = HeadPlan.from_donors(donors, completion=[[0], [1], [2], [3]], budgets=[[1], [2], [4], [1]])
     stage = plan.stage(2, 4)
     assert stage.donors == (((0, 0),), ((0, 0),))
     assert stage.provenance["stage"] == [2, 4]
     assert stage.completion == ((2,), (3,))
+    assert stage.budgets == ((4,), (1,))
     with pytest.raises(PlanError, match="earlier pipeline stage"):
         plan.stage(1, 4)
     for first, last in ((2, 2), (-1, 2), (2, 5)):

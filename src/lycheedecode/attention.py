@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .config import HybridConfig
-from .errors import LycheeWarning
 from .ops import KV, ChunkMeans, Completion, KeyCopy, Selections
 from .ops.count import Means
 from .ops.types import constant
 from .plan import HeadPlan
+from .roles import LayerRoles, check_budgets, completion_factors
 
 
 @dataclass(eq=False)
@@ -201,6 +200,9 @@ class HybridAttention:
     Attributes:
         completed: those of them in which some head is completed.
         scanned: the retrieval heads of each.
+
+    Raises:
+        ConfigError: the plan has budgets of heads, and the config no budget that they could multiply.
     """
 
     graph_safe = True
@@ -209,9 +211,10 @@ class HybridAttention:
         self.plan = plan
         self.config = config
         self.refresh_every = config.refresh_every
-        self._layers = [_Roles.of(plan, layer) for layer in range(plan.num_layers)]
+        check_budgets(plan, config)
+        self._layers = [LayerRoles.of(plan, config, layer) for layer in range(plan.num_layers)]
         layers = range(plan.num_layers) if layers is None else layers
-        self._factors = _completion_factors(plan, config, layers)
+        self._factors = completion_factors(plan, config, layers)
         self.completed = tuple(self._factors)
         self._scans, self._readers, self._completed = self._count_readers(layers)
         self.scanned = {layer: plan.retrieval_heads(layer) for layer in layers}
@@ -219,11 +222,22 @@ class HybridAttention:
     def allocate(self, batch: int, slots: int, device: torch.device | str) -> HybridState:
         config = self.config
         num_blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
-        size = len(self.plan.retrieval), batch, config.capacity_blocks(num_blocks)
+        size = len(self.plan.selections), batch, self.capacity_blocks(num_blocks)
         chunks = max(slots // config.chunk_tokens, 1) if self._factors else 0
         copy = KeyCopy(self.scanned, config.refresh_every) if config.scan_keys == "float8" else None
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens) if self._factors else None
         return HybridState(Selections.allocate(*size, device, chunks), copy, means)
+
+    def capacity_blocks(self, num_blocks: int) -> int:
+        """Most blocks of a selection of a sequence of up to `num_blocks` blocks."""
+        return max(self.config.capacity_blocks(num_blocks), *self.row_blocks(num_blocks))
+
+    def row_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Most blocks of each row of the selections, of a sequence of `num_blocks` blocks."""
+        config, rows = self.config, self.plan.selections
+        if self.plan.budgets is None or num_blocks <= (config.budget_blocks or 0):
+            return (config.capacity_blocks(num_blocks),) * len(rows)
+        return tuple(min(config.share_blocks(factor), num_blocks) for _, factor in rows)
 
     def __call__(
         self,
@@ -256,11 +270,11 @@ class HybridAttention:
         more: dict[str, Any] = {"sinks": sinks, "scales": scales}
         selects, own = bool(roles.retrieval) and refresh, {}
         if selects:
-            chosen = selections.rows(roles.first_row, len(roles.retrieval))
-            own = {"out": chosen, "copy": state.copy_of(layer), "limits": state.limits, **more}
+            chosen = selections.rows(roles.first_row, roles.num_rows)
+            own = {"out": chosen, "copy": state.copy_of(layer), "limits": state.limits, "shares": roles.shares, **more}
         completion = self.completion_of(layer, state)
         if config.retrieval_attention == "full" and roles.retrieval:  # the paper's form
-            if selects and state.limits is None and sinks is None and scales is None:
+            if selects and state.limits is roles.shares is sinks is scales is None:
                 dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
             else:
                 if selects:
@@ -298,7 +312,8 @@ class HybridAttention:
         config, dense, selections = self.config, self.config.retrieval_attention == "full", state.selections
         scan_bytes = 2 * key_bytes if dense else refreshed * state.scan_bytes(key_bytes)
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
-        whole_up_to = selections.whole_up_to(config.strategy, config.block_size, config.refresh_every)
+        some = self._layers[0].shares  # of all layers, as far as the budget goes that they are shares of
+        whole_up_to = selections.whole_up_to(config.strategy, config.block_size, config.refresh_every, some)
         mean_bytes = 2.0 * state.mean_bytes(key_bytes)
         means = Means(self._completed, config.chunk_tokens, mean_bytes) if self._factors else None
         whole_up_to, limits = (0, None) if dense else (whole_up_to, state.limits)
@@ -307,7 +322,7 @@ class HybridAttention:
     def _count_readers(self, layers: Sequence[int]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """How many heads scan, how many attend over each row of the selections, and how many of those are completed."""
         dense = self.config.retrieval_attention == "full"
-        scans, readers, completed = 0, *([0] * len(self.plan.retrieval) for _ in range(2))
+        scans, readers, completed = 0, *([0] * len(self.plan.selections) for _ in range(2))
         for layer in layers:
             roles, factors = self._layers[layer], self._factors.get(layer)
             scans += len(roles.retrieval)
@@ -315,42 +330,6 @@ class HybridAttention:
                 readers[roles.donor_rows[head]] += 1
                 completed[roles.donor_rows[head]] += factors is not None and factors[head] > 0
         return scans, tuple(readers), tuple(completed)
-
-
-class _Roles(NamedTuple):
-    """What the plan says of one layer, looked up once."""
-
-    retrieval: tuple[int, ...]
-    sparse: tuple[int, ...]
-    first_row: int
-    donor_rows: tuple[int, ...]
-
-    @classmethod
-    def of(cls, plan: HeadPlan, layer: int) -> _Roles:
-        return cls(plan.retrieval_heads(layer), plan.sparse_heads(layer), plan.first_row(layer), plan.donor_rows(layer))
-
-
-def _completion_factors(plan: HeadPlan, config: HybridConfig, layers: Sequence[int]) -> dict[int, tuple[float, ...]]:
-    """Factors of the KV heads of every layer in which some head is completed."""
-    if config.completion == "centroid":
-        return dict.fromkeys(sorted(layers), (1.0,) * plan.num_kv_heads)
-    if config.completion == "none" or plan.completion is None:
-        return {}
-    _warn_of_other_fit(plan, config)
-    return {layer: plan.completion[layer] for layer in sorted(layers) if any(plan.completion[layer])}
-
-
-def _warn_of_other_fit(plan: HeadPlan, config: HybridConfig) -> None:
-    """Say, once, that the plan's factors were fitted for something else."""
-    made = plan.provenance.get("completion")
-    if not isinstance(made, Mapping):
-        return
-    here = {"chunk": config.chunk_tokens, "budget_tokens": config.budget_tokens}
-    other = {name: made[name] for name, value in here.items() if value and made.get(name) not in (None, value)}
-    if other:
-        said = " and ".join(f"{name} = {value}, not {here[name]}" for name, value in other.items())
-        said = f"The head plan's completion was fitted for {said}; it is used unchanged."
-        warnings.warn(said, LycheeWarning, stacklevel=4)
 
 
 def attend_in_two_forms(

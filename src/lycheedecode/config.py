@@ -182,6 +182,11 @@ class HybridConfig:
         """`budget_tokens` in whole blocks, or None without that limit."""
         return None if self.budget_tokens is None else ceil(self.budget_tokens / self.block_size)
 
+    def share_blocks(self, factor: float) -> int:
+        """Most blocks of a selection that has `factor` times the budget; sinks and recent tokens always have room."""
+        assert self.budget_tokens is not None
+        return max(ceil(self.budget_tokens * factor / self.block_size), self.forced_blocks)
+
     @property
     def chunk_tokens(self) -> int:
         """Tokens per chunk of the completion: whole blocks."""

@@ -19,6 +19,8 @@ from .errors import LycheeError
 from .files import write_whole
 
 FORMAT = "lycheedecode-head-plan/1"
+FORMAT_OF_BUDGETS = "lycheedecode-head-plan/2"
+"""Of a plan with budgets, which versions that know none refuse to read."""
 Head = tuple[int, int]
 """`(layer, KV head)`."""
 
@@ -54,6 +56,8 @@ class HeadPlan:
         completion: `L x Hkv` factors of at least 0: the weight of the tokens that a head leaves unread, represented by
             their chunk's mean key and value. 0: they do not count. None completes nothing. `provenance["completion"]`
             says what they were fitted for: `chunk` (tokens) and, if it was fixed, `budget_tokens`.
+        budgets: `L x Hkv` positive factors on the config's budget: how many of its donor's best blocks a head reads.
+            None: 1 for every head; a table of ones becomes None.
     """
 
     donors: tuple[tuple[Head, ...], ...]
@@ -61,16 +65,21 @@ class HeadPlan:
     gate_means: tuple[tuple[float, ...], ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     completion: tuple[tuple[float, ...], ...] | None = None
+    budgets: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "donors", _as_donors(self.donors))
         for layer, row in enumerate(self.donors):
             for head, donor in enumerate(row):
                 self._check_donor(layer, head, donor)
-        for name in ("gate_means", "completion"):
+        for name in ("gate_means", "completion", "budgets"):
             object.__setattr__(self, name, self._as_table(name, getattr(self, name)))
         if self.completion is not None and not all(0 <= factor < inf for row in self.completion for factor in row):
             raise PlanError("completion must be a table of finite factors that are not negative.")
+        if self.budgets is not None and not all(0 < factor < inf for row in self.budgets for factor in row):
+            raise PlanError("budgets must be a table of finite factors above 0.")
+        if self.budgets is not None and all(factor == 1 for row in self.budgets for factor in row):
+            object.__setattr__(self, "budgets", None)
 
     def __hash__(self) -> int:
         return hash(self.donors)  # the other attributes of equal plans are equal, but not all of them can be hashed
@@ -111,7 +120,7 @@ class HeadPlan:
 
     @cached_property
     def retrieval(self) -> tuple[Head, ...]:
-        """All retrieval heads in layer order; the position in this tuple is the head's row in the selections."""
+        """All retrieval heads in layer order."""
         return tuple(
             (layer, head)
             for layer, row in enumerate(self.donors)
@@ -120,11 +129,20 @@ class HeadPlan:
         )
 
     @cached_property
-    def _rows(self) -> dict[Head, int]:
-        return {head: row for row, head in enumerate(self.retrieval)}
+    def selections(self) -> tuple[tuple[Head, float], ...]:
+        """What heads read: retrieval heads in layer order, each with the factors on the budget that its readers have.
+
+        The position in this tuple is the selection's row. Without budgets it is a row for each retrieval head.
+        """
+        every = zip(self.donors, map(self.budget_factors, range(self.num_layers)), strict=True)
+        return tuple(sorted({pair for donors, factors in every for pair in zip(donors, factors, strict=True)}))
+
+    @cached_property
+    def _rows(self) -> dict[tuple[Head, float], int]:
+        return {pair: row for row, pair in enumerate(self.selections)}
 
     def retrieval_heads(self, layer: int) -> tuple[int, ...]:
-        """KV heads of `layer` that select; their rows of the selections are consecutive, from `first_row(layer)`."""
+        """KV heads of `layer` that select."""
         return tuple(head for head_layer, head in self.retrieval if head_layer == layer)
 
     def sparse_heads(self, layer: int) -> tuple[int, ...]:
@@ -132,16 +150,25 @@ class HeadPlan:
         return tuple(head for head in range(self.num_kv_heads) if self.donors[layer][head] != (layer, head))
 
     def first_row(self, layer: int) -> int:
-        """Number of retrieval heads before `layer`."""
-        return sum(head_layer < layer for head_layer, _ in self.retrieval)
+        """Rows of the selections before those of `layer`."""
+        return sum(head[0] < layer for head, _ in self.selections)
+
+    def rows(self, layer: int) -> tuple[tuple[int, float], ...]:
+        """KV head and factor on the budget of each row that `layer` selects, from `first_row(layer)` on."""
+        return tuple((head[1], factor) for head, factor in self.selections if head[0] == layer)
 
     def donor_rows(self, layer: int) -> tuple[int, ...]:
         """For every KV head of `layer`, the row of the selections that it attends over."""
-        return tuple(self._rows[donor] for donor in self.donors[layer])
+        pairs = zip(self.donors[layer], self.budget_factors(layer), strict=True)
+        return tuple(self._rows[pair] for pair in pairs)
 
     def completion_factors(self, layer: int) -> tuple[float, ...]:
         """For every KV head of `layer`, the factor of its completion; zeros where the plan has none."""
         return (0.0,) * self.num_kv_heads if self.completion is None else self.completion[layer]
+
+    def budget_factors(self, layer: int) -> tuple[float, ...]:
+        """For every KV head of `layer`, the factor on its budget; ones where the plan has none."""
+        return (1.0,) * self.num_kv_heads if self.budgets is None else self.budgets[layer]
 
     # ------------------------------------------------------------------ making plans
 
@@ -216,7 +243,7 @@ class HeadPlan:
             raise PlanError(f"{source}: not JSON that can be read ({str(error).split(';')[0]}).") from None
         if not isinstance(data, Mapping) or "donors" not in data:
             raise PlanError(f"{source}: not a head plan (it has no 'donors').")
-        if data.get("format") != FORMAT:
+        if data.get("format") not in (FORMAT, FORMAT_OF_BUDGETS):
             raise PlanError(f"{source}: format {data.get('format')!r} is not {FORMAT!r}.")
         for key in ("model", "provenance"):
             if not isinstance(data.get(key) or {}, Mapping):
@@ -225,7 +252,8 @@ class HeadPlan:
         shape = {key: model.pop(key, None) for key in ("num_layers", "num_kv_heads")}
         try:
             provenance = dict(data.get("provenance") or {})
-            plan = cls(data["donors"], model, data.get("gate_means"), provenance, data.get("completion"))
+            tables = data.get("completion"), data.get("budgets")
+            plan = cls(data["donors"], model, data.get("gate_means"), provenance, *tables)
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from None
         except (TypeError, ValueError) as error:
@@ -238,11 +266,12 @@ class HeadPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.budgets is None else FORMAT_OF_BUDGETS,
             "model": {**self.model, "num_layers": self.num_layers, "num_kv_heads": self.num_kv_heads},
             "donors": [[list(donor) for donor in row] for row in self.donors],
             "gate_means": None if self.gate_means is None else [[round(m, 4) for m in row] for row in self.gate_means],
             **({} if self.completion is None else {"completion": [list(row) for row in self.completion]}),
+            **({} if self.budgets is None else {"budgets": [list(row) for row in self.budgets]}),
             "provenance": dict(self.provenance),
         }
 
@@ -284,12 +313,10 @@ class HeadPlan:
                         f"{row[head][1] // size}, not {rank}: identify again with donors kept inside {world} shards."
                     )
             donors.append([(donor[0], donor[1] - first) for donor in row[first : first + size]])
-        means, factors = (
-            None if table is None else [row[first : first + size] for row in table]
-            for table in (self.gate_means, self.completion)
+        tables = {name: table and [row[first : first + size] for row in table] for name, table in self._tables.items()}
+        return HeadPlan.from_donors(
+            donors, model=self.model, provenance={**self.provenance, "shard": [rank, world]}, **tables
         )
-        made = {**self.provenance, "shard": [rank, world]}
-        return HeadPlan.from_donors(donors, model=self.model, gate_means=means, provenance=made, completion=factors)
 
     def stage(self, first: int, last: int) -> HeadPlan:
         """Plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor is outside it."""
@@ -303,9 +330,15 @@ class HeadPlan:
                         f"layers {first} to {last - 1}: identify again with donors kept inside stages."
                     )
         donors = [[(donor[0] - first, donor[1]) for donor in row] for row in self.donors[first:last]]
-        means, factors = (None if t is None else t[first:last] for t in (self.gate_means, self.completion))
-        made = {**self.provenance, "stage": [first, last]}
-        return HeadPlan.from_donors(donors, model=self.model, gate_means=means, provenance=made, completion=factors)
+        tables = {name: table and table[first:last] for name, table in self._tables.items()}
+        return HeadPlan.from_donors(
+            donors, model=self.model, provenance={**self.provenance, "stage": [first, last]}, **tables
+        )
+
+    @property
+    def _tables(self) -> dict[str, tuple[tuple[float, ...], ...] | None]:
+        """What there is for every head besides its donor."""
+        return {"gate_means": self.gate_means, "completion": self.completion, "budgets": self.budgets}
 
 
 def bundled_plans() -> list[str]:
@@ -344,7 +377,7 @@ def _dump(data: dict[str, Any]) -> str:
     """JSON with a line for each layer, so that a plan can be read and compared by eye."""
     lines = []
     for key, value in data.items():
-        if key in ("donors", "gate_means", "completion") and value is not None:
+        if key in ("donors", "gate_means", "completion", "budgets") and value is not None:
             rows = ",\n".join("    " + json.dumps(row) for row in value)
             lines.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
         else:

@@ -243,6 +243,18 @@ def test_generate_refuses_in_one_sentence(base, plan_file, arguments, said):
     assert said in refusal(*base, "--plan", plan_file, *arguments)
 
 
+def test_a_plan_with_budgets_of_heads_needs_one_budget_and_a_resident_cache(base, tmp_path, monkeypatch):
+    plan = str(tmp_path / "plan.json")
+    replace(tiny.plan(), budgets=((1.0, 2.0),) * 4).save(plan)
+    call = [*base, "--plan", plan, *BUDGET, PROMPT]
+    assert run(*call).stdout
+    monkeypatch.setattr("lycheedecode.cli.generate.load_model", None)  # refused before the model is loaded
+    assert "selection must be 'top_k', not 'ratio'" in refusal(*base, "--plan", plan, "--budget-ratio", "0.5", "x")
+    assert "take a head plan without budgets of heads" in refusal(*call, "--cache", "host")
+    asked = ["--plan", plan, "--context", "400"]
+    assert "without budgets of heads" in refusal("memory", "--model", base[2], *asked)
+
+
 @pytest.mark.parametrize("drafts", [["--lossless"], ["--verify-every", "3"]], ids=str)
 def test_lossless_generation_is_full_attentions(base, plan_file, drafts, tmp_path):
     drawing = ["--temperature", "0.9", "--seed", "3", "-n", "30"]
@@ -327,6 +339,9 @@ def test_identify_refuses_in_one_sentence(model_folder, tmp_path):
     assert "There is no text file" in refusal(*call, "--train", "missing.txt:400:passkey:1")
     assert "steps must be at least 1" in refusal(*call, "--steps", "0")
     assert "num_retrieval_heads" in refusal(*call, "--num-retrieval-heads", "99")
+    assert "head_budgets needs roles='sensitivity', not 'coverage'" in refusal(
+        *call, "--roles", "coverage", *["--head-budgets"]
+    )
     assert "add --roles gates" in refusal(*call, "--roles", "sensitivity", "--gates-png", str(tmp_path / "g.png"))
 
 

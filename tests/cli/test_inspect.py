@@ -4,6 +4,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from lycheedecode import HeadPlan
 from lycheedecode.cli import app
-from lycheedecode.plan_views import facts, families, flat, page, png, table
+from lycheedecode.plan_views import caption, facts, families, flat, page, png, table
 
 runner = CliRunner()
 DETAILS = {
@@ -56,6 +57,10 @@ def test_facts_count_what_there_is():
         "largest_family": 2,
         "retrieval_heads_without_followers": 1,
     }
+    budgeted = replace(plan, budgets=[[1, 0.25], [0.25, 4], [1, 1]])
+    assert facts(budgeted) == {**facts(plan), "heads_by_budget": {"0.25": 2, "1": 3, "4": 1}}
+    assert caption(budgeted) == f"{caption(plan)}; budgets of heads: 2 x 0.25, 3 x 1, 1 x 4"
+    assert "layer 1, head 1\nretrieval head, donor of 1\n4 times the budget" in page.render(budgeted)
 
 
 def test_families_are_a_partition_with_colours_of_their_own(plan):

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import DEVICE, SCALE, as_sets, kernels, make_cache, make_query
 
 from lycheedecode import HybridConfig
-from lycheedecode.ops import KV, Selections, reference
+from lycheedecode.ops import EVERYTHING, KV, Selections, Shares, reference
 from lycheedecode.ops.kernel_common import Tuning
 from lycheedecode.ops.select import triton as select
 
@@ -126,3 +126,38 @@ def test_select_from_rows_of_any_length(levels, held, monkeypatch):
         reference.select_blocks(scores, kv, config, expected)
         select.select_blocks(scores, kv, select.Rule.of(config), out)
         assert as_sets(out) == as_sets(expected)
+
+
+SHARES = Shares(heads=(0, 0, 0, 2, 1), blocks=(3, 40, 10, 5, 12), of=10)
+"""Rows of three heads: one head is read with three budgets, the heads are not in order, and a share is below forced."""
+SHARE_LIMITS = {"none": None, "some": [10, 4, EVERYTHING, 7, 10]}
+
+
+@pytest.mark.parametrize("limits", SHARE_LIMITS.values(), ids=SHARE_LIMITS)
+@pytest.mark.parametrize("refresh_every", [1, 12])
+def test_select_by_shares(refresh_every, limits):
+    lengths, slots = [1000, 333, 72, 79, 40], 1003
+    config = HybridConfig(block_size=8, sink_tokens=10, recent_tokens=9, budget_tokens=80, refresh_every=refresh_every)
+    scores = make_scores(3, lengths, slots, 8, 40)
+    kv = KV(*[torch.empty(5, 1, slots, 16, device=DEVICE)] * 2, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+    limits = None if limits is None else torch.tensor(limits, dtype=torch.int32, device=DEVICE)
+    expected, out = (Selections.allocate(5, 5, 40, DEVICE, chunks=8) for _ in range(2))
+    reference.select_blocks(scores, kv, config, expected, limits, SHARES)
+    kernels.select_blocks(scores, kv, config, out, limits, SHARES)
+    assert as_sets(out) == as_sets(expected)
+    assert torch.equal(out.counts, expected.counts)
+    assert torch.equal(out.taken, expected.taken)
+
+
+def test_scan_select_by_shares():
+    """A head is scanned once for all of its rows, and not where a sequence fits into the budget."""
+    config = HybridConfig(block_size=8, sink_tokens=10, recent_tokens=9, budget_tokens=80)
+    kv = make_cache([300, 177, 80], starts=[0, 23, 0])
+    query = make_query(kv, 3)
+    shares = Shares((0, 1, 1), (5, 20, 6), 10)
+    expected, out = (Selections.allocate(3, 3, 20, DEVICE) for _ in range(2))
+    reference.select_blocks(reference.scan_blocks(query, kv, (0, 1), 8, SCALE), kv, config, expected, None, shares)
+    kv.keys[2] = nan
+    kernels.scan_select(query, kv, (0, 1), config, SCALE, out, shares=shares)
+    assert as_sets(out) == as_sets(expected)
+    assert out.counts.tolist() == [[5, 5, 10], [20, 20, 10], [6, 6, 10]]

@@ -15,8 +15,12 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "hybrid+refresh2": {"refresh_every": 2},
     "hybrid+centroid": {"completion": "centroid"},
     "hybrid+weights8": {"step_weights": "float8"},
+    "hybrid+budgets": {},
 }
-"""Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads."""
+"""Forms of decode attention: full, or hybrid with these settings; `paper`: with dense retrieval heads.
+
+`hybrid+budgets`: with a plan that gives heads uneven budgets (`workload.uneven`).
+"""
 WAYS = (*FORMS, "hybrid+host", "transformers", "transformers+offloaded")
 """Who generates: our engine with a form of attention, or Hugging Face; either of them with its cache in host memory."""
 SERVERS: dict[str, dict[str, Any] | None] = {
@@ -104,7 +108,8 @@ class StepSettings(ModelSettings):
     """What `bench step` times.
 
     Attributes:
-        forms: of attention: full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid, hybrid+weights8.
+        forms: of attention: full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid, hybrid+weights8,
+            hybrid+budgets.
         steps: number of timed steps.
         execution: how decode steps run.
     """

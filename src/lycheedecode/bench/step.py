@@ -29,6 +29,7 @@ from .models import build, plan_for, random_context, release, weight_bytes
 from .settings import FORMS, ModelSettings, StepSettings
 from .timing import read_bandwidth
 from .verify import relative_error
+from .workload import uneven
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,7 +142,8 @@ def make_engine(
     if form_settings is None:
         return Engine(model, **how)
     config = HybridConfig(budget_tokens=settings.budget_tokens, block_size=settings.block_size, **form_settings)
-    return Engine(model, plan=plan_for(model), config=config, **how)
+    plan = plan_for(model)
+    return Engine(model, plan=uneven(plan) if form == "hybrid+budgets" else plan, config=config, **how)
 
 
 def missing_bytes(model: PreTrainedModel, batch: int, length: int) -> int:

@@ -8,8 +8,9 @@ tokens to come, as they have in a generation: rows of blocks are longer than the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import cycle
 from math import ceil
 from typing import Any
 
@@ -69,6 +70,12 @@ def spread_plan(shape: Shape) -> HeadPlan:
             ]
         )
     return HeadPlan.from_donors(donors)
+
+
+def uneven(plan: HeadPlan) -> HeadPlan:
+    """The plan with budgets of heads from a quarter to four times the budget, in turn, whose mean is 1 or nearly so."""
+    turn = cycle((0.5, 0.25, 4.0, 0.25, 0.5, 0.5, 1.0))
+    return replace(plan, budgets=tuple(tuple(next(turn) for _ in row) for row in plan.donors))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..checks import check_model_path
 from ..config import HybridConfig
 from ..engine.engine import Engine
 from ..engine.generation import Generation
+from ..engine.offload.attention import refuse_unfit
 from ..engine.prompt import encode
 from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
@@ -24,6 +25,7 @@ from ..identify.auto import auto_plan
 from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan
 from ..results import Result, fingerprint
+from ..roles import check_budgets
 from .options import (
     Device,
     DeviceMap,
@@ -126,6 +128,9 @@ def generate(
     _refuse_what_does_not_combine(asked, form, drawing)
     config, sampling = HybridConfig(**form), Sampling(**drawing)
     head_plan = None if full or plan == "auto" else load_plan(plan, model, device)
+    check_budgets(head_plan, config)
+    if cache == "host":
+        refuse_unfit(config, store_ratio, head_plan)
     text = _prompt(prompt, prompt_file)
 
     with quiet(verbose):

@@ -51,7 +51,7 @@ class Tiered(TyperCommand):
 
     first = (
         "output model preset text calibrate resume png device device_map dtype json_file help_all help",
-        "changes_num_retrieval_heads changes_batch_size changes_calibrate_prompts",
+        "changes_num_retrieval_heads changes_head_budgets changes_batch_size changes_calibrate_prompts",
         "form_budget_tokens form_block_size form_completion",
     )
     """Parameters that `--help` shows."""

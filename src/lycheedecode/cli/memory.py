@@ -96,7 +96,7 @@ def memory(
     if not (0 < bandwidth < 1e9 and 0 < link < 1e9 and 0 <= (misses or 0) <= 1):
         raise ConfigError("--bandwidth and --link must be above 0, --misses a share from 0 to 1.")
     config, head_plan = HybridConfig(**form), None if plan is None else HeadPlan.load(plan)
-    refuse_unfit(config, store_ratio)
+    refuse_unfit(config, store_ratio, head_plan)
     if head_plan is not None and head_plan.completion is None and config.completion == "plan":
         config = replace(config, completion="none")  # the plan completes nothing
     shape, weights, table = _model(model, revision)

@@ -14,6 +14,7 @@ from .. import policies
 from ..config import HybridConfig
 from ..models.shape import ModelShape
 from ..plan import HeadPlan
+from ..roles import check_budgets
 
 POLICIES = ("hybrid", "paper", "same-index", "random", "own-topk")
 """What is compared unless asked otherwise."""
@@ -108,6 +109,7 @@ def variants(
 
     Raises:
         PolicyError: an unknown policy, a plan that is not among these.
+        ConfigError: a plan with budgets of heads, and a config without a budget.
     """
     for name in names:
         check_policy(name, plans)
@@ -131,5 +133,7 @@ def variants(
             if budget is not None:
                 changes |= {"budget_tokens": budget, "budget_ratio": None, "selection": "top_k"}
             form = replace(config, **changes)
+            if name == "hybrid":
+                check_budgets(plans.get(plan or ""), form)
             found.append(Variant(", ".join(parts), name, form, plans.get(plan or ""), plan, like))
     return found

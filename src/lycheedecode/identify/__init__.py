@@ -104,6 +104,12 @@ def settle(settings: IdentifySettings, shape: ModelShape) -> tuple[IdentifySetti
             raise ConfigError(
                 f"Prompts of {cell.length} tokens do not fit the model's {shape.max_positions} positions."
             )
+    budget, shortest = settings.config.budget_tokens or 0, min(cell.length for cell in cells)
+    if settings.head_budgets and shortest <= budget:
+        raise ConfigError(
+            f"Budgets of heads show on prompts longer than the budget of {budget} tokens, not on {shortest}: calibrate "
+            "on longer ones, or give a smaller budget."
+        )
     return replace(settings, num_retrieval_heads=_number_of_heads(settings, reach), calibrate_cells=cells), reach
 
 
@@ -139,6 +145,7 @@ def _provenance(settings: IdentifySettings, plan: HeadPlan, device: torch.device
     return {
         "method": "identify",
         **({} if plan.completion is None else {"completion": completion}),
+        **({} if plan.budgets is None else {"budgets": {"budget_tokens": settings.config.budget_tokens}}),
         "settings": settings.to_dict(),
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or device.type,

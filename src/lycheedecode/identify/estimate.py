@@ -48,8 +48,9 @@ def estimate(config: Any, settings: IdentifySettings, device: torch.device) -> E
         model = transformers.AutoModelForCausalLM.from_config(config)
     shape, numbers = ModelShape.of(model), sum(weight.numel() for weight in model.parameters())
     cells = settings.calibrate_cells or default_cells(settings.texts, shape)
-    batches = len(cells) * ceil(settings.calibrate_prompts / settings.batch_size)
-    tokens = settings.calibrate_prompts * sum(cell.length for cell in cells)
+    passes = 1 + settings.head_budgets  # over all prompts
+    batches = passes * len(cells) * ceil(settings.calibrate_prompts / settings.batch_size)
+    tokens = passes * settings.calibrate_prompts * sum(cell.length for cell in cells)
     seconds = _PASSES * 2 * numbers * tokens / _speed(device) + batches * _BATCH_SECONDS[device.type]
     size = 2 if device.type == "cuda" else 4
     longest, batch = max(cell.length for cell in cells), settings.batch_size

@@ -18,12 +18,13 @@ from ..policies.plans import same_index
 from ..prompts.makers import Cell, PromptMaker, makers_for
 from ..prompts.text import load_text
 from ..results import fingerprint
+from .budgets import Options
 from .checkpoint import Checkpoint
 from .donors import Reach, choose_by_coverage, covered_mass, remap
 from .progress import Progress, Report, silent
 from .replay import TeacherBatch, prepare
 from .search import Judge, exchange
-from .sensitivity import Surrogate, join, measure_sensitivity
+from .sensitivity import Surrogate, gradients, join, measure_sensitivity
 from .settings import IdentifySettings
 from .train import Trainer, top_heads
 
@@ -84,7 +85,8 @@ class Stages:
         if settings.exchange_rounds:
             judge = Judge(self._model, self.all_lessons(), settings.config, reach)
             retrieval = self._exchange(retrieval, judge, plan_of)
-        return plan_of(retrieval), means
+        plan = plan_of(retrieval)
+        return (self.with_budgets(plan) if settings.head_budgets else plan), means
 
     def surrogate(self) -> Surrogate:
         """The second-order model of all kinds of calibration prompts."""
@@ -94,22 +96,48 @@ class Stages:
     def sensitivity(self) -> Tensor:
         """The table that `Surrogate` takes."""
         settings, tables = self._settings, list[Tensor]()
-        for cell in self._cells:
-            noise = torch.Generator().manual_seed(random.Random(f"{settings.seed}/draws/{cell}").randrange(2**31))
-            name = f"sensitivity-{len(tables)}"
-            kept = self._checkpoint.load_all(name)
-            if kept:
-                noise.set_state(kept[-1]["noise"])
-            rows = [batch["tables"] for batch in kept]
-            done = sum(found.shape[1] for found in rows) // settings.draws
-            for lesson in self.lessons(cell, done):
-                found = measure_sensitivity(
-                    self._model, lesson, settings.forms, self._reach, settings.draws, noise, settings.factors
-                )
-                rows.append(found.cpu())  # the search takes many small steps, for which a GPU is slow
-                self._checkpoint.save(f"{name}-{len(rows) - 1}", {"tables": rows[-1], "noise": noise.get_state()})
-            tables += torch.cat(rows, 1).unbind(0)
+
+        def measure(lesson: TeacherBatch, noise: torch.Generator) -> dict[str, Tensor]:
+            more = settings.forms, self._reach, settings.draws, noise, settings.factors
+            return {"tables": measure_sensitivity(self._model, lesson, *more)}
+
+        for batches in self._measured("sensitivity", measure):
+            tables += torch.cat([batch["tables"] for batch in batches], 1).unbind(0)
         return join(tables)
+
+    def with_budgets(self, plan: HeadPlan) -> HeadPlan:
+        """The plan with budgets of heads: another pass over the calibration prompts, at the config's own budget."""
+        settings, model = self._settings, self._model
+        shortest = min(cell.length for cell in self._cells)
+        options = Options(plan, settings.config, self._reach, settings.factors, shortest, settings.coupling)
+
+        def measure(lesson: TeacherBatch, noise: torch.Generator) -> dict[str, Tensor]:
+            table, tokens = options.measure(model, lesson, gradients(model, lesson, settings.draws, noise))
+            return {"table": table, "tokens": tokens, "steps": torch.tensor(lesson.answer_ids.numel())}
+
+        kinds = list(self._measured("budgets", measure))
+        tokens, steps = (
+            torch.stack([batch[name] for batches in kinds for batch in batches]).sum(0) for name in ("tokens", "steps")
+        )
+        return options.best([torch.cat([batch["table"] for batch in batches]) for batches in kinds], tokens / steps)
+
+    def _measured(
+        self, stage: str, measure: Callable[[TeacherBatch, torch.Generator], dict[str, Tensor]]
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """What is found in the batches of each kind of prompts; goes on from the last that was kept."""
+        for number, cell in enumerate(self._cells):
+            seed = random.Random(f"{self._settings.seed}/draws/{cell}").randrange(2**31)
+            noise, name = torch.Generator().manual_seed(seed), f"{stage}-{number}"
+            batches = self._checkpoint.load_all(name)
+            if batches:
+                noise.set_state(batches[-1]["noise"])
+            for lesson in self.lessons(cell, sum(int(batch["prompts"]) for batch in batches)):
+                found = measure(lesson, noise)
+                found |= {"prompts": torch.tensor(len(lesson.answer_ids)), "noise": noise.get_state()}
+                # The search takes many small steps, for which a GPU is slow.
+                batches.append({name: tensor.cpu() for name, tensor in found.items()})
+                self._checkpoint.save(f"{name}-{len(batches) - 1}", batches[-1])
+            yield batches
 
     def coverage(self) -> Tensor:
         """See `donors.measure_coverage`."""
@@ -160,6 +188,7 @@ class Stages:
             self._makers, settings.calibrate_prompts, random.Random(f"{settings.seed}/calibrate/{cell}")
         )
         size, total = self._batch_size(cell), sum(len(self._firsts(each)) for each in self._cells)
+        total *= 1 + self._settings.head_budgets
         self._batches += ceil(done / size)
         for first in range(done, settings.calibrate_prompts, size):
             yield prepare(self._model, prompts[first : first + size], settings.prefill_chunk)

@@ -30,6 +30,7 @@ from ..models.shape import ModelShape
 from ..models.versions import cache_argument
 from ..plan import HeadPlan
 from ..prompts.makers import Prompt
+from ..roles import shares_of
 
 
 class TeacherBatchMeans(NamedTuple):
@@ -300,10 +301,11 @@ def weigh(weights: Tensor, values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose_blocks(weights: Tensor, config: HybridConfig) -> Tensor:
+def choose_blocks(weights: Tensor, config: HybridConfig, shares: ops.Shares | None = None) -> Tensor:
     """The blocks that each head would select at each answer token, bool `[B, H, T, N]`, for weights `[B, H, G, T, S]`.
 
-    Answer tokens become sequences of their own length, and `ops.select_blocks` decides: the code that decodes.
+    Answer tokens become sequences of their own length, and `ops.select_blocks` decides: the code that decodes. With
+    `shares`, a selection for each of them, in place of `H`.
     """
     batch, heads, _, steps, slots = weights.shape
     padded = F.pad(weights, (0, -slots % config.block_size)).unflatten(-1, (-1, config.block_size))
@@ -311,9 +313,12 @@ def choose_blocks(weights: Tensor, config: HybridConfig) -> Tensor:
     scores = per_query_head.mean(2).movedim(1, 0).flatten(1, 2)  # [H, B * T, N]
     lengths = torch.arange(slots - steps + 1, slots + 1, dtype=torch.int32, device=weights.device).repeat(batch)
     nothing = weights.new_empty(1).expand(batch * steps, 1, slots, 1)
-    found = ops.Selections.allocate(heads, batch * steps, config.capacity_blocks(scores.shape[-1]), weights.device)
-    ops.select_blocks(scores, ops.KV(nothing, nothing, lengths), config, out=found)
-    chosen = torch.zeros(heads, batch * steps, scores.shape[-1] + 1, dtype=torch.bool, device=weights.device)
+    rows, capacity = heads, config.capacity_blocks(scores.shape[-1])
+    if shares is not None:
+        rows, capacity = len(shares.heads), min(max(capacity, *shares.blocks), scores.shape[-1])
+    found = ops.Selections.allocate(rows, batch * steps, capacity, weights.device)
+    ops.select_blocks(scores, ops.KV(nothing, nothing, lengths), config, out=found, shares=shares)
+    chosen = torch.zeros(rows, batch * steps, scores.shape[-1] + 1, dtype=torch.bool, device=weights.device)
     chosen.scatter_(-1, found.blocks.long() + 1, True)  # entry 0 catches the unused -1
     return chosen[..., 1:].unflatten(1, (batch, steps)).movedim(0, 1)
 
@@ -325,14 +330,15 @@ class Planned:
         self.plan = plan
         self.config = config
         self._factors = completion_factors(plan, config)
-        self._chosen: dict[tuple[int, int], Tensor] = {}
+        self._chosen: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, seen: Seen) -> Tensor:
-        heads, config = list(self.plan.retrieval_heads(layer)), self.config
+        plan, heads, config = self.plan, list(self.plan.retrieval_heads(layer)), self.config
         if heads:
-            chosen = choose_blocks(seen.weights[:, heads], config)
-            self._chosen.update({(layer, head): chosen[:, i] for i, head in enumerate(heads)})
-        donors = [self._chosen[donor].to(seen.weights.device) for donor in self.plan.donors[layer]]
+            shares = None if plan.budgets is None else shares_of(plan.rows(layer), heads, config)
+            chosen = choose_blocks(seen.weights[:, heads], config, shares)
+            self._chosen.update(enumerate(chosen.unbind(1), plan.first_row(layer)))
+        donors = [self._chosen[row].to(seen.weights.device) for row in plan.donor_rows(layer)]
         factors = torch.tensor(self._factors[layer], device=seen.weights.device)
         means = seen.means(config.chunk_tokens) if any(self._factors[layer]) else None
         parts = in_parts(seen, torch.stack(donors, 1), config.block_size, config.chunk_tokens, means)

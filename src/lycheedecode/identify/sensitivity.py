@@ -248,5 +248,14 @@ def join(tables: Sequence[Tensor]) -> Tensor:
     return torch.cat([in_units(table) for table in told])
 
 
+def in_units_of(choice: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """The same for tables `[n, H, options]`, in units of what a choice, int64 `[H]`, costs."""
+    every = torch.arange(len(choice))
+    costs = [0.5 * table[:, every, choice].sum(1).square().mean() for table in tables]
+    pairs = list(zip(tables, costs, strict=True))
+    told = [(table, cost) for table, cost in pairs if float(cost) > _ROUNDING] or pairs
+    return torch.cat([table / cost.clamp(min=1e-8).sqrt() for table, cost in told])
+
+
 _ROUNDING = 1e-6
 """KL in nats that 16-bit arithmetic alone causes."""

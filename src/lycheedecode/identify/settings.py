@@ -43,6 +43,8 @@ class IdentifySettings:
         draws: answers drawn from the model for each prompt (`sensitivity`).
         completion_factors: candidates for a head's completion factor, if `config` leaves it to the plan; first 0.
         coupling: how much products between heads count in the second-order model, in [0, 1].
+        head_budgets: whether each head gets its own multiple of the budget, from a quarter to 4, at the same total; a
+            second pass over the prompts, about as long as the first, finds them (`sensitivity`, `top_k`).
         same_layer: whether a retrieval head may serve heads of its own layer.
         shards: number of tensor-parallel ranks; a donor stays on its rank.
         stages: number of pipeline stages; a donor stays in its stage.
@@ -72,6 +74,7 @@ class IdentifySettings:
     draws: int = 8
     completion_factors: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
     coupling: float = 0.2
+    head_budgets: bool = False
     same_layer: bool = True
     shards: int = 1
     stages: int = 1
@@ -120,8 +123,18 @@ class IdentifySettings:
             raise ConfigError("Identification needs at least one kind of prompt to train on and one to calibrate on.")
         if self.exchange_rounds and self.donors == "same_index":
             raise ConfigError("The exchange of retrieval heads needs remapped donors.")
+        if self.head_budgets:
+            self._check_head_budgets()
         if self.config.refresh_every != 1:
             raise ConfigError("Identification selects at every token: refresh_every must be 1.")
+
+    def _check_head_budgets(self) -> None:
+        needed = {"roles": "sensitivity", "donors": "remapped"}
+        of_config = {"selection": "top_k", "retrieval_attention": "selected"}
+        for place, names in ((self, needed), (self.config, of_config)):
+            for name, only in names.items():
+                if getattr(place, name) != only:
+                    raise ConfigError(f"head_budgets needs {name}={only!r}, not {getattr(place, name)!r}.")
 
     @property
     def forms(self) -> tuple[HybridConfig, ...]:

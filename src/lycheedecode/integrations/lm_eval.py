@@ -29,6 +29,7 @@ from ..engine.engine import Context, Engine
 from ..engine.sampling import Sampling
 from ..models.load import DEFAULT_MODEL, load_model
 from ..plan import HeadPlan, bundled_plans
+from ..roles import check_budgets
 from .generation_kwargs import TaskRequestError, sampling_of
 
 
@@ -121,6 +122,7 @@ class LycheeLM(TemplateLM):
             raise TaskRequestError("batch_size must be a number: the cache of a batch has to fit the longest prompts.")
         config = HybridConfig.from_dict(given)
         head_plan = None if plan == "full" else HeadPlan.load(plan or name)
+        check_budgets(head_plan, config)
         model, tokenizer = load_model(name, **where)
         return cls(
             {"full" if head_plan is None else "hybrid": Engine(model, tokenizer, plan=head_plan, config=config)}, **own

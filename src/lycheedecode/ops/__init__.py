@@ -14,7 +14,8 @@
     count/     count_bytes     what all of them read of the cache         -> added to a total              [B]
 
 Dimensions: `B` sequences, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head dim, `S` slots of the cache,
-`N = ceil(S / block_size)` blocks, `K` selected blocks, `C` chunks, `R` retrieval heads, `H` the KV heads asked for.
+`N = ceil(S / block_size)` blocks, `K` selected blocks, `C` chunks, `R` retrieval heads, or rows of selections where
+they have several, `H` the KV heads asked for.
 Every query is the newest token of its sequence (of `attend_tokens`: one of the newest `T`), whose key and value are
 already in the cache. Accumulation is float32.
 """
@@ -28,7 +29,7 @@ from .noise import add_noise, seed_words
 from .scan import has_float8, scan_blocks, scan_select
 from .scan.copy import KeyCopy
 from .select import select_blocks
-from .types import EVERYTHING, KV, Completion, Selections
+from .types import EVERYTHING, KV, Completion, Selections, Shares
 
 __all__ = [
     "EVERYTHING",
@@ -37,6 +38,7 @@ __all__ = [
     "Completion",
     "KeyCopy",
     "Selections",
+    "Shares",
     "add_noise",
     "append",
     "attend",

@@ -17,8 +17,8 @@ from .attend.triton_rows import attend_tokens
 from .attend.triton_select import attend_select
 from .scan import triton as scan
 from .select import triton as select
-from .select.triton import Rule
-from .types import KV, Completion, Selections
+from .select.rule import Rule
+from .types import KV, Completion, Selections, Shares
 
 __all__ = ["attend", "attend_blocks", "attend_select", "attend_tokens", "scan_blocks", "scan_select", "select_blocks"]
 
@@ -39,10 +39,17 @@ def scan_blocks(
     return run(query, *kv, heads, block_size, scale, score, copy, sinks, *(scales or (None, None)))
 
 
-def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections, limits: Tensor | None = None) -> None:
+def select_blocks(
+    scores: Tensor,
+    kv: KV,
+    config: HybridConfig,
+    out: Selections,
+    limits: Tensor | None = None,
+    shares: Shares | None = None,
+) -> None:
     """See `ops.select_blocks`."""
     run: Callable[..., None] = _select_blocks_operator if is_compiling() else _select_blocks
-    run(scores, *kv, *Rule.of(config), *out, limits)
+    run(scores, *kv, *Rule.of(config), *out, limits, shares and shares.numbers)
 
 
 def scan_select(
@@ -56,10 +63,11 @@ def scan_select(
     limits: Tensor | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    shares: Shares | None = None,
 ) -> None:
     """See `ops.scan_select`."""
     run: Callable[..., None] = _scan_select_operator if is_compiling() else _scan_select
-    more = (copy, limits, sinks, *(scales or (None, None)))
+    more = (copy, limits, sinks, *(scales or (None, None)), shares and shares.numbers)
     run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out, *more)
 
 
@@ -141,10 +149,11 @@ def _select_blocks(
     counts: Tensor,
     taken: Tensor | None,
     limits: Tensor | None,
+    shares: Sequence[int] | None,
 ) -> None:
     kv = KV(keys, values, lengths, starts, page_table)
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
-    select.select_blocks(scores, kv, rule, Selections(blocks, counts, taken), limits=limits)
+    select.select_blocks(scores, kv, rule, Selections(blocks, counts, taken), None, limits, Shares.from_numbers(shares))
 
 
 def _scan_select(
@@ -172,15 +181,17 @@ def _scan_select(
     sinks: Tensor | None,
     key_scales: Tensor | None,
     value_scales: Tensor | None,
+    shares: Sequence[int] | None,
 ) -> None:
     kv, out = KV(keys, values, lengths, starts, page_table), Selections(blocks, counts, taken)
-    select.check_selections(out, (len(heads), query.shape[0]))
+    of_rows = Shares.from_numbers(shares)
+    select.check_selections(out, (select.num_rows(len(heads), of_rows), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
-    whole_up_to = out.whole_up_to(strategy, block_size, refresh_every)
+    whole_up_to = out.whole_up_to(strategy, block_size, refresh_every, of_rows)
     asked = (query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, whole_up_to)
     worth = scan.scan(*asked, limits, sinks, _pair(key_scales, value_scales))
     scores = scan.normalise(worth, kv, block_size, whole_up_to, limits)
-    select.select_blocks(scores, kv, rule, out, limits=limits)
+    select.select_blocks(scores, kv, rule, out, None, limits, of_rows)
 
 
 def _attend_blocks(

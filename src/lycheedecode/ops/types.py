@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -101,9 +101,40 @@ class Selections(NamedTuple):
         listed = inside.masked_fill(self.blocks < 0, 0).sum(-1)
         return torch.where(self.counts == EVERYTHING, lengths, listed)
 
-    def whole_up_to(self, strategy: str, block_size: int, refresh_every: int) -> int:
+    def whole_up_to(self, strategy: str, block_size: int, refresh_every: int, shares: Shares | None = None) -> int:
         """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""
-        return max(self.blocks.shape[-1] * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
+        blocks = self.blocks.shape[-1] if shares is None else shares.of
+        return max(blocks * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
+
+
+class Shares(NamedTuple):
+    """Rows of selections of which several may come from the scores of one head, with budgets of their own.
+
+    Sequences that fit into the budget are selected as a whole by every row.
+
+    Attributes:
+        heads: the row of the scores that each row of the selections is chosen from.
+        blocks: most blocks of each.
+        of: blocks of the budget that these are shares of. Where sequences have limits, these take its place, and shares
+            grow and shrink with them, rounded up.
+    """
+
+    heads: tuple[int, ...]
+    blocks: tuple[int, ...]
+    of: int
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int] | None) -> Shares | None:
+        """Inverse of `numbers`."""
+        if numbers is None:
+            return None
+        rows = len(numbers) // 2
+        return cls(tuple(numbers[:rows]), tuple(numbers[rows:-1]), numbers[-1])
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All of it, `2 R + 1` numbers."""
+        return (*self.heads, *self.blocks, self.of)
 
 
 class Completion(NamedTuple):

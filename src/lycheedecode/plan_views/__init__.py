@@ -7,6 +7,7 @@ families  a retrieval head with the heads that reuse its selection, each family 
 from __future__ import annotations
 
 import colorsys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,14 @@ def facts(plan: HeadPlan) -> dict[str, Any]:
         "mean_layers_to_donor": round(sum(head[0] - donor[0] for head, donor in sparse) / max(len(sparse), 1), 2),
         "largest_family": max(sizes),
         "retrieval_heads_without_followers": sizes.count(0),
+        **({} if plan.budgets is None else {"heads_by_budget": _by_budget(plan)}),
     }
+
+
+def _by_budget(plan: HeadPlan) -> dict[str, int]:
+    """How many heads have each factor on the budget."""
+    counts = Counter(factor for layer in range(plan.num_layers) for factor in plan.budget_factors(layer))
+    return {f"{factor:g}": counts[factor] for factor in sorted(counts)}
 
 
 def title(plan: HeadPlan, name: str = "") -> str:
@@ -75,7 +83,12 @@ def caption(plan: HeadPlan) -> str:
         f"{f['retrieval_heads']} of {f['layers']} x {f['kv_heads']} KV heads retrieve ({f['retrieval_share']:.1%}), "
         f"in {f['scanning_layers']} layers; {f['sparse_heads']} reuse their selections, "
         f"{f['donors_of_same_layer']} of them within a layer"
+        + ("" if plan.budgets is None else f"; budgets of heads: {_budgets_in_words(plan)}")
     )
+
+
+def _budgets_in_words(plan: HeadPlan) -> str:
+    return ", ".join(f"{number} x {factor}" for factor, number in _by_budget(plan).items())
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -49,7 +49,8 @@ def _about(plan: HeadPlan, head: Head, family: Family) -> str:
     else:
         role = f"reuses the selection of layer {family.donor[0]}, head {family.donor[1]}"
     gate = f"\ngate mean {plan.gate_means[head[0]][head[1]]:.3f}" if plan.gate_means else ""
-    return f"layer {head[0]}, head {head[1]}\n{role}{gate}"
+    budget = f"\n{plan.budgets[head[0]][head[1]]:g} times the budget" if plan.budgets else ""
+    return f"layer {head[0]}, head {head[1]}\n{role}{gate}{budget}"
 
 
 def curve(donor: Head, follower: Head) -> list[tuple[float, float]]:

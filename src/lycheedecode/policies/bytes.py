@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..attention import HybridAttention
 from ..config import HybridConfig
 from ..models.shape import ModelShape
 from ..plan import HeadPlan
@@ -33,11 +34,15 @@ def bytes_at(policy: Decoding, shape: ModelShape, context: int, steps: int = STE
     state = attention.allocate(len(lengths), context + steps - 1, "cpu")
     if state is not None:  # the newest blocks: the last of them, which may be in part empty, is always selected
         selections = state.selections
-        held = [config.capacity_blocks(-(-length // config.block_size)) for length in lengths.tolist()]
-        selections.counts[:] = torch.tensor(held)
+        in_all = [-(-length // config.block_size) for length in lengths.tolist()]
+        if isinstance(attention, HybridAttention):
+            held = torch.tensor([attention.row_blocks(blocks) for blocks in in_all]).T
+        else:
+            held = torch.tensor([config.capacity_blocks(blocks) for blocks in in_all])
+        selections.counts[:] = held
         place = torch.arange(selections.blocks.shape[-1])
         newest = (lengths[:, None] - 1) // config.block_size - place
-        selections.blocks[:] = newest.where(place < selections.counts[0, :, None], -1)
+        selections.blocks[:] = newest.where(place < selections.counts[..., None], -1)
     rest = attention.refresh_every - 1
     total = torch.zeros(2, len(lengths), dtype=torch.float64)
     for read, refreshed in zip(total, (True, False), strict=True):

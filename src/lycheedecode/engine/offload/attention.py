@@ -168,9 +168,14 @@ def reads_whole_cache(config: HybridConfig) -> str | None:
     return next((name for name, given in settings.items() if given), None)
 
 
-def refuse_unfit(config: HybridConfig, store_ratio: float) -> None:
-    """Raise `ConfigError` for settings that do not work with a cache in host memory."""
+def refuse_unfit(config: HybridConfig, store_ratio: float, plan: HeadPlan | None = None) -> None:
+    """Raise `ConfigError` for settings and plans that do not work with a cache in host memory."""
     check_store_ratio(store_ratio)
+    if plan is not None and plan.budgets is not None:
+        raise ConfigError(
+            "A cache in host memory keeps as many blocks of every head on the GPU: take a head plan without budgets of "
+            "heads, or decode with cache='resident'."
+        )
     name = reads_whole_cache(config)
     if name is not None:
         raise ConfigError(

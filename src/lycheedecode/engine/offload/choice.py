@@ -26,8 +26,8 @@ CachePlace = Literal["resident", "host", "auto"]
 def check_place(place: str, plan: HeadPlan | None, config: HybridConfig, store_ratio: float, on_gpu: bool) -> str:
     """The place to use.
 
-    `auto` is decided when the size of a batch is known. It is `resident` without a GPU or a plan, and with settings
-    that read the whole cache again and again.
+    `auto` is decided when the size of a batch is known. It is `resident` without a GPU or a plan, with budgets of
+    heads, and with settings that read the whole cache again and again.
 
     Raises:
         ConfigError: the cache cannot be kept in host memory, or `store_ratio` is invalid.
@@ -38,14 +38,14 @@ def check_place(place: str, plan: HeadPlan | None, config: HybridConfig, store_r
         return place
     check_store_ratio(store_ratio)
     if place == "auto":
-        may_offload = on_gpu and plan is not None and reads_whole_cache(config) is None
+        may_offload = on_gpu and plan is not None and plan.budgets is None and reads_whole_cache(config) is None
         return "auto" if may_offload else "resident"
     if plan is None:
         raise ConfigError(
             "cache='host' needs a head plan: attention that reads the whole cache at every token is too slow from host "
             "memory."
         )
-    refuse_unfit(config, store_ratio)
+    refuse_unfit(config, store_ratio, plan)
     if not on_gpu:
         warnings.warn(
             "Without a GPU the KV cache is in host memory anyway: cache='host' works, but gains nothing.",

@@ -66,7 +66,8 @@ class _Watched:
         self.refresh_every = attention.refresh_every
         self.allocate = attention.allocate
         self.count_bytes = attention.count_bytes
-        self._readers = Counter(donor for row in attention.plan.donors for donor in row)
+        plan = attention.plan
+        self._readers = Counter(row for layer in range(plan.num_layers) for row in plan.donor_rows(layer))
         self.steps: list[tuple[Counter[int], list[float]]] = []
 
     def __call__(
@@ -77,12 +78,14 @@ class _Watched:
         heads = plan.retrieval_heads(layer)
         if heads:
             mass = ops.scan_blocks(query, kv, heads, size, scale)[:, 0]  # [R, N]
-            for row, head in enumerate(heads):
-                chosen = state.selections.blocks[plan.first_row(layer) + row, 0]
+            own = [plan.donor_rows(layer)[head] for head in heads]
+            for row in range(plan.first_row(layer), plan.first_row(layer) + len(plan.rows(layer))):
+                chosen = state.selections.blocks[row, 0]
                 chosen = chosen[(chosen >= 0) & (chosen < mass.shape[1])].long()
-                self.steps[-1][1].append(float(mass[row, chosen].sum()))
+                if row in own:
+                    self.steps[-1][1].append(float(mass[own.index(row), chosen].sum()))
                 for block in chosen.tolist():
-                    self.steps[-1][0][block] += self._readers[layer, head]
+                    self.steps[-1][0][block] += self._readers[row]
         return output
 
 

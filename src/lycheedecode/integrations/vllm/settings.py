@@ -15,6 +15,7 @@ from typing import Any
 from ...config import HybridConfig
 from ...ops.attend import MAX_TOKENS
 from ...plan import HeadPlan, PlanError
+from ...roles import check_budgets
 from .requests import NAME, Limits, ServingError
 
 OLDEST, NEWEST = (0, 26), (0, 33)
@@ -94,7 +95,7 @@ def read(vllm_config: Any) -> Settings:
     Raises:
         ServingError: no plan, or a setting that a server cannot honour.
         PlanError: the plan cannot be read or does not fit the model.
-        ConfigError: an unknown setting, or a value that makes no sense.
+        ConfigError: an unknown setting, a value that makes no sense, or budgets of heads without a budget.
     """
     config, limits, self_check = read_config(vllm_config)
     plan, model = HeadPlan.load(_given(vllm_config)["plan"]), vllm_config.model_config
@@ -105,6 +106,7 @@ def read(vllm_config: Any) -> Settings:
         num_kv_heads=model.get_total_num_kv_heads(),
         architecture=None if is_wrapped else next(iter(model.hf_config.architectures or ()), None),
     )
+    check_budgets(plan, config)
     return Settings(plan, config, self_check, limits)
 
 

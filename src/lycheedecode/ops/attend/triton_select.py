@@ -22,7 +22,7 @@ from ..merge import finish, merge_chunk, merge_space
 from ..scan import triton as scan
 from ..scan.triton import Worth
 from ..select import triton as select
-from ..select.triton import Rule
+from ..select.rule import Rule
 from ..types import KV, Selections
 from .triton_dense import attend
 

@@ -11,7 +11,7 @@ from ...config import HybridConfig
 from ...errors import DeviceError
 from ..dispatch import check, kernels_for
 from ..select import select_blocks
-from ..types import EVERYTHING, KV, Selections
+from ..types import EVERYTHING, KV, Selections, Shares
 from . import reference
 
 __all__ = ["has_float8", "scan_blocks", "scan_select"]
@@ -65,6 +65,7 @@ def scan_select(
     limits: Tensor | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    shares: Shares | None = None,
 ) -> None:
     """`select_blocks(scan_blocks(...))`, without the scores in between; arguments as there.
 
@@ -76,18 +77,19 @@ def scan_select(
     _check_copy(copy, kv, heads)
     kernels = kernels_for(query)
     if kernels is not None:
-        kernels.scan_select(query, kv, heads, config, scale, out, copy, limits, sinks, scales)
+        kernels.scan_select(query, kv, heads, config, scale, out, copy, limits, sinks, scales, shares)
         return
     if copy is not None:
         reference.write_newest_to_copy(copy, kv, heads, config.refresh_every)
-    fits = limits is None and kv.slots <= out.whole_up_to(config.strategy, config.block_size, config.refresh_every)
+    whole_up_to = out.whole_up_to(config.strategy, config.block_size, config.refresh_every, shares)
+    fits = limits is None and kv.slots <= whole_up_to
     if fits or (limits is not None and bool((limits == EVERYTHING).all())):
         blocks = ceil(kv.slots / config.block_size)
         scores = torch.zeros(len(heads), query.shape[0], blocks, device=query.device)
     else:
         asked = (query, kv, heads, config.block_size, scale, config.block_score, copy)
         scores = reference.scan_blocks(*asked, sinks, scales)
-    select_blocks(scores, kv, config, out, limits)
+    select_blocks(scores, kv, config, out, limits, shares)
 
 
 def has_float8(device: torch.device) -> bool:

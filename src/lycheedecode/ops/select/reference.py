@@ -10,15 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import HybridConfig
-from ..types import EVERYTHING, KV, Selections
+from ..types import EVERYTHING, KV, Selections, Shares
 
 
-def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections, limits: Tensor | None = None) -> None:
+def select_blocks(
+    scores: Tensor,
+    kv: KV,
+    config: HybridConfig,
+    out: Selections,
+    limits: Tensor | None = None,
+    shares: Shares | None = None,
+) -> None:
     capacity = out.blocks.shape[-1]
     if kv.lengths is None and kv.starts is None:
         exists, forced = _blocks_of_full_slots(kv.slots, config, scores.device)
     else:
         exists, forced = _blocks_of(kv.token_counts(), kv.slots, config)
+    if shares is not None:
+        scores = scores[list(shares.heads)]
     scores = F.pad(scores, (0, exists.shape[-1] - scores.shape[-1]))
     ranked = scores.masked_fill(forced, inf).masked_fill_(~exists, -inf)
     value, chosen = ranked.sort(dim=-1, descending=True, stable=True)
@@ -33,7 +42,10 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections,
     elif config.selection == "top_p" and config.top_p is not None:
         mass = scores.gather(-1, chosen).masked_fill(~keep, 0.0)
         keep &= (mass.cumsum(-1) - mass < config.top_p) | (value == inf)
-    if limits is not None:
+    if shares is not None:
+        limits_of_rows = _most_blocks(exists.sum(-1), forced.sum(-1), shares, limits)  # [R, B]
+        keep &= torch.arange(value.shape[-1], device=value.device) < limits_of_rows[..., None]
+    elif limits is not None:
         keep &= torch.arange(value.shape[-1], device=value.device) < limits[:, None]
 
     out.blocks[..., : value.shape[-1]] = chosen.masked_fill_(~keep, -1)
@@ -43,6 +55,16 @@ def select_blocks(scores: Tensor, kv: KV, config: HybridConfig, out: Selections,
         out.counts.masked_fill_(limits == EVERYTHING, EVERYTHING)
     if out.taken is not None:
         out.count_taken(config.chunk_tokens // config.block_size)
+
+
+def _most_blocks(exist: Tensor, forced: Tensor, shares: Shares, limits: Tensor | None) -> Tensor:
+    """Most blocks of every row, int64 `[R, B]`, for sequences with so many blocks, and so many that are forced."""
+    most = torch.tensor(shares.blocks, device=exist.device)[:, None]
+    if limits is None:
+        return torch.where(exist <= shares.of, exist, most.maximum(forced))
+    share = (limits * most + shares.of - 1) // shares.of
+    share = torch.where(exist <= limits, exist, share.maximum(forced))
+    return share.masked_fill(limits == EVERYTHING, 0)
 
 
 def _blocks_of(lengths: Tensor, slots: int, config: HybridConfig) -> tuple[Tensor, Tensor]:

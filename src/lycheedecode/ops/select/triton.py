@@ -17,18 +17,15 @@ depends on the order in which threads run, and nothing travels to the host.
 
 from __future__ import annotations
 
-from math import ceil
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...config import HybridConfig
 from .. import kernel_common as common
 from ..kernel_common import Tuning
-from ..types import KV, Selections
+from ..types import KV, Selections, Shares, constant
+from .rule import Rule
 
 IN_REGISTERS = 64
 """Most keys of a row that a thread holds, and one more."""
@@ -269,10 +266,25 @@ def _choose(
     return wanted
 
 
+@triton.jit
+def _share(exist, forced, r, b, shares, limits):
+    """Most blocks of a row that has a share of the budget, and whether its sequence gets everything."""
+    R = tl.num_programs(0)
+    share, budget = tl.load(shares + R + r), tl.load(shares + 2 * R)
+    everything = exist < 0  # never
+    if limits is not None:
+        limit = tl.load(limits + b)
+        everything = limit < 0
+        share = tl.cdiv(limit.to(tl.int64) * share, budget).to(tl.int32)
+        budget = limit
+    share = tl.where(exist <= budget, exist, tl.maximum(share, forced))
+    return tl.where(everything, 0, share), everything
+
+
 @triton.jit(do_not_specialize=["slots", "N", "num_blocks", "K", "C"])
 def _select_kernel(
     blocks, counts, stride_blocks_r, stride_blocks_b, stride_counts_r, stride_counts_b,
-    taken, stride_taken_r, stride_taken_b, C, scores, lengths, starts, slots, N, num_blocks, K, limits, amount,
+    taken, stride_taken_r, stride_taken_b, C, scores, lengths, starts, slots, N, num_blocks, K, limits, shares, amount,
     STRATEGY: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, LOOKAHEAD: tl.constexpr, BLOCK: tl.constexpr,
     PER: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
@@ -284,11 +296,17 @@ def _select_kernel(
     sinks = tl.minimum((SINK + BLOCK - 1) // BLOCK, exist)  # the blocks before it are always selected ..
     recent = tl.maximum(tl.minimum(tl.maximum(count - RECENT, 0) // BLOCK, exist), sinks)  # .. and those from it on
     blocks += r.to(tl.int64) * stride_blocks_r + b.to(tl.int64) * stride_blocks_b
-    scores += (r * tl.num_programs(1) + b).to(tl.int64) * N
+    head = r
+    if shares is not None:
+        head = tl.load(shares + r)
+    scores += (head * tl.num_programs(1) + b).to(tl.int64) * N
     forced = sinks + exist - recent
     wanted = tl.minimum(exist, K)
     everything = wanted < 0  # never
-    if limits is not None:
+    if shares is not None:
+        share, everything = _share(exist, forced, r, b, shares, limits)
+        wanted = tl.minimum(wanted, share)
+    elif limits is not None:
         limit = tl.load(limits + b)
         everything = limit < 0
         wanted = tl.minimum(wanted, tl.maximum(limit, 0))
@@ -308,39 +326,6 @@ def _select_kernel(
         _count_taken(taken, C, tl.where(everything, PER, 0), blocks, wanted, PER, LANES)
 
 
-class Rule(NamedTuple):
-    """What a `HybridConfig` says about selections, as plain values that an operator can take."""
-
-    strategy: str
-    amount: float
-    sink_tokens: int
-    recent_tokens: int
-    refresh_every: int
-    block_size: int
-    chunk_tokens: int
-
-    @classmethod
-    def of(cls, config: HybridConfig) -> Rule:
-        amount = {"ratio": config.budget_ratio, "threshold": config.threshold, "top_p": config.top_p}
-        rest = (getattr(config, name) for name in cls._fields[2:])
-        return cls(config.strategy, float(amount.get(config.strategy) or 0.0), *rest)
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What kernels are specialised for."""
-        return {
-            "STRATEGY": self.strategy,
-            "SINK": self.sink_tokens,
-            "RECENT": self.recent_tokens,
-            "LOOKAHEAD": self.refresh_every - 1,
-            "BLOCK": self.block_size,
-        }
-
-    def num_blocks(self, slots: int) -> int:
-        """Blocks that may exist, those of the tokens before the next selection included."""
-        return ceil((slots + self.refresh_every - 1) / self.block_size)
-
-
 def select_blocks(
     scores: Tensor,
     kv: KV,
@@ -348,9 +333,10 @@ def select_blocks(
     out: Selections,
     tuning: Tuning | None = None,
     limits: Tensor | None = None,
+    shares: Shares | None = None,
 ) -> None:
     """See `ops.select_blocks`."""
-    check_selections(out, scores.shape[:2])
+    check_selections(out, (num_rows(len(scores), shares), scores.shape[1]))
     if scores.dtype != torch.float32:
         raise ValueError(f"scores must be float32, not {scores.dtype}.")
     scores = scores.contiguous()
@@ -363,7 +349,8 @@ def select_blocks(
             *(blocks, counts, *blocks.stride()[:2], *counts.stride()),
             *((None, 0, 0, 0) if taken is None else (taken, *taken.stride()[:2], taken.shape[2])),
             scores,
-            *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], limits, rule.amount),
+            *(kv.lengths, kv.starts, kv.slots, scores.shape[2], num_blocks, blocks.shape[2], limits),
+            *(None if shares is None else constant(shares.numbers, torch.int32, scores.device), rule.amount),
             **rule.constants,
             PER=rule.chunk_tokens // rule.block_size,
             LANES=tuning.tile,
@@ -373,6 +360,11 @@ def select_blocks(
             maxnreg=_REGISTERS if rule.strategy in ("top_k", "ratio") else None,  # others would spill
             **tuning.launch(kv),
         )
+
+
+def num_rows(heads: int, shares: Shares | None) -> int:
+    """Rows of the selections of so many heads."""
+    return heads if shares is None else len(shares.heads)
 
 
 def check_selections(out: Selections, shape: tuple[int, ...]) -> None:

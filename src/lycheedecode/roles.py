@@ -1,0 +1,69 @@
+"""What a head plan says of each layer under a config: which heads select, for whom, how much, and what completes it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .config import HybridConfig
+from .errors import ConfigError, LycheeWarning
+from .ops import Shares
+from .plan import HeadPlan
+
+
+class LayerRoles(NamedTuple):
+    """What the plan says of one layer, looked up once."""
+
+    retrieval: tuple[int, ...]
+    sparse: tuple[int, ...]
+    first_row: int
+    num_rows: int
+    donor_rows: tuple[int, ...]
+    shares: Shares | None
+
+    @classmethod
+    def of(cls, plan: HeadPlan, config: HybridConfig, layer: int) -> LayerRoles:
+        retrieval, rows = plan.retrieval_heads(layer), plan.rows(layer)
+        first, donor_rows = plan.first_row(layer), plan.donor_rows(layer)
+        shares = None if plan.budgets is None else shares_of(rows, retrieval, config)
+        return cls(retrieval, plan.sparse_heads(layer), first, len(rows), donor_rows, shares)
+
+
+def shares_of(rows: Sequence[tuple[int, float]], heads: Sequence[int], config: HybridConfig) -> Shares:
+    """Budgets of `rows`, KV heads and factors, whose scores are those of `heads`."""
+    assert config.budget_blocks is not None, "check_budgets comes first"
+    blocks = tuple(config.share_blocks(factor) for _, factor in rows)
+    return Shares(tuple(heads.index(head) for head, _ in rows), blocks, config.budget_blocks)
+
+
+def check_budgets(plan: HeadPlan | None, config: HybridConfig) -> None:
+    """Raise `ConfigError` where a plan has budgets of heads, and the config no budget that they could multiply."""
+    if plan is not None and plan.budgets is not None and config.selection != "top_k":
+        raise ConfigError(
+            f"The head plan's budgets of heads multiply budget_tokens: selection must be 'top_k', not "
+            f"{config.selection!r}, or take a plan without budgets."
+        )
+
+
+def completion_factors(plan: HeadPlan, config: HybridConfig, layers: Sequence[int]) -> dict[int, tuple[float, ...]]:
+    """Factors of the KV heads of every layer in which some head is completed."""
+    if config.completion == "centroid":
+        return dict.fromkeys(sorted(layers), (1.0,) * plan.num_kv_heads)
+    if config.completion == "none" or plan.completion is None:
+        return {}
+    _warn_of_other_fit(plan, config)
+    return {layer: plan.completion[layer] for layer in sorted(layers) if any(plan.completion[layer])}
+
+
+def _warn_of_other_fit(plan: HeadPlan, config: HybridConfig) -> None:
+    """Say, once, that the plan's factors were fitted for something else."""
+    made = plan.provenance.get("completion")
+    if not isinstance(made, Mapping):
+        return
+    here = {"chunk": config.chunk_tokens, "budget_tokens": config.budget_tokens}
+    other = {name: made[name] for name, value in here.items() if value and made.get(name) not in (None, value)}
+    if other:
+        said = " and ".join(f"{name} = {value}, not {here[name]}" for name, value in other.items())
+        said = f"The head plan's completion was fitted for {said}; it is used unchanged."
+        warnings.warn(said, LycheeWarning, stacklevel=4)
