@@ -314,7 +314,7 @@ class ServingSettings(BenchSettings):
     page_tokens: int | None = None
     tensor_parallel_size: int = 1
     block_size: int = 32
-    tokens: int = 132
+    tokens: int = 256
     repeats: int = 3
     memory: float = 0.9
     fill: bool = False
