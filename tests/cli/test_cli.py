@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from typer.testing import CliRunner
 
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import COMMANDS, app, main
-from lycheedecode.cli.report import Steps, show_table
-from lycheedecode.errors import MismatchError
+from lycheedecode.cli.report import Steps, quiet, show_table
+from lycheedecode.errors import LycheeWarning, MismatchError
 from lycheedecode.identify import IdentifySettings, pipeline
 from lycheedecode.results import Result
 
@@ -652,3 +653,11 @@ def test_what_host_memory_does_not_go_with(base, plan_file):
     assert "store_ratio must be at least 1" in sentence
     sentence = refusal(*base, "--plan", plan_file, "--cache", "host", "--lossless", PROMPT)
     assert "verify_every reads the whole cache" in sentence
+
+
+def test_warnings_of_libraries_are_not_ours(capsys):
+    with quiet(verbose=False):
+        warnings.simplefilter("always")  # as some libraries do when they are imported
+        warnings.warn("something of theirs", stacklevel=1)
+        warnings.warn("something of ours", LycheeWarning, stacklevel=1)
+    assert capsys.readouterr().err == "lycheedecode: something of ours\n"

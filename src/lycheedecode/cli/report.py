@@ -102,13 +102,18 @@ def quiet(verbose: bool) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", LycheeWarning)  # once each
-            warnings.showwarning = lambda message, *_, **__: errors.print(f"lycheedecode: {message}", markup=False)
+            warnings.showwarning = _show_ours  # others come here, too, where a library has reset the filters
             yield
     finally:
         logging.captureWarnings(False)
         hf_logging.set_verbosity(before)
         if bar:
             hf_logging.enable_progress_bar()
+
+
+def _show_ours(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if issubclass(category, LycheeWarning):
+        errors.print(f"lycheedecode: {message}", markup=False)
 
 
 def say_what_is_covered(tokens: int, capacity: int | None) -> None:
