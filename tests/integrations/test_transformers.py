@@ -217,6 +217,16 @@ def traces(model):
     )
 
 
+def test_a_context_outlives_hybrid_attention(llama):
+    """Meanwhile an engine is told what keeps it from the model, which is not a change."""
+    engine = Engine(llama, plan=tiny.plan(), config=TIGHT)
+    context = engine.prefill(tiny.prompts(60))
+    expected = engine.generate(context, 6)[0].token_ids
+    with hybrid(llama, tiny.plan(), TIGHT), pytest.raises(ModelError, match="already routed by LycheeDecode"):
+        engine.generate(context, 6)
+    assert engine.generate(context, 6)[0].token_ids == expected
+
+
 def test_nothing_is_left_behind(llama):
     before = traces(llama)
     with hybrid(llama, tiny.plan(), TIGHT) as inside:

@@ -10,6 +10,7 @@ far, the size of the last static cache, compiled calls.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,9 +51,14 @@ class ModelState:
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
     """Plain attributes, such as which adapters are active, and how many hooks there are."""
-    hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+    hooks = _count(module._forward_hooks), _count(module._forward_pre_hooks)
     names = (name for name in vars(module) if name not in _NOT_ATTRIBUTES and not _OF_RUNS.search(name))
     return *hooks, *((name, _frozen(vars(module)[name])) for name in names)
+
+
+def _count(hooks: Mapping[int, Any]) -> int:
+    """How many there are, but for our own: `hybrid` watches its model, and keeps engines from it anyway."""
+    return sum(not (getattr(hook, "__module__", None) or "").startswith("lycheedecode.") for hook in hooks.values())
 
 
 def _frozen(value: Any) -> Any:
