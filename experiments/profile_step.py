@@ -70,7 +70,7 @@ def run_rounds(settings: LosslessSettings, device: str) -> dict[str, Any]:
         engine, rounds = make_rounds(model, context, settings, drafts, max(settings.refresh), settings.weights[-1])
         with engine._decoder.route:
             for name, part in rounds.parts.items():
-                found[name] = trace(part, rounds.clear)
+                found[name] = trace(part, rounds.rewind)
         for name, kernels in found.items():
             say(f"{name}, batch {batch}, {length} tokens\n{format_kernels(kernels)}")
             profiles.append({**case, "part": name, "kernels": [asdict(kernel) for kernel in kernels]})

@@ -9,13 +9,13 @@ import torch
 from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
-from experiments import tune_memory
+from experiments import profile_step, tune_memory
 from experiments.__main__ import app
 from experiments.profile_memory import waits
 from experiments.profile_step import Kernel, add_up, format_kernels
 from experiments.tune_ops import KERNELS, candidates
 from experiments.tune_step import tune_step
-from lycheedecode.bench.settings import MemorySettings
+from lycheedecode.bench.settings import LosslessSettings, MemorySettings
 from lycheedecode.engine.offload import store
 from lycheedecode.ops.fetch import triton as fetch_kernels
 from lycheedecode.results import Result
@@ -106,6 +106,14 @@ def test_a_profile_is_reported(tmp_path):
     assert CliRunner().invoke(app, ["profile", *small, "--json", str(path)]).exit_code == 0
     (profile,) = Result.load(path).summary["profiles"]
     assert any("attend_blocks" in kernel["name"] for kernel in profile["kernels"])
+
+
+def test_every_part_of_a_round_is_traced(monkeypatch):
+    """There is nothing to trace on a CPU, but the parts run, in any order."""
+    monkeypatch.setattr(profile_step, "record", lambda run, steps, before=None: [before and before(), run()][:0])
+    sizes = {"contexts": (300,), "budget_tokens": 128, "block_size": 16, "drafts": (3,), "refresh": (8,)}
+    found = profile_step.run_rounds(LosslessSettings(model="tiny", **sizes, execution="graph"), "cpu")
+    assert [profile["part"] for profile in found["profiles"]] == ["full step", "select", "keep", "verify"]
 
 
 @pytest.mark.gpu
