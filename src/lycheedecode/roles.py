@@ -34,7 +34,7 @@ def shares_of(rows: Sequence[tuple[int, float]], heads: Sequence[int], config: H
     """Budgets of `rows`, KV heads and factors, whose scores are those of `heads`."""
     assert config.budget_blocks is not None, "check_budgets comes first"
     blocks = tuple(config.share_blocks(factor) for _, factor in rows)
-    return Shares(tuple(heads.index(head) for head, _ in rows), blocks, config.budget_blocks)
+    return Shares(tuple(heads.index(head) for head, _ in rows), blocks, config.budget_blocks, config.forced_blocks)
 
 
 def check_budgets(plan: HeadPlan | None, config: HybridConfig) -> None:

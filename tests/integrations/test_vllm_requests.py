@@ -1,5 +1,7 @@
 """Requests that say something of their own attention: each gets what it asks for, whoever else is in the batch."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -100,3 +102,14 @@ def test_it_does_not_serve_what_it_gets_wrong(folder, monkeypatch):
         pass
     with serving(folder, tiny.plan(), {**TIGHT, "self_check": False}) as llm:
         assert groups(llm)
+
+
+def test_budgets_of_heads_grow_and_shrink_with_those_of_requests(folder):
+    """Tokens are those of Engine with that budget, after the self-check."""
+    plan = replace(tiny.plan(), budgets=((0.5, 2.0), (1.0, 2.0), (0.25, 0.5), (1.0, 1.0)))
+    asked = [None, "budget_tokens=16", "budget_tokens=32", "off"]
+    budgets = [24, 16, 32, None]
+    with serving(folder, plan, {**TIGHT, "budget_tokens": 24, "max_budget_tokens": 32}) as llm:
+        found = generate(llm, PROMPTS[:4], asked=asked)
+    for prompt, tokens, budget in zip(PROMPTS, found, budgets, strict=False):
+        assert [tokens] == ours("llama", budget and plan, {**TIGHT, "budget_tokens": budget or 24}, [prompt])

@@ -11,7 +11,7 @@ from hopper import SHARED_MEMORY, programs_at_once, spilled_bytes
 
 from lycheedecode import HybridConfig
 from lycheedecode.bench import read
-from lycheedecode.ops import KV, Completion, Selections
+from lycheedecode.ops import KV, Completion, Selections, Shares
 from lycheedecode.ops import kernel_common as common
 from lycheedecode.ops import operators as kernels
 from lycheedecode.ops.append.rope import Rotation
@@ -201,6 +201,16 @@ def test_rows_of_scores(compiled, num_blocks, tmp_path):
     kv, config = make_cache(64, torch.bfloat16, slots=32 * num_blocks), HybridConfig()
     query, out = torch.empty(1, 8, 64, dtype=torch.bfloat16), Selections.allocate(1, 1, 128, "cpu")
     kernels.select_blocks(kernels.scan_blocks(query, kv, (1,), 32, 0.1), kv, config, out)
+    check(compiled, tmp_path, 3)
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["", "limits"])
+def test_shares_of_the_budget(compiled, limited, tmp_path):
+    kv, config = make_cache(64, torch.bfloat16), HybridConfig()
+    query, out = torch.empty(1, 8, 64, dtype=torch.bfloat16), Selections.allocate(3, 1, 512, "cpu", 1024)
+    limits = torch.zeros(1, dtype=torch.int32) if limited else None
+    shares = Shares((0, 1, 1), (32, 64, 512), 128, 3)
+    kernels.scan_select(query, kv, (0, 1), config, 0.1, out, limits=limits, shares=shares)
     check(compiled, tmp_path, 3)
 
 

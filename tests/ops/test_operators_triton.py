@@ -6,7 +6,7 @@ from kernel_cases import DEVICE, GPU, SCALE, as_sets, close, kernels, make_cache
 
 from lycheedecode import HybridConfig
 from lycheedecode.bench.verify import check_same_blocks
-from lycheedecode.ops import KV, Selections, reference
+from lycheedecode.ops import KV, Selections, Shares, reference
 from lycheedecode.ops.dispatch import kernel_obstacle
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about log2(0) and -inf
@@ -24,6 +24,21 @@ def test_compiled_without_graph_breaks():
         ):
             torch.testing.assert_close(got, wanted)
         assert as_sets(out) == as_sets(expected)
+
+
+def test_shares_pass_through_the_compiler():
+    kv, config = make_cache([90, 33], slots=96), HybridConfig(block_size=8, budget_tokens=64, recent_tokens=8)
+    query, shares = make_query(kv, 2), Shares((0, 1, 1), (5, 4, 12), 8, 4)
+
+    def select(query, kv, out):
+        kernels.scan_select(query, kv, (0, 1), config, SCALE, out, shares=shares)
+        return out.counts + 0
+
+    expected, out = (Selections.allocate(3, 2, 12, DEVICE) for _ in range(2))
+    compiled = torch.compile(select, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    assert torch.equal(compiled(query, kv, out), select(query, kv, expected))
+    assert as_sets(out) == as_sets(expected)
+    assert out.counts.tolist() == [[5, 5], [4, 5], [12, 5]]
 
 
 def test_bad_input_names_the_argument():
@@ -96,10 +111,13 @@ def test_replayed_as_a_cuda_graph():
     query, rows = make_query(kv, 4), torch.tensor([0, 1, 2] * 2 + [1, 2], device=DEVICE)
     selections = Selections.allocate(3, 2, 64, DEVICE)
     step(query, kv, config, selections, rows)
+    shares, uneven = Shares((0, 1, 1), (16, 8, 256), 64, 4), Selections.allocate(3, 2, 256, DEVICE)
+    kernels.scan_select(query, kv, (2, 3), config, SCALE, uneven, shares=shares)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result, _ = step(query, kv, config, selections, rows)
+        kernels.scan_select(query, kv, (2, 3), config, SCALE, uneven, shares=shares)
     for lengths in ([1, 3000], [0, 17], [2999, 512]):
         kv.lengths.copy_(torch.tensor(lengths))
         query.normal_()
@@ -108,3 +126,6 @@ def test_replayed_as_a_cuda_graph():
         expected, _ = step(query, kv, config, selections, rows)
         assert torch.equal(replayed, expected)
         assert sets == as_sets(selections)
+        expected = Selections.allocate(3, 2, 256, DEVICE)
+        kernels.scan_select(query, kv, (2, 3), config, SCALE, expected, shares=shares)
+        assert as_sets(uneven) == as_sets(expected)

@@ -114,27 +114,29 @@ class Shares(NamedTuple):
 
     Attributes:
         heads: the row of the scores that each row of the selections is chosen from.
-        blocks: most blocks of each.
+        blocks: most blocks of each, no fewer than `least`.
         of: blocks of the budget that these are shares of. Where sequences have limits, these take its place, and shares
             grow and shrink with them, rounded up.
+        least: blocks that every share holds, however small the limit: room for sinks and recent tokens.
     """
 
     heads: tuple[int, ...]
     blocks: tuple[int, ...]
     of: int
+    least: int
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int] | None) -> Shares | None:
         """Inverse of `numbers`."""
         if numbers is None:
             return None
-        rows = len(numbers) // 2
-        return cls(tuple(numbers[:rows]), tuple(numbers[rows:-1]), numbers[-1])
+        rows = len(numbers) // 2 - 1
+        return cls(tuple(numbers[:rows]), tuple(numbers[rows:-2]), *numbers[-2:])
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """All of it, `2 R + 1` numbers."""
-        return (*self.heads, *self.blocks, self.of)
+        """All of it, `2 R + 2` numbers."""
+        return (*self.heads, *self.blocks, self.of, self.least)
 
 
 class Completion(NamedTuple):

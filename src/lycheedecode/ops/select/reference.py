@@ -43,7 +43,7 @@ def select_blocks(
         mass = scores.gather(-1, chosen).masked_fill(~keep, 0.0)
         keep &= (mass.cumsum(-1) - mass < config.top_p) | (value == inf)
     if shares is not None:
-        limits_of_rows = _most_blocks(exists.sum(-1), forced.sum(-1), shares, limits)  # [R, B]
+        limits_of_rows = _most_blocks(exists.sum(-1), shares, limits)  # [R, B]
         keep &= torch.arange(value.shape[-1], device=value.device) < limits_of_rows[..., None]
     elif limits is not None:
         keep &= torch.arange(value.shape[-1], device=value.device) < limits[:, None]
@@ -57,13 +57,13 @@ def select_blocks(
         out.count_taken(config.chunk_tokens // config.block_size)
 
 
-def _most_blocks(exist: Tensor, forced: Tensor, shares: Shares, limits: Tensor | None) -> Tensor:
-    """Most blocks of every row, int64 `[R, B]`, for sequences with so many blocks, and so many that are forced."""
+def _most_blocks(exist: Tensor, shares: Shares, limits: Tensor | None) -> Tensor:
+    """Most blocks of every row, int64 `[R, B]`, for sequences that have so many."""
     most = torch.tensor(shares.blocks, device=exist.device)[:, None]
     if limits is None:
-        return torch.where(exist <= shares.of, exist, most.maximum(forced))
-    share = (limits * most + shares.of - 1) // shares.of
-    share = torch.where(exist <= limits, exist, share.maximum(forced))
+        return torch.where(exist <= shares.of, exist, most)
+    share = ((limits * most + shares.of - 1) // shares.of).clamp(min=shares.least)
+    share = torch.where(exist <= limits, exist, share)
     return share.masked_fill(limits == EVERYTHING, 0)
 
 

@@ -267,7 +267,7 @@ def _choose(
 
 
 @triton.jit
-def _share(exist, forced, r, b, shares, limits):
+def _share(exist, r, b, shares, limits):
     """Most blocks of a row that has a share of the budget, and whether its sequence gets everything."""
     R = tl.num_programs(0)
     share, budget = tl.load(shares + R + r), tl.load(shares + 2 * R)
@@ -276,8 +276,8 @@ def _share(exist, forced, r, b, shares, limits):
         limit = tl.load(limits + b)
         everything = limit < 0
         share = tl.cdiv(limit.to(tl.int64) * share, budget).to(tl.int32)
-        budget = limit
-    share = tl.where(exist <= budget, exist, tl.maximum(share, forced))
+        share, budget = tl.maximum(share, tl.load(shares + 2 * R + 1)), limit
+    share = tl.where(exist <= budget, exist, share)
     return tl.where(everything, 0, share), everything
 
 
@@ -304,7 +304,7 @@ def _select_kernel(
     wanted = tl.minimum(exist, K)
     everything = wanted < 0  # never
     if shares is not None:
-        share, everything = _share(exist, forced, r, b, shares, limits)
+        share, everything = _share(exist, r, b, shares, limits)
         wanted = tl.minimum(wanted, share)
     elif limits is not None:
         limit = tl.load(limits + b)
