@@ -8,7 +8,7 @@ import tiny
 import torch
 from test_attention import layers, step
 
-from lycheedecode import Engine, HybridConfig, hybrid
+from lycheedecode import Engine, HybridConfig, hybrid, ops
 from lycheedecode.attention import FullAttention, HybridAttention
 from lycheedecode.engine.offload.choice import check_place
 from lycheedecode.errors import ConfigError
@@ -155,6 +155,19 @@ def test_lossless_text_is_full_attentions(llama, settings):
     results = Engine(llama, plan=PLAN, config=replace(CONFIG, verify_every=5, **settings)).generate(rows, 30)
     assert [result.token_ids for result in results] == expected
     assert all(result.accepted for result in results)
+
+
+def test_a_layer_looks_at_no_more_entries_than_its_heads_read(monkeypatch):
+    """Where all have one budget, or less: as without budgets of heads."""
+    seen, attend_blocks = [], ops.attend_blocks
+
+    def look(query, kv, selections, *more, **options):
+        seen.append(selections.blocks.shape[-1])
+        return attend_blocks(query, kv, selections, *more, **options)
+
+    monkeypatch.setattr(ops, "attend_blocks", look)
+    step(HybridAttention(PLAN, CONFIG), *layers(slots=90))
+    assert seen == [16, 16, 8, 8]
 
 
 def test_a_budget_that_covers_the_context_is_full_attention():

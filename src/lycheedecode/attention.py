@@ -273,6 +273,7 @@ class HybridAttention:
             chosen = selections.rows(roles.first_row, roles.num_rows)
             own = {"out": chosen, "copy": state.copy_of(layer), "limits": state.limits, "shares": roles.shares, **more}
         completion = self.completion_of(layer, state)
+        read = selections if roles.most is None else selections.up_to(roles.most)
         if config.retrieval_attention == "full" and roles.retrieval:  # the paper's form
             if selects and state.limits is roles.shares is sinks is scales is None:
                 dense = ops.attend_select(query, kv, roles.retrieval, config, scale, out=chosen)
@@ -282,15 +283,13 @@ class HybridAttention:
                 dense = ops.attend(query, kv, scale, roles.retrieval, **more)
             rows = tuple(roles.donor_rows[head] for head in roles.sparse)
             forms = (roles.retrieval, roles.sparse, rows)
-            output = attend_in_two_forms(
-                query, kv, selections, *forms, config.block_size, scale, dense, completion, **more
-            )
+            output = attend_in_two_forms(query, kv, read, *forms, config.block_size, scale, dense, completion, **more)
             return output if out is None else out.copy_(output)
         if selects:
             self.select(layer, query, kv, roles.retrieval, scale, **own)
         donor_rows = constant(roles.donor_rows, torch.int64, query.device)
         more["completion"] = completion
-        return ops.attend_blocks(query, kv, selections, donor_rows, config.block_size, scale, out=out, **more)
+        return ops.attend_blocks(query, kv, read, donor_rows, config.block_size, scale, out=out, **more)
 
     def completion_of(self, layer: int, state: HybridState) -> Completion | None:
         """What stands for the tokens that the layer's heads leave unread; None where it is nothing."""

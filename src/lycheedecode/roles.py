@@ -13,21 +13,34 @@ from .plan import HeadPlan
 
 
 class LayerRoles(NamedTuple):
-    """What the plan says of one layer, looked up once."""
+    """What the plan says of one layer, looked up once.
+
+    Attributes:
+        retrieval, sparse: KV heads.
+        first_row, num_rows: the rows of the selections that it writes.
+        donor_rows: the row that each head reads.
+        shares: budgets of the rows that it writes; None: one for all.
+        most: blocks of the largest row that it reads; None: they are all alike.
+    """
 
     retrieval: tuple[int, ...]
     sparse: tuple[int, ...]
     first_row: int
     num_rows: int
     donor_rows: tuple[int, ...]
-    shares: Shares | None
+    shares: Shares | None = None
+    most: int | None = None
 
     @classmethod
     def of(cls, plan: HeadPlan, config: HybridConfig, layer: int) -> LayerRoles:
         retrieval, rows = plan.retrieval_heads(layer), plan.rows(layer)
         first, donor_rows = plan.first_row(layer), plan.donor_rows(layer)
-        shares = None if plan.budgets is None else shares_of(rows, retrieval, config)
-        return cls(retrieval, plan.sparse_heads(layer), first, len(rows), donor_rows, shares)
+        found = cls(retrieval, plan.sparse_heads(layer), first, len(rows), donor_rows)
+        if plan.budgets is None:
+            return found
+        shares = shares_of(rows, retrieval, config)
+        most = max(shares.of, *map(config.share_blocks, plan.budgets[layer]))
+        return found._replace(shares=shares, most=most)
 
 
 def shares_of(rows: Sequence[tuple[int, float]], heads: Sequence[int], config: HybridConfig) -> Shares:

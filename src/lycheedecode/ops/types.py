@@ -83,6 +83,10 @@ class Selections(NamedTuple):
         """View of the first `count` sequences."""
         return self._views(lambda part: part[:, :count])
 
+    def up_to(self, blocks: int) -> Selections:
+        """View of the first `blocks` entries of every row."""
+        return self._replace(blocks=self.blocks[..., :blocks])
+
     def _views(self, of: Callable[[Tensor], Tensor]) -> Selections:
         return Selections(of(self.blocks), of(self.counts), None if self.taken is None else of(self.taken))
 
