@@ -293,7 +293,8 @@ def test_generate_refuses_files_it_cannot_use(base, model_folder, plan_file, tmp
     missing = str(tmp_path / "no-model")
     assert "There is no model at" in refusal("generate", "--model", missing, "--plan", plan_file, "x")
     Path(missing).mkdir()
-    assert "is not a whole model: it has no config.json" in refusal("generate", "--model", missing, "--plan", plan_file, "x")
+    said = refusal("generate", "--model", missing, "--plan", plan_file, "x")
+    assert "is not a whole model: it has no config.json" in said
 
 
 def test_a_missing_extra_is_named(plan_file, tmp_path, monkeypatch):
