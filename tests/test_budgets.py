@@ -157,6 +157,16 @@ def test_lossless_text_is_full_attentions(llama, settings):
     assert all(result.accepted for result in results)
 
 
+def test_shares_that_no_sequence_can_fill():
+    """Numbers of blocks stay numbers of 32 bits."""
+    plan, config = replace(tiny.plan(), budgets=((1000.0, 1e-9),) * 4), replace(CONFIG, budget_tokens=1 << 33)
+    caches, queries = layers(slots=90)
+    _, state = step(HybridAttention(plan, config), caches, queries)
+    assert (state.selections.counts == 23).all()
+    _, state = step(HybridAttention(plan, CONFIG), caches, queries)
+    assert set(state.selections.counts.unique().tolist()) == {3, 23}
+
+
 def test_a_layer_looks_at_no_more_entries_than_its_heads_read(monkeypatch):
     """Where all have one budget, or less: as without budgets of heads."""
     seen, attend_blocks = [], ops.attend_blocks

@@ -73,9 +73,9 @@ def test_factors_that_make_no_sense_are_refused(table, said):
     ("table", "said"),
     [
         ([[1.0, 2.0]], "budgets must have the shape of donors, 3 x 2"),
-        ([[1.0, 0.0]] * 3, "budgets must be a table of finite factors above 0"),
-        ([[1.0, float("nan")]] * 3, "finite factors above 0"),
-        ([[1.0, float("inf")]] * 3, "finite factors above 0"),
+        ([[1.0, 0.0]] * 3, "budgets must be a table of factors above 0, and at most 1000"),
+        ([[1.0, float("nan")]] * 3, "factors above 0"),
+        ([[1.0, 1001.0]] * 3, "at most 1000"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(table, said):

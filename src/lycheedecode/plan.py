@@ -56,7 +56,7 @@ class HeadPlan:
         completion: `L x Hkv` factors of at least 0: the weight of the tokens that a head leaves unread, represented by
             their chunk's mean key and value. 0: they do not count. None completes nothing. `provenance["completion"]`
             says what they were fitted for: `chunk` (tokens) and, if it was fixed, `budget_tokens`.
-        budgets: `L x Hkv` positive factors on the config's budget: how many of its donor's best blocks a head reads.
+        budgets: `L x Hkv` factors on the config's budget, above 0: how many of its donor's best blocks a head reads.
             None: 1 for every head; a table of ones becomes None.
     """
 
@@ -76,8 +76,8 @@ class HeadPlan:
             object.__setattr__(self, name, self._as_table(name, getattr(self, name)))
         if self.completion is not None and not all(0 <= factor < inf for row in self.completion for factor in row):
             raise PlanError("completion must be a table of finite factors that are not negative.")
-        if self.budgets is not None and not all(0 < factor < inf for row in self.budgets for factor in row):
-            raise PlanError("budgets must be a table of finite factors above 0.")
+        if self.budgets is not None and not all(0 < factor <= 1000 for row in self.budgets for factor in row):
+            raise PlanError("budgets must be a table of factors above 0, and at most 1000.")
         if self.budgets is not None and all(factor == 1 for row in self.budgets for factor in row):
             object.__setattr__(self, "budgets", None)
 

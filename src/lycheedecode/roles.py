@@ -11,6 +11,9 @@ from .errors import ConfigError, LycheeWarning
 from .ops import Shares
 from .plan import HeadPlan
 
+_MOST_BLOCKS = 1 << 30
+"""More than any sequence has, and still a number of 32 bits."""
+
 
 class LayerRoles(NamedTuple):
     """What the plan says of one layer, looked up once.
@@ -46,7 +49,7 @@ class LayerRoles(NamedTuple):
 def shares_of(rows: Sequence[tuple[int, float]], heads: Sequence[int], config: HybridConfig) -> Shares:
     """Budgets of `rows`, KV heads and factors, whose scores are those of `heads`."""
     assert config.budget_blocks is not None, "check_budgets comes first"
-    blocks = tuple(config.share_blocks(factor) for _, factor in rows)
+    blocks = tuple(min(config.share_blocks(factor), _MOST_BLOCKS) for _, factor in rows)
     return Shares(tuple(heads.index(head) for head, _ in rows), blocks, config.budget_blocks, config.forced_blocks)
 
 
