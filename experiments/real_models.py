@@ -38,7 +38,7 @@ def real_fidelity_short(out: Path, gpu: str) -> Iterator[str]:
 
 
 def _at_equal_bytes(*lengths: int) -> str:
-    first = f"hybrid@{PLAN},hybrid+float8@{PLAN},hybrid@ours-7"
+    first = f"hybrid@{PLAN},hybrid+float8@{PLAN},hybrid+int4@{PLAN},hybrid@ours-7"
     policies = f"{first},paper@ours-7,paper@paper-7,duo@ours-7,kascade@{PLAN},tidaldecode,quest,streaming"
     plans = f"--plan {PLAN} --plan OUT/plans/ours-7.json --plan OUT/plans/paper-7.json"
     cells = " ".join(

@@ -215,15 +215,19 @@ def compare_beside(beside: Any, layer: int, kv: Any, heads: tuple[int, ...]) -> 
         page = kv.keys.shape[2]
         for b, count in enumerate(counts.tolist()):
             pages = kv.page_table[b, : -(-max(count - 1, 0) // page)].long()
-            fresh = torch.zeros((len(pages), len(heads), *kv.keys.shape[2:]), device=kv.keys.device)
-            fresh = fresh.to(torch.float8_e4m3fn)
+            mine = beside.copies[layer].views(lambda part, pages=pages: part[pages])
+            fresh = mine.views(torch.zeros_like)
             reference.write_pages_to_copy(fresh, kv.keys[pages], heads, torch.arange(len(pages), device=pages.device))
-            mine = beside.copies[layer][pages]
-            tokens = [x.view(torch.uint8).transpose(0, 1).flatten(1, 2)[:, : max(count - 1, 0)] for x in (mine, fresh)]
-            found["copies"] += tokens[0].shape[0] * tokens[0].shape[1]
-            if not torch.equal(*tokens):
-                raise MismatchError(f"in layer {layer} copies of keys are not those of their pages.")
+            found["copies"] += len(heads) * max(count - 1, 0)
+            for part, right in zip(mine, fresh, strict=True):
+                if part is not None and not torch.equal(*(_first_bytes(x, count - 1) for x in (part, right))):
+                    raise MismatchError(f"in layer {layer} copies of keys are not those of their pages.")
     return found
+
+
+def _first_bytes(pages: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Of pages `[n, R, page, ...]`, those of the first tokens."""
+    return pages.view(torch.uint8).transpose(0, 1).flatten(1, 2)[:, : max(tokens, 0)]
 
 
 def lines(result: Result) -> Iterator[str]:

@@ -79,7 +79,7 @@ def ops(out: Path, gpu: str) -> Iterator[str]:
 
 @stage("whole decode steps of models of 8B, and their kernels", "1 GPU of 80 GB or more", 15)
 def step(out: Path, gpu: str) -> Iterator[str]:
-    forms = "--forms full,hybrid,paper,hybrid+float8,hybrid+refresh2"
+    forms = "--forms full,hybrid,paper,hybrid+float8,hybrid+int4,hybrid+refresh2"
     contexts = "--batches 1,4 --contexts 32768,131072,524288"  # 4 x 524288 does not fit, and is left out
     yield f"bench step {contexts} {forms} --json OUT/{gpu}-step-llama-3-8b.json"
     yield f"bench step --model qwen3-8b --batches 1,4 --json OUT/{gpu}-step-qwen3-8b.json"
@@ -103,7 +103,7 @@ def plan(out: Path, gpu: str) -> Iterator[str]:
 
 @stage("the shipped plan and its controls, and what cuts the scan's bytes further", "1 GPU", 8)
 def fidelity(out: Path, gpu: str) -> Iterator[str]:
-    policies = "hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,random:1,random:2,own-topk"
+    policies = "hybrid,hybrid+float8,hybrid+int4,hybrid+refresh2,paper,same-index,random:0,random:1,random:2,own-topk"
     yield f"{BUDGET} --batch-size 50 --policies {policies} --json OUT/fidelity.json"
 
 
@@ -208,7 +208,7 @@ def cpu(out: Path, gpu: str) -> Iterator[str]:
     small += " --ways full,hybrid,hybrid+refresh2,transformers"
     yield f"bench generate {small} --json OUT/cpu-generate.json"
     cells = "--batch-size 10 --cells noise:2048:passkey:1 --cells prose:2048:passkey:1"
-    policies = "--policies hybrid,hybrid+float8,hybrid+refresh2,paper,same-index,random:0,own-topk"
+    policies = "--policies hybrid,hybrid+float8,hybrid+int4,hybrid+refresh2,paper,same-index,random:0,own-topk"
     yield f"{BUDGET} {cells} {policies} --json OUT/fidelity-2k-cpu.json"
     texts = "--cells code:2048:continuation:64 --cells prose:2048:continuation:64 --prompts 8 --batch-size 8"
     few = "--policies hybrid,hybrid+refresh2,paper,same-index,own-topk"

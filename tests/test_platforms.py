@@ -56,7 +56,8 @@ commands, modules = json.loads(sys.argv[1])
 model, tokenizer = load_model("model")
 plan, config = HeadPlan.load("plan.json"), HybridConfig(budget_tokens=32, block_size=8, sink_tokens=4, recent_tokens=8)
 text = "A text that is longer than the budget. " * 5
-for more in {}, {"completion": "centroid", "completion_chunk": 8}, {"scan_keys": "float8"}, {"verify_every": 2}:
+completed = {"completion": "centroid", "completion_chunk": 8}
+for more in {}, completed, {"scan_keys": "float8"}, {"scan_keys": "int4"}, {"verify_every": 2}:
     engine = Engine(model, tokenizer, plan=plan, config={**config.to_dict(), **more})
     [made] = engine.generate(text, 8, sampling={"temperature": 0.7, "seed": 1}, ignore_eos=True)
     assert len(made.token_ids) == 8

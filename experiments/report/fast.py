@@ -16,6 +16,7 @@ SHOWN = {
     "hybrid": "",
     "hybrid+centroid": ", with completion",
     "hybrid+float8": ", with an 8-bit copy of scanned keys",
+    "hybrid+int4": ", with a 4-bit copy of scanned keys",
     "hybrid+weights8": ", with weights in 8 bits",
     "hybrid+host": ", with the cache in host memory",
 }

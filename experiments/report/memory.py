@@ -10,6 +10,7 @@ from experiments.report.sources import Row, Source, tokens
 FORMS = {
     "hybrid": "",
     "hybrid+float8": ", 8-bit scan keys",
+    "hybrid+int4": ", 4-bit scan keys",
     "hybrid+refresh2": ", selected every second token",
     "hybrid+refresh4": ", selected every fourth token",
 }

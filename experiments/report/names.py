@@ -17,6 +17,7 @@ LEGEND = {
     "hybrid": Name("#c0392b", "this library's default: all heads attend to the selections of a few"),
     "hybrid+refresh2": Name("#e67e22", "hybrid that selects every second token"),
     "hybrid+float8": Name("#f1948a", "hybrid that scans an 8-bit copy of the retrieval heads' keys"),
+    "hybrid+int4": Name("#d98880", "hybrid that scans a 4-bit copy of the retrieval heads' keys"),
     "hybrid+centroid": Name("#922b21", "hybrid with completion: unread tokens enter as the means of their chunks"),
     "hybrid+weights8": Name("#b9770e", "hybrid with the linear layers' weights in 8 bits, an error of its own"),
     "lossless": Name("#f1c40f", "hybrid drafts, verified by full attention: full attention's own text"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .config import HybridConfig
-from .ops import KV, ChunkMeans, Completion, KeyCopy, Selections
+from .ops import KV, ChunkMeans, Completion, KeyCopy, Selections, SmallKeys
 from .ops.count import Means
 from .ops.types import constant
 from .plan import HeadPlan
@@ -121,7 +121,7 @@ class HybridState(State):
         if self.means is not None:
             self.means.follow(store_of, begin, written, end, most, starts)
 
-    def copy_of(self, layer: int) -> Tensor | None:
+    def copy_of(self, layer: int) -> SmallKeys | None:
         """What the retrieval heads of a layer scan in place of the cache (`ops.scan_blocks`)."""
         return None if self.copy is None else self.copy.of_layer(layer)
 
@@ -224,7 +224,9 @@ class HybridAttention:
         num_blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
         size = len(self.plan.selections), batch, self.capacity_blocks(num_blocks)
         chunks = max(slots // config.chunk_tokens, 1) if self._factors else 0
-        copy = KeyCopy(self.scanned, config.refresh_every) if config.scan_keys == "float8" else None
+        copy = None
+        if config.scan_keys != "cache":
+            copy = KeyCopy(config.scan_keys, self.scanned, config.refresh_every)
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens) if self._factors else None
         return HybridState(Selections.allocate(*size, device, chunks), copy, means)
 

@@ -13,7 +13,7 @@ from .errors import ConfigError
 Selection = Literal["top_k", "ratio", "top_p", "threshold"]
 RetrievalAttention = Literal["selected", "full"]
 BlockScore = Literal["mass", "max"]
-ScanKeys = Literal["cache", "float8"]
+ScanKeys = Literal["cache", "float8", "int4"]
 StepWeights = Literal["model", "float8"]
 Completion = Literal["plan", "centroid", "none"]
 VerifyEvery = int | Literal["auto"]
@@ -50,9 +50,10 @@ class HybridConfig:
         retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
             `full`: they attend to the whole cache, as in the paper.
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
-        scan_keys: what retrieval heads scan: the keys in the `cache`, or an 8-bit copy of them (`float8`), which halves
-            the scan's bytes and takes a byte of memory for each of their numbers. On a GPU with long contexts, this and
-            a larger budget are closer to full attention at the same bytes (docs/head-plans.md, Budget).
+        scan_keys: what retrieval heads scan: the keys in the `cache`, or a copy of them in 8 bits (`float8`), which
+            halves the scan's bytes and takes a byte of memory for each of their numbers, or in 4 bits (`int4`), which
+            takes a little over half of that. On a GPU with long contexts, a copy and a larger budget are closer to full
+            attention at the same bytes (docs/head-plans.md, Budget).
         completion: how tokens that a head does not read still count, as the mean key and value of their chunk: weighted
             by the head's factor in the `plan` (which may have none), by 1 for every head (`centroid`), or not at all
             (`none`).
@@ -155,7 +156,9 @@ class HybridConfig:
             if self.selection != strategy and given:
                 raise ConfigError(f"{name} belongs to selection={strategy!r}, not {self.selection!r}.")
         if self.scan_keys != "cache" and self.retrieval_attention == "full":
-            raise ConfigError("scan_keys='float8' needs retrieval_attention='selected': dense heads read all keys.")
+            raise ConfigError(
+                f"scan_keys={self.scan_keys!r} needs retrieval_attention='selected': dense heads read all keys."
+            )
         if self.budget_blocks is not None and self.forced_blocks > self.budget_blocks:
             raise ConfigError(
                 f"budget_tokens={self.budget_tokens} has no room for {self.sink_tokens} sink and {self.recent_tokens} "

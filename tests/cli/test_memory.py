@@ -33,9 +33,9 @@ def found(*arguments, status=0):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"scan_keys": "float8"}, {"completion": "centroid", "completion_chunk": 8}, {"refresh_every": 7},
-     {"budget_tokens": None, "budget_ratio": 0.3}],
-    ids=["plain", "8 bits", "completed", "refresh", "ratio"],
+    [{}, {"scan_keys": "float8"}, {"scan_keys": "int4"}, {"completion": "centroid", "completion_chunk": 8},
+     {"refresh_every": 7}, {"budget_tokens": None, "budget_ratio": 0.3}],
+    ids=["plain", "8 bits", "4 bits", "completed", "refresh", "ratio"],
 )  # fmt: skip
 def test_sizes_are_those_of_a_cache(family, changes):
     model, plan = tiny.model(family), tiny.plan_for(family)
@@ -62,6 +62,9 @@ def test_the_numbers_of_llama():
     assert ways["full attention"]["gpu_bytes"] == ways["host"]["host_bytes"] == cache
     assert ways["host"]["gpu_bytes"] <= cache / 8
     assert ways["host, 8-bit scan"]["gpu_bytes"] < cache / 10
+    # A key of 128 channels takes 128 bytes in 8 bits, 68 in 4.
+    less = ways["host, 8-bit scan"]["gpu_bytes"] - ways["host, 4-bit scan"]["gpu_bytes"]
+    assert less == 3 * 131072 * 32 * 60
     assert result["weight_bytes"] == 2 * 8030261248
     assert (result["retrieval_heads"], result["fits"]) == (32, "full attention")
 
@@ -114,8 +117,8 @@ def test_it_says_which_setting_fits():
     assert "Fits: host (--cache host)." in done.stdout
     assert found(*six, "--gpu", "26")["fits"] == "host, 8-bit scan"
     result = found(*six, "--gpu", "17", status=1)
-    assert (result["fits"], result["most"]) == (None, 1)
-    assert "Nothing fits: 1 sequences of 131072 tokens would." in run(*six, "--gpu", "17", status=1).stdout
+    assert (result["fits"], result["most"]) == (None, 2)
+    assert "Nothing fits: 2 sequences of 131072 tokens would." in run(*six, "--gpu", "17", status=1).stdout
     assert "Not even one sequence fits." in run(*LLAMA, "--context", "1000", "--gpu", "8", status=1).stdout
     assert found(*six, "--host", "64", "--gpu", "30", status=1)["most"] > 0
 

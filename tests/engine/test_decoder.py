@@ -171,11 +171,12 @@ def test_replays_are_eager_steps(family, hybrid, execution, dtype):
 @pytest.mark.skipif(
     not ops.has_float8(torch.device("cuda" if torch.cuda.is_available() else "cpu")), reason="No 8 bits."
 )
+@pytest.mark.parametrize("form", ["float8", "int4"])
 @pytest.mark.parametrize("changes", [{}, {"refresh_every": 2}, {"correction_every": 4}], ids=str)
-def test_replays_of_8_bit_scans_are_eager_steps(changes):
+def test_replays_of_scans_of_copies_are_eager_steps(changes, form):
     model = tiny.model("llama", **WIDE).cuda()
     rows, answers = tiny.prompts(ROOM - 3, 37), tiny.prompts(8, 8)
-    config = tiny.config(32, scan_keys="float8", **changes)
+    config = tiny.config(32, scan_keys=form, **changes)
     options = {"plan": tiny.plan(), "config": config}
     expected, slow = gpu_scores(model, rows, answers, execution="eager", **options)
     actual, fast = gpu_scores(model, rows, answers, execution="graph", **options)

@@ -27,6 +27,7 @@ CASES = {
     "top-p": {"selection": "top_p", "top_p": 0.8},
     "a ratio": {"budget_tokens": None, "budget_ratio": 0.4},
     "8-bit keys": {"scan_keys": "float8"},
+    "4-bit keys": {"scan_keys": "int4"},
     "blocks of one token": {"block_size": 1, "budget_tokens": 16},
 }
 batches = pytest.mark.parametrize("lengths", [(60,), (60, 37, 9)], ids=["one", "ragged batch"])
@@ -118,8 +119,8 @@ def test_the_size_of_the_store_changes_no_token(llama, ratio, changes):
 
 
 @batches
-@pytest.mark.parametrize("changes", [{}, {"completion": "centroid", "completion_chunk": 8}, {"scan_keys": "float8"}],
-                         ids=["plain", "completed", "8 bits"])  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"completion": "centroid", "completion_chunk": 8}, {"scan_keys": "int4"}],
+                         ids=["plain", "completed", "4 bits"])  # fmt: skip
 def test_rewinding_and_truncating(llama, lengths, changes):
     """At any length, again and again, with other tokens each time."""
     rows = tiny.prompts(*lengths)

@@ -13,6 +13,7 @@ WAYS = {
     "selects every third token": {"refresh_every": 3, "budget_tokens": 32},
     "completed": {"completion": "centroid", "completion_chunk": 8},
     "8-bit keys": {"scan_keys": "float8"},
+    "4-bit keys": {"scan_keys": "int4"},
     "correction": {"correction_every": 5},
     "lossless": {"verify_every": 3, "budget_tokens": 32},
 }
@@ -77,9 +78,7 @@ def test_every_family_goes_on(family, chunk):
 
 @pytest.mark.filterwarnings("ignore:Without a GPU")
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize(
-    "changes", [{}, {"scan_keys": "float8"}, WAYS["completed"]], ids=["plain", "8-bit", "completed"]
-)
+@pytest.mark.parametrize("changes", [{}, {"scan_keys": "int4"}, WAYS["completed"]], ids=["plain", "4-bit", "completed"])
 def test_a_cache_in_host_memory_goes_on(family, changes):
     engine = engine_of(tiny.model(family), family, cache="host", **changes)
     for lengths in ((60,), (60, 37, 9)):

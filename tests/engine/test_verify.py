@@ -20,6 +20,7 @@ FORMS = {
     "once a round": {"refresh_every": 8},
     "paper": {"retrieval_attention": "full"},
     "float8": {"scan_keys": "float8"},
+    "int4": {"scan_keys": "int4"},
     "completed": {"completion": "centroid", "completion_chunk": 8},
     "ratio": {"budget_tokens": None, "budget_ratio": 0.3},
 }
@@ -242,9 +243,10 @@ def test_without_a_seed_texts_differ(llama):
 # ---------------------------------------------------------------------- what an attention keeps beside the cache
 
 
-def test_what_is_kept_beside_the_cache_follows_it(llama):
+@pytest.mark.parametrize("form", ["float8", "int4"])
+def test_what_is_kept_beside_the_cache_follows_it(llama, form):
     """Copies of keys and means of chunks are those of the accepted tokens."""
-    settings = {"scan_keys": "float8", "completion": "centroid", "completion_chunk": 8}
+    settings = {"scan_keys": form, "completion": "centroid", "completion_chunk": 8}
     engine = lossless(llama, 4, **settings)
     context = engine.prefill(tiny.prompts(60, 37), room=100)
     engine.generate(context, 40, sampling=SAMPLERS["hot"])
@@ -259,15 +261,16 @@ def check_what_is_kept(context):
         store = context.cache.layers[layer].store
         heads = state.copy.heads[layer]
         if heads:
-            right = torch.zeros(2, len(heads), *store[0].shape[2:]).to(torch.float8_e4m3fn)
+            copy = state.copy.of_layer(layer)
+            right = copy.views(torch.zeros_like)
             reference.write_copy(right, store[0], heads, 0, store[0].shape[2])
         right_means = torch.zeros_like(torch.stack(state.means.of_layer(layer)))
         write_means(KV(*store, filled - starts, starts), 8, *right_means)
         for b, end in enumerate(filled.tolist()):
             begin = int(starts[b])
             if heads:
-                copy = state.copy.of_layer(layer)
-                assert torch.equal(copy[b, :, begin:end].float(), right[b, :, begin:end].float())
+                own, same = (x.floats().clone()[b, :, begin:end] for x in (copy, right))
+                assert torch.equal(own, same)
             chunks = (end - begin) // 8
             for mean, expected in zip(state.means.of_layer(layer), right_means, strict=True):
                 torch.testing.assert_close(mean[b, :, :chunks], expected[b, :, :chunks])

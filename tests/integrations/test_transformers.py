@@ -283,8 +283,8 @@ def test_settings_that_need_the_engine_are_refused(llama):
         enter(llama, config=HybridConfig(correction_every=32))
     with pytest.raises(ValueError, match="drafts and verifies over one cache, which only Engine does"):
         enter(llama, config=HybridConfig(verify_every=4))
-    with pytest.raises(ValueError, match="scan_keys"):
-        enter(llama, config=HybridConfig(scan_keys="float8"))
+    with pytest.raises(ValueError, match="scan_keys='int4' keeps a copy beside the cache, which only Engine does"):
+        enter(llama, config=HybridConfig(scan_keys="int4"))
     with pytest.raises(ValueError, match="refresh_every"):
         enter(llama, config=HybridConfig(refresh_every=2))
 

@@ -131,7 +131,9 @@ def test_two_ranks_decode_what_one_does_and_refuse_what_they_cannot(tmp_path, mo
     assert "12 of 12 tokens are the same" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("options", [[], ["--kv-cache-dtype", "fp8"], ["--way", "hybrid+float8"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [[], ["--kv-cache-dtype", "fp8"], ["--way", "hybrid+float8"], ["--way", "hybrid+int4"]], ids=str
+)
 def test_the_probe_finds_nothing_on_a_cpu_and_finds_what_is_there(tmp_path, monkeypatch, capfd, options):
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
     for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
@@ -140,7 +142,7 @@ def test_the_probe_finds_nothing_on_a_cpu_and_finds_what_is_there(tmp_path, monk
     assert run(experiments, "serving-probe", *size, *options, "--json", str(tmp_path / "result.json")) == 0
     result = json.loads((tmp_path / "result.json").read_text())["result"]
     assert result["steps"]["steps"] > 100
-    assert result["steps"]["copies" if "hybrid+float8" in options else "means"] > 100
+    assert result["steps"]["copies" if "--way" in options else "means"] > 100
     assert [row["compared"] for row in result["rows"]] == ["off with stock", "off beside others"]
     assert all(row["same_tokens"] == row["tokens"] for row in result["rows"])
     if not options:

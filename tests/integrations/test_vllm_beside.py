@@ -21,6 +21,7 @@ FORMS = {
     "factors of the plan": {"completion_chunk": 8},
     "the paper's form": {"completion": "centroid", "completion_chunk": 8, "retrieval_attention": "full"},
     "copies": {"scan_keys": "float8"},
+    "copies in 4 bits": {"scan_keys": "int4"},
     "both": {"completion": "centroid", "completion_chunk": 8, "scan_keys": "float8"},
 }
 
@@ -54,12 +55,16 @@ def checked(group, seen):
                 torch.testing.assert_close(beside.means[layer][known], fresh[known])
                 seen["means"] += int(known.any())
             if layer in beside.copies:
-                fresh = torch.zeros_like(beside.copies[layer])
+                fresh = beside.copies[layer].views(torch.zeros_like)
                 pages = kv.page_table[:, : int(counts.max() - 2) // kv.keys.shape[2] + 1].flatten().long()
                 reference.write_pages_to_copy(fresh, kv.keys, self.scanned[layer], pages)
                 for b, count in enumerate(counts.tolist()):
-                    both = (reference_tokens(x, kv, b)[:, : max(count - 1, 0)] for x in (beside.copies[layer], fresh))
-                    assert torch.equal(*(x.float() for x in both))
+                    both = (
+                        part.view(torch.uint8) for x in (beside.copies[layer], fresh) for part in x if part is not None
+                    )
+                    found = [reference_tokens(part, kv, b)[:, : max(count - 1, 0)] for part in both]
+                    half = len(found) // 2
+                    assert all(map(torch.equal, found[:half], found[half:]))
                 seen["copies"] += 1
             return super().__call__(layer, query, kv, state, *arguments, **options)
 

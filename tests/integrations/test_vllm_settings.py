@@ -67,7 +67,7 @@ def test_whether_some_head_is_completed(plan_file, tmp_path):
         ({"correction_every": 32}, "correction_every must be 0 in vLLM"),
         ({"step_weights": "float8"}, "step_weights must be 'model' in vLLM"),
         ({"verify_every": 4}, "in vLLM a lossless server has the setting lossless"),
-        ({"scan_keys": "float8"}, "scan_keys must be 'cache' with a KV cache in FP8"),
+        ({"scan_keys": "int4"}, "scan_keys must be 'cache' with a KV cache in FP8"),
         ({"lossless": 32}, "lossless must be how many tokens to draft, from 0 to 31, not 32"),
         ({"lossless": True}, "lossless must be how many tokens to draft, from 0 to 31, not True"),
     ],

@@ -11,7 +11,7 @@ from hopper import SHARED_MEMORY, programs_at_once, spilled_bytes
 
 from lycheedecode import HybridConfig
 from lycheedecode.bench import read
-from lycheedecode.ops import KV, Completion, Selections, Shares
+from lycheedecode.ops import KV, Completion, Selections, Shares, SmallKeys
 from lycheedecode.ops import kernel_common as common
 from lycheedecode.ops import operators as kernels
 from lycheedecode.ops.append.rope import Rotation
@@ -132,12 +132,15 @@ def test_dense_heads_that_select(compiled, dim, dtype, page, block_size, tmp_pat
     check(compiled, tmp_path, 3)
 
 
-@pytest.mark.parametrize(("dim", "newest"), [(64, 1), (128, 1), (128, 2)])
-def test_scan_of_a_copy(compiled, dim, newest, tmp_path):
-    """Keys of 8 bits, widened in registers."""
+@pytest.mark.parametrize(
+    ("dim", "newest", "form"),
+    [(64, 1, "float8"), (128, 1, "float8"), (128, 2, "float8"), (64, 2, "int4"), (80, 1, "int4"), (128, 1, "int4")],
+)
+def test_scan_of_a_copy(compiled, dim, newest, form, tmp_path):
+    """Keys of 8 and of 4 bits, widened in registers."""
     kv, config = make_cache(dim, torch.bfloat16), HybridConfig(refresh_every=newest)
     query, out = torch.empty(1, 8, dim, dtype=torch.bfloat16), Selections.allocate(2, 1, 128, "cpu")
-    copy = torch.empty(1, 2, kv.slots, dim, dtype=torch.float8_e4m3fn)
+    copy = SmallKeys.allocate(form, (1, 2, kv.slots), dim, "cpu")
     kernels.scan_select(query, kv, (0, 1), config, 0.1, out, copy)
     check(compiled, tmp_path, 3)
     assert "cvt.rn.f16x2.e4m3x2" in compiled[0].asm["ptx"]

@@ -177,7 +177,14 @@ def close(actual, expected):
 @pytest.mark.parametrize("lengths", [(70,), (70, 37, 9)], ids=["one", "padded batch"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"refresh_every": 3}, {"correction_every": 5}, {"retrieval_attention": "full"}, {"scan_keys": "float8"}],
+    [
+        {},
+        {"refresh_every": 3},
+        {"correction_every": 5},
+        {"retrieval_attention": "full"},
+        {"scan_keys": "float8"},
+        {"scan_keys": "int4"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("way", ["eager", "graph"])

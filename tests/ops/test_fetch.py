@@ -11,7 +11,7 @@ import pytest
 import torch
 from covering import covering
 
-from lycheedecode.ops import KV, Completion, Selections, attend_blocks, fetch, reference
+from lycheedecode.ops import KV, Completion, Selections, SmallKeys, attend_blocks, fetch, reference
 from lycheedecode.ops.fetch import BlockMap, Tokens
 from lycheedecode.ops.fetch import reference as definition
 
@@ -186,18 +186,22 @@ def test_tails_go_back(way, begin, end, starts):
                 assert torch.equal(whole[:, b, :, slot], right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
-def test_newest_keys(way, dtype):
+@pytest.mark.parametrize("form", ["cache", "float8", "int4"])
+def test_newest_keys(way, form):
     query = torch.randn(BATCH, HEADS * 2, DIM, device=DEVICE).half()
     keys = torch.randn(BATCH, HEADS, 12, DIM, device=DEVICE).half() * 300
-    copy = torch.zeros(2, BATCH, 30, DIM, device=DEVICE).to(dtype).transpose(0, 1)
+    if form == "cache":
+        copy = SmallKeys(torch.zeros(2, BATCH, 30, DIM, device=DEVICE).half())
+    else:
+        copy = SmallKeys.allocate(form, (2, BATCH, 30), DIM, DEVICE)
+    copy = copy.views(lambda part: part.transpose(0, 1))
     asking = way.newest_keys(query, keys, ints([3, 12]), ints([30, 17]), (2, 0), copy)
     assert torch.equal(asking, query.view(BATCH, HEADS, 2, DIM)[:, [2, 0]].flatten(1, 2))
     for b, (entry, slot) in enumerate(((2, 29), (11, 16))):
-        key = keys[b, [2, 0], entry]
-        right = key if dtype == torch.float16 else key.float().clamp(-448, 448).to(dtype)
-        assert torch.equal(copy[b, :, slot].float(), right.float())
-        assert int((copy[b].float() != 0).any(-1).sum()) == 2
+        right = copy.views(torch.zeros_like)
+        right.write((b, slice(None), slot), keys[b, [2, 0], entry])
+        for part, same in zip(copy, right, strict=True):
+            assert part is None or torch.equal(part[b].view(torch.uint8), same[b].view(torch.uint8))
 
 
 # ---------------------------------------------------------------------- attention through places

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_compile import check, make_cache
 
-from lycheedecode.ops import Completion, Selections
+from lycheedecode.ops import Completion, Selections, SmallKeys
 from lycheedecode.ops import kernel_common as common
 from lycheedecode.ops import operators as kernels
 from lycheedecode.ops.fetch import BlockMap, Tokens, triton
@@ -34,9 +34,10 @@ def test_fetching(compiled, dim, dtype, block_size, capacity, pdl, tmp_path, mon
     triton.fetch(source, pool, known, readers, scanned, counts, block_size, beside=True)
     triton.write_back(pool, source, 5, 30, counts, 2 * capacity * block_size, 64)
     query = torch.empty(3, 32, dim, dtype=dtype)
-    for kind in (dtype, torch.float8_e4m3fn):
-        triton.newest_keys(query, pool.keys[0], counts, counts, (0, 7), torch.empty(3, 2, 8192, dim, dtype=kind))
-    check(compiled, tmp_path, 6)
+    copies = [SmallKeys.allocate(form, (3, 2, 8192), dim, "cpu") for form in ("float8", "int4")]
+    for copy in (SmallKeys(torch.empty(3, 2, 8192, dim, dtype=dtype)), *copies):
+        triton.newest_keys(query, pool.keys[0], counts, counts, (0, 7), copy)
+    check(compiled, tmp_path, 7)
     if dim == 128:  # a block is read as wide as the link wants it
         for kernel in compiled[1:3]:
             assert len(re.findall(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])) >= 3

@@ -12,7 +12,7 @@ import torch
 from covering import covering
 
 from lycheedecode import HybridConfig, ops
-from lycheedecode.ops import EVERYTHING, KV, Completion, Selections, reference
+from lycheedecode.ops import EVERYTHING, KV, Completion, Selections, SmallKeys, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,14 +51,15 @@ def selected(kv):
     return out, torch.tensor([1, 0], device=DEVICE)
 
 
-def copies_of(kv, heads):
+def copies_of(form, kv, heads):
     """Of all but the newest token of each sequence."""
-    copy = torch.zeros(kv.keys.shape[0], len(heads), *kv.keys.shape[2:], device=DEVICE).to(torch.float8_e4m3fn)
-    reference.write_pages_to_copy(copy, kv.keys, heads, torch.arange(len(copy), device=DEVICE))
+    pages, _, page, dim = kv.keys.shape
+    copy = SmallKeys.allocate(form, (pages, len(heads), page), dim, DEVICE)
+    reference.write_pages_to_copy(copy, kv.keys, heads, torch.arange(pages, device=DEVICE))
     for b, length in enumerate(kv.lengths.tolist()):
         if length:
             page, entry = divmod(length - 1, kv.keys.shape[2])
-            copy.view(torch.uint8)[int(kv.page_table[b, page]), :, entry] = 0
+            copy.numbers.view(torch.uint8)[int(kv.page_table[b, page]), :, entry] = 0
     return copy
 
 
@@ -100,18 +101,19 @@ def test_attention_with_means(bits, page, splits):
 
 
 @runs_kernels
-@pytest.mark.parametrize("page", [16, 64])
-def test_a_scan_of_copies_in_pages(page):
+@pytest.mark.parametrize(("page", "form"), [(16, "float8"), (64, "float8"), (16, "int4"), (64, "int4")])
+def test_a_scan_of_copies_in_pages(page, form):
     from lycheedecode.ops.scan import triton as scan
 
     query, kv = make(page, torch.float16)
-    if DEVICE == "cpu":  # the interpreter does not round up to the next power of two
+    if DEVICE == "cpu" and form == "float8":  # the interpreter does not round up to the next power of two
         kv.keys.copy_(kv.keys.to(torch.float8_e4m3fn))
-    copy, same = copies_of(kv, (1, 0)), copies_of(kv, (1, 0))
+    copy, same = copies_of(form, kv, (1, 0)), copies_of(form, kv, (1, 0))
     worth = scan.scan(query.half(), kv, (1, 0), 4, SCALE, copy=copy, newest=1)
     found = scan.normalise(worth, kv, 4)
     reference.write_newest_to_copy(same, kv, (1, 0), 1)
-    assert torch.equal(copy.view(torch.uint8), same.view(torch.uint8))
+    assert torch.equal(copy.numbers.view(torch.uint8), same.numbers.view(torch.uint8))
+    assert form == "float8" or torch.equal(copy.scales, same.scales)
     right = reference.scan_blocks(query.half(), kv, (1, 0), 4, SCALE, copy=same)
     torch.testing.assert_close(found, right, rtol=4e-3, atol=1e-4)
 
@@ -147,9 +149,10 @@ def test_kernels_compile_for_hopper(compiled, monkeypatch, tmp_path, page, dim, 
     kernels.attend_blocks(query, kv, out, rows, 32, 0.1, completion=completion, scales=scales)
     write_means(kv, 128, *means, numbers([0] * batch), 3)
     if scales is None:
-        copy = torch.zeros(pages, 1, page, dim).to(torch.float8_e4m3fn)
-        kernels.scan_select(query, kv, (1,), HybridConfig(), 0.1, out.rows(1, 1), copy)
-    assert len(compiled) == (2 if scales else 5)
+        for form in ("float8", "int4"):
+            copy = SmallKeys.allocate(form, (pages, 1, page), dim, "cpu")
+            kernels.scan_select(query, kv, (1,), HybridConfig(), 0.1, out.rows(1, 1), copy)
+    assert len(compiled) == (2 if scales else 8)
     for kernel in compiled:
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name
         assert spilled_bytes(kernel, tmp_path) <= 8, kernel.metadata.name

@@ -23,7 +23,7 @@ from .harness import say
 from .settings import OpsSettings
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import check_close, verify
-from .workload import ROOM, Shape, Workload, make_pool
+from .workload import ROOM, SMALL, Shape, Workload, make_pool
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,16 @@ def _time_full(meter: Meter, work: Workload, notes: list[str]) -> float:
 
 def _time_hybrid(meter: Meter, work: Workload, config: HybridConfig, full_ms: float) -> None:
     block, heads = config.block_size, work.shape.kv_heads
+    small = SMALL if ops.has_float8(work.pool.device) else ()
     for count in (1, heads):
         size = work.scan_bytes(count)
         calls = work.scans(rotations(size, 8, 64), count, config)
         meter.add(f"scan, {_heads(count)}", work, block, calls, size)
+        for bits, keys in small:
+            less, scanned = replace(config, scan_keys=keys), work.scan_bytes(count, keys)
+            copied = work.scans(rotations(scanned, 8, 64), count, less)
+            meter.add(f"scan, {_heads(count)}, {bits}", work, block, copied, scanned)
+            del copied
         meter.add(f"scan + select, {_heads(count)}", work, block, work.scan_selects(len(calls), count, config), size)
         scores, out = calls[0](), work.selections(config, count)
         select = _select_call(scores, work, config, out)
@@ -149,8 +155,7 @@ def _time_hybrid(meter: Meter, work: Workload, config: HybridConfig, full_ms: fl
     more = size + work.means_bytes(completed)
     meter.add("attend, completed", work, block, work.attends(rotations(more, 32, 64), completed), more, full_ms)
     forms = {"all of a step": config, "the same, completed": completed}
-    if ops.has_float8(work.pool.device):
-        forms["the same, 8-bit scan"] = replace(config, scan_keys="float8")
+    forms |= {f"the same, {bits} scan": replace(config, scan_keys=keys) for bits, keys in small}
     for name, form in forms.items():
         meter.add(name, work, block, [work.step(form)], work.step_bytes(form), work.shape.layers * full_ms)
 

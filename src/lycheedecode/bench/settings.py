@@ -12,6 +12,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "hybrid": {},
     "paper": {"retrieval_attention": "full"},
     "hybrid+float8": {"scan_keys": "float8"},
+    "hybrid+int4": {"scan_keys": "int4"},
     "hybrid+refresh2": {"refresh_every": 2},
     "hybrid+centroid": {"completion": "centroid"},
     "hybrid+weights8": {"step_weights": "float8"},
@@ -24,7 +25,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
 WAYS = (*FORMS, "hybrid+host", "transformers", "transformers+offloaded")
 """Who generates: our engine with a form of attention, or Hugging Face; either of them with its cache in host memory."""
 SERVERS: dict[str, dict[str, Any] | None] = {
-    "stock": None, **{name: FORMS[name] for name in ("hybrid", "hybrid+float8", "hybrid+centroid")}
+    "stock": None, **{name: FORMS[name] for name in ("hybrid", "hybrid+float8", "hybrid+int4", "hybrid+centroid")}
 }  # fmt: skip
 """Attention in vLLM: its own, or the plugin's with these settings."""
 KV_CACHE_DTYPES = ("auto", "fp8")
@@ -108,8 +109,8 @@ class StepSettings(ModelSettings):
     """What `bench step` times.
 
     Attributes:
-        forms: of attention: full, hybrid, paper, hybrid+float8, hybrid+refresh2, hybrid+centroid, hybrid+weights8,
-            hybrid+budgets.
+        forms: of attention: full, hybrid, paper, hybrid+float8, hybrid+int4, hybrid+refresh2, hybrid+centroid,
+            hybrid+weights8, hybrid+budgets.
         steps: number of timed steps.
         execution: how decode steps run.
     """
@@ -210,6 +211,7 @@ MEMORY_PARTS = ("steps", "prefill", "texts")
 MEMORY_FORMS: dict[str, dict[str, Any]] = {
     "hybrid": {},
     "hybrid+float8": {"scan_keys": "float8"},
+    "hybrid+int4": {"scan_keys": "int4"},
     "hybrid+refresh2": {"refresh_every": 2},
     "hybrid+refresh4": {"refresh_every": 4},
 }
@@ -290,7 +292,7 @@ class ServingSettings(BenchSettings):
         model: the model's shape; its weights are random.
         layers: keep only so many of the model's layers.
         cases: batch sizes and contexts, such as 1x32768,4x131072.
-        ways: vLLM's own attention (stock) or the plugin (hybrid), also with 8-bit scans or with completion.
+        ways: vLLM's own attention (stock) or the plugin (hybrid), also with scans in 8 or 4 bits, or with completion.
         kv_cache_dtype: of the KV cache, for every way: auto or fp8.
         mixed: also time batches whose requests ask for different things.
         kv_layout: of its pages, for every way: NHD has the heads of a token together, HND the tokens of a head; auto:

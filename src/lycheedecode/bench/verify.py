@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import HybridConfig
+from ..config import HybridConfig, ScanKeys
 from ..errors import MismatchError
-from ..ops import KV, Selections, reference
-from .workload import Workload
+from ..ops import KV, Selections, SmallKeys, reference
+from .workload import SMALL, Workload
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -62,7 +62,9 @@ def verify(work: Workload, config: HybridConfig) -> dict[str, float]:
     expected = by_sequence(lambda q, cache, _: reference.scan_blocks(q, cache, heads, size, scale), query, kv, dim=1)
     errors["scan_blocks"] = check_close(f"scan_blocks ({where})", scores, expected, 1e-4)
     if ops.has_float8(query.device):
-        errors["scan_blocks, 8-bit"] = _verify_copy(query, kv, heads, size, scale, f"scan_blocks, 8-bit ({where})")
+        for bits, form in SMALL:
+            what = f"scan_blocks, {bits}"
+            errors[what] = _verify_copy(query, kv, heads, size, scale, form, f"{what} ({where})")
 
     right, mine, fused = (work.selections(config, len(heads)) for _ in range(3))
     reference.select_blocks(scores, kv, config, right)
@@ -105,14 +107,18 @@ def _verify_completion(work: Workload, config: HybridConfig, where: str) -> dict
     return errors | {what: check_close(f"{what} ({where})", result, expected, 1e-5 if exact else 1e-2)}
 
 
-def _verify_copy(query: Tensor, kv: KV, heads: tuple[int, ...], size: int, scale: float, what: str) -> float:
-    """The same scan of a copy in 8-bit floats."""
-    copy = torch.empty_like(kv.keys, dtype=torch.float8_e4m3fn)
+def _verify_copy(
+    query: Tensor, kv: KV, heads: tuple[int, ...], size: int, scale: float, form: ScanKeys, what: str
+) -> float:
+    """The same scan of a copy in 8 or 4 bits."""
+    copy = SmallKeys.allocate(form, kv.keys.shape[:3], kv.keys.shape[3], query.device)
     reference.write_copy(copy, kv.keys, heads, 0, kv.slots)
     scores = ops.scan_blocks(query, kv, heads, size, scale, copy=copy)
-    expected = by_sequence(
-        lambda q, cache, b: reference.scan_blocks(q, cache, heads, size, scale, copy=copy[b : b + 1]), query, kv, dim=1
-    )
+
+    def by_reference(q: Tensor, cache: KV, b: int) -> Tensor:
+        return reference.scan_blocks(q, cache, heads, size, scale, copy=copy.views(lambda part: part[b : b + 1]))
+
+    expected = by_sequence(by_reference, query, kv, dim=1)
     return check_close(what, scores, expected, 1e-4)
 
 

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from .. import ops
 from ..attention import HybridAttention
-from ..config import HybridConfig
-from ..ops import KV, Completion, Selections
+from ..config import HybridConfig, ScanKeys
+from ..ops import KV, Completion, Selections, SmallKeys, reference
 from ..plan import HeadPlan
 from .timing import Call
 
 ROOM = 512
 """Slots of a cache that hold nothing yet."""
+SMALL: tuple[tuple[str, ScanKeys], ...] = ("8-bit", "float8"), ("4-bit", "int4")
+"""Copies that scans may read, as tables and settings call them."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ class Workload:
         """Keys and values of one layer."""
         return 2 * self.scan_bytes(self.shape.kv_heads)
 
-    def scan_bytes(self, heads: int) -> int:
+    def scan_bytes(self, heads: int, keys: ScanKeys = "cache") -> int:
         """Keys of some heads."""
-        return self.batch * heads * self.context * self.shape.key_bytes
+        return self.batch * heads * self.context * ops.key_bytes(keys, self.shape.dim, self.shape.dtype.itemsize)
 
     def sparse_bytes(self, config: HybridConfig) -> int:
         """Keys and values of one layer's selections."""
@@ -151,9 +153,7 @@ class Workload:
 
     def step_bytes(self, config: HybridConfig) -> int:
         """Keys and values that a hybrid step reads in all layers."""
-        scanned = self.scan_bytes(self.shape.retrieval_heads)
-        if config.scan_keys == "float8":
-            scanned //= self.shape.dtype.itemsize
+        scanned = self.scan_bytes(self.shape.retrieval_heads, config.scan_keys)
         means = self.means_bytes(config) if config.completion == "centroid" else 0
         return scanned + self.shape.layers * (self.sparse_bytes(config) + means)
 
@@ -165,13 +165,22 @@ class Workload:
     # ------------------------------------------------------------------ calls
 
     def scans(self, count: int, heads: int, config: HybridConfig) -> list[Call]:
-        """`count` scans of `heads` heads, different ones each time."""
+        """`count` scans of `heads` heads, different ones each time; of copies if the config says so."""
 
         def scan(i: int) -> Any:
-            query, kv = self.inputs(i)
-            return ops.scan_blocks(query, kv, self.some_heads(i, heads), config.block_size, self.shape.scale)
+            (query, kv), chosen = self.inputs(i), self.some_heads(i, heads)
+            copy = copies[i] if copies else None
+            return ops.scan_blocks(query, kv, chosen, config.block_size, self.shape.scale, copy=copy)
 
+        copies = [self.copy(i, heads, config.scan_keys) for i in range(count)] if config.scan_keys != "cache" else []
         return [partial(scan, i) for i in range(count)]
+
+    def copy(self, i: int, heads: int, keys: ScanKeys) -> SmallKeys:
+        """Of the i-th call's heads, in 8 or 4 bits."""
+        kv, chosen = self.inputs(i)[1], self.some_heads(i, heads)
+        copy = SmallKeys.allocate(keys, (self.batch, heads, kv.slots), self.shape.dim, self.pool.device)
+        reference.write_copy(copy, kv.keys, chosen, 0, self.context)
+        return copy
 
     def scan_selects(self, count: int, heads: int, config: HybridConfig) -> list[Call]:
         """Like `scans`, with the selection."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import typer
 
-from ..config import HybridConfig
+from ..config import HybridConfig, ScanKeys
 from ..engine.offload.attention import refuse_unfit
 from ..engine.offload.pinned import MARGIN
 from ..engine.offload.size import CacheSize, offloaded_size, resident_size
@@ -22,6 +22,7 @@ from .report import check_writable, save, screen, show_table
 
 app = typer.Typer(add_completion=False)
 GIB = 2**30
+BITS = {"float8": 8, "int4": 4}
 MISSES = {1.0: 0.262, 1.5: 0.185, 2.0: 0.135, 3.0: 0.085}
 """Of Qwen2.5-Coder-1.5B at 30K tokens with a budget of 1024, by the size of the store, once it is full
 (docs/results/h100-memory-qwen2.5-coder-1.5b.json)."""
@@ -102,7 +103,7 @@ def memory(
     shape, weights, table = _model(model, revision)
     retrieval = _retrieval(shape, head_plan)
     ways = [
-        _fetching(way, shape, head_plan, retrieval, "--scan-keys float8" in way.options, misses)
+        _fetching(way, shape, head_plan, retrieval, "--scan-keys" in way.options, misses)
         for way in _ways(shape, batch, context, config, retrieval, store_ratio)
     ]
     rows = [_row(way, weights, gpu, host) for way in ways]
@@ -141,23 +142,23 @@ def _ways(
     yield Placement("full attention", "--full", resident_size(shape, batch, slots, 2))
     yield Placement("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval))
     forms = [("host", config, ratio)]
-    if config.scan_keys != "float8":
-        forms.append(("host, 8-bit scan", replace(config, scan_keys="float8"), ratio))
+    smaller = list(get_args(ScanKeys))[get_args(ScanKeys).index(config.scan_keys) + 1 :]
+    forms += [(f"host, {BITS[keys]}-bit scan", replace(config, scan_keys=keys), ratio) for keys in smaller]
     if ratio > 1:
-        forms.append(("host, least", replace(config, scan_keys="float8"), 1.0))
+        forms.append(("host, least", replace(config, scan_keys="int4"), 1.0))
     for name, form, kept in forms:
         options = "--cache host"
-        options += " --scan-keys float8" if form.scan_keys == "float8" else ""
+        options += f" --scan-keys {form.scan_keys}" if form.scan_keys != "cache" else ""
         options += f" --store-ratio {kept:g}" if kept != 2 else ""
         yield Placement(name, options, offloaded_size(shape, batch, slots, 2, form, retrieval, kept), kept)
 
 
 def _fetching(
-    way: Placement, shape: ModelShape, plan: HeadPlan | None, retrieval: int, eight: bool, misses: float | None
+    way: Placement, shape: ModelShape, plan: HeadPlan | None, retrieval: int, small: bool, misses: float | None
 ) -> Placement:
     """With what it fetches; without a plan, retrieval heads alone read what their layer selects.
 
-    `eight`: their keys are on the GPU in 8 bits only.
+    `small`: their keys are on the GPU in 8 or 4 bits only.
     """
     if not way.store_ratio:
         return way
@@ -165,7 +166,7 @@ def _fetching(
     if plan is not None:
         own = sum(donor[0] == layer for layer in shape.global_layers for donor in plan.donors[layer])
     share = float(np.interp(way.store_ratio, list(MISSES), list(MISSES.values()))) if misses is None else misses
-    near = 0 if eight else retrieval / 2
+    near = 0 if small else retrieval / 2
     return replace(way, misses=share, pulled=1 - near / heads, own=(own - near) / heads)
 
 

@@ -70,7 +70,7 @@ def hybrid(
     if config.refresh_every > 1:
         raise ConfigError("refresh_every above 1 must know which sequence continues which, as only Engine does.")
     if config.scan_keys != "cache":
-        raise ConfigError("scan_keys='float8' keeps a copy beside the cache, which only Engine does.")
+        raise ConfigError(f"scan_keys={config.scan_keys!r} keeps a copy beside the cache, which only Engine does.")
     if config.step_weights != "model":
         raise ConfigError("step_weights='float8' keeps a copy of the weights, which only Engine does.")
     head_plan = plan_from(plan, model, tokenizer, config)

@@ -29,6 +29,7 @@ from .noise import add_noise, seed_words
 from .scan import has_float8, scan_blocks, scan_select
 from .scan.copy import KeyCopy
 from .select import select_blocks
+from .small_keys import SmallKeys, key_bytes
 from .types import EVERYTHING, KV, Completion, Selections, Shares
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "KeyCopy",
     "Selections",
     "Shares",
+    "SmallKeys",
     "add_noise",
     "append",
     "attend",
@@ -47,6 +49,7 @@ __all__ = [
     "attend_tokens",
     "count_bytes",
     "has_float8",
+    "key_bytes",
     "scan_blocks",
     "scan_select",
     "seed_words",

@@ -18,6 +18,7 @@ from .attend.triton_select import attend_select
 from .scan import triton as scan
 from .select import triton as select
 from .select.rule import Rule
+from .small_keys import SmallKeys
 from .types import KV, Completion, Selections, Shares
 
 __all__ = ["attend", "attend_blocks", "attend_select", "attend_tokens", "scan_blocks", "scan_select", "select_blocks"]
@@ -30,13 +31,14 @@ def scan_blocks(
     block_size: int,
     scale: float,
     score: str = "mass",
-    copy: Tensor | None = None,
+    copy: SmallKeys | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `ops.scan_blocks`."""
     run = _scan_blocks_operator if is_compiling() else _scan_blocks
-    return run(query, *kv, heads, block_size, scale, score, copy, sinks, *(scales or (None, None)))
+    more = (*(copy or (None, None)), sinks, *(scales or (None, None)))
+    return run(query, *kv, heads, block_size, scale, score, *more)
 
 
 def select_blocks(
@@ -59,15 +61,17 @@ def scan_select(
     config: HybridConfig,
     scale: float,
     out: Selections,
-    copy: Tensor | None = None,
+    copy: SmallKeys | None = None,
     limits: Tensor | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     shares: Shares | None = None,
+    newest: int | None = None,
 ) -> None:
     """See `ops.scan_select`."""
+    newest = config.refresh_every if newest is None else newest
     run: Callable[..., None] = _scan_select_operator if is_compiling() else _scan_select
-    more = (copy, limits, sinks, *(scales or (None, None)), shares and shares.numbers)
+    more = (*(copy or (None, None)), newest, limits, sinks, *(scales or (None, None)), shares and shares.numbers)
     run(query, *kv, heads, *Rule.of(config), scale, config.block_score, *out, *more)
 
 
@@ -123,12 +127,13 @@ def _scan_blocks(
     scale: float,
     score: str,
     copy: Tensor | None,
+    copy_scales: Tensor | None,
     sinks: Tensor | None,
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:
     kv, scales = KV(keys, values, lengths, starts, page_table), _pair(key_scales, value_scales)
-    return scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, copy, sinks, scales)
+    return scan.scan_blocks(query, kv, tuple(heads), block_size, scale, score, _small(copy, copy_scales), sinks, scales)
 
 
 def _select_blocks(
@@ -177,6 +182,8 @@ def _scan_select(
     counts: Tensor,
     taken: Tensor | None,
     copy: Tensor | None,
+    copy_scales: Tensor | None,
+    newest: int,
     limits: Tensor | None,
     sinks: Tensor | None,
     key_scales: Tensor | None,
@@ -188,7 +195,8 @@ def _scan_select(
     select.check_selections(out, (select.num_rows(len(heads), of_rows), query.shape[0]))
     rule = Rule(strategy, amount, sink_tokens, recent_tokens, refresh_every, block_size, chunk_tokens)
     whole_up_to = out.whole_up_to(strategy, block_size, refresh_every, of_rows)
-    asked = (query, kv, tuple(heads), block_size, scale, score, None, copy, refresh_every, whole_up_to)
+    small = _small(copy, copy_scales)
+    asked = (query, kv, tuple(heads), block_size, scale, score, None, small, newest, whole_up_to)
     worth = scan.scan(*asked, limits, sinks, _pair(key_scales, value_scales))
     scores = scan.normalise(worth, kv, block_size, whole_up_to, limits)
     select.select_blocks(scores, kv, rule, out, None, limits, of_rows)
@@ -247,6 +255,10 @@ def _pair(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor] |
     return None if keys is None or values is None else (keys, values)
 
 
+def _small(numbers: Tensor | None, scales: Tensor | None) -> SmallKeys | None:
+    return None if numbers is None else SmallKeys(numbers, scales)
+
+
 def _as_tuple(heads: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if heads is None else tuple(heads)
 
@@ -259,14 +271,14 @@ _select_blocks_operator = _operator(
     "lycheedecode::select_blocks", _select_blocks, mutates_args=("blocks", "counts", "taken")
 )
 _scan_select_operator = _operator(
-    "lycheedecode::scan_select", _scan_select, mutates_args=("blocks", "counts", "taken", "copy")
+    "lycheedecode::scan_select", _scan_select, mutates_args=("blocks", "counts", "taken", "copy", "copy_scales")
 )
 _attend_blocks_operator = _operator("lycheedecode::attend_blocks", _attend_blocks, mutates_args=())
 _attend_operator = _operator("lycheedecode::attend", _attend, mutates_args=())
 
 
 @_scan_blocks_operator.register_fake
-def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale, score, copy, *more):
+def _(query, keys, values, lengths, starts, page_table, heads, block_size, scale, score, *more):
     slots = KV(keys, values, lengths, starts, page_table).slots
     num_blocks = (slots + block_size - 1) // block_size
     return query.new_empty((len(heads), query.shape[0], num_blocks), dtype=torch.float32)

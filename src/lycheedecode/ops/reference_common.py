@@ -11,12 +11,6 @@ from torch import Tensor
 from .types import KV
 
 
-def as_float8(keys: Tensor) -> Tensor:
-    """Numbers as float8_e4m3fn, which has no infinity: what is beyond its range becomes its largest number."""
-    most = torch.finfo(torch.float8_e4m3fn).max
-    return keys.float().clamp(-most, most).to(torch.float8_e4m3fn)
-
-
 def by_kv_head(query: Tensor, kv: KV, heads: tuple[int, ...] | None = None) -> Tensor:
     """`[B, Hq, D]` -> `[B, H, G, D]`."""
     grouped = query.unflatten(1, (kv.keys.shape[1], -1))

@@ -33,7 +33,7 @@ class Policy:
         fills_budget: whether its scores are no attention mass, so that only a budget makes sense (`top_k`, `ratio`).
         has_budget: whether the bytes that it reads depend on the budget.
         has_blocks: whether what it selects depends on the block size.
-        follows_plan: whether it is a fold over a head plan, and can do what that can: 8-bit scans, completion.
+        follows_plan: whether it is a fold over a head plan, and can do what that can: scans in 8 or 4 bits, completion.
     """
 
     config: HybridConfig = field(default_factory=HybridConfig)

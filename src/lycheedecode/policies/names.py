@@ -49,6 +49,7 @@ _ENDINGS: dict[str, dict[str, Any]] = {
     "correction": {"correction_every": CORRECTION_EVERY},
     "refresh2": {"refresh_every": 2},
     "float8": {"scan_keys": "float8"},
+    "int4": {"scan_keys": "int4"},
     "centroid": {"completion": "centroid"},
     "uncompleted": {"completion": "none"},
     "weights8": {"step_weights": "float8"},
@@ -56,7 +57,8 @@ _ENDINGS: dict[str, dict[str, Any]] = {
 """Settings that a name may carry."""
 NAMES = (*POLICIES, "full+correction", "full+weights8", *(f"hybrid+{ending}" for ending in _ENDINGS))
 """Any name may carry `+correction` (Cache Correction) and `+weights8` (8-bit weights), what selects also `+refresh2`,
-and what follows a head plan `+float8`, `+centroid` and `+uncompleted`; `random` may have a seed, as `random:3`."""
+and what follows a head plan `+float8`, `+int4`, `+centroid` and `+uncompleted`; `random` may have a seed, as in
+`random:3`."""
 
 
 def make(

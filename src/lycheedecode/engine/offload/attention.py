@@ -23,7 +23,7 @@ from ...plan import HeadPlan
 from ..step import FixedStep, Forward
 from .cache import HostCache
 from .size import CacheSize, offloaded_size
-from .store import BlockStore, ScanKeys, readers_of
+from .store import BlockStore, ScannedKeys, readers_of
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class OffloadedState(HybridState):
     """
 
     store: BlockStore = field(kw_only=True)
-    scanned: ScanKeys = field(kw_only=True)
+    scanned: ScannedKeys = field(kw_only=True)
 
     def before_step(
         self,
@@ -63,7 +63,7 @@ class OffloadedState(HybridState):
 
     def scan_bytes(self, key_bytes: int) -> float:
         """See `HybridState`."""
-        return self.scanned.keys.shape[-1] * self.scanned.keys.element_size()
+        return self.scanned.key_bytes
 
     @property
     def nbytes(self) -> int:
@@ -105,9 +105,9 @@ class OffloadedAttention(HybridAttention):
         readers, rows = readers_of(self.plan, self._position)
         shape = config.block_size, blocks, self._ratio, config.refresh_every
         keys = cache.tokens.keys
-        dtype = torch.float8_e4m3fn if config.scan_keys == "float8" else keys.dtype
         heads = {layer: mine for layer, mine in self.scanned.items() if mine}
-        scanned = ScanKeys(heads, self._position, dtype, cache.batch, slots, keys.shape[-1], device)
+        form = config.scan_keys, keys.dtype
+        scanned = ScannedKeys(heads, self._position, *form, cache.batch, slots, keys.shape[-1], device)
         more = cache.starts, device, self._ahead, scanned
         store = BlockStore(cache.tokens, readers, rows, selections, *shape, *more)
         means = ChunkMeans(tuple(self._factors), config.chunk_tokens, device) if self._factors else None
@@ -121,7 +121,8 @@ class OffloadedAttention(HybridAttention):
         state: OffloadedState,
         scale: float,
         refresh: bool,
-        scanned: KV,
+        lengths: Tensor,
+        starts: Tensor | None,
         filled: Tensor,
     ) -> Tensor:
         """Attention output `[B, Hq, D]` of one layer for one new token a sequence.
@@ -129,18 +130,16 @@ class OffloadedAttention(HybridAttention):
         Args:
             layer, query, state, scale, refresh: as in `__call__`.
             kv: of the layer's pools, the new token in their tails.
-            scanned: `lengths` and `starts` are those of the sequences in the keys to scan.
+            lengths, starts: int32 `[B]`, of the sequences in the keys to scan.
             filled: int32 `[B]`, slots in use.
         """
         config, roles, store = self.config, self._layers[layer], state.store
         if roles.retrieval:
-            copy = state.scanned.of_layer(layer)
-            asking = newest_keys(query, kv.keys, store.at, filled, roles.retrieval, copy)
+            asking = newest_keys(query, kv.keys, store.at, filled, roles.retrieval, state.scanned.of_layer(layer))
         if roles.retrieval and refresh:
             chosen = state.selections.rows(roles.first_row, len(roles.retrieval))
-            heads, scales = tuple(range(len(roles.retrieval))), state.scanned.scales(layer)
-            seen = scanned._replace(keys=copy, values=copy)
-            self.select(layer, asking, seen, heads, scale, out=chosen, scales=scales)
+            seen, copy = state.scanned.seen(layer, lengths, starts)
+            self.select(layer, asking, seen, tuple(range(len(roles.retrieval))), scale, chosen, copy=copy, newest=0)
             store.plan(self._position[layer])
         if refresh:
             store.fetch(self._position[layer])
@@ -217,7 +216,6 @@ class OffloadStep(FixedStep):
         kv = store.kv(self._position[layer], self._lengths)
         rotated = ops.append(kv.keys, kv.values, key, value, store.at, query, rotation)
         assert rotated is not None  # a query was given
-        scanned = KV(kv.keys, kv.values, self._lengths, self._starts)
         return self._attention.attend_offloaded(
-            layer, rotated, kv, self.state, scale, self._refresh, scanned, self.filled
+            layer, rotated, kv, self.state, scale, self._refresh, self._lengths, self._starts, self.filled
         )

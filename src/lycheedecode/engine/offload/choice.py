@@ -87,7 +87,7 @@ def check_room(size: CacheSize, free: int) -> None:
         raise CacheMemoryError(
             f"Beside {size.host / 2**30:.1f} GiB of its KV cache in host memory, this batch keeps "
             f"{size.gpu / 2**30:.1f} GiB on the GPU, but {free / 2**30:.1f} GiB are free: give fewer sequences or "
-            "shorter ones, a smaller budget, scan_keys='float8' or a lower store_ratio."
+            "shorter ones, a smaller budget, scan_keys='float8' or 'int4', or a lower store_ratio."
         )
 
 

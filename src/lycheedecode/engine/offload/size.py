@@ -7,6 +7,7 @@ from math import ceil
 
 from ...config import HybridConfig
 from ...models.shape import ModelShape
+from ...ops import key_bytes
 from ..cache import grown
 from .store import pool_blocks
 
@@ -57,10 +58,9 @@ def resident_size(
     cache = batch * slots * all_layers
     if config is None:
         return CacheSize(pools=cache, read=cache // shape.num_layers * len(shape.global_layers))
-    eight = config.scan_keys == "float8"
     return CacheSize(
         pools=cache,
-        scanned=retrieval * batch * slots * shape.head_dim if eight else 0,
+        scanned=0 if config.scan_keys == "cache" else _scanned(shape, batch, slots, itemsize, config, retrieval),
         means=_means(shape, batch, slots, itemsize, config),
         tables=4 * retrieval * batch * _selection_numbers(slots, config),
         **_read(shape, batch, slots, itemsize, config, retrieval),
@@ -85,7 +85,7 @@ def offloaded_size(
     known = blocks + 3 * held + 2 * capacity + 1
     return CacheSize(
         pools=layers * batch * (held + tail) * config.block_size * token,
-        scanned=retrieval * batch * slots * shape.head_dim * (1 if config.scan_keys == "float8" else itemsize),
+        scanned=_scanned(shape, batch, slots, itemsize, config, retrieval),
         means=_means(shape, batch, slots, itemsize, config),
         limited=(shape.num_layers - layers) * batch * slots * token,
         tables=4 * retrieval * batch * (known + _selection_numbers(slots, config)),
@@ -101,8 +101,12 @@ def _read(
     capacity = config.capacity_blocks(ceil(slots / config.block_size))
     tokens = len(shape.global_layers) * batch * min(capacity * config.block_size, slots)
     selected = tokens * _token_bytes(shape, itemsize)
-    scanned = retrieval * batch * slots * shape.head_dim * (1 if config.scan_keys == "float8" else itemsize)
+    scanned = _scanned(shape, batch, slots, itemsize, config, retrieval)
     return {"read": scanned + _means(shape, batch, slots, itemsize, config) + selected, "selected": selected}
+
+
+def _scanned(shape: ModelShape, batch: int, slots: int, itemsize: int, config: HybridConfig, retrieval: int) -> int:
+    return retrieval * batch * slots * key_bytes(config.scan_keys, shape.head_dim, itemsize)
 
 
 def _token_bytes(shape: ModelShape, itemsize: int) -> int:

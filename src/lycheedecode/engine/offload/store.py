@@ -9,9 +9,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ...ops import KV, Selections
+from ...config import ScanKeys
+from ...ops import KV, Selections, SmallKeys
 from ...ops.fetch import BlockMap, Tokens, fetch, plan_fetch, write_back
-from ...ops.reference_common import as_float8
 from ...plan import HeadPlan
 from .lane import Lane, Mark
 from .pinned import wait_for
@@ -75,7 +75,7 @@ class BlockStore:
         starts: Tensor | None,
         device: torch.device,
         ahead: bool = True,
-        scanned: ScanKeys | None = None,
+        scanned: ScannedKeys | None = None,
     ) -> None:
         num_rows, batch, capacity = selections.blocks.shape
         self.source, self.selections, self.block_size, self.readers = source, selections, block_size, readers
@@ -92,7 +92,7 @@ class BlockStore:
             self.missed, self.asked, self.pulled = counters
         self._rows, self._starts = dict(rows), starts
         self._first = [0] * batch if starts is None else starts.tolist()
-        self._scanned = None if scanned is None or scanned.keys.dtype != source.keys.dtype else scanned
+        self._scanned = None if scanned is None or scanned.is_small else scanned
         self._jobs = self._plan_jobs(device)
         weights = [(len(row), sum(1 if self._near(*head) < 0 else 0.5 for head in row)) for row in readers]
         self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
@@ -196,7 +196,7 @@ class BlockStore:
 
     def fetch(self, layer: int) -> None:
         """Fetch what is due when a layer is reached and has selected: for itself now, for later layers in the lane."""
-        keys = None if self._scanned is None else self._scanned.keys
+        keys = None if self._scanned is None else self._scanned.keys.numbers
         for reader, table in self._jobs.get(layer, ()):
             more = self.source, self.pool, self.known, table, keys, self._starts, self.block_size
             if reader == layer:
@@ -262,18 +262,18 @@ def readers_of(
     return readers, rows
 
 
-class ScanKeys:
+class ScannedKeys:
     """The keys that retrieval heads scan, on the GPU.
 
     Args:
         heads: retrieval heads of every layer.
         position: of these layers among those with full attention.
-        dtype: of the copy; the cache's or float8_e4m3fn.
-        batch, slots, dim: of the cache.
+        form: as in `HybridConfig.scan_keys`; what is not `cache` is all that the GPU has of these keys.
+        dtype, batch, slots, dim: of the cache.
         device: of the copy.
 
     Attributes:
-        keys: `[H, B, S, D]`.
+        keys: `[H, B, S]` of them; their numbers may be those of the cache, `[H, B, S, D]`.
         row_of: which of these are a head's; layers as `position` numbers them.
     """
 
@@ -281,6 +281,7 @@ class ScanKeys:
         self,
         heads: Mapping[int, tuple[int, ...]],
         position: Mapping[int, int],
+        form: ScanKeys,
         dtype: torch.dtype,
         batch: int,
         slots: int,
@@ -293,22 +294,32 @@ class ScanKeys:
         self._heads = dict(heads)
         pairs = [(position[layer], head) for layer, mine in heads.items() for head in mine]
         self.row_of = {pair: row for row, pair in enumerate(pairs)}
-        with torch.inference_mode(False):
-            self.keys = torch.empty((rows, batch, slots, dim), dtype=dtype, device=device)
-            self.ones = torch.ones(rows, dtype=torch.float32, device=device)
+        self.is_small = form != "cache"
+        if form == "cache":
+            with torch.inference_mode(False):
+                self.keys = SmallKeys(torch.empty((rows, batch, slots, dim), dtype=dtype, device=device))
+        else:
+            self.keys = SmallKeys.allocate(form, (rows, batch, slots), dim, device)
+        self._like = torch.empty(dim, dtype=dtype, device=device)
         self.known = 0
 
-    def of_layer(self, layer: int) -> Tensor:
-        """`[B, R, S, D]`."""
-        first = self._first[layer]
-        return self.keys[first : first + len(self._heads[layer])].transpose(0, 1)
+    @property
+    def key_bytes(self) -> int:
+        """Of one key."""
+        return self.keys.nbytes // self.keys.numbers.shape[:3].numel()
 
-    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Scales that the operations take with keys in 8 bits."""
-        if self.keys.dtype != torch.float8_e4m3fn:
-            return None
-        ones = self.ones[: len(self._heads[layer])]
-        return ones, ones
+    def of_layer(self, layer: int) -> SmallKeys:
+        """`[B, R, S]` keys."""
+        first = self._first[layer]
+        return self.keys.views(lambda part: part[first : first + len(self._heads[layer])].transpose(0, 1))
+
+    def seen(self, layer: int, lengths: Tensor | None, starts: Tensor | None) -> tuple[KV, SmallKeys | None]:
+        """The cache that a layer's scan takes, and the copy in its place; beside that, its keys are but a shape."""
+        keys = self.of_layer(layer)
+        if not self.is_small:
+            return KV(keys.numbers, keys.numbers, lengths, starts), None
+        like = self._like.expand(*keys.numbers.shape[:3], -1)
+        return KV(like, like, lengths, starts), keys
 
     def truncate(self, slots: int) -> None:
         """The cache forgets every slot from `slots` on."""
@@ -320,14 +331,15 @@ class ScanKeys:
             for layer, heads in self._heads.items():
                 keys = store_of(layer)[0]
                 for row, head in enumerate(heads):
-                    for mine, whole in zip(self.keys[self._first[layer] + row], keys[:, head], strict=True):
-                        self._copy(whole[self.known : filled], mine[self.known : filled])
+                    for b, whole in enumerate(keys[:, head]):
+                        self._copy((self._first[layer] + row, b), whole, filled)
         self.known = filled + 1
 
-    def _copy(self, whole: Tensor, mine: Tensor) -> None:
-        """Keys `[T, D]`; in 8 bits a piece at a time, which is first copied as it is."""
-        if self.keys.dtype != torch.float8_e4m3fn:
-            mine.copy_(whole, non_blocking=True)
+    def _copy(self, place: tuple[int, int], whole: Tensor, filled: int) -> None:
+        """Keys `[S, D]` of a head; in fewer bits a piece at a time, which is first copied as it is."""
+        if not self.is_small:
+            self.keys.numbers[place][self.known : filled].copy_(whole[self.known : filled], non_blocking=True)
             return
-        for near, far in zip(mine.split(_PIECE), whole.split(_PIECE), strict=True):
-            near.copy_(as_float8(far.to(near.device, non_blocking=True)))
+        for begin in range(self.known, filled, _PIECE):
+            piece = slice(begin, min(begin + _PIECE, filled))
+            self.keys.write((*place, piece), whole[piece].to(self._like.device, non_blocking=True))

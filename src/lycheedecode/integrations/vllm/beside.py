@@ -1,4 +1,4 @@
-"""Data kept beside vLLM's pages, page for page: the means of chunks, and 8-bit copies of the keys that are scanned.
+"""Data kept beside vLLM's pages, page for page: the means of chunks, and copies of scanned keys in 8 or 4 bits.
 
     a step is to come, before any CUDA graph   `Beside.write`: what is not there yet of the sequences that get a token
     a layer of it                              reads both; a scan writes the copy of the newest token itself
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...attention import HybridAttention, HybridState
-from ...ops import KV, reference, write_means
+from ...ops import KV, SmallKeys, key_bytes, reference, write_means
 
 
 class Page(NamedTuple):
@@ -63,11 +63,12 @@ class Beside:
     def __init__(self, attention: HybridAttention, page: Page, device: torch.device) -> None:
         self.chunk, self._page, self._device = attention.config.chunk_tokens, page, device
         self._completed = set(attention.completed)
-        copied = attention.config.scan_keys == "float8"
+        self._form = attention.config.scan_keys
+        copied = self._form != "cache"
         self._scanned = {layer: heads for layer, heads in attention.scanned.items() if heads and copied}
         self.pages = 0
         self.means: dict[int, Tensor] = {}
-        self.copies: dict[int, Tensor] = {}
+        self.copies: dict[int, SmallKeys] = {}
 
     @property
     def is_used(self) -> bool:
@@ -86,12 +87,17 @@ class Beside:
     def bytes_of_page(self) -> int:
         """What all layers have beside one page."""
         means = len(self._completed) * self._page.heads * ceil(self._page.tokens / self.chunk) * self.mean_bytes * 2
-        return means + sum(map(len, self._scanned.values())) * self._page.tokens * self._page.dim
+        return means + sum(map(len, self._scanned.values())) * self._page.tokens * self.scan_bytes
 
     @property
     def mean_bytes(self) -> int:
         """Of a mean key."""
         return self._page.dim * self._page.dtype.itemsize
+
+    @property
+    def scan_bytes(self) -> int:
+        """Of a key that is scanned."""
+        return key_bytes(self._form, self._page.dim, self._page.dtype.itemsize)
 
     def fit(self, pages: int) -> None:
         """Have room beside so many pages; what was known is forgotten if that is news."""
@@ -103,9 +109,8 @@ class Beside:
             for layer in self._completed:
                 shape = 2, pages, heads, ceil(tokens / self.chunk), dim
                 self.means[layer] = torch.zeros(shape, dtype=dtype, device=self._device)
-            for layer, scanning in self._scanned.items():
-                copy = torch.zeros((pages, len(scanning), tokens, dim), dtype=torch.uint8, device=self._device)
-                self.copies[layer] = copy.view(torch.float8_e4m3fn)
+        for layer, scanning in self._scanned.items():
+            self.copies[layer] = SmallKeys.allocate(self._form, (pages, len(scanning), tokens), dim, self._device)
 
     def write(
         self,
@@ -168,7 +173,7 @@ class PagedState(HybridState):
 
     beside: Beside | None = None
 
-    def copy_of(self, layer: int) -> Tensor | None:
+    def copy_of(self, layer: int) -> SmallKeys | None:
         """See `HybridState`."""
         return self.beside.copies.get(layer)
 
@@ -179,7 +184,7 @@ class PagedState(HybridState):
 
     def scan_bytes(self, key_bytes: int) -> float:
         """See `HybridState`."""
-        return self.beside._page.dim if self.beside.has_copies else key_bytes
+        return self.beside.scan_bytes if self.beside.has_copies else key_bytes
 
     def mean_bytes(self, key_bytes: int) -> float:
         """See `HybridState`."""

@@ -125,7 +125,7 @@ def read_config(vllm_config: Any) -> tuple[HybridConfig, Limits, bool]:
         if getattr(config, name) != only:
             raise ServingError(f"{name} must be {only!r} in vLLM, where the sequences of a batch change at every step.")
     if config.scan_keys != "cache" and vllm_config.cache_config.cache_dtype in FLOAT8:
-        raise ServingError("scan_keys must be 'cache' with a KV cache in FP8, which has 8 bits already.")
+        raise ServingError("scan_keys must be 'cache' with a KV cache in FP8: copies are made of 16-bit keys.")
     if config.step_weights != "model":
         raise ServingError("step_weights must be 'model' in vLLM, which quantises weights itself (--quantization fp8).")
     return config, Limits.of(config, most, allow_off, lossless), self_check

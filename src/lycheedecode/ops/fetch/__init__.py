@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_COMPILER, HAS_TRITON
+from ..small_keys import SmallKeys
 from . import reference
 
 __all__ = ["BlockMap", "Tokens", "fetch", "newest_keys", "plan_fetch", "write_back"]
@@ -147,7 +148,7 @@ def write_back(
 
 
 def newest_keys(
-    query: Tensor, keys: Tensor, at: Tensor, filled: Tensor, heads: tuple[int, ...], copy: Tensor
+    query: Tensor, keys: Tensor, at: Tensor, filled: Tensor, heads: tuple[int, ...], copy: SmallKeys
 ) -> Tensor:
     """Copy the newest token's key of some heads to where scans read it; returns the queries that scan.
 
@@ -157,7 +158,7 @@ def newest_keys(
         at: int32 `[B]`, one more than the entry of the newest token in it.
         filled: int32 `[B]`, slots in use, the newest token's included.
         heads: KV heads, `H` of them.
-        copy: `[B, H, S, D]`, in the dtype of the keys or float8_e4m3fn; written in place.
+        copy: `[B, H, S]` keys in 8 or 4 bits, or with numbers as the pool has them; written in place.
 
     Returns:
         `[B, H * G, D]`: the queries of these heads' groups.

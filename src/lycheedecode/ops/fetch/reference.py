@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference_common import as_float8
+from ..small_keys import SmallKeys
 
 if TYPE_CHECKING:
     from . import BlockMap, Tokens
@@ -79,13 +79,9 @@ def write_back(
 
 
 def newest_keys(
-    query: Tensor, keys: Tensor, at: Tensor, filled: Tensor, heads: tuple[int, ...], copy: Tensor
+    query: Tensor, keys: Tensor, at: Tensor, filled: Tensor, heads: tuple[int, ...], copy: SmallKeys
 ) -> Tensor:
     sequence = torch.arange(len(at), device=at.device)
     for row, head in enumerate(heads):
-        key = keys[sequence, head, at.long() - 1]
-        if copy.dtype == torch.float8_e4m3fn:  # floats of 8 bits cannot be indexed
-            copy.view(torch.uint8)[sequence, row, filled.long() - 1] = as_float8(key).view(torch.uint8)
-        else:
-            copy[sequence, row, filled.long() - 1] = key
+        copy.write((sequence, row, filled.long() - 1), keys[sequence, head, at.long() - 1])
     return query.unflatten(1, (keys.shape[1], -1))[:, list(heads)].flatten(1, 2)

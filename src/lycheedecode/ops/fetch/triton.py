@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .. import kernel_common as common
 from ..kernel_common import Tuning
+from ..small_keys import SmallKeys
+from ..small_keys_triton import small_arguments, write_small_keys
 from ..types import constant
 
 if TYPE_CHECKING:
@@ -226,20 +228,19 @@ def write_back(
 
 @triton.jit
 def _newest_kernel(
-    out, query, keys, copy, at, filled, heads, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks,
-    stride_cb, stride_ch, stride_cs,
-    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, EIGHT: tl.constexpr, PDL: tl.constexpr,
+    out, query, keys, at, filled, heads, stride_qb, stride_qh, stride_kb, stride_kh, stride_ks,
+    copy, stride_cb, stride_ch, stride_cs, pairs, stride_pb, stride_ph, stride_ps,
+    G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = tl.load(heads + r).to(tl.int64)
     common.wait_for_inputs(PDL)
-    d = tl.arange(0, DP)
-    entry, slot = tl.load(at + b).to(tl.int64) - 1, tl.load(filled + b).to(tl.int64) - 1
-    key = tl.load(keys + b * stride_kb + head * stride_kh + entry * stride_ks + d, mask=d < D)
-    if EIGHT:
-        key = tl.clamp(key.to(tl.float32), -448.0, 448.0)
-    to = copy + b * stride_cb + r.to(tl.int64) * stride_ch + slot * stride_cs + d
-    tl.store(to, key.to(copy.dtype.element_ty), mask=d < D)
+    d, one = tl.arange(0, DP), tl.arange(0, 1)
+    entry, slot = tl.load(at + b + one).to(tl.int64) - 1, tl.load(filled + b + one).to(tl.int64) - 1
+    write_small_keys(
+        copy, stride_cb, stride_ch, stride_cs, pairs, stride_pb, stride_ph, stride_ps, r, b + one, slot,
+        keys, b + one, entry, head, stride_kb, stride_kh, stride_ks, one == 0, D, DP,
+    )  # fmt: skip
     q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
     g = tl.arange(0, GP)[:, None]
     line = (b * tl.num_programs(0) + r) * G + g
@@ -247,25 +248,24 @@ def _newest_kernel(
 
 
 def newest_keys(
-    query: Tensor, keys: Tensor, at: Tensor, filled: Tensor, heads: tuple[int, ...], copy: Tensor
+    query: Tensor, keys: Tensor, at: Tensor, filled: Tensor, heads: tuple[int, ...], copy: SmallKeys
 ) -> Tensor:
     """See `ops.fetch`; here every tensor has a contiguous last dimension."""
-    if not query.stride(-1) == keys.stride(-1) == copy.stride(-1) == 1:
-        raise ValueError("query, keys and copy must have a contiguous last dimension.")
+    if not query.stride(-1) == keys.stride(-1) == 1:
+        raise ValueError("query and keys must have a contiguous last dimension.")
     batch, dim = query.shape[0], query.shape[2]
     group = query.shape[1] // keys.shape[1]
     out = torch.empty((batch, len(heads) * group, dim), dtype=query.dtype, device=query.device)
     with common.on_device(query):
         _newest_kernel[len(heads), batch](
-            *(out, query, keys, copy, at, filled, constant(heads, torch.int32, query.device)),
+            *(out, query, keys, at, filled, constant(heads, torch.int32, query.device)),
             *query.stride()[:2],
             *keys.stride()[:3],
-            *copy.stride()[:3],
+            *small_arguments(copy),
             G=group,
             D=dim,
             GP=common.power_of_two(group),
             DP=common.power_of_two(dim),
-            EIGHT=copy.dtype == torch.float8_e4m3fn,
             **Tuning(1, 1, 1, 1, common.has_pdl(query.device)).options,
         )
     return out

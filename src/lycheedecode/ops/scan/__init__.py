@@ -11,6 +11,7 @@ from ...config import HybridConfig
 from ...errors import DeviceError
 from ..dispatch import check, kernels_for
 from ..select import select_blocks
+from ..small_keys import SmallKeys
 from ..types import EVERYTHING, KV, Selections, Shares
 from . import reference
 
@@ -24,7 +25,7 @@ def scan_blocks(
     block_size: int,
     scale: float,
     score: str = "mass",
-    copy: Tensor | None = None,
+    copy: SmallKeys | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -40,9 +41,9 @@ def scan_blocks(
         block_size: tokens per block.
         scale: factor on the logits, usually `D ** -0.5`.
         score: `mass` or `max`.
-        copy: float8_e4m3fn `[B, R, S, D]`, the keys of `heads` in this order and in the slots of a contiguous cache
-            (`reference.write_copy` makes it), or `[P, R, page, D]`, in its pages (`reference.write_pages_to_copy`);
-            scanned in place of the cache's own, in half the time.
+        copy: the keys of `heads` in 8 or 4 bits, in this order: `[B, R, S]` of them, in the slots of a contiguous cache
+            (`reference.write_copy` makes it), or `[P, R, page]`, in its pages (`reference.write_pages_to_copy`);
+            scanned in place of the cache's own.
         sinks, scales: as in `attend_blocks`.
 
     Returns:
@@ -61,26 +62,28 @@ def scan_select(
     config: HybridConfig,
     scale: float,
     out: Selections,
-    copy: Tensor | None = None,
+    copy: SmallKeys | None = None,
     limits: Tensor | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     shares: Shares | None = None,
+    newest: int | None = None,
 ) -> None:
     """`select_blocks(scan_blocks(...))`, without the scores in between; arguments as there.
 
     With the strategy `top_k`, sequences whose blocks all fit into the budget are selected as a whole, and not scanned;
     with any strategy, those that get everything (see `limits` of `select_blocks`) are not.
-    A `copy` may lack the last `config.refresh_every` tokens of each sequence: they are written into it first.
+    A `copy` may lack the last `newest` tokens of each sequence, which are written into it first; None stands for
+    `config.refresh_every` of them. With 0, the keys of `kv` are never read.
     """
     check(query, kv, sinks, scales)
     _check_copy(copy, kv, heads)
     kernels = kernels_for(query)
     if kernels is not None:
-        kernels.scan_select(query, kv, heads, config, scale, out, copy, limits, sinks, scales, shares)
+        kernels.scan_select(query, kv, heads, config, scale, out, copy, limits, sinks, scales, shares, newest)
         return
     if copy is not None:
-        reference.write_newest_to_copy(copy, kv, heads, config.refresh_every)
+        reference.write_newest_to_copy(copy, kv, heads, config.refresh_every if newest is None else newest)
     whole_up_to = out.whole_up_to(config.strategy, config.block_size, config.refresh_every, shares)
     fits = limits is None and kv.slots <= whole_up_to
     if fits or (limits is not None and bool((limits == EVERYTHING).all())):
@@ -93,17 +96,24 @@ def scan_select(
 
 
 def has_float8(device: torch.device) -> bool:
-    """Whether scans on this device can read a copy of keys in 8-bit floats."""
+    """Whether kernels on this device know 8-bit floats, by which they also widen numbers in 4 bits."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _check_copy(copy: Tensor | None, kv: KV, heads: tuple[int, ...]) -> None:
+def _check_copy(copy: SmallKeys | None, kv: KV, heads: tuple[int, ...]) -> None:
     if copy is None:
         return
-    if not has_float8(copy.device):
-        raise DeviceError("8-bit floats (scan_keys='float8') need a GPU of compute capability 8.9 or above.")
+    numbers, scales = copy
+    if not has_float8(numbers.device):
+        raise DeviceError("scan_keys='float8' and 'int4' need a GPU of compute capability 8.9 or above.")
+    dtypes = torch.float8_e4m3fn if scales is None else torch.uint8, None if scales is None else torch.bfloat16
+    if (numbers.dtype, None if scales is None else scales.dtype) != dtypes:
+        raise ValueError(f"copy must be float8_e4m3fn, or uint8 with scales in bfloat16, not {numbers.dtype}.")
     pages, _, slots, dim = kv.keys.shape
-    if copy.dtype != torch.float8_e4m3fn or copy.dim() != 4 or copy.shape[2] < slots:
-        raise ValueError(f"copy must be float8_e4m3fn [B, R, >= {slots}, D], not {copy.dtype} {tuple(copy.shape)}.")
-    if copy.shape[:2] != (pages, len(heads)) or copy.shape[3] != dim:
-        raise ValueError(f"copy {tuple(copy.shape)} does not fit {len(heads)} heads of keys {tuple(kv.keys.shape)}.")
+    shape = (*numbers.shape[:-1], copy.dim)
+    if len(shape) != 4 or shape[2] < slots:
+        raise ValueError(f"copy must have [B, R, >= {slots}, D] numbers, not {shape}.")
+    if shape[:2] != (pages, len(heads)) or shape[3] != dim:
+        raise ValueError(f"copy {shape} does not fit {len(heads)} heads of keys {tuple(kv.keys.shape)}.")
+    if scales is not None and scales.shape != (*shape[:3], 2):
+        raise ValueError(f"the scales of copy {shape} must be {(*shape[:3], 2)}, not {tuple(scales.shape)}.")

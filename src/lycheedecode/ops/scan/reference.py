@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference_common import all_tokens, as_float8, by_kv_head, existing_tokens, floats, with_sinks
+from ..reference_common import all_tokens, by_kv_head, existing_tokens, floats, with_sinks
+from ..small_keys import SmallKeys
 from ..types import KV
 
 
@@ -19,7 +20,7 @@ def scan_blocks(
     block_size: int,
     scale: float,
     score: str = "mass",
-    copy: Tensor | None = None,
+    copy: SmallKeys | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -27,9 +28,9 @@ def scan_blocks(
     exists = existing_tokens(kv)
     scores = []
     for row, head in enumerate(heads):
-        keys = all_tokens(kv.keys, kv, head) if copy is None else all_tokens(copy, kv, row)[:, : kv.slots]
+        keys = floats(all_tokens(kv.keys, kv, head)) if copy is None else _tokens_of(copy, kv, row).floats()
         factor = scale if scales is None else scale * scales[0][head]
-        logits = (grouped[:, head].float() * factor) @ floats(keys).mT  # [B, G, S]
+        logits = (grouped[:, head].float() * factor) @ keys.mT  # [B, G, S]
         if exists is not None:
             logits = logits.masked_fill_(~exists[:, None], -inf)
         weights = with_sinks(logits, sinks, kv, (head,)).softmax(-1)[..., : kv.slots]
@@ -46,16 +47,16 @@ def block_scores(weights: Tensor, kv: KV, block_size: int, score: str) -> Tensor
     return worth if kv.lengths is None and kv.starts is None else worth.nan_to_num_(0.0)
 
 
-def write_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], begin: int, end: int) -> None:
-    """Write the keys of `heads`, slots `begin` to `end - 1`, from a store `[B, Hkv, S, D]` into a copy `[B, R, S, D]`.
+def write_copy(copy: SmallKeys, keys: Tensor, heads: tuple[int, ...], begin: int, end: int) -> None:
+    """Write the keys of `heads`, slots `begin` to `end - 1`, from a store `[B, Hkv, S, D]` into a copy `[B, R, S]`.
 
-    Keys beyond what 8 bits can say, 448, become that; there are none in models that we know of.
+    Keys beyond what 8-bit floats can say, 448, become that; there are none in models that we know of.
     """
     for row, head in enumerate(heads):
-        copy[:, row, begin:end] = as_float8(keys[:, head, begin:end])
+        copy.write((slice(None), row, slice(begin, end)), keys[:, head, begin:end])
 
 
-def write_newest_to_copy(copy: Tensor, kv: KV, heads: tuple[int, ...], newest: int) -> None:
+def write_newest_to_copy(copy: SmallKeys, kv: KV, heads: tuple[int, ...], newest: int) -> None:
     """Write the last `newest` tokens of every sequence, or as many as it has, into a copy."""
     first = torch.zeros_like(kv.token_counts()) if kv.starts is None else kv.starts
     last = first + kv.token_counts() - 1
@@ -69,21 +70,24 @@ def write_newest_to_copy(copy: Tensor, kv: KV, heads: tuple[int, ...], newest: i
     _write_to_copy(copy, kv.keys, heads, page, slot % kv.keys.shape[2])
 
 
-def write_pages_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], pages: Tensor) -> None:
-    """Write whole pages, int64 `[n]`, of a cache `[P, Hkv, page, D]` into a copy `[P, R, page, D]`."""
+def write_pages_to_copy(copy: SmallKeys, keys: Tensor, heads: tuple[int, ...], pages: Tensor) -> None:
+    """Write whole pages, int64 `[n]`, of a cache `[P, Hkv, page, D]` into a copy `[P, R, page]`."""
     for row, head in enumerate(heads):
-        copy.view(torch.uint8)[pages, row] = as_float8(keys[pages, head]).view(torch.uint8)
+        copy.write((pages, row), keys[pages, head])
 
 
-def write_slots_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], slot: Tensor) -> None:
-    """Write slots int64 `[B, n]` of each sequence from a store `[B, Hkv, S, D]` into a copy `[B, R, S, D]`."""
+def write_slots_to_copy(copy: SmallKeys, keys: Tensor, heads: tuple[int, ...], slot: Tensor) -> None:
+    """Write slots int64 `[B, n]` of each sequence from a store `[B, Hkv, S, D]` into a copy `[B, R, S]`."""
     _write_to_copy(copy, keys, heads, torch.arange(slot.shape[0], device=slot.device)[:, None], slot)
 
 
-def _write_to_copy(copy: Tensor, keys: Tensor, heads: tuple[int, ...], page: Tensor, entry: Tensor) -> None:
+def _write_to_copy(copy: SmallKeys, keys: Tensor, heads: tuple[int, ...], page: Tensor, entry: Tensor) -> None:
     for row, head in enumerate(heads):
-        key = as_float8(keys[page, head, entry])
-        copy.view(torch.uint8)[page, row, entry] = key.view(torch.uint8)  # floats of 8 bits cannot be indexed
+        copy.write((page, row, entry), keys[page, head, entry])
+
+
+def _tokens_of(copy: SmallKeys, kv: KV, row: int) -> SmallKeys:
+    return copy.views(lambda part: all_tokens(part, kv, row)[:, : kv.slots])
 
 
 def _from_first_token(weights: Tensor, starts: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
                                          rows are padded to whole vectors
     sums   [R, B, G, splits]             log2 of the mass of everything that a program saw
 
-With a copy of the keys in 8-bit floats, that is what streams by; the newest tokens are written into it first, each by
+With a copy of the keys in 8 or 4 bits, that is what streams by; the newest tokens are written into it first, each by
 the program whose tile it lies in.
 
 Tiles go round the splits: at any time all programs together read one stretch of memory, and every program of a fixed
@@ -25,6 +25,8 @@ from torch import Tensor
 
 from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
+from ..small_keys import SmallKeys
+from ..small_keys_triton import halves_of_query, logits_of_4_bits, small_arguments, write_small_keys
 from ..types import KV
 
 
@@ -37,25 +39,36 @@ class Worth(NamedTuple):
 
 @triton.jit
 def _write_newest(
-    copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks, split,
-    page_table, stride_table, PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NEWEST: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr,
+    copy, stride_cb, stride_cr, stride_cs, pairs, stride_pb, stride_pr, stride_ps, keys, b, r, head, first, count,
+    stride_kp, stride_kh, stride_ks, split, page_table, stride_table, PAGE: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, NEWEST: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The last `NEWEST` tokens of a sequence, those that lie in this program's tiles: from the cache to the copy."""
     token = count - 1 - tl.arange(0, triton.next_power_of_2(NEWEST))
     mine = (token >= tl.maximum(count - NEWEST, 0)) & (token // TILE % SPLITS == split)
     page, entry = common.locate(b, first + token, mine, page_table, stride_table, PAGE)
-    k = common.load_tokens(keys, page, entry, head, mine, stride_kp, stride_kh, stride_ks, D, DP)
-    d = tl.arange(0, DP)[None, :]
-    row = page * stride_cb + r.to(tl.int64) * stride_cr + entry * stride_cs
-    k = tl.clamp(k.to(tl.float32), -448.0, 448.0).to(copy.dtype.element_ty)
-    tl.store(copy + row[:, None] + d, k, mask=mine[:, None] & (d < D))
+    write_small_keys(
+        copy, stride_cb, stride_cr, stride_cs, pairs, stride_pb, stride_pr, stride_ps, r, page, entry,
+        keys, page, entry, head, stride_kp, stride_kh, stride_ks, mine, D, DP,
+    )  # fmt: skip
     tl.debug_barrier()  # other threads of the program read it
+
+
+@triton.jit
+def _load_pairs(
+    pairs, stride_pb, stride_pr, stride_ps, b, r, first, token, count, page_table, stride_table, PAGE: tl.constexpr
+):
+    """Scales of keys in 4 bits."""
+    exists = token < count
+    page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
+    at = pairs + page * stride_pb + r.to(tl.int64) * stride_pr + entry * stride_ps
+    return tl.load(at, mask=exists, other=0)
 
 
 @triton.jit(do_not_specialize=["slots", "whole_up_to"])
 def _scan_kernel(
-    worth, sums, query, heads, scale, stride_qb, stride_qh, copy, stride_cb, stride_cr, stride_cs,
+    worth, sums, query, heads, scale, stride_qb, stride_qh,
+    copy, stride_cb, stride_cr, stride_cs, pairs, stride_pb, stride_pr, stride_ps,
     keys, lengths, starts, page_table, stride_kp, stride_kh, stride_ks, stride_table, slots, whole_up_to, N,
     limits, sinks, key_scales, PAGE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
@@ -81,17 +94,23 @@ def _scan_kernel(
     if heads is not None:
         head = tl.load(heads + r)
     first, count = common.extent(b, lengths, starts, slots)
-    q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
-
     if copy is not None and NEWEST > 0:
         _write_newest(
-            copy, keys, b, r, head, first, count, stride_cb, stride_cr, stride_cs, stride_kp, stride_kh, stride_ks,
-            split, page_table, stride_table, PAGE, D, DP, NEWEST, TILE, SPLITS,
+            copy, stride_cb, stride_cr, stride_cs, pairs, stride_pb, stride_pr, stride_ps, keys, b, r, head, first,
+            count, stride_kp, stride_kh, stride_ks, split, page_table, stride_table, PAGE, D, DP, NEWEST, TILE, SPLITS,
         )  # fmt: skip
-    if key_scales is not None:
-        scale *= tl.load(key_scales + head)
-    if copy is not None or key_scales is not None:
-        q, scale = common.for_8_bit_keys(q, scale)
+    if pairs is not None:
+        q, q_high, less, less_high, scale = halves_of_query(query, b, head, stride_qb, stride_qh, scale, G, D, GP)
+        coming = _load_pairs(
+            pairs, stride_pb, stride_pr, stride_ps, b, r, first, split * TILE + dealt, count,
+            page_table, stride_table, PAGE,
+        )  # fmt: skip
+    else:
+        q = common.load_query(query, b, head, stride_qb, stride_qh, G, D, GP, DP)
+        if key_scales is not None:
+            scale *= tl.load(key_scales + head)
+        if copy is not None or key_scales is not None:
+            q, scale = common.for_8_bit_keys(q, scale)
     g = tl.arange(0, GP)
     line = ((r * tl.num_programs(2) + b) * G + g).to(tl.int64)
     peak = tl.full([GP, TURNS, LANES], float("-inf"), tl.float32)
@@ -101,13 +120,23 @@ def _scan_kernel(
         token = tile * TILE + dealt
         exists = token < count
         page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
-        if copy is None:
-            k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
-            if key_scales is not None:
-                k = k.to(q.dtype)
+        if pairs is not None:
+            scales = coming  # they are no operand of a product, and the compiler would wait for each tile's
+            coming = _load_pairs(
+                pairs, stride_pb, stride_pr, stride_ps, b, r, first, token + SPLITS * TILE, count,
+                page_table, stride_table, PAGE,
+            )  # fmt: skip
+            n = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D // 2, q.shape[1])
+            x = logits_of_4_bits(q, q_high, less, less_high, n, scales, exists, scale)
         else:
-            k = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D, DP).to(q.dtype)
-        x = tl.reshape(common.logits_of(q, k, exists, scale), [GP, TURNS, ROUNDS, LANES, EIGHT])
+            if copy is None:
+                k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+            else:
+                k = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D, DP)
+            if copy is not None or key_scales is not None:
+                k = k.to(q.dtype)
+            x = common.logits_of(q, k, exists, scale)
+        x = tl.reshape(x, [GP, TURNS, ROUNDS, LANES, EIGHT])
         largest = tl.max(tl.max(x, 2), 3)  # [GP, TURNS, LANES]
         shift = common.finite(largest)
         part = tl.sum(tl.sum(tl.exp2(x - shift[:, :, None, :, None]), 2), 3)
@@ -177,7 +206,7 @@ def scan(
     scale: float,
     score: str = "mass",
     tuning: Tuning | None = None,
-    copy: Tensor | None = None,
+    copy: SmallKeys | None = None,
     newest: int = 0,
     whole_up_to: int = 0,
     limits: Tensor | None = None,
@@ -190,8 +219,6 @@ def scan(
     do not say otherwise (`ops.scan_select`).
     """
     common.check_strides(query, kv)
-    if copy is not None and copy.stride(-1) != 1:
-        raise ValueError(f"copy must have a contiguous last dimension, not strides {copy.stride()}.")
     if score not in ("mass", "max"):
         raise ValueError(f"score must be 'mass' or 'max', not {score!r}.")
     batch, num_query_heads, dim = query.shape
@@ -206,7 +233,7 @@ def scan(
     with common.on_device(query):
         _scan_kernel[tuning.splits, len(heads), batch](
             *(*worth, query, common.head_index(heads, kv), scale * LOG2_E, query.stride(0), query.stride(1)),
-            *((None, 0, 0, 0) if copy is None else (copy, *copy.stride()[:3])),
+            *small_arguments(copy),
             *(kv.keys, *cache[2:8], *cache[11:13], whole_up_to, num_blocks),
             *(limits, sinks, scales and scales[0], cache[13]),
             **common.padded(group, dim),
@@ -246,7 +273,7 @@ def scan_blocks(
     block_size: int,
     scale: float,
     score: str = "mass",
-    copy: Tensor | None = None,
+    copy: SmallKeys | None = None,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
