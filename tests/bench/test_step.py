@@ -111,7 +111,7 @@ def test_options_as_they_were_still_do():
         (StepSettings, {"batches": (1, 0)}, r"batches must be above 0, not \(1, 0\)"),
         (StepSettings, {"contexts": ()}, "contexts must be above 0"),
         (ServingSettings, {"cases": ("4*1000",)}, "'4\\*1000' is not a batch and a context, like 4x131072"),
-        (ServingSettings, {"tokens": 2}, "tokens must be at least 3, not 2"),
+        (ServingSettings, {"tokens": 2}, "tokens must be at least 6, not 2"),
     ],
 )
 def test_settings_that_make_no_sense(kind, settings, said):

@@ -159,7 +159,8 @@ def test_a_name_is_a_class_and_settings(shape):
 @pytest.mark.parametrize("lengths", [(50,), (50, 29)], ids=["one", "padded batch"])
 def test_bytes_are_what_the_operations_read(llama, make, name, lengths, monkeypatch):
     """Every operation is watched; bounds are counted by hand."""
-    policy, read = make(name), torch.zeros(len(lengths))
+    engine = engine_of(llama, make(name))  # which tries the model first
+    read = torch.zeros(len(lengths))
 
     def watched(operation, count):
         def run(query, kv, *arguments, **options):
@@ -187,7 +188,6 @@ def test_bytes_are_what_the_operations_read(llama, make, name, lengths, monkeypa
     monkeypatch.setattr(ops, "attend_select", watched(
         ops.attend_select, lambda kv, heads, *_, **__: 2 * kv.token_counts() * len(heads)
     ))  # fmt: skip
-    engine = engine_of(llama, policy)
     context = engine.prefill(tiny.prompts(*lengths))
     for token in range(3):
         engine.decode_one_token(context, torch.full((len(lengths),), 7 + token))
