@@ -136,7 +136,7 @@ def test_memory_is_taken_from_the_cache(folder):
             generate(llm, tiny.prompts(9), 2)
             sizes.append((count, group.beside.bytes_of_page))
             held = [*group.beside.means.values(), *group.beside.copies.values()]
-            assert sum(x.numel() * x.itemsize for x in held) == count * group.beside.bytes_of_page
+            assert sum(x.nbytes for x in held) == count * group.beside.bytes_of_page
     (plain, nothing), (fewer, beside) = sizes
     page = 2 * tiny.LAYERS * tiny.KV_HEADS * 32 * 32 * 4
     assert nothing == 0
