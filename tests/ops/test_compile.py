@@ -169,9 +169,9 @@ def test_several_tokens(compiled, tokens, group, dim, dtype, page, tmp_path, mon
     check(compiled, tmp_path, 2)
 
 
-@pytest.mark.parametrize(("tokens", "page"), [(0, 0), (0, 16), (1, 0), (9, 0), (9, 16)])
+@pytest.mark.parametrize(("tokens", "page"), [(0, 0), (0, 16), (1, 0)])
 def test_programs_of_8_bit_caches_wait_for_each_other(compiled, tokens, page, tmp_path):
-    """A processor holds three: their arithmetic takes longer than their bytes. 0 tokens: the dense operation's one."""
+    """For a single token a processor holds three of them. 0 tokens: the dense operation's one."""
     kv, scales = make_cache(128, torch.float8_e4m3fn, page), (torch.ones(2), torch.ones(2))
     query = torch.empty(1, max(tokens, 1), 8, 128, dtype=torch.bfloat16)
     if tokens:
