@@ -1,6 +1,7 @@
 """HeadPlan: what is valid, what a file may hold, and how plans are divided."""
 
 import json
+import math
 import random
 
 import pytest
@@ -59,9 +60,9 @@ def test_gate_means_must_have_the_shape_of_donors():
     ("table", "said"),
     [
         ([[1.0, 1.0]], "completion must have the shape of donors, 3 x 2"),
-        ([[1.0, -0.1]] * 3, "finite factors that are not negative"),
-        ([[1.0, float("nan")]] * 3, "finite factors"),
-        ([[1.0, float("inf")]] * 3, "finite factors"),
+        ([[1.0, -0.1]] * 3, "completion must be a table of factors that are not negative"),
+        ([[1.0, float("nan")]] * 3, "completion must be a table of finite numbers, a row for each layer"),
+        ([[1.0, float("inf")]] * 3, "finite numbers"),
     ],
 )
 def test_factors_that_make_no_sense_are_refused(table, said):
@@ -74,7 +75,11 @@ def test_factors_that_make_no_sense_are_refused(table, said):
     [
         ([[1.0, 2.0]], "budgets must have the shape of donors, 3 x 2"),
         ([[1.0, 0.0]] * 3, "budgets must be a table of factors above 0, and at most 1000"),
-        ([[1.0, float("nan")]] * 3, "factors above 0"),
+        ([[1.0, float("nan")]] * 3, "finite numbers"),
+        (["12"] * 3, "budgets must be a table of finite numbers, a row for each layer"),
+        ([{"1": 1, "2": 2}] * 3, "finite numbers"),
+        ([[1, True]] * 3, "finite numbers"),
+        ([[1, 10**400]] * 3, "finite numbers"),
         ([[1.0, 1001.0]] * 3, "at most 1000"),
     ],
 )
@@ -165,15 +170,17 @@ def changed(**changes) -> str:
         ("[]", "not a head plan"),
         ("{}", "not a head plan"),
         ("3", "not a head plan"),
-        (changed(format="other/1"), f"is not '{FORMAT}'"),
+        (changed(format="other/1"), f"format must be '{FORMAT}' or '{FORMAT_OF_BUDGETS}', not 'other/1'"),
         (changed(donors=[[[5, 0]]]), "does not exist"),
         (changed(model={"num_layers": 8}), "says num_layers = 8, but its donors have 7"),
+        (changed(model={"num_layers": "7"}), "says num_layers = '7', but its donors have 7"),
         (changed(model={"num_kv_heads": 2}), "says num_kv_heads = 2, but its donors have 3"),
         (changed(gate_means=[[0.5]]), "gate_means"),
-        (changed(gate_means=[["x", 0, 0]] * 7), "could not convert"),
-        (changed(gate_means=7), "not iterable"),
+        (changed(gate_means=[["x", 0, 0]] * 7), "gate_means must be a table of finite numbers"),
+        (changed(gate_means=7), "finite numbers"),
         (changed(completion=[[1.0]]), "completion must have the shape"),
-        (changed(completion=[[1.0, None, 1.0]] * 7), "float"),
+        (changed(completion=[[1.0, None, 1.0]] * 7), "completion must be a table of finite numbers"),
+        (changed(gate_means=[[math.nan] * 3] * 7), "gate_means must be a table of finite numbers"),
         (changed(model=[1]), "model must be an object"),
         (changed(provenance="trained"), "provenance must be an object"),
     ],

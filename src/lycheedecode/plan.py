@@ -74,8 +74,8 @@ class HeadPlan:
                 self._check_donor(layer, head, donor)
         for name in ("gate_means", "completion", "budgets"):
             object.__setattr__(self, name, self._as_table(name, getattr(self, name)))
-        if self.completion is not None and not all(0 <= factor < inf for row in self.completion for factor in row):
-            raise PlanError("completion must be a table of finite factors that are not negative.")
+        if self.completion is not None and not all(factor >= 0 for row in self.completion for factor in row):
+            raise PlanError("completion must be a table of factors that are not negative.")
         if self.budgets is not None and not all(0 < factor <= 1000 for row in self.budgets for factor in row):
             raise PlanError("budgets must be a table of factors above 0, and at most 1000.")
         if self.budgets is not None and all(factor == 1 for row in self.budgets for factor in row):
@@ -88,7 +88,10 @@ class HeadPlan:
         """`L x Hkv` numbers, or None."""
         if table is None:
             return None
-        numbers = tuple(tuple(float(number) for number in row) for row in table)
+        try:
+            numbers = tuple(tuple(_as_number(number) for number in row) for row in table)
+        except (TypeError, ValueError, OverflowError):
+            raise PlanError(f"{name} must be a table of finite numbers, a row for each layer.") from None
         if [len(row) for row in numbers] != [len(row) for row in self.donors]:
             raise PlanError(f"{name} must have the shape of donors, {self.num_layers} x {self.num_kv_heads}.")
         return numbers
@@ -244,7 +247,8 @@ class HeadPlan:
         if not isinstance(data, Mapping) or "donors" not in data:
             raise PlanError(f"{source}: not a head plan (it has no 'donors').")
         if data.get("format") not in (FORMAT, FORMAT_OF_BUDGETS):
-            raise PlanError(f"{source}: format {data.get('format')!r} is not {FORMAT!r}.")
+            known = f"{FORMAT!r} or {FORMAT_OF_BUDGETS!r}"
+            raise PlanError(f"{source}: format must be {known}, not {shown(data.get('format'))}.")
         for key in ("model", "provenance"):
             if not isinstance(data.get(key) or {}, Mapping):
                 raise PlanError(f"{source}: {key} must be an object, not {data[key]!r}.")
@@ -260,7 +264,7 @@ class HeadPlan:
             raise PlanError(f"{source}: {_reason(error)}.") from None
         for key, said in shape.items():
             if said is not None and said != getattr(plan, key):
-                raise PlanError(f"{source}: says {key} = {said}, but its donors have {getattr(plan, key)}.")
+                raise PlanError(f"{source}: says {key} = {shown(said)}, but its donors have {getattr(plan, key)}.")
         return plan
 
     def to_json(self) -> dict[str, Any]:
@@ -371,6 +375,13 @@ def _as_donors(table: Any) -> tuple[tuple[Head, ...], ...]:
     if not donors or not donors[0] or len({len(row) for row in donors}) != 1:
         raise PlanError("donors must have at least one layer, and the same number of KV heads in every layer.")
     return donors
+
+
+def _as_number(value: Any) -> float:
+    """Refuses what `float` would take as well: words, such as the digits of "12", and true or false."""
+    if isinstance(value, (str, bytes, bool)) or not abs(float(value)) < inf:
+        raise ValueError(value)
+    return float(value)
 
 
 def _dump(data: dict[str, Any]) -> str:
