@@ -16,6 +16,7 @@ from lycheedecode.evaluate.variants import variants
 from lycheedecode.models.shape import ModelShape
 from lycheedecode.policies import make
 from lycheedecode.policies.bytes import bytes_at, match_bytes
+from lycheedecode.roles import LayerRoles
 
 FACTORS = ((0.5, 2.0), (1.0, 2.0), (0.25, 0.5), (1.0, 1.0))
 PLAN = replace(tiny.plan(), budgets=FACTORS)
@@ -157,12 +158,14 @@ def test_lossless_text_is_full_attentions(llama, settings):
     assert all(result.accepted for result in results)
 
 
-def test_shares_that_no_sequence_can_fill():
+@pytest.mark.parametrize("budget", [1 << 33, 10**20])
+def test_shares_that_no_sequence_can_fill(budget):
     """Numbers of blocks stay numbers of 32 bits."""
-    plan, config = replace(tiny.plan(), budgets=((1000.0, 1e-9),) * 4), replace(CONFIG, budget_tokens=1 << 33)
+    plan, config = replace(tiny.plan(), budgets=((1000.0, 1e-9),) * 4), replace(CONFIG, budget_tokens=budget)
     caches, queries = layers(slots=90)
     _, state = step(HybridAttention(plan, config), caches, queries)
     assert (state.selections.counts == 23).all()
+    assert max(LayerRoles.of(plan, config, 0).shares.numbers) < 1 << 31
     _, state = step(HybridAttention(plan, CONFIG), caches, queries)
     assert set(state.selections.counts.unique().tolist()) == {3, 23}
 

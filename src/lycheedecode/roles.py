@@ -43,14 +43,15 @@ class LayerRoles(NamedTuple):
             return found
         shares = shares_of(rows, retrieval, config)
         most = max(shares.of, *map(config.share_blocks, plan.budgets[layer]))
-        return found._replace(shares=shares, most=most)
+        return found._replace(shares=shares, most=min(most, _MOST_BLOCKS))
 
 
 def shares_of(rows: Sequence[tuple[int, float]], heads: Sequence[int], config: HybridConfig) -> Shares:
     """Budgets of `rows`, KV heads and factors, whose scores are those of `heads`."""
     assert config.budget_blocks is not None, "check_budgets comes first"
-    blocks = tuple(min(config.share_blocks(factor), _MOST_BLOCKS) for _, factor in rows)
-    return Shares(tuple(heads.index(head) for head, _ in rows), blocks, config.budget_blocks, config.forced_blocks)
+    numbers = *(config.share_blocks(factor) for _, factor in rows), config.budget_blocks, config.forced_blocks
+    *blocks, of, least = (min(number, _MOST_BLOCKS) for number in numbers)
+    return Shares(tuple(heads.index(head) for head, _ in rows), tuple(blocks), of, least)
 
 
 def check_budgets(plan: HeadPlan | None, config: HybridConfig) -> None:
