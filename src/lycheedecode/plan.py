@@ -249,6 +249,8 @@ class HeadPlan:
         if data.get("format") not in (FORMAT, FORMAT_OF_BUDGETS):
             known = f"{FORMAT!r} or {FORMAT_OF_BUDGETS!r}"
             raise PlanError(f"{source}: format must be {known}, not {shown(data.get('format'))}.")
+        if data["format"] == FORMAT and data.get("budgets") is not None:
+            raise PlanError(f"{source}: budgets need format {FORMAT_OF_BUDGETS!r}: older versions would ignore them.")
         for key in ("model", "provenance"):
             if not isinstance(data.get(key) or {}, Mapping):
                 raise PlanError(f"{source}: {key} must be an object, not {data[key]!r}.")

@@ -223,6 +223,7 @@ def test_compare_shows_both(base, plan_file, tmp_path):
         (["x", "-n", "0"], "--max-new-tokens must be at least 1, not 0"),
         (["x", "--budget-tokens", "0"], "budget_tokens must be a whole number of at least 1, not 0"),
         (["x", "--budget-ratio", "-0.5"], "budget_ratio must be in (0, 1]"),
+        (["x", "--scan-keys", "int8"], "'--scan-keys': 'int8' is not one of 'cache', 'float8', 'int4'"),
         (["x", "--block-size", "24"], "block_size must be a power of two"),
         (["x", "--selection", "top_p"], "needs top_p"),
         (["x", "--temperature", "-1"], "temperature must be at least 0"),

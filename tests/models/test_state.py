@@ -50,3 +50,12 @@ def test_a_context_outlives_what_runs_write(make):
     model.get_output_embeddings().weight.data *= -1
     with pytest.raises(InputError, match="The model was changed"):
         engine.generate(context, 5)
+
+
+def test_a_buffer_that_passes_do_not_write_is_part_of_the_model():
+    model = tiny.model("gemma3")
+    engine = Engine(model)
+    context = engine.prefill([[5, 9, 30, 7]])
+    model.get_input_embeddings().embed_scale *= 2
+    with pytest.raises(InputError, match="The model was changed"):
+        engine.generate(context, 5)

@@ -31,7 +31,7 @@ def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, _UsageError):
         if not error.format_message():
             return 2, ""  # nothing was given, and the help has been shown
-        said = error.format_message()
+        said = error.format_message().replace(": Value error, ", ": ")  # of pydantic, which typer asks
         command = error.ctx.command_path if error.ctx else "lycheedecode"
         return 2, _one_line(f"{said.removesuffix('.') + '.' * (said[-1] != '?')} See: {command} --help")
     if isinstance(error, LycheeError):

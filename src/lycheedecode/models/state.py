@@ -1,7 +1,8 @@
 """Whether a model is still what it was when something was made of it: a copy of its weights, or a cache of its keys.
 
 A merged adapter writes into `weight.data`, of which PyTorch keeps no count, and reading all weights to see it costs as
-much as a decode step. So a few numbers of each parameter are compared, beside all that tells of a change at once.
+much as a decode step. So a few numbers of each parameter and buffer are compared, beside all that tells of a change at
+once.
 
 What transformers writes into modules while a model runs is no change: frequencies for long texts, the longest text so
 far, the size of the last static cache, compiled calls.
@@ -17,22 +18,24 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLES = 64
-"""Numbers of each parameter that are compared, all over it."""
+"""Numbers of each parameter and buffer that are compared, all over it."""
 _PLAIN = (bool, int, float, str, type(None))
 _NOT_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 _OF_RUNS = re.compile("inv_freq|rope_deltas|cache|compile")
-"""In the names of attributes that passes write: `long_inv_freq`, `max_seq_len_cached`, `_last_compile_config`."""
+"""In the names of attributes and buffers that passes write: `long_inv_freq`, `max_seq_len_cached`,
+`_last_compile_config`."""
 
 
 class ModelState:
-    """What a model is now: modules, their plain attributes and hooks; where parameters are, and samples of them.
+    """What a model is now: modules, their plain attributes and hooks; where parameters and buffers are, and samples.
 
     Equal to another one as long as nothing is known to have changed in between.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = tuple((name, type(module), *_attributes(module)) for name, module in model.named_modules())
-        plain = [parameter for parameter in model.parameters() if _is_readable(parameter)]
+        buffers = [one for name, one in model.named_buffers() if not _OF_RUNS.search(name.rpartition(".")[2])]
+        plain = [one for one in (*model.parameters(), *buffers) if _is_readable(one)]
         self._parameters = tuple((one.dtype, one.device, one.shape, one.data_ptr(), _version(one)) for one in plain)
         kinds: dict[Any, list[Tensor]] = {}
         for one in plain:
