@@ -172,8 +172,8 @@ def refuse_unfit(config: HybridConfig, store_ratio: float, plan: HeadPlan | None
     check_store_ratio(store_ratio)
     if plan is not None and plan.budgets is not None:
         raise ConfigError(
-            "A cache in host memory keeps as many blocks of every head on the GPU: take a head plan without budgets of "
-            "heads, or decode with cache='resident'."
+            "A cache in host memory keeps the same number of blocks for every head on the GPU: "
+            "take a head plan without budgets of heads, or decode with cache='resident'."
         )
     name = reads_whole_cache(config)
     if name is not None:
