@@ -75,7 +75,9 @@ def memory(
     store_ratio: Annotated[
         float, typer.Option(metavar="X", help="Blocks kept on the GPU, as a multiple of the budget.")
     ] = 2.0,
-    gpu: Annotated[float, typer.Option(metavar="GIB", help="Memory of the GPU for weights and cache.")] = 80.0,
+    gpu: Annotated[
+        float, typer.Option(metavar="GIB", help="What the GPU has for weights and cache: 75 of a card of 80 GB.")
+    ] = 75.0,
     host: Annotated[float, typer.Option(metavar="GIB", help="Host memory.")] = 128.0,
     bandwidth: Annotated[float, typer.Option(metavar="TB/S", help="GPU memory bandwidth.")] = 4.67,
     link: Annotated[float, typer.Option(metavar="GB/S", help="What it fetches from host memory.")] = 49.0,
