@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from .checks import shown
 from .config import HybridConfig
 from .errors import ConfigError, LycheeWarning
 from .ops import Shares
@@ -81,6 +82,6 @@ def _warn_of_other_fit(plan: HeadPlan, config: HybridConfig) -> None:
     here = {"chunk": config.chunk_tokens, "budget_tokens": config.budget_tokens}
     other = {name: made[name] for name, value in here.items() if value and made.get(name) not in (None, value)}
     if other:
-        said = " and ".join(f"{name} = {value}, not {here[name]}" for name, value in other.items())
+        said = " and ".join(f"{name} = {shown(value)}, not {here[name]}" for name, value in other.items())
         said = f"The head plan's completion was fitted for {said}; it is used unchanged."
         warnings.warn(said, LycheeWarning, stacklevel=4)

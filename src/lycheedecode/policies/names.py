@@ -143,5 +143,9 @@ def _parse(name: str) -> tuple[type[Policy], int, dict[str, Any]]:
         near = get_close_matches(name, NAMES, n=3)
         hint = f": did you mean {' or '.join(near)}?" if near else "."
         raise PolicyError(f"There is no policy {name!r}{hint} There are {', '.join(NAMES)}.")
-    settings = {key: value for ending in endings for key, value in _ENDINGS[ending].items()}
+    settings: dict[str, Any] = {}
+    for ending in endings:
+        for twice in settings.keys() & _ENDINGS[ending].keys():
+            raise PolicyError(f"{name!r} says twice what {twice} is: leave out +{ending} or the one before it.")
+        settings |= _ENDINGS[ending]
     return POLICIES[base], int(seed or 0), settings
