@@ -394,7 +394,10 @@ def test_names_are_checked(shape, make):
     for name in ("random:x", "quest:3", "", "+correction"):
         with pytest.raises(PolicyError, match=r"There is no policy '[^']*'(: did you mean .*\?|\.) There are full,"):
             policies.check_name(name)
-    for name, setting in (("hybrid+float8+int4", "scan_keys"), ("random:1+centroid+weights8+uncompleted", "completion")):
+    for name, setting in (
+        ("hybrid+float8+int4", "scan_keys"),
+        ("random:1+centroid+weights8+uncompleted", "completion"),
+    ):
         with pytest.raises(PolicyError, match=f"says twice what {setting} is: leave out"):
             policies.check_name(name)
     with pytest.raises(PolicyError, match="'duo' needs a head plan"):

@@ -191,6 +191,7 @@ class Engine:
         check_step(context, token_ids, self.model, self._vocabulary)
         context.steps += 1
         if self._positions.turn:
+            self._restore_prompts(context)
             context._decoded.append(token_ids.clone())
             if (context.cache.length >= self._positions.turn) != context.is_long:
                 return self._read_again(context)
@@ -305,6 +306,7 @@ class Engine:
         source: Rounds | SingleSteps
         if self.config.verify_every:
             check_rounds(context, max_new_tokens, self.model, self.shape, self._positions, self.config)
+            self._restore_prompts(context)
             source = Rounds.over(self._decoder, self._full, context, sampling, self.config)
         else:
             source = SingleSteps(self, context, sampling, max_new_tokens)
@@ -379,7 +381,7 @@ class Engine:
         """Prompt and answer so far, the newest token included, with the positions of a text of this length.
 
         A text that grows past the model's turn has other frequencies from its first token on, and transformers'
-        `generate` reads it again as well; so does one that was rewound to before.
+        `generate` reads it again as well.
         """
         cache, length = context.cache, context.cache.length + 1
         check_length(length, self.shape, self._positions)
@@ -392,6 +394,15 @@ class Engine:
         logits = self._dense(cache, token_ids, context.padding)
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
+
+    def _restore_prompts(self, context: Context) -> None:
+        """Give prompts their own positions again after a rewind, if what was decoded had passed the model's turn."""
+        is_long = 0 < self._positions.turn < max(context.prompt_lengths)
+        if context._decoded or context.is_long == is_long or context.token_ids is None:
+            return
+        context.cache.truncate(0)
+        context.is_long = is_long
+        self._dense(context.cache, context.token_ids, context.padding)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
