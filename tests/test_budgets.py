@@ -83,6 +83,11 @@ def test_limits_of_sequences_scale_the_shares():
     ]  # fmt: skip
 
 
+def test_shares_are_of_whole_blocks():
+    """As of requests in vLLM, which say their budget in tokens and have it in blocks."""
+    assert [tiny.config(30).share_blocks(factor) for factor in (0.3, 0.5, 1.0, 2.0, 4.0)] == [3, 4, 8, 16, 32]
+
+
 def test_bytes_are_what_each_head_reads():
     """A tail of 2 tokens, which every row holds; what fits into the budget is not scanned."""
     attention = HybridAttention(PLAN, CONFIG)

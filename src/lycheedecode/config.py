@@ -187,8 +187,8 @@ class HybridConfig:
 
     def share_blocks(self, factor: float) -> int:
         """Most blocks of a selection that has `factor` times the budget; sinks and recent tokens always have room."""
-        assert self.budget_tokens is not None
-        return max(ceil(self.budget_tokens * factor / self.block_size), self.forced_blocks)
+        assert self.budget_blocks is not None
+        return max(ceil(self.budget_blocks * factor), self.forced_blocks)
 
     @property
     def chunk_tokens(self) -> int:
