@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lycheedecode.config import HybridConfig
-from lycheedecode.identify.budgets import LEVELS, Menu, measure_options
+from lycheedecode.identify.budgets import LEVELS, Menu
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.replay import Seen, TeacherBatch, choose_blocks, in_parts
+from lycheedecode.identify.sensitivity import measure_options
 from lycheedecode.plan import Head, HeadPlan
 
 # ---------------------------------------------------------------------- keys that retrieval heads scan

@@ -160,7 +160,7 @@ class Engine:
         lengths = [len(row) for row in rows]
         longest, padding = max(lengths), left_padding(lengths)
         check_length(longest, self.shape, self._positions)
-        is_long = 0 < self._positions.turn < longest
+        is_long = self._positions.is_long(longest)
         state = self._decoder.follow()
         if context is None:
             starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
@@ -193,7 +193,7 @@ class Engine:
         if self._positions.turn:
             self._restore_prompts(context)
             context._decoded.append(token_ids.clone())
-            if (context.cache.length >= self._positions.turn) != context.is_long:
+            if self._positions.is_long(context.cache.length + 1) != context.is_long:
                 return self._read_again(context)
         if self.config.correction_every:
             context._uncorrected.append(token_ids.clone())
@@ -389,7 +389,7 @@ class Engine:
             raise ModelError(f"Only a prompt that this engine read can grow past {self._positions.turn} tokens.")
         cache.truncate(0)
         context._uncorrected.clear()
-        context.is_long = length > self._positions.turn
+        context.is_long = self._positions.is_long(length)
         token_ids = torch.cat([context.token_ids, torch.stack(context._decoded, 1)], 1)
         logits = self._dense(cache, token_ids, context.padding)
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
@@ -397,7 +397,7 @@ class Engine:
 
     def _restore_prompts(self, context: Context) -> None:
         """Give prompts their own positions again after a rewind, if what was decoded had passed the model's turn."""
-        is_long = 0 < self._positions.turn < max(context.prompt_lengths)
+        is_long = self._positions.is_long(max(context.prompt_lengths))
         if context._decoded or context.is_long == is_long or context.token_ids is None:
             return
         context.cache.truncate(0)

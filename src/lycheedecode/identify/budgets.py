@@ -22,8 +22,8 @@ from ..config import HybridConfig
 from ..plan import Head, HeadPlan
 from ..roles import shares_of
 from .donors import Reach
-from .replay import Seen, TeacherBatch, choose_blocks, full, in_parts, replay
-from .sensitivity import along_gradient, in_units_of
+from .replay import Seen, TeacherBatch, choose_blocks
+from .sensitivity import in_units_of, measure_options
 
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Multiples of the budget that a head may read."""
@@ -92,45 +92,6 @@ class Menu:
             if torch.equal(before, choice):
                 break
         return choice
-
-
-@torch.no_grad()
-def measure_options(
-    model: PreTrainedModel,
-    lesson: TeacherBatch,
-    config: HybridConfig,
-    reach: Reach,
-    gradient: Mapping[int, Tensor],
-    factors: Sequence[float],
-    first_layers: Sequence[int],
-    look: Callable[[int, Seen], None],
-    blocks: Callable[[int], Tensor],
-) -> Tensor:
-    """The table of `sensitivity` over options of what is read, float32 `[draws * B, H, O, F]`.
-
-    Args:
-        model, lesson, config, reach, gradient, factors: as in `sensitivity.measure_changes`.
-        first_layers: of each of the `O` options, the layer from which on heads may have it.
-        look: called with every layer and what it sees, before options are looked at there.
-        blocks: what an option reads, bool `[B, T, N]`.
-    """
-    draws, batch = next(iter(gradient.values())).shape[:2]
-    width, shape = reach.num_kv_heads, (len(reach.heads()), len(first_layers), len(factors))
-    table = torch.zeros(draws, batch, *shape, device=lesson.answer_ids.device)
-
-    def attend(layer: int, seen: Seen) -> Tensor:
-        output, means = full(layer, seen), seen.means(config.chunk_tokens) if any(factors) else None
-        look(layer, seen)
-        for i, first in enumerate(first_layers):
-            if first <= layer:
-                read = blocks(i).to(seen.weights.device)[:, None].expand(-1, width, -1, -1)
-                parts = in_parts(seen, read, config.block_size, config.chunk_tokens, means)
-                moved = along_gradient(gradient[layer], parts, output, factors)
-                table[:, :, reach.rows(layer), i] = moved.to(table.device)
-        return output
-
-    replay(model, lesson, attend)
-    return (table / lesson.mask.sum(-1).sqrt()[:, None, None, None]).flatten(0, 1)
 
 
 @dataclass(frozen=True)

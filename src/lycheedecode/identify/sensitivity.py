@@ -14,7 +14,7 @@ gate is trained, and unlike coverage the table knows which heads matter.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ def measure_sensitivity(
     return torch.stack([measure_changes(model, lesson, config, reach, gradient, factors) for config in configs])
 
 
-@torch.no_grad()
 def measure_changes(
     model: PreTrainedModel,
     lesson: TeacherBatch,
@@ -53,28 +52,57 @@ def measure_changes(
     factors: Sequence[float],
 ) -> Tensor:
     """The table of one config for given `gradients`."""
+    heads, chosen = reach.heads(), dict[int, Tensor]()
+
+    def look(layer: int, seen: Seen) -> None:
+        chosen[layer] = choose_blocks(seen.weights, config)
+
+    def blocks(option: int) -> Tensor:
+        layer, head = heads[option]
+        return chosen[layer][:, head]
+
+    first_layers = [layer for layer, _ in heads]
+    table = measure_options(model, lesson, config, reach, gradient, factors, first_layers, look, blocks)
+    return table * reach.matrix().to(table.device)[..., None]
+
+
+@torch.no_grad()
+def measure_options(
+    model: PreTrainedModel,
+    lesson: TeacherBatch,
+    config: HybridConfig,
+    reach: Reach,
+    gradient: Mapping[int, Tensor],
+    factors: Sequence[float],
+    first_layers: Sequence[int],
+    look: Callable[[int, Seen], None],
+    blocks: Callable[[int], Tensor],
+) -> Tensor:
+    """A table over any options of what is read, float32 `[draws * B, H, O, F]`, scaled as that of `measure`.
+
+    Args:
+        model, lesson, config, reach, gradient, factors: as in `measure_changes`.
+        first_layers: of each of the `O` options, the layer from which on heads may have it.
+        look: called with every layer and what it sees, before options are looked at there.
+        blocks: what an option reads, bool `[B, T, N]`.
+    """
     draws, batch = next(iter(gradient.values())).shape[:2]
-    width, size = reach.num_kv_heads, len(reach.heads())
-    table = torch.zeros(draws, batch, size, size, len(factors), device=lesson.answer_ids.device)
-    chosen: dict[int, Tensor] = {}
-    chunk = config.chunk_tokens
+    width, shape = reach.num_kv_heads, (len(reach.heads()), len(first_layers), len(factors))
+    table = torch.zeros(draws, batch, *shape, device=lesson.answer_ids.device)
 
     def attend(layer: int, seen: Seen) -> Tensor:
-        output = full(layer, seen)
-        chosen[layer] = choose_blocks(seen.weights, config)
-        means = seen.means(chunk) if any(factors) else None
-        for earlier, blocks in chosen.items():
-            for head in range(width):
-                borrowed = blocks[:, head, None].to(seen.weights.device).expand(-1, width, -1, -1)
-                parts = in_parts(seen, borrowed, config.block_size, chunk, means)
+        output, means = full(layer, seen), seen.means(config.chunk_tokens) if any(factors) else None
+        look(layer, seen)
+        for i, first in enumerate(first_layers):
+            if first <= layer:
+                read = blocks(i).to(seen.weights.device)[:, None].expand(-1, width, -1, -1)
+                parts = in_parts(seen, read, config.block_size, config.chunk_tokens, means)
                 moved = along_gradient(gradient[layer], parts, output, factors)
-                table[:, :, reach.rows(layer), reach.rows(earlier).start + head] = moved.to(table.device)
+                table[:, :, reach.rows(layer), i] = moved.to(table.device)
         return output
 
     replay(model, lesson, attend)
-    tokens = lesson.mask.sum(-1)
-    table *= reach.matrix().to(table.device)[..., None] / tokens[:, None, None, None].sqrt()
-    return table.flatten(0, 1)
+    return (table * (1 / lesson.mask.sum(-1).sqrt())[:, None, None, None]).flatten(0, 1)
 
 
 def along_gradient(gradient: Tensor, parts: Parts, output: Tensor, factors: Sequence[float]) -> Tensor:

@@ -43,6 +43,10 @@ class Positions(NamedTuple):
                 turn, kind = original, name
         return cls(longest, turn, kind)
 
+    def is_long(self, tokens: int) -> bool:
+        """Whether a text of so many is read with other frequencies than short ones."""
+        return 0 < self.turn < tokens
+
 
 def _scalings(config: Any) -> list[dict[str, Any]]:
     """Every set of rope parameters: of the model, or of each kind of its layers."""
