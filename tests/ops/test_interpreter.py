@@ -17,6 +17,7 @@ PARTS = {
     "select": ("", [FOLDER / "test_select_triton.py"]),
     "complete": ("", [FOLDER / "test_complete_triton.py"]),
     "several": ("", [FOLDER / f"test_{name}_triton.py" for name in ("tokens", "operators", "serving", "paged")]),
+    "layouts": ("", [FOLDER / "test_layouts_triton.py"]),
     "small": ("", [*(FOLDER / f"test_{name}.py" for name in ("append", "count", "fetch", "noise")),
                    FUSION / "test_linear_triton.py"]),
 }  # fmt: skip

@@ -44,7 +44,7 @@ def some_tokens(cache: Tensor, kv: KV, token: Tensor, heads: tuple[int, ...] | N
     head = head[:, None]
     page = sequence
     if kv.page_table is not None:
-        page = kv.page_table[sequence, slot // cache.shape[2]]
+        page = kv.page_table[sequence, slot // cache.shape[2]].long()  # times a stride may need 64 bits
         slot = slot % cache.shape[2]
     dim = cache.shape[3]
     if cache.stride(3) != 1 or any(stride % dim for stride in cache.stride()[:3]):
