@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lycheedecode.fusion import backend, linear, reference
+from lycheedecode.fusion import backend, linear, operator, reference
 from lycheedecode.fusion.graph import use_linear
 from lycheedecode.fusion.operator import quantize
 
@@ -86,6 +86,17 @@ def test_many_rows_and_training_stay_as_they_are():
     torch.compile(layer, backend=graphs)(torch.randn(2, 8)).sum().backward()
     assert graphs.calls == 0
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize(("norm_rows", "left"), [(64, 1), (16, 2 * tiny.LAYERS + 1)])
+def test_many_rows_where_they_are_asked_for(monkeypatch, norm_rows, left):
+    monkeypatch.setattr(operator, "MAX_ROWS", 64)
+    monkeypatch.setattr(operator, "NORM_ROWS", norm_rows)
+    model, graphs = tiny.model("llama"), Graphs()
+    torch._dynamo.reset()
+    result = logits(model, torch.compile(model, backend=graphs, fullgraph=True, dynamic=False), length=17)
+    torch.testing.assert_close(result, logits(model, model, length=17), rtol=1e-4, atol=1e-4)
+    assert graphs.left == ["rsqrt"] * left
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ LLAMA_3_8B = [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [
-    (1, torch.bfloat16), (8, torch.bfloat16), (16, torch.bfloat16), (1, EIGHT_BITS), (4, EIGHT_BITS), (16, EIGHT_BITS),
+    *[(rows, torch.bfloat16) for rows in (1, 8, 16, 18, 36)], *[(rows, EIGHT_BITS) for rows in (1, 4, 16)],
 ])  # fmt: skip
 @pytest.mark.parametrize(("sizes", "columns"), LLAMA_3_8B, ids=str)
 def test_default_launches(compiled, rows, dtype, sizes, columns, tmp_path, monkeypatch):

@@ -70,6 +70,27 @@ def test_gated(rows, columns):
     check(rows, (64, 64), columns, gated=True, residual=True)
 
 
+@pytest.mark.parametrize("rows", [17, 36, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows(rows, dtype):
+    check(rows, (70, 1, 17), 200, dtype=dtype, bias=True, norm=True)
+    check(rows, (63,), 332, dtype=dtype, bias=True, residual=True)
+    check(rows, (50, 50), 176, dtype=dtype, bias=True, norm=True, gated=True)
+    check(rows, (64, 64), 128, dtype=dtype, gated=True, residual=True)
+
+
+@pytest.mark.parametrize("tuning", [
+    LinearTuning(64, 64, 3, 4, 4, 16, PREFETCH), LinearTuning(128, 64, 4, 8, 4, 16, PREFETCH),
+    LinearTuning(64, 128, 1, 4, 3, 16),
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [17, 36])
+def test_every_way_of_cutting_many_rows(rows, tuning):
+    """Columns of partial results that pad the rows are neither written nor read."""
+    dtype = torch.bfloat16 if GPU else torch.float32
+    check(rows, (130, 32), 768, tuning, dtype, bias=True, norm=True)
+    check(rows, (63,), 712, tuning, dtype, bias=True, residual=True, norm=True)
+
+
 @pytest.mark.parametrize("tuning", [
     LinearTuning(16, 32, 1, 2, 1, 0), LinearTuning(32, 64, 3, 4, 2, 0, PREFETCH), LinearTuning(16, 128, 4, 4, 3, 8),
     LinearTuning(64, 32, 5, 4, 4, 16, PREFETCH), LinearTuning(128, 64, 2, 8, 2, 8, PREFETCH),
@@ -117,7 +138,9 @@ def test_splits_need_no_atomic_sums():
 def test_bad_input_is_named():
     x, weight = random(2, 32), random(8, 32)
     with pytest.raises(ValueError, match="rows"):
-        linear(random(17, 32), [weight])
+        linear(random(65, 32), [weight])
+    with pytest.raises(ValueError, match="1 to 16 rows"):
+        linear(random(17, 32), [weight.to(torch.float8_e4m3fn)], scales=[torch.ones(8, device=DEVICE)])
     with pytest.raises(ValueError, match="weights"):
         linear(x, [weight], gated=True)
     with pytest.raises(ValueError, match="contiguous"):
@@ -137,7 +160,7 @@ def test_bad_input_is_named():
 
 
 def test_launches_fill_the_gpu_once():
-    for rows in (1, 2, 8):
+    for rows in (1, 2, 8, 36):
         for sizes, columns in (((4096, 1024, 1024), 4096), ((4096,), 4096), ((4096,), 14336)):
             tuning = default_tuning(rows, sizes, columns, torch.bfloat16, False)
             programs = sum(-(-size // tuning.rows) for size in sizes) * tuning.splits
@@ -145,7 +168,7 @@ def test_launches_fill_the_gpu_once():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 18, 36, 64])
 def test_llama_shapes_in_a_cuda_graph(rows):
     """A chain of early starts: every launch reads what the one before it wrote."""
     qkv = [random(size, 1024, dtype=torch.bfloat16, scale=1 / 32) for size in (1024, 256, 256)]

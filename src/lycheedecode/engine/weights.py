@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import HybridConfig
 from ..errors import ConfigError, DeviceError, LycheeWarning
-from ..fusion.operator import MAX_ROWS, quantize
+from ..fusion.operator import KERNEL_ROWS_8_BITS, quantize
 from ..models.shape import inner_model
 from ..models.state import ModelState
 from ..ops.dispatch import KERNEL_DTYPES
@@ -47,7 +47,7 @@ class EightBitLinear(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() // x.shape[-1] > MAX_ROWS:
+        if x.numel() // x.shape[-1] > KERNEL_ROWS_8_BITS:
             return F.linear(x, self.weight, self.bias)
         biases = [] if self.bias is None else [self.bias]
         return torch.ops.lycheedecode.linear.default(x, [self.eight], biases, None, None, 0.0, False, [self.scale])

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..ops.torch_private import compile_by_inductor
+from . import operator as limits
 from .match import Norm, annotated, changes, erase, is_parameter, name_of, only_user, rms_norm, value_of
-from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS  # this registers the operator, too
+from .operator import EIGHT_BITS, MAX_WEIGHTS  # this registers the operator, too
 from .patterns import GATED, SUM, find
 from .rotated import use_rotation
 
@@ -59,7 +60,8 @@ def use_linear(gm: GraphModule, norms: bool = True, everywhere: bool = False) ->
 def _replace(gm: GraphModule, group: list[Node], norms: bool) -> int:
     """Linear layers of one input -> one call, or a few."""
     x = _arguments(group[0])[0]
-    norm = rms_norm(x) if norms and set(x.users) == set(group) and len(group) <= MAX_WEIGHTS else None
+    fits = len(group) <= MAX_WEIGHTS and value_of(x).shape[:-1].numel() <= limits.NORM_ROWS
+    norm = rms_norm(x) if norms and fits and set(x.users) == set(group) else None
     product, chain = _gated(group)
     if product is not None:
         new = _call(gm, product, group if chain[0] is group[0] else group[::-1], norm, gated=True)
@@ -139,7 +141,7 @@ def _suits(node: Node, everywhere: bool) -> bool:
         return False
     if any(isinstance(size, torch.SymInt) for value in values for size in value.shape) or values[2].requires_grad:
         return False
-    if not 1 <= values[0].shape[:-1].numel() <= MAX_ROWS or changes(x):
+    if not 1 <= values[0].shape[:-1].numel() <= limits.MAX_ROWS or changes(x):
         return False
     return everywhere or (values[0].is_cuda and values[0].dtype in (torch.bfloat16, torch.float16))
 

@@ -26,7 +26,8 @@ class LinearTuning(NamedTuple):
         splits: programs that share the columns of a row.
         warps: of a program.
         stages: depth of its load pipeline.
-        dot: rows of input that a matrix instruction takes, 8 or 16; 0: ordinary multiplications, for one row only.
+        dot: rows of input that a matrix instruction takes at least, 8 or 16, padded to a power of two where there are
+            more; 0: ordinary multiplications, for one row only.
         prefetch: columns of its rows that a program calls into the L2 while the kernel before it drains; 0 starts
             when that kernel has ended.
         overlap: MiB that are left to read when the kernel after it may start.
@@ -83,6 +84,8 @@ def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch
     """What was fastest on an H200 within a step; `python -m experiments tune-step` measures it."""
     if dtype == EIGHT_BITS:
         return _tuning_of_8_bits(rows, sizes, columns, gated)
+    if rows > 16:
+        return _tuning_of_many_rows(sizes, columns, gated)
     far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
     out = sizes[0] if gated else sum(sizes)
     if rows == 1:
@@ -106,6 +109,20 @@ def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch
     if out <= 4096:
         return LinearTuning(rows=32, depth=128, splits=2, warps=4, stages=5, prefetch=near)
     return LinearTuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
+
+
+def _tuning_of_many_rows(sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:
+    """For 17 to 64 rows: what fits, compiled for an H200; `python -m experiments linear-rows` measures it.
+
+    Each program reads all rows of the input, from the L2: of 36 rows half as many bytes as of 64 rows of a weight, of
+    two weights if gated. So tiles are half as deep as for few rows, and as many programs as ever fit side by side.
+    """
+    tiles, steps = sum(-(-size // 64) for size in sizes), max(columns // 64, 1)
+    if not gated and tiles >= PROGRAMS:
+        return LinearTuning(rows=128, depth=64, splits=1, warps=8, stages=4, dot=16, prefetch=128)
+    most = 1 if gated else max(min(PROGRAMS // tiles, steps // 4, 8), 1)
+    splits = max(splits for splits in range(1, most + 1) if steps % splits == 0)
+    return LinearTuning(rows=64, depth=64, splits=splits, warps=4, stages=4, dot=16, prefetch=128)
 
 
 def _tuning_of_8_bits(rows: int, sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:

@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ROWS, MAX_WEIGHTS = 16, 3
+"""The backend leaves linear layers of more rows to cuBLAS."""
+KERNEL_ROWS, KERNEL_ROWS_8_BITS = 64, 16
+"""Rows that the kernel takes; `python -m experiments linear-rows` times those past `MAX_ROWS` against cuBLAS."""
+NORM_ROWS = 64
+"""The backend leaves an RMSNorm of more rows to Inductor: in the kernel every program computes it anew."""
 EIGHT_BITS = torch.float8_e4m3fn
 LARGEST = 448.0
 """Of these numbers."""
@@ -95,7 +100,7 @@ def linear(
     gated: bool = False,
     scales: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Linear layers of the same input, in one launch; on CUDA `MAX_ROWS` rows and `MAX_WEIGHTS` weights at most.
+    """Linear layers of the same input, in one launch; on CUDA `KERNEL_ROWS` rows and `MAX_WEIGHTS` weights at most.
 
     Args:
         x: `[..., in]`.

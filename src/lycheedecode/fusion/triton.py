@@ -22,7 +22,7 @@ from ..ops import kernel_common as common
 from ..ops.kernel_common import power_of_two
 from ..ops.merge import is_last, take_arrivals
 from .launches import Kind, LinearTuning, launch_of
-from .operator import EIGHT_BITS, MAX_ROWS, MAX_WEIGHTS
+from .operator import EIGHT_BITS, KERNEL_ROWS, KERNEL_ROWS_8_BITS, MAX_WEIGHTS
 
 
 @triton.jit
@@ -69,6 +69,15 @@ def _multiply(acc, w, v, DOT: tl.constexpr):
     else:
         acc += w.to(tl.float32) * v.to(tl.float32)
     return acc
+
+
+@triton.jit
+def _squared(v, NEIGHBOURS: tl.constexpr):
+    """Squares of `v [TK, BP]`, of so many columns in a row added up: a thread has them, and keeps fewer registers."""
+    square = v * v
+    if NEIGHBOURS > 1:
+        square = tl.sum(tl.reshape(square, [v.shape[0] // NEIGHBOURS, NEIGHBOURS, v.shape[1]]), 1)
+    return square
 
 
 @triton.jit
@@ -126,7 +135,8 @@ def _linear_kernel(
 
     y = tl.zeros([TN, BP if DOT else TK], tl.float32)
     gate = y
-    squares = tl.zeros([TK, BP] if DOT else [1, TK], tl.float32)
+    NEIGHBOURS: tl.constexpr = 8 if BP > 16 else 1
+    squares = tl.zeros([TK // NEIGHBOURS, BP] if DOT else [1, TK], tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
         if PDL:
             _let_next_start(step == trigger)
@@ -138,7 +148,7 @@ def _linear_kernel(
         if norm is not None:
             scale = _read(norm + k, k < K, EVEN).to(tl.float32)
             v = v.to(tl.float32)
-            squares += v * v
+            squares += _squared(v, NEIGHBOURS)
             v = (v * (scale[:, None] if DOT else scale[None, :])).to(x.dtype.element_ty)
         at = row + k[None, :]
         if GATED:
@@ -154,8 +164,9 @@ def _linear_kernel(
     last = True
     if SPLITS > 1:
         cell = tl.arange(0, TN)[:, None] * BP + b[None, :]
+        there = (b < B)[None, :] if BP > 16 else None  # padding of 36 rows is 44% of 64
         part = (program * SPLITS + split).to(tl.int64)
-        tl.store(partial + part * (TN * BP) + cell, y)
+        tl.store(partial + part * (TN * BP) + cell, y, mask=there)
         if norm is not None:
             tl.store(sums + part * BP + b, square)
         last = is_last(arrivals, program, SPLITS)
@@ -165,7 +176,7 @@ def _linear_kernel(
             square = tl.zeros([BP], tl.float32)
             for other in tl.static_range(SPLITS):  # always in this order, whoever is last
                 part = (program * SPLITS + other).to(tl.int64)
-                y += tl.load(partial + part * (TN * BP) + cell, cache_modifier=".cg")
+                y += tl.load(partial + part * (TN * BP) + cell, mask=there, cache_modifier=".cg")
                 if norm is not None:
                     square += tl.load(sums + part * BP + b, cache_modifier=".cg")
         if norm is not None:
@@ -251,8 +262,9 @@ def check(
 ) -> None:
     """Refuse what the kernel cannot compute, naming the argument."""
     rows, columns = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"x must have 1 to {MAX_ROWS} rows, not {rows}.")
+    most = KERNEL_ROWS_8_BITS if scales else KERNEL_ROWS
+    if not 1 <= rows <= most:
+        raise ValueError(f"x must have 1 to {most} rows, not {rows}.")
     if not 1 <= len(weights) <= MAX_WEIGHTS or (gated and len(weights) != 2):
         raise ValueError(f"There are {len(weights)} weights; it takes {'2' if gated else f'1 to {MAX_WEIGHTS}'}.")
     for weight in weights:
