@@ -132,7 +132,7 @@ class HybridState(State):
 
     def scan_bytes(self, key_bytes: int) -> float:
         """Bytes of a key that is scanned, where the cache's have `key_bytes`."""
-        return key_bytes if self.copy is None else self.copy.key_bytes(key_bytes)
+        return key_bytes if self.copy is None else self.copy.key_bytes
 
     def mean_bytes(self, key_bytes: int) -> float:
         """Bytes of a mean key, likewise."""

@@ -333,14 +333,27 @@ def test_kascades_search_equals_trying_everything(shape):
 # ---------------------------------------------------------------------- equal bytes
 
 
-@pytest.mark.parametrize("name", ["streaming", "quest", "kascade", "same-index", "paper", "hybrid", "hybrid+centroid"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "streaming",
+        "quest",
+        "kascade",
+        "same-index",
+        "paper",
+        "hybrid",
+        "hybrid+centroid",
+        "hybrid+float8",
+        "hybrid+int4",
+    ],
+)
 def test_matched_budgets_read_as_much_and_one_block_more_would_be_too_much(llama, shape, make, coverage, name):
     length = 401
     config = tiny.config(200, completion_chunk=16)
     given = {"shape": shape, "plan": tiny.plan(), "coverage": coverage}
     if name == "paper":  # half of these heads are dense
         given["plan"] = HeadPlan.from_donors([[(0, 0), (0, 1)], *[[(0, 0), (0, 0)]] * 3])
-    matched = policies.match_bytes(name, config=config, context=length, steps=1, **given)
+    matched = policies.match_bytes(name, config=config, context=length, steps=1, itemsize=4, **given)
 
     def bytes_of(config, name):
         engine = engine_of(llama, policies.make(name, config=config, **given))
@@ -350,11 +363,19 @@ def test_matched_budgets_read_as_much_and_one_block_more_would_be_too_much(llama
 
     allowed, found = bytes_of(config, "hybrid"), bytes_of(matched, name)
     policy = policies.make(name, config=matched, **given)
-    assert found == 64 * policies.bytes_at(policy, shape, length, 1) <= allowed
+    assert found == 64 * policies.bytes_at(policy, shape, length, 1, 4) <= allowed
     larger = replace(config, budget_tokens=matched.budget_tokens + policy.config.block_size)
     assert bytes_of(larger, name) > allowed
     if name == "hybrid":
         assert found == allowed
+
+
+@pytest.mark.parametrize(("keys", "budgets"), [("float8", {2: 248, 4: 272}), ("int4", {2: 260, 4: 280})])
+def test_a_copy_has_bytes_of_its_own_beside_any_cache(shape, keys, budgets):
+    """Four heads scan 401 keys of 16 numbers, in 16 or 12 bytes; what is saved goes to eight heads, in blocks of 4."""
+    given = {"shape": shape, "plan": tiny.plan(), "config": tiny.config(200), "context": 401, "steps": 1}
+    for itemsize, budget in budgets.items():
+        assert policies.match_bytes(f"hybrid+{keys}", itemsize=itemsize, **given).budget_tokens == budget
 
 
 @pytest.mark.parametrize("changes", [{}, {"refresh_every": 3}, {"correction_every": 6}], ids=str)

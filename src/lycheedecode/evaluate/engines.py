@@ -49,7 +49,7 @@ def make_engines(
     shape, engines, left_out = ModelShape.of(model), {}, {}
     for variant in variants:
         try:
-            policy = variant.make(shape, coverage, match_at, steps)
+            policy = variant.make(shape, coverage, match_at, steps, model.dtype.itemsize)
         except policies.PolicyError as error:
             if not match_at:
                 raise

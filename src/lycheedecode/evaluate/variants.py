@@ -52,16 +52,19 @@ class Variant:
         coverage: Callable[[HybridConfig], Tensor] | None = None,
         match_at: int = 0,
         steps: int = policies.STEPS,
+        itemsize: int = 2,
     ) -> policies.Decoding:
         """What decodes; with `match_at`, at the budget whose bytes in `steps` steps from so many tokens on are those of
-        `hybrid` with the plan `like`. `coverage` is asked at the budget that decodes."""
+        `hybrid` with the plan `like`, over a cache of numbers of `itemsize` bytes. `coverage` is asked at the budget
+        that decodes."""
         config, given = self.config, dict[str, Any](shape=shape, plan=self.plan)
         if match_at and policies.has_budget(self.policy) and not self.exact:
             heads = len(shape.global_layers) * shape.num_kv_heads
             any_anchors = torch.zeros(heads, heads) if self.is_calibrated else None  # all read as much
             config = policies.match_bytes(
-                self.policy, config=config, context=match_at, steps=steps, coverage=any_anchors, like=self.like, **given
-            )
+                self.policy, config=config, context=match_at, steps=steps, itemsize=itemsize, coverage=any_anchors,
+                like=self.like, **given,
+            )  # fmt: skip
         calibrated = coverage(config) if self.is_calibrated and coverage is not None else None
         return policies.make(self.policy, config=config, coverage=calibrated, **given)
 

@@ -56,6 +56,11 @@ class SmallKeys(NamedTuple):
     def nbytes(self) -> int:
         return self.numbers.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
+    @property
+    def key_bytes(self) -> int:
+        """Of one key."""
+        return sum(part.shape[-1] * part.itemsize for part in self if part is not None)
+
     def views(self, of: Callable[[Tensor], Tensor]) -> SmallKeys:
         """The same of both parts, whose dimensions but the last are alike."""
         return SmallKeys(of(self.numbers), None if self.scales is None else of(self.scales))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..attention import HybridAttention
+from ..attention import HybridAttention, HybridState
 from ..config import HybridConfig
 from ..models.shape import ModelShape
 from ..plan import HeadPlan
@@ -18,11 +18,15 @@ STEPS = 64
 """Over how many steps bytes are compared: at a single one, how full the last block is would decide."""
 
 
-def bytes_at(policy: Decoding, shape: ModelShape, context: int, steps: int = STEPS) -> float:
+def bytes_at(policy: Decoding, shape: ModelShape, context: int, steps: int = STEPS, itemsize: int = 2) -> float:
     """KV bytes that a decode step reads, in bytes of one key of one head: the mean of `steps` steps, of which the first
     sees `context` tokens.
 
     Exact for selections that fill their budget (`top_k`, `ratio`) or hold everything.
+
+    Args:
+        policy, shape, context, steps: see above.
+        itemsize: bytes of a number of the cache, beside which copies in 8 or 4 bits have their own.
 
     Raises:
         PolicyError: a strategy whose selections are known only when they are made.
@@ -43,11 +47,14 @@ def bytes_at(policy: Decoding, shape: ModelShape, context: int, steps: int = STE
         place = torch.arange(selections.blocks.shape[-1])
         newest = (lengths[:, None] - 1) // config.block_size - place
         selections.blocks[:] = newest.where(place < selections.counts[..., None], -1)
-    rest = attention.refresh_every - 1
+    if isinstance(state, HybridState) and state.copy is not None:
+        nothing = torch.empty(len(lengths), shape.num_kv_heads, 0, shape.head_dim)
+        state.copy.before_step(lambda _: (nothing, nothing), 0, False)  # how large a key of it is
+    rest, key_bytes = attention.refresh_every - 1, shape.head_dim * itemsize
     total = torch.zeros(2, len(lengths), dtype=torch.float64)
     for read, refreshed in zip(total, (True, False), strict=True):
-        attention.count_bytes(read, lengths, state, refreshed, 1)
-    once, again = total.mean(1).tolist()
+        attention.count_bytes(read, lengths, state, refreshed, key_bytes)
+    once, again = (total.mean(1) / key_bytes).tolist()
     mean = (once + rest * again) / (rest + 1)
     if config.correction_every:
         dense = 2 * len(shape.global_layers) * shape.num_kv_heads * float(lengths.double().mean())
@@ -65,13 +72,14 @@ def match_bytes(
     steps: int = STEPS,
     coverage: Tensor | None = None,
     like: HeadPlan | None = None,
+    itemsize: int = 2,
 ) -> HybridConfig:
     """The config whose budget, in whole blocks, lets a policy read at most what `hybrid` reads with `config`, and one
     block more would be too much; in `steps` steps of which the first sees `context` tokens.
 
     Args:
         name, shape, config, plan, coverage: as in `make`.
-        context, steps: as in `bytes_at`.
+        context, steps, itemsize: as in `bytes_at`.
         like: the plan that `hybrid` has; None: `plan`.
 
     Raises:
@@ -79,7 +87,8 @@ def match_bytes(
     """
     if not has_budget(name):
         raise PolicyError(f"The policy {name!r} has no budget.")
-    allowed = bytes_at(make("hybrid", shape=shape, config=config, plan=like or plan), shape, context, steps)
+    held = shape, context, steps, itemsize
+    allowed = bytes_at(make("hybrid", shape=shape, config=config, plan=like or plan), *held)
     block = make(name, shape=shape, config=config, plan=plan, coverage=coverage).config.block_size
 
     def with_blocks(blocks: int) -> HybridConfig:
@@ -87,13 +96,13 @@ def match_bytes(
 
     def cost(blocks: int) -> float:
         policy = make(name, shape=shape, config=with_blocks(blocks), plan=plan, coverage=coverage)
-        return bytes_at(policy, shape, context, steps)
+        return bytes_at(policy, *held)
 
     least, most = -(-config.forced_blocks * config.block_size // block), -(-context // block)
     if least > most:
         raise PolicyError(f"A context of {context} tokens is too short to compare budgets.")
     if cost(least) > allowed:
-        full = bytes_at(make("full", shape=shape), shape, context, steps)
+        full = bytes_at(make("full", shape=shape), *held)
         raise PolicyError(
             f"The policy {name!r} reads at least {cost(least) / full:.1%} of the cache at {context} tokens, but hybrid "
             f"no more than {allowed / full:.1%}."

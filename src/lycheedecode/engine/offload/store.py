@@ -306,7 +306,7 @@ class ScannedKeys:
     @property
     def key_bytes(self) -> int:
         """Of one key."""
-        return self.keys.nbytes // self.keys.numbers.shape[:3].numel()
+        return self.keys.key_bytes
 
     def of_layer(self, layer: int) -> SmallKeys:
         """`[B, R, S]` keys."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...config import ScanKeys
 from ..reference import write_copy, write_slots_to_copy
-from ..small_keys import SmallKeys, key_bytes
+from ..small_keys import SmallKeys
 
 
 class KeyCopy:
@@ -40,9 +40,11 @@ class KeyCopy:
         first = sum(len(heads) for other, heads in self.heads.items() if other < layer)
         return self.copy.views(lambda part: part[first : first + len(self.heads[layer])].transpose(0, 1))
 
-    def key_bytes(self, of_cache: int) -> int:
-        """Bytes of a key; before the first step those beside a 16-bit cache, whose keys have `of_cache`."""
-        return key_bytes(self.form, of_cache // 2 if self.copy is None else self.copy.dim, 2)
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a key."""
+        assert self.copy is not None, "before_step comes first"
+        return self.copy.key_bytes
 
     def truncate(self, slots: int) -> None:
         """The cache forgets every slot from `slots` on."""
