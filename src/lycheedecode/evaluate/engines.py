@@ -47,9 +47,10 @@ def make_engines(
         PolicyError, PlanError, ModelError: see `policies.make` and `Engine`.
     """
     shape, engines, left_out = ModelShape.of(model), {}, {}
+    itemsize = next(model.parameters()).itemsize
     for variant in variants:
         try:
-            policy = variant.make(shape, coverage, match_at, steps, model.dtype.itemsize)
+            policy = variant.make(shape, coverage, match_at, steps, itemsize)
         except policies.PolicyError as error:
             if not match_at:
                 raise
