@@ -25,6 +25,9 @@ from lycheedecode.cli.report import check_writable, save, screen
 
 TOOLS = {
     "linear": ("experiments.linear", "LinearSettings", "run", "The projections of a step against the memory's speed."),
+    "linear-rows": (
+        "experiments.linear_rows", "LinearRowsSettings", "run", "Linear layers of 17 to 64 rows, by ours and by cuBLAS."
+    ),
     "profile": ("experiments.profile_step", None, "run", "Which kernels a decode step consists of."),
     "profile-memory": (
         "experiments.profile_memory", "MemorySettings", "run", "How long layers wait for blocks from host memory."

@@ -70,6 +70,7 @@ def test_some_candidates_of_many():
         "profile-round",
         "profile-memory",
         "linear",
+        "linear-rows",
     ],
 )
 def test_they_need_a_gpu(tool, monkeypatch):
