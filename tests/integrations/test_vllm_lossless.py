@@ -1,6 +1,7 @@
 """Lossless decoding in vLLM: the stock backend's text, whatever drafted it."""
 
 from math import ceil
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -255,6 +256,13 @@ def test_it_needs_the_first_model_runner(folder, monkeypatch):
     refused = pytest.raises(ServingError, match="first model runner: unset VLLM_USE_V2_MODEL_RUNNER")
     with refused, serving(folder, plan(), {**TIGHT, "lossless": 3}):
         pass
+
+
+def test_a_worker_with_another_runner_than_the_server_thought_is_refused():
+    worker = object.__new__(lossless.DraftingWorker)
+    worker.vllm_config = SimpleNamespace(use_v2_model_runner=True)
+    with pytest.raises(ServingError, match="this configuration has the second"):
+        worker.init_device()
 
 
 def test_layers_with_a_state_are_refused(tmp_path):

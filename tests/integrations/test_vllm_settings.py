@@ -144,3 +144,9 @@ def test_the_plugin_is_light():
     code = "import sys, lycheedecode.integrations.vllm; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_lossless_server_needs_the_first_model_runner():
+    settings.check_runner(SimpleNamespace(use_v2_model_runner=False))
+    with pytest.raises(ServingError, match="needs vLLM's first model runner, but this configuration has the second"):
+        settings.check_runner(SimpleNamespace(use_v2_model_runner=True))

@@ -49,6 +49,7 @@ def drafting(arguments: Any) -> Iterator[None]:
 
 def _check_drafting(vllm_config: Any) -> None:
     """Raise `ServingError` for what a model cannot draft beside."""
+    settings.check_runner(vllm_config)
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     unlike = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import settings
 from .parts import (
     BatchDescriptor,
     CommonAttentionMetadata,
@@ -41,6 +42,7 @@ class DraftingWorker(Worker):
     """Whose model drafts for itself."""
 
     def init_device(self) -> None:
+        settings.check_runner(self.vllm_config)
         super().init_device()
         if current_platform.is_cpu():
             vllm.v1.sample.rejection_sampler.expand_batch_to_tokens = _expanded

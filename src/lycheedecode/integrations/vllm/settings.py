@@ -56,6 +56,16 @@ def drafts(config: Any) -> int:
     return count
 
 
+def check_runner(vllm_config: Any) -> None:
+    """Raise `ServingError` where a lossless server would have vLLM's second model runner, which knows no such drafter.
+
+    Some features of vLLM want that one whatever `VLLM_USE_V2_MODEL_RUNNER` says, and a process with another engine may
+    have read that before it was set.
+    """
+    if vllm_config.use_v2_model_runner:
+        raise ServingError("A lossless server needs vLLM's first model runner, but this configuration has the second.")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the server was told.
