@@ -51,6 +51,7 @@ def test_prompts_fill_their_length(folder):
     examples = {question for item in items for question in questions(item)[:-1]}
     assert not examples & {questions(item)[-1] for item in items}  # none is ever asked
     assert make_items(2000, 12, count, room=ROOM, data=folder) == items
+    assert make_items(2000, 5, count, room=ROOM, data=folder) == items[:5]  # what an earlier call answered counts
     assert make_items(2000, 12, count, room=ROOM, data=folder, seed=1) != items
     longer = make_items(3000, 12, count, room=ROOM, data=folder)
     assert [questions(item)[-1] for item in longer] == [questions(item)[-1] for item in items]  # lengths ask the same

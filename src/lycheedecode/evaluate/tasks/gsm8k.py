@@ -83,7 +83,7 @@ def make_items(
         TaskLengthError: the length has no room for the question.
     """
     asked, examples = read_problems(data)
-    asked = random.Random(f"gsm8k/{seed}").sample(asked, min(number, len(asked)))
+    asked = _drawn(asked, number, random.Random(f"gsm8k/{seed}"))
     fitter = Fitter(lambda item: count(item.text, item.prefix), length - room, f"gsm8k_many_shot with {length} tokens")
     made = []
     for i, problem in enumerate(asked):
@@ -95,6 +95,14 @@ def make_items(
         item = fitter.longest(build)
         made.append({"text": item.text, "answer": problem.answer})
     return made
+
+
+def _drawn(problems: Sequence[Problem], number: int, chance: random.Random) -> list[Problem]:
+    """Some of the problems; of a larger number the first ones are the same (`sample` has other ones)."""
+    drawn: dict[int, None] = {}
+    while len(drawn) < min(number, len(problems)):
+        drawn[chance.randrange(len(problems))] = None
+    return [problems[i] for i in drawn]
 
 
 def _item(examples: Sequence[Problem], problem: Problem) -> Item:
