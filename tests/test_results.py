@@ -26,6 +26,22 @@ def test_a_result_comes_back_as_it_was_saved(tmp_path):
     assert list(tmp_path.rglob("*.part")) == []
 
 
+def test_files_do_not_say_where_files_lie(tmp_path):
+    """Settings name them; options find them from where the result lies, and after both have moved."""
+    known = {"texts": {str(tmp_path / "data" / "a.csv:text"): "0"}}
+    settings = {"model": str(tmp_path / "models" / "m"), "plan": ["plans/own.json"]}
+    options = {"plan": [str(tmp_path / "out" / "plans" / "p.json"), "q"], "data": tmp_path / "data"}
+    path = tmp_path / "out" / "x.json"
+    Result("x", settings, rows=[{"a": 1}], fingerprint=known, options=options).save(path)
+    assert str(tmp_path) not in path.read_text()
+    loaded = resume(path, "x", settings, known)
+    assert loaded.settings == {"model": "m", "plan": ["plans/own.json"]}
+    assert loaded.options == {"plan": [str(tmp_path / "out" / "plans" / "p.json"), "q"], "data": str(tmp_path / "data")}
+    (tmp_path / "new").mkdir()
+    moved = path.rename(tmp_path / "new" / "x.json")
+    assert Result.load(moved).options["plan"] == [str(tmp_path / "new" / "plans" / "p.json"), "q"]
+
+
 def test_standard_output_takes_a_result(capsys):
     Result("x", rows=[{"a": 1}]).save("-")
     assert json.loads(capsys.readouterr().out)["result"] == {"rows": [{"a": 1}]}

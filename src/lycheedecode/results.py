@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -93,7 +93,12 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """Write the file as a whole, and the folders above it; `-` is standard output. Raises `OutputError`."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, default=_plain) + "\n"
+        options = _mapped(dict(self.options), lambda word: _from(Path(path).absolute().parent, word))
+        found = replace(self, options=options).to_json()
+        for part in ("settings", "fingerprint"):
+            if part in found:
+                found[part] = _named(found[part])
+        text = json.dumps(found, indent=1, ensure_ascii=False, default=_plain) + "\n"
         if str(path) == "-":
             sys.stdout.write(text)
             return
@@ -115,6 +120,7 @@ class Result:
             raise InputError(f"{str(path)!r} is not a result file.")
         parts = {name: data.get(name) or {} for name in ("settings", "fingerprint", "options", "environment")}
         rows, cells = found.pop("rows", []), found.pop("cells", None)
+        parts["options"] = _mapped(parts["options"], lambda word: _to(path.absolute().parent, word))
         result = cls(data.get("command") or data.get("what") or path.stem, rows=rows, summary=found, **parts)
         return result.with_cells(cells) if cells else result
 
@@ -122,6 +128,32 @@ class Result:
 def _found(data: dict[str, Any]) -> Any:
     """Rows and summary; a study of the first version has `variants` beside its settings."""
     return {"variants": data["variants"]} if "variants" in data else data.get("result")
+
+
+# Files do not say where somebody's files lie: only names are results, and options are found from the file's folder.
+
+_HERE = "FOLDER/"
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with every text in it changed, keys of objects too."""
+    if isinstance(value, Mapping):
+        return {_mapped(name, change): _mapped(each, change) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mapped(each, change) for each in value]
+    return change(str(value)) if isinstance(value, (str, Path)) else value
+
+
+def _named(value: Any) -> Any:
+    return _mapped(value, lambda word: Path(word).name if os.path.isabs(word) else word)
+
+
+def _from(folder: Path, word: str) -> str:
+    return f"{_HERE}{Path(os.path.relpath(word, folder)).as_posix()}" if os.path.isabs(word) else word
+
+
+def _to(folder: Path, word: str) -> str:
+    return os.path.normpath(folder / word.removeprefix(_HERE)) if word.startswith(_HERE) else word
 
 
 def _without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -179,12 +211,12 @@ def check_same(
     """Raise `ResumeError` with the first difference between what `place` was made with and what is asked now."""
     if fingerprint and not kept.fingerprint:
         raise ResumeError(f"{str(place)!r} does not say which model and text it was made with: name another file.")
-    for name, theirs, ours in _differences(kept.fingerprint, fingerprint):
+    for name, theirs, ours in _differences(_named(kept.fingerprint), _named(fingerprint)):
         what, _, part = name.partition(" ")
         said = f"{part}: {theirs!r} there, {ours!r} here" if part in ("name", "architecture", "dtype") else part
         said = f"its {part} {'differ' if part == 'weights' else 'differs'}" if part in ("shape", "weights") else said
         raise ResumeError(f"{str(place)!r} was made with another {what.removesuffix('s')} ({said}): {mend}.")
-    for name, theirs, ours in _differences(kept.settings, settings):
+    for name, theirs, ours in _differences(_named(kept.settings), _named(settings)):
         raise ResumeError(f"{str(place)!r} was made with another {name} ({theirs} there, {ours} here): {mend}.")
 
 
