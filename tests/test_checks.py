@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lycheedecode import HybridConfig, Sampling
-from lycheedecode.checks import check_types
+from lycheedecode.checks import check_types, is_count
 from lycheedecode.errors import ConfigError
 
 
@@ -49,6 +49,8 @@ def test_what_fits(name, value):
         ("count", "3", "count must be a whole number, not '3'."),
         ("count", True, "count must be a whole number, not True."),
         ("count", 1.5, "count must be a whole number, not 1.5."),
+        ("count", 1 << 31, "count must be at most 2147483647, not 2147483648."),
+        ("sizes", (1, 10**20), "sizes must be at most 2147483647, not 100000000000000000000."),
         ("share", "much", "share must be a number or None, not 'much'."),
         ("on", 1, "on must be True or False, not 1."),
         ("name", b"a", "name must be text, not b'a'."),
@@ -66,6 +68,23 @@ def test_what_does_not(name, value, said):
     with pytest.raises(ConfigError) as caught:
         Settings(**{name: value})
     assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("text", ["0", "4096", "2147483647", "0004"])
+def test_a_count(text):
+    assert is_count(text)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "auto", "2147483648", "1" * 5000])
+def test_no_count(text):
+    assert not is_count(text)
+
+
+def test_seeds_have_64_bits():
+    for seed in (-(1 << 63), (1 << 64) - 1):
+        assert Sampling(seed=seed).seed == seed
+        with pytest.raises(ConfigError, match="seed must have at most 64 bits"):
+            Sampling(seed=2 * seed)
 
 
 def test_where_it_is_used():

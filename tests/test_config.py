@@ -46,6 +46,8 @@ def test_chunks_are_whole_blocks():
         ({"recent_tokens": 0}, "recent_tokens"),
         ({"correction_every": -1}, "correction_every"),
         ({"refresh_every": 0}, "refresh_every"),
+        ({"refresh_every": 4097}, "refresh_every must be at most 4096, not 4097"),
+        ({"budget_tokens": 1 << 31}, "budget_tokens must be at most 2147483647, not 2147483648"),
         ({"selection": "best"}, "'top_k', 'ratio', 'top_p', 'threshold'"),
         ({"retrieval_attention": "dense"}, "'selected', 'full'"),
         ({"block_score": "min"}, "'mass', 'max'"),

@@ -14,15 +14,20 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from .errors import ConfigError, InputError
 
 Settings = TypeVar("Settings")
+LARGEST = 2**31 - 1
+"""The largest whole number that users may give, a seed apart: lengths and places are int32 on the device."""
+_SEEDS = range(-(2**63), 2**64)
+"""Seeds have 64 bits."""
 _OWN_MODELS = ("smollm2-135m",)
 """Names of models that are neither on the hub nor paths."""
 
 
 def check_types(settings: Any) -> None:
-    """Raise `ConfigError` with the first value of a dataclass that is not of the type its field has."""
+    """Raise `ConfigError` with the first value of a dataclass that is too large, or not of its field's type."""
     kinds = get_type_hints(type(settings))
     for field in fields(settings):
         check_type(field.name, getattr(settings, field.name), kinds[field.name])
+    check_sizes(vars(settings))
 
 
 def check_type(name: str, value: Any, kind: Any) -> None:
@@ -32,9 +37,28 @@ def check_type(name: str, value: Any, kind: Any) -> None:
 
 
 def check_number(name: str, value: Any, least: int) -> None:
-    """Raise `ConfigError` unless the argument `name` is a whole number of at least `least`."""
+    """Raise `ConfigError` unless the argument `name` is a whole number from `least` to `LARGEST`."""
     if not _is_a(value, int) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, not {shown(value)}.")
+    if value > LARGEST:
+        raise ConfigError(f"{name} must be at most {LARGEST}, not {shown(value)}.")
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for the first whole number, alone or in a tuple, that is too large; values by name."""
+    for name, value in values.items():
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if not _is_a(number, int):
+                continue
+            if name != "seed":
+                check_number(name, number, number)
+            elif number not in _SEEDS:
+                raise ConfigError(f"seed must have at most 64 bits, unlike {shown(number)}.")
+
+
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number from 0 to `LARGEST`."""
+    return text.isdecimal() and len(text) < 20 and int(text) <= LARGEST
 
 
 def settings_from(kind: type[Settings], given: Any, name: str) -> Settings:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Literal, get_args
 
-from .checks import settings_from
+from .checks import check_number, settings_from
 from .errors import ConfigError
 
 Selection = Literal["top_k", "ratio", "top_p", "threshold"]
@@ -21,6 +21,9 @@ VerifyEvery = int | Literal["auto"]
 DEFAULT_BUDGET_TOKENS = 4096
 MOST_DRAFTS = 31
 """The most drafts of a round: the pass that verifies them takes one token more (`ops.attend_tokens`)."""
+
+MOST_STEPS = 4096
+"""The most steps that a selection stands for: it has room for all their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ class HybridConfig:
         completion_chunk: tokens per chunk, a power of two up to 4096; with larger blocks, a chunk is a block.
         correction_every: Cache Correction: after every n decoded tokens a dense pass rewrites their cache entries.
             0 switches it off.
-        refresh_every: retrieval heads select again every n decoded tokens and keep their selection in between.
+        refresh_every: retrieval heads select again every n decoded tokens, up to 4096, and keep their selection in
+            between.
         step_weights: what linear layers of decode steps use: the weights of the `model`, or an 8-bit copy (`float8`),
             which halves weight reads at the cost of 50% more weight memory. Prefill, Cache Correction, the pass of
             `verify_every` and batches of more than 16 keep the model's own; `Engine` only.
@@ -125,9 +129,10 @@ class HybridConfig:
         if self.budget_tokens is not None:
             least["budget_tokens"] = 1
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"{name} must be a whole number of at least {smallest}, not {value!r}.")
+            check_number(name, getattr(self, name), smallest)
+            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's are no JSON
+        if self.refresh_every > MOST_STEPS:
+            raise ConfigError(f"refresh_every must be at most {MOST_STEPS}, not {self.refresh_every}.")
         if self.block_size > 256 or self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two up to 256, not {self.block_size}.")
         if self.completion_chunk > 4096 or self.completion_chunk & (self.completion_chunk - 1):

@@ -220,7 +220,7 @@ def test_compare_shows_both(base, plan_file, tmp_path):
         ([""], "The prompt is empty"),
         (["  \n"], "The prompt is empty"),
         (["x" * 600], "The prompt has 600 tokens; the model has 512 positions"),
-        (["x", "-n", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["x", "-n", "0"], "--max-new-tokens must be a whole number of at least 1, not 0"),
         (["x", "--budget-tokens", "0"], "budget_tokens must be a whole number of at least 1, not 0"),
         (["x", "--budget-ratio", "-0.5"], "budget_ratio must be in (0, 1]"),
         (["x", "--scan-keys", "int8"], "'--scan-keys': 'int8' is not one of 'cache', 'float8', 'int4'"),
@@ -230,6 +230,7 @@ def test_compare_shows_both(base, plan_file, tmp_path):
         (["x", "--top-p", "2"], "top_p must be in (0, 1]"),
         (["x", "--compare", "full", "--temperature", "1"], "leave out --full, --stop and sampling options"),
         (["x", "--full"], "--full decodes without a plan and a budget"),
+        (["x", "--verify-every", "often"], "verify_every must be 'auto' or a whole number from 0 to 31, not 'often'"),
         (["x", "--verify-every", "40"], "verify_every must be 'auto' or a whole number from 0 to 31"),
         (["x", "--lossless", "--verify-every", "0"], "--verify-every must be at least 1, not 0"),
         (["x", "--lossless", "--compare", "full"], "--compare shows what hybrid attention changes"),
@@ -257,7 +258,7 @@ def test_a_plan_with_budgets_of_heads_needs_one_budget_and_a_resident_cache(base
     assert "without budgets of heads" in refusal("memory", "--model", base[2], *asked)
 
 
-@pytest.mark.parametrize("drafts", [["--lossless"], ["--verify-every", "3"]], ids=str)
+@pytest.mark.parametrize("drafts", [["--lossless"], ["--verify-every", "auto"], ["--verify-every", "3"]], ids=str)
 def test_lossless_generation_is_full_attentions(base, plan_file, drafts, tmp_path):
     drawing = ["--temperature", "0.9", "--seed", "3", "-n", "30"]
     expected = run(*base, "--full", *drawing, PROMPT).stdout
@@ -265,7 +266,7 @@ def test_lossless_generation_is_full_attentions(base, plan_file, drafts, tmp_pat
     assert done.stdout == expected
     assert "rounds" in done.stderr
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert report["settings"]["config"]["verify_every"] == (3 if len(drafts) > 1 else "auto")
+    assert report["settings"]["config"]["verify_every"] == (3 if "3" in drafts else "auto")
     assert report["result"]["accepted"] <= report["result"]["drafted"]
 
 
@@ -520,7 +521,7 @@ def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
     assert "--resume needs --json FILE" in refusal(*call, "--resume")
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     assert "is not a result file" in refusal(*call, "--resume", "--json", str(tmp_path / "other.json"))
-    assert "--prompts must be at least 1" in refusal(*call, "--prompts", "0")
+    assert "--prompts must be a whole number of at least 1" in refusal(*call, "--prompts", "0")
     assert "is not TEXT:TOKENS:TASK:COUNT" in refusal(*call, "--cells", "noise")
 
 

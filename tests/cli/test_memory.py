@@ -139,8 +139,8 @@ def test_a_config_is_enough(tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--context", "0"], "--context and --batch must be at least 1"),
-        (["--context", "9", "--batch", "0"], "--context and --batch must be at least 1"),
+        (["--context", "0"], "--context must be a whole number of at least 1"),
+        (["--context", "9", "--batch", "0"], "--batch must be a whole number of at least 1"),
         (["--context", "9", "--gpu", "-1"], "--gpu and --host are GiB"),
         (["--context", "9", "--gpu", "nan"], "--gpu and --host are GiB"),
         (["--context", "9", "--link", "0"], "--bandwidth and --link must be above 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from ..checks import check_sizes, is_count
 from ..errors import ConfigError
 
 FORMS: dict[str, dict[str, Any] | None] = {
@@ -52,6 +53,7 @@ class BenchSettings:
     smoke: bool = False
 
     def __post_init__(self) -> None:
+        check_sizes(vars(self))
         for name, value in vars(self).items():
             if name not in ("seed", "smoke") and (value == () or _smallest(value) <= 0):
                 raise ConfigError(f"{name} must be above 0, not {value!r}.")
@@ -177,7 +179,7 @@ class LosslessSettings(ModelSettings):
         check_names("parts", self.parts, PARTS)
         check_names("weights", self.weights, ("model", "float8"))
         for way in self.ways:
-            if way not in ("auto", "hybrid") and not way.isdecimal():
+            if way not in ("auto", "hybrid") and not is_count(way):
                 raise ConfigError(f"ways must be auto, hybrid, or a number of drafts, not {way!r}.")
 
     def shrunk(self) -> LosslessSettings:
@@ -349,7 +351,7 @@ def as_pairs(cases: tuple[str, ...]) -> list[tuple[int, int]]:
     found = []
     for case in cases:
         batch, _, context = case.partition("x")
-        if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context) > 1):
+        if not (is_count(batch) and is_count(context) and int(batch) and int(context) > 1):
             raise ConfigError(f"{case!r} is not a batch and a context, like 4x131072.")
         found.append((int(batch), int(context)))
     return found

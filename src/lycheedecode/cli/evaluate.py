@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import policies as all_policies
+from ..checks import check_number, check_sizes, is_count
 from ..config import HybridConfig
 from ..errors import ConfigError, PackageError
 from ..evaluate.fidelity import CELLS, TEMPERATURE, Long, measure_fidelity
@@ -128,8 +129,8 @@ def fidelity(
     """Compare policies' next-token distributions with full attention's, on fresh prompts."""
     check_writable(json_file)
     for name, value in (("--prompts", prompts), ("--batch-size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value}.")
+        check_number(name, value, 1)
+    check_sizes({"seed": seed})
     if minutes is not None and not minutes >= 0:
         raise ConfigError(f"--minutes must be at least 0, not {minutes}.")
     if temperature < 0:
@@ -209,7 +210,7 @@ def _parse_kind(text: str) -> Cell | Long:
     source, *numbers = text.rsplit(":", 3)
     if len(numbers) != 3 or numbers[1] != "long":
         return parse_cell(text)
-    if not (numbers[0].isdecimal() and numbers[2].isdecimal() and int(numbers[2]) >= 2):
+    if not (is_count(numbers[0]) and is_count(numbers[2]) and int(numbers[2]) >= 2):
         raise ConfigError(f"{text!r} is not TEXT:TOKENS:long:COUNT with at least 2 tokens to generate.")
     return Long(source, int(numbers[0]), int(numbers[2]))
 

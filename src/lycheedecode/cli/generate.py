@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..checks import check_model_path
+from ..checks import check_model_path, check_number, is_count
 from ..config import HybridConfig
 from ..engine.engine import Engine
 from ..engine.generation import Generation
@@ -95,7 +95,8 @@ def generate(
         typer.Option("--lossless", help="Write what full attention would: one dense pass verifies several drafts."),
     ] = False,
     verify_every: Annotated[
-        int | None, typer.Option("--verify-every", metavar="N", help="Drafts per verifying pass; implies --lossless.")
+        str | None,
+        typer.Option("--verify-every", metavar="N", help="Drafts per verifying pass, or auto; implies --lossless."),
     ] = None,
     cache: Annotated[
         Literal["resident", "host", "auto"],
@@ -123,7 +124,8 @@ def generate(
     """Continue a prompt."""
     check_writable(json_file, html)
     if lossless or verify_every is not None:
-        form["verify_every"] = "auto" if verify_every is None else verify_every
+        drafts = "auto" if verify_every is None else verify_every
+        form["verify_every"] = int(drafts) if is_count(drafts) else drafts
     asked = _Asked(model, plan, full, against, html, cache, store_ratio, max_new_tokens, chat, stop or [], ignore_eos)
     _refuse_what_does_not_combine(asked, form, drawing)
     config, sampling = HybridConfig(**form), Sampling(**drawing)
@@ -177,8 +179,7 @@ class _Asked:
 def _refuse_what_does_not_combine(asked: _Asked, form: Mapping[str, Any], drawing: Mapping[str, Any]) -> None:
     """Raise before a model is loaded."""
     full, against, html = asked.full, asked.against, asked.html
-    if asked.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be at least 1, not {asked.max_new_tokens}.")
+    check_number("--max-new-tokens", asked.max_new_tokens, 1)
     if against and (full or drawing or asked.stop):
         raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
     if html and (full or against):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 import numpy as np
 import typer
 
+from ..checks import check_number
 from ..config import HybridConfig, ScanKeys
 from ..engine.offload.attention import refuse_unfit
 from ..engine.offload.pinned import MARGIN
@@ -92,8 +93,8 @@ def memory(
 ) -> None:
     """Compute how much memory a KV cache needs, on the GPU and on the host, and what makes it fit."""
     check_writable(json_file)
-    if context < 1 or batch < 1:
-        raise ConfigError("--context and --batch must be at least 1.")
+    check_number("--context", context, 1)
+    check_number("--batch", batch, 1)
     if not (0 < gpu < 1e9 and 0 <= host < 1e9):
         raise ConfigError("--gpu and --host are GiB of memory and must be above 0.")
     if not (0 < bandwidth < 1e9 and 0 < link < 1e9 and 0 <= (misses or 0) <= 1):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 
 import typer
 
-from ..checks import check_model_path
+from ..checks import LARGEST, check_model_path, is_count
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..plan import HeadPlan, bundled_plan_of
@@ -204,13 +204,11 @@ def parse_cell(text: str) -> Cell:
 def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
     """Whole numbers from `128,256`, each once; none for None."""
     parts = [] if text is None else text.split(",")
-    if not all(_is_count(part.strip()) for part in parts):
-        raise ConfigError(f"{option} must be whole numbers with commas between them, as 128,256, not {text!r}.")
+    if not all(is_count(part.strip()) for part in parts):
+        raise ConfigError(
+            f"{option} must be whole numbers up to {LARGEST} with commas between them, as 128,256, not {text!r}."
+        )
     return tuple(dict.fromkeys(map(int, parts)))
-
-
-def _is_count(text: str) -> bool:
-    return text.isdecimal() and len(text) < 10
 
 
 def megabytes(size: float) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from .. import policies as all_policies
+from ..checks import check_number
 from ..config import HybridConfig
 from ..engine.decoder import Execution
 from ..errors import ConfigError, PackageError
@@ -183,7 +184,9 @@ def _variants(
     if several and "budget_tokens" in form:
         raise ConfigError("Give --budget-tokens or several --budgets, not both.")
     config = HybridConfig(**({"budget_tokens": several[0]} if several else {}) | form)
-    if match_bytes is not None and (match_bytes < 1 or config.selection not in ("top_k", "ratio")):
+    if match_bytes is not None:
+        check_number("--match-bytes", match_bytes, 1)
+    if match_bytes and config.selection not in ("top_k", "ratio"):
         raise ConfigError("--match-bytes needs a number of tokens, and a selection of top_k or ratio.")
     needed = match_bytes is not None or any(map(all_policies.needs_plan, names))
     plans = {plan or model: load_plan(plan, model, device)} if needed or plan or model in bundled_plans() else {}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from ..checks import check_types
+from ..checks import check_types, is_count
 from ..errors import ConfigError, InputError
 from .text import NOISE, Split, TextError, load_side, name_of
 
@@ -189,7 +189,7 @@ class Cell:
     def parse(cls, text: str) -> Cell:
         """From `TEXT:TOKENS:TASK:COUNT`, as `prose:2048:passkey:5`."""
         source, *numbers = text.rsplit(":", 3)
-        if len(numbers) != 3 or not all(part.isdecimal() and len(part) < 10 for part in numbers[::2]):
+        if len(numbers) != 3 or not all(map(is_count, numbers[::2])):
             raise ConfigError(f"{text!r} is not TEXT:TOKENS:TASK:COUNT, for instance prose:2048:passkey:5.")
         if numbers[1] not in ("continuation", "passkey", "multi_hop"):
             raise ConfigError(f"{text!r}: the task must be continuation, passkey or multi_hop, not {numbers[1]!r}.")

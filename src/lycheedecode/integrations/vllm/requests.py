@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 from typing import Any, NamedTuple
 
+from ...checks import LARGEST
 from ...config import HybridConfig
 from ...errors import LycheeError
 from ...ops.types import EVERYTHING
@@ -57,9 +58,9 @@ class Limits(NamedTuple):
             most = config.budget_tokens
         elif config.budget_tokens is None:
             raise ServingError(f"max_budget_tokens needs budget_tokens, which selection={config.selection!r} lacks.")
-        elif isinstance(most, bool) or not isinstance(most, int) or most < config.budget_tokens:
+        elif isinstance(most, bool) or not isinstance(most, int) or not config.budget_tokens <= most <= LARGEST:
             raise ServingError(
-                f"max_budget_tokens must be a whole number of at least budget_tokens, {config.budget_tokens}, "
+                f"max_budget_tokens must be a whole number from budget_tokens, {config.budget_tokens}, to {LARGEST}, "
                 f"not {most!r}."
             )
         least, default = config.forced_blocks * config.block_size, config.budget_blocks
