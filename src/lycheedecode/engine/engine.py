@@ -24,7 +24,7 @@ from ..config import ConfigLike, HybridConfig
 from ..errors import ConfigError, InputError
 from ..models.positions import Positions
 from ..models.routing import Window, supported_shape
-from ..models.shape import ModelError, inner_model, text_config
+from ..models.shape import ModelError, inner_model, text_config, vocabulary_of
 from ..ops.attend import MAX_TOKENS
 from . import prefill
 from .arguments import check_context, check_continued, check_length, check_rounds, check_step, check_unchanged
@@ -132,7 +132,7 @@ class Engine:
 
     @property
     def _vocabulary(self) -> int:
-        return inner_model(self.model).get_input_embeddings().weight.shape[0]
+        return vocabulary_of(self.model)
 
     @property
     def way(self) -> str:

@@ -53,7 +53,8 @@ def check_token_ids(rows: Sequence[Sequence[int]], vocabulary: int = 0) -> None:
         least, most = min(row), max(row)
         if least < 0 or 0 < vocabulary <= most:
             limit = f"the model knows 0 to {vocabulary - 1}" if vocabulary else "ids begin at 0"
-            raise PromptError(f"{which} has the token id {least if least < 0 else most}; {limit}.")
+            remedy = "" if least < 0 else ": use its own tokenizer"
+            raise PromptError(f"{which} has the token id {least if least < 0 else most}; {limit}{remedy}.")
 
 
 def token_rows(token_ids: Any) -> list[list[int]]:

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine
+from ..engine.prompt import right_padded
 from ..errors import ConfigError
+from ..models.shape import vocabulary_of
 from ..prompts.makers import Cell, Prompt, PromptMaker, makers_for
 from ..prompts.text import name_of
 from .engines import Coverage, coverage_for, make_engines
@@ -244,8 +246,7 @@ def _decode_batch(
     """Prompts with true answers."""
     full, greedy = engines["full"], Choice()
     lengths = [len(prompt.answer_ids) for prompt in prompts]
-    padded = [[*prompt.answer_ids, *[0] * (max(lengths) - len(prompt.answer_ids))] for prompt in prompts]
-    answers = torch.tensor(padded, device=full.device)
+    answers = right_padded([prompt.answer_ids for prompt in prompts], vocabulary_of(full.model), full.device)
     mask = torch.arange(1, max(lengths), device=full.device) < torch.tensor(lengths, device=full.device)[:, None]
     context = full.prefill([prompt.prompt_ids for prompt in prompts], room=max(lengths))
     reference = _Reference(full, answers, list(_feed(full, context, answers)), mask)

@@ -25,8 +25,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .. import ops
 from ..config import HybridConfig
+from ..engine.prompt import check_token_ids
 from ..models.routing import RoutedAttention, layer_of, refuse_unless_plain, route_attention
-from ..models.shape import ModelShape
+from ..models.shape import ModelShape, vocabulary_of
 from ..models.versions import cache_argument
 from ..plan import HeadPlan
 from ..prompts.makers import Prompt
@@ -120,10 +121,14 @@ class Drawn:
 def prepare(
     model: PreTrainedModel, prompts: Sequence[Prompt], chunk: int = 4096, drawn: Drawn | None = None
 ) -> TeacherBatch:
-    """Prefill prompts of equal length in chunks of `chunk` tokens, and run the teacher over their answers."""
+    """Prefill prompts of equal length in chunks of `chunk` tokens, and run the teacher over their answers.
+
+    Raises `PromptError` for token ids that the model does not know.
+    """
     device = model.get_input_embeddings().weight.device
     if len({len(prompt.prompt_ids) for prompt in prompts}) != 1:
         raise ValueError("The prompts of a lesson must have the same length.")
+    check_token_ids([prompt.prompt_ids + prompt.answer_ids for prompt in prompts], vocabulary_of(model))
     prompt_ids = torch.tensor([prompt.prompt_ids for prompt in prompts], device=device)
     cache = DynamicCache(config=model.config)
     for piece in prompt_ids.split(chunk, dim=1):

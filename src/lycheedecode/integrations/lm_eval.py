@@ -26,8 +26,10 @@ from torch import Tensor
 
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine
+from ..engine.prompt import right_padded
 from ..engine.sampling import Sampling
 from ..models.load import DEFAULT_MODEL, load_model
+from ..models.shape import vocabulary_of
 from ..plan import HeadPlan, bundled_plans
 from ..roles import check_budgets
 from .generation_kwargs import TaskRequestError, sampling_of
@@ -311,8 +313,7 @@ def _likelihoods(engine: Engine, context: Context, continuations: list[list[int]
     Not `Engine.score`, which would keep the logits of every token until the end.
     """
     lengths = torch.tensor([len(ids) for ids in continuations])
-    longest = int(lengths.max())
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in continuations], device=engine.device)
+    ids, longest = right_padded(continuations, vocabulary_of(engine.model), engine.device), int(lengths.max())
     context.rewind()
     context.cache.reserve(context.cache.length + longest)
     found = [_token_scores(context.logits, ids[:, 0])]

@@ -15,9 +15,10 @@ from ..attention import HybridAttention, HybridState
 from ..checks import check_tokenizer, settings_from
 from ..config import ConfigLike, HybridConfig
 from ..engine.plans import PlanLike, plan_from
+from ..engine.prompt import check_token_ids
 from ..errors import ConfigError
 from ..models.routing import RoutedAttention, layer_of, refuse_unless_plain, route_attention, supported_shape
-from ..models.shape import ModelError, ModelShape, inner_model
+from ..models.shape import ModelError, ModelShape, inner_model, vocabulary_of
 from ..models.versions import CACHE_NAMES
 from ..ops import KV, Selections
 
@@ -222,6 +223,7 @@ def _passes(model: PreTrainedModel, steps: _MaskedSteps) -> Iterator[None]:
     Refused are passes without a cache, which would read the prompt anew, densely; those that read into a cache what it
     holds already; and to return attention weights.
     """
+    vocabulary = vocabulary_of(model)
 
     def look(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
         given = options.get("use_cache")
@@ -229,6 +231,7 @@ def _passes(model: PreTrainedModel, steps: _MaskedSteps) -> Iterator[None]:
             raise ModelError("Hybrid attention needs the KV cache: leave out use_cache=False.")
         if options.get("output_attentions"):
             raise ModelError(_NO_WEIGHTS)
+        _refuse_unknown_tokens(options.get("input_ids"), vocabulary)
         _refuse_second_reading(options)
         kept = options.get("logits_to_keep", 0)
         steps.logits_to_keep = kept if isinstance(kept, int) else 0
@@ -245,6 +248,12 @@ def _passes(model: PreTrainedModel, steps: _MaskedSteps) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _refuse_unknown_tokens(token_ids: Tensor | None, vocabulary: int) -> None:
+    """Raise `PromptError` for ids that the model does not know; single tokens on a GPU would have to be waited for."""
+    if token_ids is not None and token_ids.numel() and not (token_ids.is_cuda and token_ids.shape[1] == 1):
+        check_token_ids([torch.stack(token_ids.aminmax()).tolist()], vocabulary)
 
 
 def _refuse_second_reading(options: dict[str, Any]) -> None:

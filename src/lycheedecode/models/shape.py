@@ -70,6 +70,11 @@ class ModelShape:
             )
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """How many token ids a model knows; a tokenizer may have fewer."""
+    return inner_model(model).get_input_embeddings().weight.shape[0]
+
+
 def inner_model(model: nn.Module) -> Any:
     """The transformers model that a wrapper (an adapter's, say) holds; the model itself where it is none.
 
