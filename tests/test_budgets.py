@@ -89,6 +89,19 @@ def test_shares_are_of_whole_blocks():
     assert [tiny.config(30).share_blocks(factor) for factor in (0.3, 0.5, 1.0, 2.0, 4.0)] == [3, 4, 8, 16, 32]
 
 
+@pytest.mark.parametrize("factors", [(0.3, 0.7), (0.01, 4.0), (1.7, 0.25)], ids=str)
+def test_a_request_has_the_shares_of_a_config_with_its_budget(factors):
+    """Whatever budget the server has that the request does not take."""
+    plan = replace(tiny.plan(), budgets=(factors,) * 4)
+    for served, asked in ((30, 52), (64, 20), (20, 36)):
+        attention = HybridAttention(plan, tiny.config(served))
+        caches, queries = layers(slots=90, batch=1)
+        state = HybridAttention(plan, tiny.config(64)).allocate(1, 90, "cpu")
+        state.limits = torch.tensor([tiny.config(asked).budget_blocks], dtype=torch.int32)
+        step(attention, caches, queries, state)
+        assert tuple(state.selections.counts[:, 0].tolist()) == HybridAttention(plan, tiny.config(asked)).row_blocks(23)
+
+
 def test_bytes_are_what_each_head_reads():
     """A tail of 2 tokens, which every row holds; what fits into the budget is not scanned."""
     attention = HybridAttention(PLAN, CONFIG)

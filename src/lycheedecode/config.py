@@ -193,7 +193,7 @@ class HybridConfig:
     def share_blocks(self, factor: float) -> int:
         """Most blocks of a selection that has `factor` times the budget; sinks and recent tokens always have room."""
         assert self.budget_blocks is not None
-        return max(ceil(self.budget_blocks * factor), self.forced_blocks)
+        return share_of(self.budget_blocks, parts_of(factor), self.forced_blocks)
 
     @property
     def chunk_tokens(self) -> int:
@@ -217,6 +217,20 @@ class HybridConfig:
     def from_dict(cls, settings: dict[str, Any]) -> HybridConfig:
         """Inverse of `to_dict`; raises `ValueError` for an unknown setting."""
         return settings_from(cls, settings, "settings")
+
+
+PARTS = 1 << 16
+"""A budget is shared out in so many parts: kernels count in whole numbers, for budgets that requests choose as well."""
+
+
+def parts_of(factor: float) -> int:
+    """A factor on the budget in parts of it, rounded down: 0.3 of ten blocks are three."""
+    return int(factor * PARTS)
+
+
+def share_of(budget: int, parts: int, least: int) -> int:
+    """Blocks of a selection that has so many parts of a budget in blocks, rounded up, and `least` at least."""
+    return max(-(-budget * parts // PARTS), least)
 
 
 ConfigLike = HybridConfig | Mapping[str, Any] | None

@@ -50,9 +50,8 @@ class LayerRoles(NamedTuple):
 def shares_of(rows: Sequence[tuple[int, float]], heads: Sequence[int], config: HybridConfig) -> Shares:
     """Budgets of `rows`, KV heads and factors, whose scores are those of `heads`."""
     assert config.budget_blocks is not None, "check_budgets comes first"
-    numbers = *(config.share_blocks(factor) for _, factor in rows), config.budget_blocks, config.forced_blocks
-    *blocks, of, least = (min(number, _MOST_BLOCKS) for number in numbers)
-    return Shares(tuple(heads.index(head) for head, _ in rows), tuple(blocks), of, least)
+    of, least = (min(blocks, _MOST_BLOCKS) for blocks in (config.budget_blocks, config.forced_blocks))
+    return Shares.of_factors([heads.index(head) for head, _ in rows], [factor for _, factor in rows], of, least)
 
 
 def check_budgets(plan: HeadPlan | None, config: HybridConfig) -> None:

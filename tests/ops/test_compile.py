@@ -212,7 +212,7 @@ def test_shares_of_the_budget(compiled, limited, tmp_path):
     kv, config = make_cache(64, torch.bfloat16), HybridConfig()
     query, out = torch.empty(1, 8, 64, dtype=torch.bfloat16), Selections.allocate(3, 1, 512, "cpu", 1024)
     limits = torch.zeros(1, dtype=torch.int32) if limited else None
-    shares = Shares((0, 1, 1), (32, 64, 512), 128, 3)
+    shares = Shares.of_factors((0, 1, 1), (0.25, 0.5, 4), 128, 3)
     kernels.scan_select(query, kv, (0, 1), config, 0.1, out, limits=limits, shares=shares)
     check(compiled, tmp_path, 3)
 

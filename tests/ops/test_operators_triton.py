@@ -28,7 +28,7 @@ def test_compiled_without_graph_breaks():
 
 def test_shares_pass_through_the_compiler():
     kv, config = make_cache([90, 33], slots=96), HybridConfig(block_size=8, budget_tokens=64, recent_tokens=8)
-    query, shares = make_query(kv, 2), Shares((0, 1, 1), (5, 4, 12), 8, 4)
+    query, shares = make_query(kv, 2), Shares.of_factors((0, 1, 1), (0.6, 0.5, 1.5), 8, 4)
 
     def select(query, kv, out):
         kernels.scan_select(query, kv, (0, 1), config, SCALE, out, shares=shares)
@@ -111,7 +111,7 @@ def test_replayed_as_a_cuda_graph():
     query, rows = make_query(kv, 4), torch.tensor([0, 1, 2] * 2 + [1, 2], device=DEVICE)
     selections = Selections.allocate(3, 2, 64, DEVICE)
     step(query, kv, config, selections, rows)
-    shares, uneven = Shares((0, 1, 1), (16, 8, 256), 64, 4), Selections.allocate(3, 2, 256, DEVICE)
+    shares, uneven = Shares.of_factors((0, 1, 1), (0.25, 0.125, 4), 64, 4), Selections.allocate(3, 2, 256, DEVICE)
     kernels.scan_select(query, kv, (2, 3), config, SCALE, uneven, shares=shares)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -128,7 +128,7 @@ def test_select_from_rows_of_any_length(levels, held, monkeypatch):
         assert as_sets(out) == as_sets(expected)
 
 
-SHARES = Shares(heads=(0, 0, 0, 2, 1), blocks=(5, 40, 10, 6, 12), of=10, least=5)
+SHARES = Shares.of_factors(heads=(0, 0, 0, 2, 1), factors=(0.5, 4, 1, 0.6, 1.2), of=10, least=5)
 """Rows of three heads: one head is read with three budgets, and the heads are not in order."""
 SHARE_LIMITS = {"none": None, "some": [10, 4, EVERYTHING, 7, 10]}
 
@@ -154,7 +154,7 @@ def test_scan_select_by_shares():
     config = HybridConfig(block_size=8, sink_tokens=10, recent_tokens=9, budget_tokens=80)
     kv = make_cache([300, 177, 80], starts=[0, 23, 0])
     query = make_query(kv, 3)
-    shares = Shares((0, 1, 1), (5, 20, 6), 10, 5)
+    shares = Shares.of_factors((0, 1, 1), (0.5, 2, 0.6), 10, 5)
     expected, out = (Selections.allocate(3, 3, 20, DEVICE) for _ in range(2))
     reference.select_blocks(reference.scan_blocks(query, kv, (0, 1), 8, SCALE), kv, config, expected, None, shares)
     kv.keys[2] = nan

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import parts_of, share_of
+
 EVERYTHING = -1
 """In place of a number of blocks: all that there are."""
 
@@ -118,16 +120,25 @@ class Shares(NamedTuple):
 
     Attributes:
         heads: the row of the scores that each row of the selections is chosen from.
-        blocks: most blocks of each, no fewer than `least`.
-        of: blocks of the budget that these are shares of. Where sequences have limits, these take its place, and shares
-            grow and shrink with them, rounded up.
-        least: blocks that every share holds, however small the limit: room for sinks and recent tokens.
+        parts: of the budget, which has `PARTS`, that each row has; a share in blocks is rounded up (`share_of`).
+        of: blocks of the budget. Where sequences have limits, these take its place.
+        least: blocks that every share holds, however small the budget: room for sinks and recent tokens.
     """
 
     heads: tuple[int, ...]
-    blocks: tuple[int, ...]
+    parts: tuple[int, ...]
     of: int
     least: int
+
+    @classmethod
+    def of_factors(cls, heads: Sequence[int], factors: Sequence[float], of: int, least: int) -> Shares:
+        """Rows that have `factors` times the budget."""
+        return cls(tuple(heads), tuple(map(parts_of, factors)), of, least)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Most blocks of each row, without limits."""
+        return tuple(share_of(self.of, parts, self.least) for parts in self.parts)
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int] | None) -> Shares | None:
@@ -140,7 +151,7 @@ class Shares(NamedTuple):
     @property
     def numbers(self) -> tuple[int, ...]:
         """All of it, `2 R + 2` numbers."""
-        return (*self.heads, *self.blocks, self.of, self.least)
+        return (*self.heads, *self.parts, self.of, self.least)
 
 
 class Completion(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...config import HybridConfig
+from ...config import PARTS, HybridConfig
 from ..types import EVERYTHING, KV, Selections, Shares
 
 
@@ -59,12 +59,11 @@ def select_blocks(
 
 def _most_blocks(exist: Tensor, shares: Shares, limits: Tensor | None) -> Tensor:
     """Most blocks of every row, int64 `[R, B]`, for sequences that have so many."""
-    most = torch.tensor(shares.blocks, device=exist.device)[:, None]
-    if limits is None:
-        return torch.where(exist <= shares.of, exist, most)
-    share = ((limits * most + shares.of - 1) // shares.of).clamp(min=shares.least)
-    share = torch.where(exist <= limits, exist, share)
-    return share.masked_fill(limits == EVERYTHING, 0)
+    parts = torch.tensor(shares.parts, device=exist.device)[:, None]
+    budget = torch.full_like(exist, shares.of) if limits is None else limits
+    share = ((budget * parts + PARTS - 1) // PARTS).clamp(min=shares.least)
+    share = torch.where(exist <= budget, exist, share)
+    return share.masked_fill(budget == EVERYTHING, 0)
 
 
 def _blocks_of(lengths: Tensor, slots: int, config: HybridConfig) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...config import PARTS
 from .. import kernel_common as common
 from ..kernel_common import Tuning
 from ..types import KV, Selections, Shares, constant
@@ -34,6 +35,7 @@ _READ_AGAIN = 16  # keys of a longer row that it reads at once
 _REGISTERS = 96  # of a thread: what starts early beside it needs its share of a processor
 
 _FORCED = tl.constexpr(0x7FFFFFFF)
+_PARTS = tl.constexpr(PARTS)
 _LARGEST = tl.constexpr(0x7F800000)  # of a score
 _ABSENT = tl.constexpr(-1)
 _BITS = tl.constexpr(21)  # of each of three counts in one integer
@@ -270,13 +272,10 @@ def _choose(
 def _share(exist, r, b, shares, limits):
     """Most blocks of a row that has a share of the budget, and whether its sequence gets everything."""
     R = tl.num_programs(0)
-    share, budget = tl.load(shares + R + r), tl.load(shares + 2 * R)
-    everything = exist < 0  # never
-    if limits is not None:
-        limit = tl.load(limits + b)
-        everything = limit < 0
-        share = tl.cdiv(limit.to(tl.int64) * share, budget).to(tl.int32)
-        share, budget = tl.maximum(share, tl.load(shares + 2 * R + 1)), limit
+    budget = tl.load(shares + 2 * R) if limits is None else tl.load(limits + b)
+    everything = budget < 0
+    share = tl.cdiv(tl.load(shares + R + r).to(tl.int64) * budget, _PARTS)
+    share = tl.maximum(tl.minimum(share, exist).to(tl.int32), tl.load(shares + 2 * R + 1))
     share = tl.where(exist <= budget, exist, share)
     return tl.where(everything, 0, share), everything
 
