@@ -36,6 +36,7 @@ from lycheedecode.config import HybridConfig
 from lycheedecode.identify import Cell
 from lycheedecode.identify.replay import Drawn, Parts, Seen, TeacherBatch, choose_blocks, full, prepare, replay, weigh
 from lycheedecode.models.load import DEFAULT_MODEL, load_model
+from lycheedecode.models.shape import ModelShape
 from lycheedecode.prompts.makers import makers_for
 from lycheedecode.results import Result
 
@@ -148,8 +149,9 @@ def exact_mass(layer: Layer) -> Parts:
 def true_value(layer: Layer) -> Parts:
     """See above."""
     parts, exact = means(layer), layer.exact.flatten(-2)
+    _, unread_mass = _unread(parts)
     output = weigh(exact, layer.seen.values[:, :, : exact.shape[-1]]) / exact.sum(-1, keepdim=True).clamp(min=1e-30)
-    return Parts(parts.read, parts.read_mass, output * parts.unread_mass, parts.unread_mass)
+    return Parts(parts.read, parts.read_mass, output * unread_mass, unread_mass)
 
 
 SUMMARIES: dict[str, Callable[[Layer], Parts]] = {
@@ -226,12 +228,13 @@ class Trials:
 
     def _measure(self, where: tuple[str, int], layer: Layer) -> None:
         nothing, output = true_value(layer), full(where[1], layer.seen)
-        true, read, mass = nothing.unread, nothing.output(), layer.exact.sum((-2, -1))
+        true, read, mass = _unread(nothing)[0], nothing.output(), layer.exact.sum((-2, -1))
         figures = [mass.mean(), _cosine(true, read), _error(read, output)]
         for summary in (means, recent):
             parts = summary(layer)
-            share = parts.unread_mass / (parts.unread_mass + parts.read_mass)
-            figures += [share.mean(), _cosine(true, parts.unread), _error(parts.output(1.0), output)]
+            found, unread_mass = _unread(parts)
+            share = unread_mass / (unread_mass + parts.read_mass)
+            figures += [share.mean(), _cosine(true, found), _error(parts.output(1.0), output)]
         self.layers.setdefault(where, []).append(torch.stack(figures).cpu())
 
 
@@ -241,6 +244,13 @@ _OF_A_LAYER = (
 )  # fmt: skip
 """Share of the attention that is unread, and by a summary's word; cosine of the unread tokens' output and that of the
 read ones, or a summary's; squared error of the heads' output over its square."""
+
+
+def _unread(parts: Parts) -> tuple[Tensor, Tensor]:
+    """Weighted sum and weight of the tokens that are not read, which every summary has."""
+    assert parts.unread is not None
+    assert parts.unread_mass is not None
+    return parts.unread, parts.unread_mass
 
 
 def _cosine(one: Tensor, two: Tensor) -> Tensor:
@@ -266,7 +276,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     config = HybridConfig(budget_tokens=options.budget_tokens, block_size=options.block_size)
-    study, compared = Trials(model, tokenizer, config), trials(model.config.num_hidden_layers)
+    study, compared = Trials(model, tokenizer, config), trials(ModelShape.of(model).num_layers)
     settings = {**vars(options), "json": None, "model": Path(options.model).name, "window": WINDOW}
     cells = [Cell.parse(cell) for cell in options.cells]
     drawn = {

@@ -49,7 +49,9 @@ from lycheedecode.results import Result
 class Attends(Protocol):
     """What is judged."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """Its name."""
 
     def attend(self) -> Attend:
         """How it attends, from the first layer on."""
@@ -353,8 +355,8 @@ def main() -> None:
     """The command."""
     parser = arguments(__doc__)
     add = parser.add_argument
-    forms = ["budget_tokens=1024:28,14,7", "budget_tokens=4096:28,14,7"]
-    add("--forms", nargs="+", metavar="NAME=VALUE,...:HEADS,...", default=forms)
+    default = ["budget_tokens=1024:28,14,7", "budget_tokens=4096:28,14,7"]
+    add("--forms", nargs="+", metavar="NAME=VALUE,...:HEADS,...", default=default)
     add("--couplings", type=float, nargs="+", default=[0.2], help="of the plans that have to serve all budgets")
     add("--choose-prompts", type=int, default=12, help="of each kind of --identify, to choose between --couplings")
     add("--plan", nargs="*", default=[], help="plans that were found before")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class Figures:
             hot = torch.minimum((theirs / temperature).softmax(-1), (ours / temperature).softmax(-1))
             self._accepted.append(hot.sum(-1).cpu())
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Means over tokens, the 99th percentile, and the standard error of the mean over prompts."""
         kl, each = torch.cat(self._kl).double(), torch.tensor(self._prompts).double()
         error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0

@@ -109,14 +109,14 @@ class WaysStudy:
         reach, settings = reach or self.reach, replace(self.base, **changes)
         table = self.table if table is None else table
         surrogate = Surrogate(table * reach.matrix().to(table.device)[..., None], reach, settings.coupling)
-        return surrogate.plan(surrogate.assign(surrogate.search(settings.num_retrieval_heads)))
+        return surrogate.plan(surrogate.assign(surrogate.search(number_of(settings))))
 
     def trained(self, **changes: Any) -> HeadPlan:
         """The plan of trained gates."""
         settings = replace(self.base, roles="gates", **changes)
         inherits = settings.donors == "same_index"
         means = self.stages(roles="gates", **changes).train(None if inherits else self.coverage)
-        roles = top_heads(means, settings.num_retrieval_heads, self.reach)
+        roles = top_heads(means, number_of(settings), self.reach)
         return self.same_index(roles) if inherits else self.remapped(roles)
 
     def exchanged(self, roles: Collection[Head]) -> HeadPlan:
@@ -173,7 +173,7 @@ def compare(comparison: WaysStudy, random_plans: int) -> None:
     add("gates, exchange", lambda: comparison.exchanged(gates))
     add("paper, remapped", lambda: comparison.remapped(paper, earlier))
     add("paper, remapped, same layer too", lambda: comparison.remapped(paper))
-    number = comparison.base.num_retrieval_heads
+    number = number_of(comparison.base)
     add("coverage", lambda: comparison.remapped(choose_by_coverage(comparison.coverage, comparison.reach, number)))
     for seed in range(random_plans):
         roles = _random_roles(comparison.reach, number, seed)
@@ -185,6 +185,12 @@ def _random_roles(reach: Reach, number: int, seed: int) -> list[tuple[int, int]]
     always = list(reach.always_retrieval)
     others = [head for head in reach.heads() if head not in set(always)]
     return always + random.Random(seed).sample(others, number - len(always))
+
+
+def number_of(settings: IdentifySettings) -> int:
+    """Retrieval heads, which a study's settings must say."""
+    assert settings.num_retrieval_heads is not None
+    return settings.num_retrieval_heads
 
 
 def uncompleted(settings: IdentifySettings) -> IdentifySettings:

@@ -171,14 +171,22 @@ class LinearProblem:
     def compute(self, run: Callable[..., Tensor], i: int, x: Tensor | None = None, **more: Any) -> Tensor:
         """By `linear` or something with its signature."""
         x = self.inputs if x is None else x
-        arguments = (self.weights(i), [], self.residual, self.norm, 1e-5, self.projection.gated, self.factors(i))
+        arguments: tuple[Any, ...] = (
+            self.weights(i),
+            [],
+            self.residual,
+            self.norm,
+            1e-5,
+            self.projection.gated,
+            self.factors(i),
+        )
         return run(x, *arguments, **more)
 
     def cublas(self, i: int) -> Tensor:
         """The bare product with the fused weight."""
         return F.linear(self.inputs, self.fused[i % len(self.fused)])
 
-    def calls(self, run: Callable[[int], Tensor]) -> list[Call]:
+    def calls(self, run: Callable[[int], Any]) -> list[Call]:
         """Enough of them to go past the L2."""
         count = rotations(self.projection.bytes, 8, 16)
         return [lambda i=i: run(i) for i in range(count)]
@@ -362,7 +370,7 @@ def _time_launches(
     """Those that are right, fastest first; stops at the time `until`."""
     from lycheedecode.fusion.triton import linear
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for tuning in launches:
         if time.perf_counter() > until:
             say(f"  out of time after {len(rows)} of {len(launches)}")

@@ -94,8 +94,8 @@ class StockTexts:
                     wrong.append(f"{place}, which is {far} above the other where rounding moves {self.rounding:.3g}")
             if len(moves) >= _ENOUGH and fmean(moves) > max(_FURTHER * self.typical, _RESOLUTION):
                 wrong.append(f"gaps move by {fmean(moves):.3g} nats on average, stock's own by {self.typical:.3g}")
-        far = {"moved": fmean(moves) if moves else None, "moved_most": max(moves) if moves else None}
-        return {**_shown(compared), **far, "rounding": self.rounding, "wrong": wrong}
+        moved = {"moved": fmean(moves) if moves else None, "moved_most": max(moves) if moves else None}
+        return {**_shown(compared), **moved, "rounding": self.rounding, "wrong": wrong}
 
     def _against(self, found: Sequence[RankAnswer]) -> dict[str, Any]:
         compared: dict[str, Any] = {"same_tokens": [], "left": [], "gaps": [], "own_gaps": [], "moves": []}

@@ -77,7 +77,7 @@ def run(settings: RanksSettings, device: str) -> dict[str, Any]:
             say(f"{size} of {ranks} ranks ...")
             with closing(_start(folder / "model", folder / "plan.json", size, settings, device)) as llm:
                 answers.append(generate(llm, prompts, settings.tokens))
-        rows = [compare(*pair, _TIES[device]) for pair in zip(*answers, strict=True)]
+        rows = [compare(one, many, _TIES[device]) for one, many in zip(*answers, strict=True)]
         crossing = HeadPlan.from_donors([[(0, 0)] * config.num_key_value_heads] * config.num_hidden_layers)
         crossing.save(folder / "crossing.json")
         narrow = _save_model(folder / "narrow", device, ranks, num_key_value_heads=1)

@@ -204,7 +204,8 @@ def compare_beside(beside: Any, layer: int, kv: Any, heads: tuple[int, ...]) -> 
     counts = kv.token_counts()
     if layer in beside.means:
         fresh = torch.full_like(beside.means[layer], float("nan"))
-        reference.write_means(kv._replace(lengths=counts - 1), beside.chunk, *fresh, None, 1 << 20)
+        keys, values = fresh
+        reference.write_means(kv._replace(lengths=counts - 1), beside.chunk, keys, values, None, 1 << 20)
         known = ~fresh.isnan()
         off = (beside.means[layer][known].float() - fresh[known].float()).abs()
         allowed = 0.02 * fresh[known].float().abs() + 1e-3

@@ -11,7 +11,7 @@ is written at once, and skipped when the command runs again with the same result
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -25,6 +25,7 @@ from experiments.identification import (
     HeldOut,
     held_out_lessons,
     make_parser,
+    number_of,
     open_model,
     study_fingerprint,
     uncompleted,
@@ -87,7 +88,7 @@ class Stability:
         shape = ModelShape.of(model)
         self._reach = Reach(shape.num_layers, shape.num_kv_heads)
         self._tables: dict[str, Tensor] = {}
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Mapping[str, Any]] = []
         self.donors: dict[str, Any] = {}
         asked = {**base.to_dict(), **held_out.to_dict()}
         known = study_fingerprint(model, base, held_out)
@@ -130,7 +131,7 @@ class Stability:
         if key not in self._tables:  # the number of heads matters to the search only
             self._tables[key] = Stages(self._model, self._tokenizer, settings, self._reach).sensitivity()
         surrogate = Surrogate(self._tables[key], self._reach, settings.coupling)
-        return surrogate.plan(surrogate.assign(surrogate.search(settings.num_retrieval_heads)))
+        return surrogate.plan(surrogate.assign(surrogate.search(number_of(settings))))
 
     def _jaccard(self, one: HeadPlan, other: HeadPlan) -> float:
         free = [set(plan.retrieval) - set(self._reach.always_retrieval) for plan in (one, other)]

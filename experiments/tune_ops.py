@@ -134,7 +134,8 @@ def _time_grid(
     work: Workload, config: HybridConfig, grid: list[Candidate], bandwidth: float
 ) -> tuple[list[dict[str, Any]], str]:
     """The candidates that work, fastest first, and how many do not."""
-    rows, right, failed = [], None, Counter()
+    rows, right = [], None
+    failed: Counter[str] = Counter()
     for candidate in grid:
         try:
             size, calls = launches(candidate, work, config)

@@ -117,13 +117,14 @@ def continuations(found: Sequence[Close]) -> Iterator[list[Close]]:
             plans = best.setdefault((one.source.model, one.kind.length, one.budget), {})
             plans.setdefault(f"{one.plan} {one.heads}", {})[one.kind.text] = one
     longest = {model: max(length for name, length, _ in best if name == model) for model, *_ in best}
-    for _, plans in sorted(best.items(), key=lambda item: _rank(*item[0], longest)):
+    for _, plans in sorted(best.items(), key=lambda item: _rank(item[0], longest)):
         own = {plan: texts for plan, texts in plans.items() if not plan.startswith(_OF_STUDY)} or plans
         yield from (list(texts.values()) for texts in own.values())
 
 
-def _rank(model: str, length: int, budget: int, longest: Mapping[str, int]) -> tuple[int, str, int, int]:
+def _rank(texts: tuple[str, int, int], longest: Mapping[str, int]) -> tuple[int, str, int, int]:
     """Models by their longest texts; of each, the longest first, the smallest budget first."""
+    model, length, budget = texts
     return -longest[model], model, -length, budget
 
 

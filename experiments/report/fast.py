@@ -74,7 +74,7 @@ def _generations(source: Source) -> Iterator[Found]:
         whole = _whole(source, f"prefill and {count} tokens{SHOWN[way]}, whole", row, full, other)
         yield ("bench generate", source.model, case, way, 0), whole
         found = _row(source, f"decode of the same{SHOWN[way]}, a token", row, full["ms"], row["ms"], "", 1)
-        yield ("bench generate", source.model, case, way, 1), found | _other(other and other["ms"])
+        yield ("bench generate", source.model, case, way, 1), found | _other(other["ms"] if other else None)
 
 
 def _whole(source: Source, timed: str, row: Row, full: Row, other: Row | None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _whole(source: Source, timed: str, row: Row, full: Row, other: Row | None) -
     prefill = (full["prefill_seconds"] + row["prefill_seconds"]) / 2
     theirs, ours = ((prefill + one["decode_seconds"]) * 1e3 for one in (full, row))
     found = _row(source, timed, row, theirs, ours, f"prefill {prefill:.2f} s", 1)
-    return found | _other(other and (other["prefill_seconds"] + other["decode_seconds"]) * 1e3)
+    return found | _other((other["prefill_seconds"] + other["decode_seconds"]) * 1e3 if other else None)
 
 
 def _other(ms: float | None) -> dict[str, str]:
@@ -104,7 +104,7 @@ def _lossless(source: Source) -> Iterator[Found]:
             timed = _of_texts(row, source.settings.get("budget_tokens"))
             key = ("bench lossless", source.model, timed, *_case(row))
             texts = f"{row['batch']} x {row['tokens']} tokens"
-            yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
+            yield key, _row(source, timed, row, _of_batch(base), _of_batch(row), "", texts)
 
 
 def _served_texts(source: Source) -> Iterator[Found]:
@@ -121,7 +121,7 @@ def _served_texts(source: Source) -> Iterator[Found]:
         timed = f"vLLM {version}, {row['way']} decode of texts ({what})"
         key = ("experiments serving-lossless", source.model, row["way"], budget, source.settings["drafts"], *_case(row))
         texts = f"{row['batch']} x {row['tokens']} tokens"
-        yield key, _row(source, timed, row, *(_of_batch(one) for one in (base, row)), "", texts)
+        yield key, _row(source, timed, row, _of_batch(base), _of_batch(row), "", texts)
 
 
 def _of_texts(row: Row, budget: Any) -> str:
