@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from lycheedecode import Engine, HybridConfig
+from lycheedecode.attention import HybridAttention
 from lycheedecode.cli import app
 from lycheedecode.cli import memory as module
 from lycheedecode.engine.offload.size import offloaded_size, resident_size
@@ -109,6 +110,24 @@ def test_steps_take_up_to_a_fifth_more_than_predicted(name):
         predicted = way.step_ms(weights - table, 2.9e9, 49e6)
         assert predicted < row["mean_ms"] < 1.2 * predicted, (row["cache"], row["batch"], row["context"])
     assert len(rows) in (1, 14)
+
+
+def test_budgets_of_heads_are_resident(tmp_path):
+    """Rows and bytes are those of the state that decodes; ways with host memory are left out, which is said."""
+    model, plan = tiny.model(), replace(tiny.plan(), budgets=((0.5, 2.0), (1.0, 2.0), (0.25, 0.5), (1.0, 1.0)))
+    model.save_pretrained(tmp_path)
+    plan.save(tmp_path / "plan.json")
+    settings = {"budget_tokens": 32, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
+    options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    call = "memory", "--model", str(tmp_path), "--context", "256", "--plan", str(tmp_path / "plan.json"), *options
+    full, hybrid = found(*call)["rows"]
+    assert (full["way"], hybrid["way"]) == ("full attention", "hybrid")
+    state = HybridAttention(plan, HybridConfig(**settings)).allocate(1, 256, "cpu")
+    assert hybrid["tables"] == state.selections.blocks.nbytes + state.selections.counts.nbytes
+    assert hybrid["selected"] == 2 * 2 * 16 * 4 * (4 + 16 + 8 + 16 + 3 + 4 + 8 + 8)
+    done = run(*call)
+    assert "Left out: host memory, where all heads have room for equally many blocks." in done.stdout
+    assert "selection must be 'top_k'" in run(*call[:-8], "--budget-ratio", "0.5", status=2).stderr
 
 
 def test_it_says_which_setting_fits():

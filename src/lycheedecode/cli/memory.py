@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..models.shape import ModelShape
 from ..plan import HeadPlan
 from ..results import Result
+from ..roles import check_budgets
 from .options import Json, Revision, check_model_path, takes_form
 from .report import check_writable, save, screen, show_table
 
@@ -100,14 +101,15 @@ def memory(
     if not (0 < bandwidth < 1e9 and 0 < link < 1e9 and 0 <= (misses or 0) <= 1):
         raise ConfigError("--bandwidth and --link must be above 0, --misses a share from 0 to 1.")
     config, head_plan = HybridConfig(**form), None if plan is None else HeadPlan.load(plan)
-    refuse_unfit(config, store_ratio, head_plan)
+    refuse_unfit(config, store_ratio)
+    check_budgets(head_plan, config)
     if head_plan is not None and head_plan.completion is None and config.completion == "plan":
         config = replace(config, completion="none")  # the plan completes nothing
     shape, weights, table = _model(model, revision)
     retrieval = _retrieval(shape, head_plan)
     ways = [
         _fetching(way, shape, head_plan, retrieval, "--scan-keys" in way.options, misses)
-        for way in _ways(shape, batch, context, config, retrieval, store_ratio)
+        for way in _ways(shape, batch, context, config, retrieval, store_ratio, head_plan)
     ]
     rows = [_row(way, weights, gpu, host) for way in ways]
     for way, row in zip(ways, rows, strict=True):
@@ -123,12 +125,14 @@ def memory(
     heads = ["", "cache", "and weights", "in host memory", "fits", "ms a step, at least"]
     show_table(console, title, heads, cells)
     found = next((way for way, row in zip(ways, rows, strict=True) if row["fits"]), None)
-    most = _most(shape, context, config, retrieval, store_ratio, weights, gpu, host)
+    most = _most(shape, context, config, retrieval, store_ratio, weights, gpu, host, head_plan)
     if found is None:
         advice = f"Nothing fits: {most} sequences of {context} tokens would." if most else "Not even one sequence fits."
     else:
         advice = f"Fits: {found.name}{f' ({found.options})' if found.options else ''}."
     console.print(advice)
+    if head_plan is not None and head_plan.budgets is not None:
+        console.print("Left out: host memory, where all heads have room for equally many blocks.")
     settings = {"model": model, "context": context, "batch": batch, "plan": plan, "config": config.to_dict(),
                 "store_ratio": store_ratio, "gpu_gib": gpu, "host_gib": host,
                 "bandwidth_tb_s": bandwidth, "link_gb_s": link, "misses": misses}  # fmt: skip
@@ -139,11 +143,19 @@ def memory(
 
 
 def _ways(
-    shape: ModelShape, batch: int, slots: int, config: HybridConfig, retrieval: int, ratio: float
+    shape: ModelShape,
+    batch: int,
+    slots: int,
+    config: HybridConfig,
+    retrieval: int,
+    ratio: float,
+    plan: HeadPlan | None = None,
 ) -> Iterator[Placement]:
-    """From the one that keeps most on the GPU to the one that keeps least."""
+    """From the one that keeps most on the GPU to the one that keeps least; with budgets of heads, all there."""
     yield Placement("full attention", "--full", resident_size(shape, batch, slots, 2))
-    yield Placement("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval))
+    yield Placement("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval, plan))
+    if plan is not None and plan.budgets is not None:
+        return
     forms = [("host", config, ratio)]
     smaller = list(get_args(ScanKeys))[get_args(ScanKeys).index(config.scan_keys) + 1 :]
     forms += [(f"host, {BITS[keys]}-bit scan", replace(config, scan_keys=keys), ratio) for keys in smaller]
@@ -189,9 +201,10 @@ def _most(
     weights: int,
     gpu: float,
     host: float,
+    plan: HeadPlan | None,
 ) -> int:
     """Most sequences of so many tokens that fit in any of the ways."""
-    one = [way.size for way in _ways(shape, 1, slots, config, retrieval, ratio)]
+    one = [way.size for way in _ways(shape, 1, slots, config, retrieval, ratio, plan)]
     counts = [
         min((gpu * GIB - weights) // size.gpu, (host * GIB - MARGIN) // size.host if size.host else 2**31)
         for size in one

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from ...attention import HybridAttention
 from ...config import HybridConfig
 from ...models.shape import ModelShape
 from ...ops import key_bytes
+from ...plan import HeadPlan
 from ..cache import grown
 from .store import pool_blocks
 
@@ -43,7 +45,13 @@ class CacheSize:
 
 
 def resident_size(
-    shape: ModelShape, batch: int, slots: int, itemsize: int, config: HybridConfig | None = None, retrieval: int = 0
+    shape: ModelShape,
+    batch: int,
+    slots: int,
+    itemsize: int,
+    config: HybridConfig | None = None,
+    retrieval: int = 0,
+    plan: HeadPlan | None = None,
 ) -> CacheSize:
     """Of a cache on the GPU.
 
@@ -53,6 +61,7 @@ def resident_size(
         itemsize: bytes of a number in the cache.
         config: of hybrid decoding; None: full attention.
         retrieval: retrieval heads in layers with full attention.
+        plan: whose heads may have budgets of their own; None: all have the same.
     """
     slots, all_layers = grown(slots, 0), _token_bytes(shape, itemsize) * shape.num_layers
     cache = batch * slots * all_layers
@@ -62,8 +71,8 @@ def resident_size(
         pools=cache,
         scanned=0 if config.scan_keys == "cache" else _scanned(shape, batch, slots, itemsize, config, retrieval),
         means=_means(shape, batch, slots, itemsize, config),
-        tables=4 * retrieval * batch * _selection_numbers(slots, config),
-        **_read(shape, batch, slots, itemsize, config, retrieval),
+        tables=4 * batch * _selection_numbers(slots, config, retrieval, plan),
+        **_read(shape, batch, slots, itemsize, config, retrieval, plan),
     )
 
 
@@ -82,25 +91,36 @@ def offloaded_size(
     capacity = config.capacity_blocks(blocks)
     held, tail = pool_blocks(store_ratio, capacity, blocks, config.block_size, config.refresh_every)
     token = _token_bytes(shape, itemsize)
-    known = blocks + 3 * held + 2 * capacity + 1
+    known = retrieval * (blocks + 3 * held + 2 * capacity + 1)
     return CacheSize(
         pools=layers * batch * (held + tail) * config.block_size * token,
         scanned=_scanned(shape, batch, slots, itemsize, config, retrieval),
         means=_means(shape, batch, slots, itemsize, config),
         limited=(shape.num_layers - layers) * batch * slots * token,
-        tables=4 * retrieval * batch * (known + _selection_numbers(slots, config)),
+        tables=4 * batch * (known + _selection_numbers(slots, config, retrieval)),
         host=layers * batch * slots * token,
         **_read(shape, batch, slots, itemsize, config, retrieval),
     )
 
 
 def _read(
-    shape: ModelShape, batch: int, slots: int, itemsize: int, config: HybridConfig, retrieval: int
+    shape: ModelShape,
+    batch: int,
+    slots: int,
+    itemsize: int,
+    config: HybridConfig,
+    retrieval: int,
+    plan: HeadPlan | None = None,
 ) -> dict[str, int]:
     """Keys that are scanned, means, and selected blocks; a step that selects."""
-    capacity = config.capacity_blocks(ceil(slots / config.block_size))
-    tokens = len(shape.global_layers) * batch * min(capacity * config.block_size, slots)
-    selected = tokens * _token_bytes(shape, itemsize)
+    blocks = ceil(slots / config.block_size)
+    if plan is None or plan.budgets is None:
+        of_heads = [config.capacity_blocks(blocks)] * (len(shape.global_layers) * shape.num_kv_heads)
+    else:
+        of_rows = HybridAttention(plan, config, shape.global_layers).row_blocks(blocks)
+        of_heads = [of_rows[row] for layer in shape.global_layers for row in plan.donor_rows(layer)]
+    tokens = batch * sum(min(each * config.block_size, slots) for each in of_heads)
+    selected = tokens * 2 * shape.head_dim * itemsize
     scanned = _scanned(shape, batch, slots, itemsize, config, retrieval)
     return {"read": scanned + _means(shape, batch, slots, itemsize, config) + selected, "selected": selected}
 
@@ -122,6 +142,9 @@ def _means(shape: ModelShape, batch: int, slots: int, itemsize: int, config: Hyb
     return len(shape.global_layers) * batch * _chunks(slots, config) * _token_bytes(shape, itemsize)
 
 
-def _selection_numbers(slots: int, config: HybridConfig) -> int:
+def _selection_numbers(slots: int, config: HybridConfig, retrieval: int, plan: HeadPlan | None = None) -> int:
     blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
-    return config.capacity_blocks(blocks) + 1 + _chunks(slots, config)
+    rows, capacity = retrieval, config.capacity_blocks(blocks)
+    if plan is not None and plan.budgets is not None:
+        rows, capacity = len(plan.selections), HybridAttention(plan, config).capacity_blocks(blocks)
+    return rows * (capacity + 1 + _chunks(slots, config))
