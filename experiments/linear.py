@@ -171,16 +171,9 @@ class LinearProblem:
     def compute(self, run: Callable[..., Tensor], i: int, x: Tensor | None = None, **more: Any) -> Tensor:
         """By `linear` or something with its signature."""
         x = self.inputs if x is None else x
-        arguments: tuple[Any, ...] = (
-            self.weights(i),
-            [],
-            self.residual,
-            self.norm,
-            1e-5,
-            self.projection.gated,
-            self.factors(i),
-        )
-        return run(x, *arguments, **more)
+        biases: list[Tensor] = []
+        projection = self.residual, self.norm, 1e-5, self.projection.gated, self.factors(i)
+        return run(x, self.weights(i), biases, *projection, **more)
 
     def cublas(self, i: int) -> Tensor:
         """The bare product with the fused weight."""
