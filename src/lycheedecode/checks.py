@@ -36,12 +36,12 @@ def check_type(name: str, value: Any, kind: Any) -> None:
         raise ConfigError(f"{name} must be {_named(kind)}, not {shown(value)}.")
 
 
-def check_number(name: str, value: Any, least: int) -> None:
-    """Raise `ConfigError` unless the argument `name` is a whole number from `least` to `LARGEST`."""
+def check_number(name: str, value: Any, least: int, most: int = LARGEST) -> None:
+    """Raise `ConfigError` unless the argument `name` is a whole number from `least` to `most`."""
     if not _is_a(value, int) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, not {shown(value)}.")
-    if value > LARGEST:
-        raise ConfigError(f"{name} must be at most {LARGEST}, not {shown(value)}.")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most}, not {shown(value)}.")
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Literal, get_args
 
-from .checks import check_number, settings_from
+from .checks import LARGEST, check_number, settings_from
 from .errors import ConfigError
 
 Selection = Literal["top_k", "ratio", "top_p", "threshold"]
@@ -129,10 +129,8 @@ class HybridConfig:
         if self.budget_tokens is not None:
             least["budget_tokens"] = 1
         for name, smallest in least.items():
-            check_number(name, getattr(self, name), smallest)
+            check_number(name, getattr(self, name), smallest, MOST_STEPS if name == "refresh_every" else LARGEST)
             object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's are no JSON
-        if self.refresh_every > MOST_STEPS:
-            raise ConfigError(f"refresh_every must be at most {MOST_STEPS}, not {self.refresh_every}.")
         if self.block_size > 256 or self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two up to 256, not {self.block_size}.")
         if self.completion_chunk > 4096 or self.completion_chunk & (self.completion_chunk - 1):

@@ -10,6 +10,7 @@ from test_cli import refusal
 
 from lycheedecode.checks import LARGEST
 from lycheedecode.cli import COMMANDS
+from lycheedecode.config import MOST_STEPS
 
 NEEDED = {"identify": ["plan.json"], "memory": ["--model", "llama-3-8b", "--context", "1000"]}
 """What commands want beside the option."""
@@ -48,6 +49,6 @@ def test_what_is_found():
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
 def test_larger_than_any_text(command, option):
     said = refusal(*command.split(), *NEEDED.get(command, []), option, str(10**20))
-    most = "64 bits" if option == "--seed" else str(LARGEST)
+    most = {"--seed": "64 bits", "--refresh-every": str(MOST_STEPS)}.get(option, str(LARGEST))
     assert str(10**20) in said
     assert most in said
