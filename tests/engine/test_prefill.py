@@ -44,6 +44,20 @@ def test_chunks_in_half_precision(slots):
     torch.testing.assert_close(attend_causal(*inputs, SCALE).double(), expected(*inputs), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="There is no GPU here.")
+@pytest.mark.parametrize("slots", [256, 900, 1111])
+def test_cudnn_takes_large_chunks(slots, monkeypatch):
+    monkeypatch.setattr(dense, "_MUCH", 1)
+    query = torch.randn(2, 6, 256, 64, device=DEVICE, dtype=torch.bfloat16)
+    keys, values = (torch.randn(2, 2, slots + 5, 64, device=DEVICE).bfloat16()[:, :, :slots] for _ in range(2))
+    called = []
+    cudnn = dense.torch_private.cudnn
+    monkeypatch.setattr(dense.torch_private, "cudnn", lambda *args, **named: called.append(1) or cudnn(*args, **named))
+    output = attend_causal(query, keys, values, SCALE)
+    torch.testing.assert_close(output.double(), expected(query, keys, values), atol=2e-2, rtol=2e-2)
+    assert called or torch.cuda.get_device_capability()[0] < 9
+
+
 @pytest.mark.parametrize("reach", REACHES, ids=lambda reach: reach.kind)
 @pytest.mark.parametrize("padding", [None, [0, 11], [3, 27]])
 @pytest.mark.parametrize("tile", [1024, 4])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
@@ -32,12 +32,13 @@ from .cache import KVCache
 
 _TILE = 1024
 """Queries of a layer with limited reach that share a mask."""
-_FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,  # ahead of FlashAttention 2 on Hopper, by half again
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_MUCH = 1 << 39
+"""Products of a layer's queries and keys from which on cuDNN is worth its plan for a new shape.
+
+It saved an H100 a third to a half of the attention, and planned for 45 to 90 ms, once for all layers.
+"""
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""PyTorch itself takes cuDNN on Hopper, however short the prompt."""
 
 
 class ChunkAttention:
@@ -154,19 +155,35 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
     """
     earlier = keys.shape[2] - query.shape[2]
     if earlier == 0:
-        keys, values = _as_many_heads(query, keys, values)
-        with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
-            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return _alone(query, keys, values, scale)
     past, past_lse = _with_lse(query, keys[:, :, :earlier], values[:, :, :earlier], scale, causal=False)
     own, own_lse = _with_lse(query, keys[:, :, earlier:], values[:, :, earlier:], scale, causal=True)
     share = (past_lse - own_lse).sigmoid()[..., None].float()
     return torch.lerp(own.float(), past.float(), share).to(query.dtype)
 
 
+def _alone(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of tokens to themselves."""
+    if _cudnn_pays(query, keys, values, causal=True):
+        return torch_private.cudnn(query, keys, values, scale, causal=True)[0]
+    keys, values = _as_many_heads(query, keys, values)
+    with sdpa_kernel(_WITHOUT_PLANS):
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _cudnn_pays(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> bool:
+    products = query.numel() * keys.shape[2] // (2 if causal else 1)
+    if not query.is_cuda or products < _MUCH or torch.cuda.get_device_capability(query.device)[0] < 9:
+        return False
+    return can_use_cudnn_attention(SDPAParams(query, keys, values, None, 0.0, causal, True))
+
+
 def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention without a mask, and the logarithm of each query's mass, float32 `[B, Hq, T]`."""
     if query.device.type == "cpu":
         return torch_private.flash_on_cpu(query, keys, values, scale, causal)
+    if _cudnn_pays(query, keys, values, causal):
+        return torch_private.cudnn(query, keys, values, scale, causal)
     if can_use_flash_attention(SDPAParams(query, keys, values, None, 0.0, causal, True)):
         dim = query.shape[-1]
         query, keys, values = (F.pad(x, (0, -dim % 8)) if dim % 8 else x for x in (query, keys, values))

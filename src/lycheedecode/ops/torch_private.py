@@ -17,6 +17,7 @@ TAKEN = (
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "torch.ops.aten._scaled_dot_product_flash_attention",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
+    "torch.ops.aten._scaled_dot_product_cudnn_attention",
     "torch._inductor.compile_fx.compile_fx",
     "torch._dynamo.config.recompile_limit",
     "torch._dynamo.config.accumulated_recompile_limit",
@@ -41,6 +42,12 @@ def efficient(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal:
     """As `flash`, for any head dim, with as many KV heads as query heads; the masses may have a padded end."""
     found = _aten._scaled_dot_product_efficient_attention(query, keys, values, None, True, 0.0, causal, scale=scale)
     return found[0], found[1]
+
+
+def cudnn(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """As `flash`, by cuDNN, which makes a plan for every new shape before it runs the first time."""
+    found = _aten._scaled_dot_product_cudnn_attention(query, keys, values, None, True, 0.0, causal, scale=scale)
+    return found[0], found[1].view(query.shape[:3])
 
 
 def compile_by_inductor(gm: GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Any:
