@@ -46,10 +46,6 @@ NOTES = {
     f"are not equal bytes. {_DENSE}",
     "h100-ruler-qwen2.5-coder-1.5b": "NVIDIA's data. The run ended after 6 tasks of 16384 tokens.",
     "h100-memory-llama-3-8b-1m": "On a host of 504 GiB; one of its GPUs was used.",
-    "h100-memory-prefill": "**Not a comparison of the two caches.** Each prompt passed in chunks as large as memory "
-    "allowed: the resident one in two, of which the second took a slower kernel, the one whose cache went to host "
-    "memory in one, so that nothing came back over the link. The time to pin 16 GiB, about a second, is not in it. "
-    "`bench memory --parts prefill` now takes the same chunks for both, and the time to make the cache.",
     "h100-memory-qwen2.5-coder-1.5b": "In every row from host memory, all 16 texts have the tokens of the resident "
     "cache: the benchmark ends if one has not. Each text is read once and continued twice: `miss rate` counts the 256 "
     "steps after its start, `later miss rate` the later half.",
