@@ -100,8 +100,8 @@ def variant_lines(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A row for each mapping; columns in the order in which their names come first."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    """A row for each mapping; columns in the order in which their names come first. Mappings stay in the files."""
+    names = list(dict.fromkeys(name for row in rows for name in row if not isinstance(row[name], Mapping)))
     yield _row(_words(name) for name in names)
     yield _row("---" if any(isinstance(row.get(name), str) for row in rows) else "---:" for name in names)
     for row in rows:

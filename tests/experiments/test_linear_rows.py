@@ -78,7 +78,7 @@ def test_each_way_compiles_layers_as_it_says(way, calls, norms):
     assert seen == [calls, norms]
     for result, right in zip(results, linear_rows.layers(x, weights), strict=True):
         torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-4)
-    assert (operator.MAX_ROWS, operator.NORM_ROWS) == (16, 64)
+    assert (operator.MAX_ROWS, operator.NORM_ROWS) == (64, 64)
 
 
 def test_candidates_share_columns_evenly():
@@ -107,4 +107,4 @@ def test_a_command_runs_with_rows(monkeypatch, tmp_path, capsys):
     assert "no launches" in capsys.readouterr().err
     command = ["bench", "lossless", "--parts", "rounds", "--json", "a.json"]
     assert seen == [(48, 64, command), (48, 16, command)]
-    assert operator.MAX_ROWS == 16
+    assert operator.MAX_ROWS == 64

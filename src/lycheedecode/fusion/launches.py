@@ -85,7 +85,7 @@ def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch
     if dtype == EIGHT_BITS:
         return _tuning_of_8_bits(rows, sizes, columns, gated)
     if rows > 16:
-        return _tuning_of_many_rows(sizes, columns, gated)
+        return _tuning_of_many_rows(rows, sizes, columns, gated)
     far, near = (512, 128) if dtype.itemsize == 2 else (0, 0)
     out = sizes[0] if gated else sum(sizes)
     if rows == 1:
@@ -111,18 +111,24 @@ def default_tuning(rows: int, sizes: tuple[int, ...], columns: int, dtype: torch
     return LinearTuning(rows=64, depth=128, splits=splits, warps=4, stages=3, dot=16, prefetch=near)
 
 
-def _tuning_of_many_rows(sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:
-    """For 17 to 64 rows: what fits, compiled for an H200; `python -m experiments linear-rows` measures it.
+def _tuning_of_many_rows(rows: int, sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:
+    """For 17 to 64 rows: near the fastest on an H200 and on an H100; `python -m experiments linear-rows` measures it.
 
-    Each program reads all rows of the input, from the L2: of 36 rows half as many bytes as of 64 rows of a weight, of
-    two weights if gated. So tiles are half as deep as for few rows, and as many programs as ever fit side by side.
+    Each program reads all rows of the input, from the L2: of 36 rows half as many bytes as of 64 rows of a weight.
     """
-    tiles, steps = sum(-(-size // 64) for size in sizes), max(columns // 64, 1)
-    if not gated and tiles >= PROGRAMS:
-        return LinearTuning(rows=128, depth=64, splits=1, warps=8, stages=4, dot=16, prefetch=128)
-    most = 1 if gated else max(min(PROGRAMS // tiles, steps // 4, 8), 1)
-    splits = max(splits for splits in range(1, most + 1) if steps % splits == 0)
-    return LinearTuning(rows=64, depth=64, splits=splits, warps=4, stages=4, dot=16, prefetch=128)
+    tiles, few = sum(-(-size // 64) for size in sizes), rows <= 32
+    deep = LinearTuning(rows=64, depth=128, splits=1, warps=4, stages=3, dot=16, prefetch=128)
+    flat = deep._replace(depth=64, stages=4)
+    if gated:
+        return flat
+    if tiles >= PROGRAMS:
+        return deep
+    tuning = flat if few else deep
+    if sum(sizes) > 4096:
+        tuning = flat._replace(stages=6 if few else 4)
+    steps = max(columns // tuning.depth, 1)
+    most = 8 if few and columns > 8192 else min(PROGRAMS // tiles, steps // 2, 8)
+    return tuning._replace(splits=max(splits for splits in range(1, max(most, 1) + 1) if steps % splits == 0))
 
 
 def _tuning_of_8_bits(rows: int, sizes: tuple[int, ...], columns: int, gated: bool) -> LinearTuning:
