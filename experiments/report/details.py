@@ -12,11 +12,15 @@ from experiments.report.sources import Row, Source
 SHORT = 12
 """Lines up to which numbers are not folded."""
 _DENSE = "`paper` reads more than the others: its retrieval heads read the whole cache."
-_ASSUMED = (
-    "The 7.4 tokens of a round are assumed, and cautious: SmolLM2 yields 7.9 where it selects once a round "
-    "(`cpu-lossless-drafts-smollm2-135m`), Qwen2.5-Coder-1.5B 8.5 where it selects for every draft "
-    "(`h100-lossless-real-16x8k`) and 7.7 with automatic drafts (`h100-lossless-real`), all with a budget of 1024. The "
-    "times of a round do not depend on it; `ms per token` and `speedup` do, in proportion."
+_SLOW_STEP = (
+    "The full step launched attention as `one token` in `h200-lossless-attend`, where the kernel for several tokens "
+    "takes 0.04 ms a layer less. So it is more than 1 ms slower than it has to be, and `speedup` flatters the rounds."
+)
+_YIELDS = (
+    "A round yields what the same rounds (budget, drafts, their weights, drafts to a selection) yielded in texts of "
+    "the model that `yield of` names. `ms per token` and `speedup` follow from that and from the two times that were "
+    "measured here, of the round and of the full step; in the file they follow from what was assumed when it was made. "
+    "No text as long as these was measured, and 4096 tokens are a smaller share of it."
 )
 _LINEAR_ROWS = (
     "cuBLAS's times of single projections are those of the products alone; `2 layers` has norms, gates and sums around "
@@ -37,12 +41,17 @@ NOTES = {
     "h100-gsm8k-qwen2.5-coder-1.5b": "In float32 (a GGUF file, `auto` then). 64 problems do not tell 1.5 points apart.",
     "h100-lossless-attend": "With `--tune`, before its choice: 9 tokens are launched as `(16, 64, 4, 3, 1)` since.",
     "h100-linear-rows": _LINEAR_ROWS,
-    "h100-lossless-rounds": _ASSUMED,
     "h200-linear-rows": f"{_LINEAR_ROWS} The run ended in Qwen2.5-1.5B's shape.",
-    "h200-lossless-attend": "Since then, 9 to 16 tokens over a cache in 8 bits are launched as 5 are. The 0.163 ms of "
-    "`one token` at 1 x 128K do not fit the full step in `h200-lossless-rounds-1x128k`, whose 32 layers take 8.21 ms "
-    "with all weights: that row waits for another measurement.",
-    **dict.fromkeys([f"h200-lossless-rounds-{case}" for case in ("1x128k", "1x512k", "4x128k")], _ASSUMED),
+    "h100-lossless-real-4096": "What rounds yield under the budget of `h100-lossless-rounds` and others. In bfloat16: "
+    "every way leaves the text of full attention's steps at the same tokens.",
+    "h100-lossless-rounds-3x128k-16-rows": "Made with `python -m experiments.with_rows 16`: the linear layers of the "
+    "pass, 27 rows, are cuBLAS's.",
+    "h100-lossless-rounds-3x128k-64-rows": "As above, with 64: those layers are our kernel's, with launches that were "
+    "timed on this GPU.",
+    "h200-lossless-attend": "Since then, 9 to 16 tokens over a cache in 8 bits are launched as 5 are. `one token` at "
+    "1 x 128K is launched badly here: the kernel for several takes 0.121 ms for one.",
+    "h200-lossless-rounds-1x128k": _SLOW_STEP,
+    "h200-lossless-rounds-qwen3-8b": _SLOW_STEP,
     "h100-same-bytes-qwen2.5-coder-1.5b": "Judged over one dense prefill, as identification sees it, not in the "
     "engine. The first form is a plan of 14 heads found on 12 prompts of code and 12 of prose, with a budget of 1024. "
     "The other budgets: 2880 tokens for 14 heads with `float8` keys and for 7 heads with the cache's, 3808 for 7 with "
@@ -56,8 +65,15 @@ NOTES = {
     "h100-memory-qwen2.5-coder-1.5b": "In every row from host memory, all 16 texts have the tokens of the resident "
     "cache: the benchmark ends if one has not. Each text is read once and continued twice: `miss rate` counts the 256 "
     "steps after its start, `later miss rate` the later half.",
+    "h100-serving-lossless-32x30k": "In bfloat16. The row of stock compares its texts with those that it writes one at "
+    "a time. `wrong` is empty: where lossless texts leave stock's, rounding moves stock's own tokens as far.",
+    "h100-serving-qwen3-30b-a3b": "Half of the layers. Made with `python -m experiments.moe_ops`: this build of "
+    "vLLM lacks the operations that route tokens to experts and add up what they return (`_moe_C`). Plain PyTorch does "
+    "both, in many small launches a layer, and the engine runs in the benchmark's process. That lengthens the steps of "
+    "both sides alike, and so makes their ratio smaller than a complete build would show.",
     "h100-serving-lossless-coder-1.5b": "In bfloat16. The file says where texts leave stock's; that they may do so at "
     "near ties only has been checked since.",
+    "h200-serving-llama-3-8b": "Under `NHD`, the layout that vLLM 0.26 takes by itself.",
     "h100-serving-lossless-smollm2": "In bfloat16, as above. Without the rows of 4 x 1000, whose speeds were "
     "differences of times too short to measure: one was negative.",
 }
@@ -84,6 +100,8 @@ def section(source: Source, drawn: Sequence[Picture]) -> str:
     lines = [f"### {source.name}: {result.command}", "", *tables.machine_line(result.environment), ""]
     if source.name in NOTES:
         lines += [NOTES[source.name], ""]
+    if any("yield_of" in row for row in source.rows):
+        lines += [_YIELDS, ""]
     for picture in drawn:
         if picture.of == source.name:
             lines += [f"![{picture.caption}]({source.folder}/{picture.name})", ""]

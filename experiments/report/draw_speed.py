@@ -33,8 +33,8 @@ def _name(source: Source, row: Row) -> str | None:
     if source.result.command == "bench step" and row["form"] in _STEPS:
         return row["form"]
     if source.result.command == "bench serving" and source.settings.get("tensor_parallel_size", 1) == 1:
-        asked = {"kv_cache_dtype": "auto", "kv_layout": "auto", "page_tokens": None}
-        usual = all(source.settings.get(name, default) == default for name, default in asked.items())
+        asked = {"kv_cache_dtype": "auto", "page_tokens": None}
+        usual = not source.layout and all(source.settings.get(name, own) == own for name, own in asked.items())
         plain = usual and row.get("requests") != "mixed"
         return _SERVED.get(row["way"]) if plain else None
     return None

@@ -47,7 +47,7 @@ def _steps(source: Source) -> Iterator[Found]:
 def _serving(source: Source) -> Iterator[Found]:
     stock = {_case(row): row for row in source.rows if row["way"] == "stock"}
     ranks, dtype = source.settings.get("tensor_parallel_size", 1), source.settings.get("kv_cache_dtype", "auto")
-    pages = source.settings.get("kv_layout", "auto"), source.settings.get("page_tokens")
+    pages = source.layout, source.settings.get("page_tokens")
     for row in source.rows:
         base, mixed = stock.get(_case(row)), row.get("requests") == "mixed"
         if row["way"] in SHOWN and base is not None and base["ms"] and row["ms"]:  # else too short to measure
@@ -56,9 +56,7 @@ def _serving(source: Source) -> Iterator[Found]:
                 f", {ranks} ranks" if ranks > 1 else ""
             )
             timed += (f", {dtype} cache" if dtype != "auto" else "") + (", mixed requests" if mixed else "")
-            timed += (f", {pages[0]} pages" if pages[0] != "auto" else "") + (
-                f", {pages[1]} tokens a page" if pages[1] else ""
-            )
+            timed += (f", {pages[0]} pages" if pages[0] else "") + (f", {pages[1]} tokens a page" if pages[1] else "")
             spread = f"{row['fast_ms']:.2f} to {row['slow_ms']:.2f}"
             yield key, _row(source, timed, row, base["ms"], row["ms"], spread, source.settings.get("repeats"))
 
@@ -96,7 +94,9 @@ def _lossless(source: Source) -> Iterator[Found]:
         if row.get("part") == "rounds" and "full_ms" in row:
             drafts = f"{row['drafts']} drafts{' with 8-bit weights' if row.get('weights') == 'float8' else ''}"
             every = _reselect(str(row["refresh"]))
-            timed = f"lossless decode ({drafts}, {every}; assumes {row['tokens_per_round']} tokens per round)"
+            yielded = f"{row['tokens_per_round']:.3g} tokens per round"
+            yielded = f"the {yielded} of {row['yield_of']}" if "yield_of" in row else yielded
+            timed = f"lossless decode ({drafts}, {every}; assumes {yielded})"
             key = ("bench lossless", source.model, timed, *_case(row))
             yield key, _row(source, timed, row, row["full_ms"], row["ms_per_token"], "", source.settings.get("steps"))
         elif row.get("part") == "real" and row["way"] != "full" and _case(row) in real:

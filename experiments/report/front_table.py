@@ -15,9 +15,10 @@ BEGIN, END = "<!-- made by `make results` -->\n", "<!-- end -->"
 Row = Mapping[str, Any]
 _SHAPE = "Llama-3-8B's shape"
 _TIMES = (
-    ("prefill", "1 x 128K"), ("decode step", "1 x 32K"), ("decode step", "1 x 128K"), ("decode step", "4 x 128K"),
-    ("vLLM", "4 x 128K"),
+    ("prefill .*", "1 x 128K"), ("decode step", "1 x 32K"), ("decode step", "1 x 128K"), ("decode step", "4 x 128K"),
+    (r"vLLM \S+, decode", "4 x 128K"),
 )  # fmt: skip
+"""What was timed, all of its name, and the case."""
 _TEXTS = {"aa_lcr_v2": "documents of AA-LCR"}
 
 
@@ -31,8 +32,8 @@ def _times(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
     timed = [row for row in fast.table_rows(sources) if _has_gpu(row)]
     for what, case in _TIMES:
         shaped = (row for row in timed if row["model"] == _SHAPE and row["batch x context"] == case)
-        for row in (row for row in shaped if _is(row, what)):
-            hybrid = row["hybrid"] if what == "prefill" else row["hybrid"].split(" (")[0]
+        for row in (row for row in shaped if re.fullmatch(what, row["timed"])):
+            hybrid = row["hybrid"] if row["timed"].startswith("prefill") else row["hybrid"].split(" (")[0]
             yield _front(f"{row['timed']}: {_SHAPE}, {case}", row["full"], hybrid, row["others"], row)
             break
     texts = [row for row in timed if " decode of texts" in row["timed"] and "8-bit" not in row["timed"]]
@@ -88,11 +89,6 @@ def _memory(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
 
 def _has_gpu(row: Row) -> bool:
     return "CPU" not in row["machine"]
-
-
-def _is(row: Row, what: str) -> bool:
-    timed = str(row["timed"])
-    return timed == what if what == "decode step" else timed.startswith(what) and "ranks" not in timed
 
 
 def _front(what: str, full: str, hybrid: str, other: str, row: Row) -> dict[str, Any]:

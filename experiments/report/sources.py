@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,12 @@ class Source:
             return f"{len(gpus)} x {gpus[0].removeprefix('NVIDIA ').split()[0]}"
         return f"{machine.get('cores', '?')} CPU cores"
 
+    @property
+    def layout(self) -> str | None:
+        """Of vLLM's cache, where it is not the one that vLLM takes by itself, NHD."""
+        layout = self.settings.get("kv_layout", "auto")
+        return None if layout in ("auto", "NHD") else layout
+
     def version(self, package: str) -> str:
         """`vllm` -> `0.26`; nothing where it was not there."""
         return ".".join(str((self.result.environment.get("versions") or {}).get(package, "")).split(".")[:2])
@@ -79,6 +85,7 @@ _MODELS = {
     "llama-3-8b": "Llama-3-8B's shape",
     "llama-3-70b": "Llama-3-70B's shape",
     "qwen3-8b": "Qwen3-8B's shape",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B's shape",
     "smollm2-135m": "SmolLM2-135M",
     "coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct",
     "coder-1.5b": "Qwen2.5-Coder-1.5B-Instruct",
@@ -98,7 +105,9 @@ _RENAMED = {
 
 def read(folder: Path) -> list[Source]:
     """The result files of a folder."""
-    return [Source(path.stem, folder.name, _load(path)) for path in sorted(folder.glob("*.json"))]
+    found = [Source(path.stem, folder.name, _load(path)) for path in sorted(folder.glob("*.json"))]
+    yields = {case: yielded for _, case, yielded in sorted(one for source in found for one in _yields(source))}
+    return [_with_yields(source, yields) for source in found]
 
 
 def _load(path: Path) -> Result:
@@ -106,6 +115,37 @@ def _load(path: Path) -> Result:
     if not result.command.endswith("lossless"):
         return result
     return replace(result, rows=[{_RENAMED.get(name, name): row[name] for name in row} for row in result.rows])
+
+
+Case = tuple[int | None, int, int, str]
+"""Of a round: the budget of its selections, its drafts, how many of them share a selection, and their weights."""
+
+
+def _yields(source: Source) -> Iterator[tuple[int, Case, tuple[float, str]]]:
+    """Of texts of a real model: their context, the rounds that they took, and what those yielded, on which model."""
+    for row in source.rows:
+        way = re.fullmatch(r"(\d+), selected every (\d+)(, 8-bit drafts)?", str(row.get("way")))
+        if way and row.get("part") == "real":
+            case = source.settings["budget_tokens"], int(way[1]), int(way[2]), "float8" if way[3] else "model"
+            yield row["context"], case, (row["tokens_per_round"], source.model)
+
+
+def _with_yields(source: Source, yields: Mapping[Case, tuple[float, str]]) -> Source:
+    """Rounds of random weights yield what the same rounds do on a real model, if they were measured there, in the
+    longest of its contexts; what was assumed when they were timed counts where they were not."""
+
+    def yielding(row: Row) -> Row:
+        if row.get("part") != "rounds":
+            return row
+        case: Case = source.settings.get("budget_tokens"), row["drafts"], row["refresh"], row.get("weights", "model")
+        if case not in yields:
+            return row
+        per_round, model = yields[case]
+        ms = row["round_ms"] / per_round
+        found = {"tokens_per_round": per_round, "ms_per_token": ms, "speedup": row["full_ms"] / ms}
+        return {**row, **found, "yield_of": model}
+
+    return replace(source, result=replace(source.result, rows=[yielding(row) for row in source.rows]))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,18 @@ def test_smoke_writes_its_report(tmp_path):
     assert "if a round yields 3.5 tokens" in done.stdout
 
 
+def test_rounds_yield_what_was_measured_unless_told(tmp_path):
+    path = tmp_path / "lossless.json"
+    run("--smoke", "--weights", "model,float8", "--json", str(path))
+    rows = json.loads(path.read_text())["result"]["rows"]
+    assert [(row["weights"], row["tokens_per_round"]) for row in rows] == [("model", 8.5), ("float8", 8.13)]
+    assert rows[0]["speedup"] == pytest.approx(rows[0]["full_ms"] / rows[0]["ms_per_token"])
+    unknown = run("--smoke", "--drafts", "3", status=2).stderr
+    assert "What a round of 3 drafts yields was not measured: give tokens_per_round." in unknown
+    too_many = run("--smoke", "--drafts", "3", "--tokens-per-round", "4.5", status=2).stderr
+    assert "A round of 3 drafts yields 1 to 4 tokens, not 4.5." in too_many
+
+
 def test_a_wrong_pass_is_refused(monkeypatch):
     monkeypatch.setattr(
         lossless.Rounds, "verify_logits", lambda self, ids: torch.randn(*ids.shape, 512, device=ids.device)

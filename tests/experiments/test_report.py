@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from experiments.report import draw, render
+from experiments.report import draw, front_table, render
+from experiments.report.sources import read
 
 
 def write(folder, **files):
@@ -241,6 +242,54 @@ def test_every_speed_says_what_is_in_it(tmp_path):
     assert "8.00 ms | 5.00 ms" in every
     assert "transformers 10.26 s | 1 | 1 x H200 | [g](" in shown
     assert "read by a decode step | SmolLM2-135M | 1 x 4K | 0.0 MB" in part(render(tmp_path), "## How much memory")
+
+
+def test_the_front_row_of_vllm_is_of_its_own_cache(tmp_path):
+    def served(day, ms, **asked):
+        rows = [{"way": way, "batch": 4, "context": 131072, "ms": spent, "fast_ms": spent, "slow_ms": spent}
+                for way, spent in (("stock", 20.0), ("hybrid", ms))]  # fmt: skip
+        settings = {"model": "llama-3-8b", **asked}
+        environment = {"date": day, "machine": {"gpus": ["NVIDIA H200"]}, "versions": {"vllm": "0.26.0"}}
+        return {"command": "bench serving", "settings": settings, "environment": environment, "result": {"rows": rows}}
+
+    write(
+        tmp_path,
+        a=served("2026-01-01", 9.0, kv_cache_dtype="fp8"),
+        b=served("2026-01-02", 8.0),
+        c=served("2026-01-03", 7.0, kv_layout="NHD"),  # as `auto`, and later
+        d=served("2026-01-04", 6.0, kv_layout="HND"),
+    )
+    [row] = [line for line in front_table.lines(read(tmp_path)) if "vLLM" in line]
+    assert row.startswith("| vLLM 0.26, decode: Llama-3-8B's shape, 4 x 128K | 20.00 ms | 7.00 ms |")
+    assert "vLLM 0.26, decode, HND pages | Llama-3-8B's shape | 4 x 128K | 20.00 ms | 6.00 ms" in render(tmp_path)
+
+
+def test_rounds_yield_what_they_did_on_a_real_model(tmp_path):
+    case = {"part": "rounds", "batch": 1, "context": 4096, "drafts": 8, "refresh": 8, "full_ms": 16.0, "round_ms": 32.0,
+            "gained": 2.0, "ms_per_token": 16.0, "speedup": 1.0}  # fmt: skip
+    rounds = [{**case, "weights": "model"}, {**case, "weights": "float8"}, {**case, "refresh": 1}]
+    real = [{"part": "real", "way": way, "batch": 2, "context": context, "tokens": 64, "tokens_per_second": 100.0,
+             "tokens_per_round": yielded} for way, context, yielded in (
+                 ("full", 300, 1.0), ("8, selected every 8", 300, 8.0), ("8, selected every 8", 200, 7.0),
+                 ("auto, selected every 8", 400, 3.0), ("8, selected every 8, 8-bit drafts", 300, 6.4))]  # fmt: skip
+    write(
+        tmp_path,
+        a={"command": "bench lossless", "settings": {"budget_tokens": 64}, "result": {"rows": rounds}},
+        b={"command": "bench lossless", "settings": {"budget_tokens": 64, "model": "m"}, "result": {"rows": real}},
+        c={"command": "bench lossless", "settings": {"budget_tokens": 32}, "result": {"rows": rounds[:1]}},
+    )
+    text = render(tmp_path)
+    every = part(text, "## How fast").replace("SmolLM2-135M | 1 x 4K | ", "")
+    assert (
+        "(8 drafts, reselect every 8 tokens; assumes the 8 tokens per round of m) | 16.00 ms | 4.00 ms | 4.00x" in every
+    )
+    assert (
+        "with 8-bit weights, reselect every 8 tokens; assumes the 6.4 tokens per round of m) | 16.00 ms | 5.00" in every
+    )
+    assert "(8 drafts, reselect every token; assumes 2 tokens per round) | 16.00 ms | 16.00 ms" in every
+    assert "(8 drafts, reselect every 8 tokens; assumes 2 tokens per round) | 16.00 ms | 16.00 ms" in every  # budget 32
+    assert "that `yield of` names" in part(text, "### a: bench lossless")
+    assert "that `yield of` names" not in part(text, "### c: bench lossless")
 
 
 def test_memory_by_store(tmp_path):

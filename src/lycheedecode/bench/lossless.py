@@ -128,6 +128,8 @@ def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
 
 def bench_rounds(settings: LosslessSettings, device: str) -> Iterator[dict[str, Any]]:
     """Times of a full step, a draft, a pass and a round; raises `MismatchError` before it times a wrong pass."""
+    for weights, drafts in product(settings.weights, settings.drafts):
+        settings.yield_of(drafts, weights)  # what cannot be said is refused before the model is there
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
     for length in settings.contexts:
         for batch in settings.batches:
@@ -176,13 +178,13 @@ def _round(
             rounds.parts["verify"]()
 
         round_ms = _ms(whole, max(settings.steps // 4, 2), engine.device, rounds.rewind)
-    per_token = round_ms / settings.tokens_per_round
+    yielded = settings.yield_of(drafts, weights)
     return {
         **{f"{name}_ms": ms for name, ms in parts.items()},
         "round_ms": round_ms,
-        "tokens_per_round": settings.tokens_per_round,
-        "ms_per_token": per_token,
-        "speedup": full_ms / per_token,
+        "tokens_per_round": yielded,
+        "ms_per_token": round_ms / yielded,
+        "speedup": full_ms * yielded / round_ms,
         "error": error,
         "way": engine.way,
         "first_seconds": made,

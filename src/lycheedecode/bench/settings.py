@@ -131,6 +131,8 @@ class StepSettings(ModelSettings):
 
 PARTS = ("attend", "rounds", "real", "exact")
 """What `bench lossless` times."""
+YIELDS = {(8, "model"): 8.5, (8, "float8"): 8.13}
+"""Drafts and their weights -> tokens of a round that selects once, in `docs/results/h100-lossless-real-4096.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,8 @@ class LosslessSettings(ModelSettings):
         drafts: drafts in a round (rounds).
         refresh: drafts per selection (rounds, real).
         weights: the drafts' weights: model or float8 (rounds, real, exact).
-        tokens_per_round: that a round is assumed to yield (rounds); parts=real measures it.
+        tokens_per_round: that a round is assumed to yield (rounds); without it, what rounds of 8 drafts yielded on
+            Qwen2.5-Coder-1.5B: 8.5, with 8-bit weights 8.13. parts=real measures it.
         steps: number of timed steps (rounds).
         tune: also try other launch settings (attend).
         plan: the head plan; the model's bundled one without (real, exact).
@@ -161,7 +164,7 @@ class LosslessSettings(ModelSettings):
     drafts: tuple[int, ...] = (8,)
     refresh: tuple[int, ...] = (1,)
     weights: tuple[str, ...] = ("model",)
-    tokens_per_round: float = 7.4
+    tokens_per_round: float | None = None
     steps: int = 20
     tune: bool = False
     plan: str | None = None
@@ -181,6 +184,15 @@ class LosslessSettings(ModelSettings):
         for way in self.ways:
             if way not in ("auto", "hybrid") and not is_count(way):
                 raise ConfigError(f"ways must be auto, hybrid, or a number of drafts, not {way!r}.")
+
+    def yield_of(self, drafts: int, weights: str) -> float:
+        """Tokens that a round is assumed to yield; raises `ConfigError` if nothing is known or no round can."""
+        found = self.tokens_per_round or YIELDS.get((drafts, weights))
+        if found is None:
+            raise ConfigError(f"What a round of {drafts} drafts yields was not measured: give tokens_per_round.")
+        if not 1 <= found <= drafts + 1:
+            raise ConfigError(f"A round of {drafts} drafts yields 1 to {drafts + 1} tokens, not {found:g}.")
+        return found
 
     def shrunk(self) -> LosslessSettings:
         return replace(super().shrunk(), budget_tokens=128, steps=2, parts=("rounds",), execution="graph")
