@@ -106,7 +106,8 @@ _RENAMED = {
 def read(folder: Path) -> list[Source]:
     """The result files of a folder."""
     found = [Source(path.stem, folder.name, _load(path)) for path in sorted(folder.glob("*.json"))]
-    yields = {case: yielded for _, case, yielded in sorted(one for source in found for one in _yields(source))}
+    measured = sorted((one for source in found for one in _yields(source)), key=lambda one: one[0])
+    yields = {case: yielded for _, case, yielded in measured}
     return [_with_yields(source, yields) for source in found]
 
 
@@ -126,7 +127,7 @@ def _yields(source: Source) -> Iterator[tuple[int, Case, tuple[float, str]]]:
     for row in source.rows:
         way = re.fullmatch(r"(\d+), selected every (\d+)(, 8-bit drafts)?", str(row.get("way")))
         if way and row.get("part") == "real":
-            case = source.settings["budget_tokens"], int(way[1]), int(way[2]), "float8" if way[3] else "model"
+            case = source.settings.get("budget_tokens"), int(way[1]), int(way[2]), "float8" if way[3] else "model"
             yield row["context"], case, (row["tokens_per_round"], source.model)
 
 
