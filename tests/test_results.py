@@ -1,6 +1,7 @@
 """Result files: one writer, one reader; whoever resumes says what differs."""
 
 import json
+import math
 from copy import deepcopy
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_files_do_not_say_where_files_lie(tmp_path):
     (tmp_path / "new").mkdir()
     moved = path.rename(tmp_path / "new" / "x.json")
     assert Result.load(moved).options["plan"] == [str(tmp_path / "new" / "plans" / "p.json"), "q"]
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    rows = [{"kl": float("nan"), "speedup": math.inf, "error": np.float32("-inf"), "ms": 1e-3}]
+    Result("bench", {}, rows=rows).save(path := tmp_path / "r.json")
+    assert Result.load(path).rows == [{"kl": None, "speedup": None, "error": None, "ms": 1e-3}]
+    assert not any(word in path.read_text(encoding="utf-8") for word in ("NaN", "Infinity"))
 
 
 def test_standard_output_takes_a_result(capsys):

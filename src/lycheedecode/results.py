@@ -92,13 +92,17 @@ class Result:
         return {**found, "environment": self.environment, "result": {**rows, **self.summary}}
 
     def save(self, path: str | Path) -> None:
-        """Write the file as a whole, and the folders above it; `-` is standard output. Raises `OutputError`."""
+        """Write the file as a whole, and the folders above it; `-` is standard output. Raises `OutputError`.
+
+        JSON has no NaN and no infinity: both become null.
+        """
         options = _mapped(dict(self.options), lambda word: _from(Path(path).absolute().parent, word))
         found = replace(self, options=options).to_json()
         for part in ("settings", "fingerprint"):
             if part in found:
                 found[part] = _named(found[part])
-        text = json.dumps(found, indent=1, ensure_ascii=False, default=_plain) + "\n"
+        valid = json.loads(json.dumps(found, default=_plain), parse_constant=lambda _: None)
+        text = json.dumps(valid, indent=1, ensure_ascii=False) + "\n"
         if str(path) == "-":
             sys.stdout.write(text)
             return
