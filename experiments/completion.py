@@ -117,10 +117,13 @@ def rotated(layer: Layer) -> Parts:
 
 
 def _recent_weights(layer: Layer) -> tuple[Tensor, Tensor]:
-    """What the first WINDOW queries gave each chunk's tokens, `[B, Hkv, C, chunk]`; and which none has selected."""
+    """What the first WINDOW queries gave each chunk's tokens, `[B, Hkv, C, chunk]`, and which none has selected; none
+    of a chunk that they gave nothing that float32 can hold."""
     free = layer.unread[:, :, :WINDOW].all(2)
     weights = layer.exact[:, :, :, :WINDOW].mean((2, 3)) * free
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-30), free
+    total = weights.sum(-1, keepdim=True)
+    some = total > 1e-30
+    return (weights / total).where(some, 0.0), free & some
 
 
 def recent(layer: Layer) -> Parts:
@@ -132,7 +135,8 @@ def recent(layer: Layer) -> Parts:
     )
     # Of a chunk that is read in part later on, less is unread.
     share = (layer.unread & free[:, :, None]).sum(-1) / free.sum(-1).clamp(min=1)[:, :, None]
-    return layer.parts(layer.weights(keys) * entropy.exp()[:, :, None, None] * share[:, :, None], values)
+    masses = layer.weights(keys) * entropy.exp()[:, :, None, None] * share[:, :, None]
+    return layer.parts(masses.where(share[:, :, None] > 0, 0.0), values)  # a key of zeros may weigh infinitely much
 
 
 def recent_value(layer: Layer) -> Parts:

@@ -11,7 +11,7 @@ from experiments import completion
 from experiments.completion import Layer, Trial
 from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.identify import Cell
-from lycheedecode.identify.replay import Planned, full, prepare, replay
+from lycheedecode.identify.replay import Planned, Seen, full, prepare, replay
 from lycheedecode.prompts.makers import makers_for
 
 CONFIG = HybridConfig(budget_tokens=48, block_size=8, sink_tokens=8, recent_tokens=8, completion_chunk=16)
@@ -60,6 +60,23 @@ def test_recent_weights_are_exact_for_the_query_that_they_are_of(layers):
     torch.testing.assert_close(found.unread_mass, exact)
     torch.testing.assert_close(found.unread / found.unread_mass, true.unread / true.unread_mass, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(mean.unread_mass, exact, rtol=0.1)
+
+
+def test_recent_weighs_nothing_where_nothing_is_unread():
+    """Logits near -200, as some heads have: a key of zeros would weigh exp(200) times as much."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 1, 76, 4, generator=generator)
+    keys[..., 0] -= 200
+    query = torch.eye(4)[0].expand(1, 1, 12, 4)
+    logits = (query @ keys.mT).unflatten(2, (1, 12))
+    weights, values = logits.softmax(-1), torch.randn(1, 1, 76, 4, generator=generator)
+    seen = Seen(weights, values, keys, query, logits.logsumexp(-1, keepdim=True))
+    read = torch.zeros(1, 1, 12, 76, dtype=torch.bool)
+    read[..., 16:32] = read[..., 64:] = True  # all of the second chunk, and what belongs to none
+    layer = Layer(seen, read, ~read[..., :64].unflatten(-1, (4, 16)), (torch.ones(76, 4), torch.zeros(76, 4)))
+    found, true = completion.recent(layer), layer.exact.sum((-2, -1))[..., None]
+    torch.testing.assert_close(found.unread_mass, true)  # all queries are alike: their weights are each other's
+    assert found.output(1.0).isfinite().all()
 
 
 def test_exact_mass_and_true_output_make_full_attention(layers):
