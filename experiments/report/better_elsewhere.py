@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.report.faithful import reads_no_more
 from experiments.report.memory import from_host
-from experiments.report.names import PEERS, name_of
+from experiments.report.names import OURS, PEERS, name_of
 from experiments.report.sources import BUSY, Row, Source, tokens
 
 Finder = Callable[[Source], "str | None"]
@@ -40,13 +40,13 @@ def _closer_peers(source: Source) -> str | None:
     compared, lost = 0, []
     for kind, scores in source.cells.items():
         rows = [score for score in scores.values() if "kl_mean" in score and "kv_bytes_per_token" in score]
-        for own in (row for row in rows if row.get("policy") == "hybrid"):
+        for own in (row for row in rows if row.get("policy") in OURS):
             for peer in PEERS:
                 theirs = [row for row in rows if name_of(row["policy"]) == peer and reads_no_more(row, own)]
                 compared += bool(theirs)
                 best = min(theirs, key=lambda row: row["kl_mean"], default=None)
                 if best is not None and best["kl_mean"] <= own["kl_mean"]:
-                    lost.append(f"{peer} on {kind}, {_point(best)} (hybrid: {_point(own)})")
+                    lost.append(f"{peer} on {kind}, {_point(best)} ({own['policy']}: {_point(own)})")
     if not compared:
         return None
     said = "a policy that reads no more (up to 2%) is at least as close to full attention"
@@ -141,7 +141,7 @@ def _task_places(source: Source) -> Iterator[tuple[str, Row, list[Row]]]:
         place = row["task"] + (f" ({row['length']} tokens)" if "length" in row else "")
         places.setdefault(f"{place}, {row['metric']}", []).append(row)
     for place, found in places.items():
-        yield from ((place, row, found) for row in found if name_of(row["policy"]) == "hybrid")
+        yield from ((place, row, found) for row in found if name_of(row["policy"]) in OURS)
 
 
 # ---------------------------------------------------------------------- speed and memory

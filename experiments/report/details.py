@@ -32,6 +32,10 @@ _LINEAR_ROWS = (
     "them, as a model does, and decided. `ours` is the fastest launch on trial, `default` the one before: those in use "
     "since are within 5% of the fastest on the H200 (7% in Qwen2.5-1.5B's shape) and within 8% on the H100."
 )
+_EQUAL = (
+    "All read as many bytes as the plan that ships does with a budget of 1024. Only `hybrid+float8` and `hybrid+int4` "
+    "keep and scan smaller copies of keys; peers that look at all keys read them in 16 bits."
+)
 NOTES = {
     "cpu-lossless-drafts-smollm2-135m": "For its tokens per round: beside other programs, seconds say nothing.",
     "continuations-qwen2.5-coder-1.5b": "`one plan for all budgets` is the plan that ships; its coupling of 0.2 was "
@@ -40,10 +44,9 @@ NOTES = {
     "continuations-smollm2-135m": "`joined-28-coupling-0.2` is the plan that ships; `plan-smollm2-135m` is the one "
     f"before it, of 14 heads, found on passkeys, which other files of SmolLM2 were measured with. {_DENSE}",
     "h100-equal-bytes-qwen2.5-coder-1.5b": "`ours-7` is what `identify --num-retrieval-heads 7` finds, `paper-7` what "
-    "the paper's own identification does (HardKuma gates, 400 steps, 10 passkeys in 1K and 2K tokens). All read as "
-    "many bytes as the plan that ships does with a budget of 1024.",
-    "h100-equal-bytes-16k-qwen2.5-coder-1.5b": "As above, at 16K tokens, and in float32 (a GGUF file, `auto` then).",
-    "h100-gsm8k-qwen2.5-coder-1.5b": "In float32 (a GGUF file, `auto` then). 64 problems do not tell 1.5 points apart.",
+    f"the paper's own identification does (HardKuma gates, 400 steps, 10 passkeys in 1K and 2K tokens). {_EQUAL}",
+    "h100-equal-bytes-8k-16k-qwen2.5-coder-1.5b": f"Plans as in the file of 30000 tokens. {_EQUAL}",
+    "h100-gsm8k-qwen2.5-coder-1.5b": "128 problems do not tell 1.5 points apart.",
     "h100-lossless-attend": "With `--tune`, before its choice: 9 tokens are launched as `(16, 64, 4, 3, 1)` since.",
     "h100-linear-rows": _LINEAR_ROWS,
     "h200-linear-rows": f"{_LINEAR_ROWS} The run ended in Qwen2.5-1.5B's shape.",
@@ -72,9 +75,16 @@ NOTES = {
     "`float8`, 3712 for 14 with `int4`, 2656 for 28. `int4`: a scale for 32 numbers of a key, or of a channel. "
     "`factors`: completion's, up to 4. `budgets`: given out by a second-order model under the same total, to "
     "selections or to heads. `two donors`: half of the budget from each. `anything`: all of these.",
+    "h100-completion-qwen2.5-coder-1.5b": "Every head with its own selection. `recent` has no numbers because of a "
+    "fault of the study, mended since.",
+    "h100-completion-smollm2-135m": "Every head with its own selection.",
     "h100-continuations-qwen2.5-coder-0.5b": "`hybrid` is the plan that ships, of 12 of 48 heads. Here, equal budgets "
     f"are not equal bytes. {_DENSE}",
-    "h100-ruler-qwen2.5-coder-1.5b": "NVIDIA's data. The run ended after 6 tasks of 16384 tokens.",
+    "h100-ruler-qwen2.5-coder-1.5b": "NVIDIA's data.",
+    "h100-ruler-float8-qwen2.5-coder-1.5b": "NVIDIA's data, and the items of `h100-ruler-qwen2.5-coder-1.5b`: 3072 and "
+    "4096 tokens read as much here as 1024 and 2048 do there.",
+    "h100-generate-float8-qwen2.5-coder-1.5b": "At 30000 tokens, a budget of 2880 reads as much as one of 1024 does "
+    "in `h100-generate-qwen2.5-coder-1.5b`.",
     "h100-memory-llama-3-8b-1m": "On a host of 504 GiB; one of its GPUs was used.",
     "h100-memory-qwen2.5-coder-1.5b": "In every row from host memory, all 16 texts have the tokens of the resident "
     "cache: the benchmark ends if one has not. Each text is read once and continued twice: `miss rate` counts the 256 "

@@ -106,11 +106,19 @@ def side_by_side(source: Source) -> dict[str, dict[str, Row]]:
             if name_of(score.get("policy", "")) in {*LEGEND} - {"full"}
             and score.get("kl_mean") and "kv_bytes_per_token" in score
         }  # fmt: skip
-        often = Counter(score["policy"] for score in found.values())
-        short = {label if often[score["policy"]] > 1 else score["policy"]: score for label, score in found.items()}
+        short = _shortest(found)
         if len(short) > 1 and any(score["policy"] == "hybrid" for score in short.values()):
             panels[kind] = dict(sorted(short.items(), key=lambda item: item[1]["kl_mean"]))
     return dict(sorted(panels.items(), key=lambda item: -PromptKind.parse(item[0]).continues)[:_MOST_PANELS])
+
+
+def _shortest(scores: Mapping[str, Row]) -> dict[str, Row]:
+    """Each by its policy; where that has several plans, by their numbers of heads; where those are equal, by label."""
+    named = [(score["policy"], f"{score['policy']}, {score.get('retrieval_heads')} heads", label)
+             for label, score in scores.items()]  # fmt: skip
+    often = Counter(name for names in named for name in set(names))
+    shortest = (next((name for name in names if often[name] == 1), names[-1]) for names in named)
+    return dict(zip(shortest, scores.values(), strict=True))
 
 
 def draw_side_by_side(panels: Mapping[str, Mapping[str, Row]], path: Path) -> None:
@@ -119,8 +127,8 @@ def draw_side_by_side(panels: Mapping[str, Mapping[str, Row]], path: Path) -> No
     rows = -(-len(panels) // columns)
     most = max(map(len, panels.values()))
     figure = new_figure(4.4 * columns, (0.27 * most + 1.0) * rows)
-    every = [panel_of_bars(figure.add_subplot(rows, columns, at), *panel[::-1])
-             for at, panel in enumerate(panels.items(), start=1)]  # fmt: skip
+    every = [panel_of_bars(figure.add_subplot(rows, columns, at), scores, PromptKind.parse(kind).title)
+             for at, (kind, scores) in enumerate(panels.items(), start=1)]  # fmt: skip
     for axes in figure.axes:  # so that bars can be compared from panel to panel
         axes.set_xlim(min(low for low, _ in every), max(high for _, high in every))
     save(figure, path)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from experiments.report.names import PEERS, name_of
+from experiments.report.names import OURS, PEERS, name_of
 from experiments.report.sources import PromptKind, Row, Source
 from lycheedecode.evaluate.tasks.catalogue import FAMILIES
 
@@ -30,7 +30,8 @@ _NEW_STUDENT = re.compile(r"budget_tokens=(\d+)-(?:(joined)-)?(\d+)(?:-coupling-
 
 @dataclass(frozen=True)
 class Close:
-    """Hybrid's KL on one kind of prompt: the mean, the half width of its 95% interval, and the closest peer."""
+    """Hybrid's KL on one kind of prompt: the mean, the half width of its 95% interval, and the peers; `form` says what
+    its scan reads where that is not the cache."""
 
     kind: PromptKind
     budget: int
@@ -42,13 +43,14 @@ class Close:
     source: Source
     peers: Mapping[str, float] = field(default_factory=dict)
     floor: float | None = None
+    form: str = ""
 
 
 def table_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """The rows of the table."""
     found = [one for source in sources for one in closeness(source)]
     continued = (
-        _kl_row(f"{texts[0].source.model}, {texts[0].kind.length} tokens continued", texts[0].budget, texts)
+        _kl_row(f"{texts[0].source.model}, {texts[0].kind.length} tokens continued", texts)
         for texts in continuations(found)
     )
     return [*continued, *task_rows(sources), *_hardest(found)]
@@ -66,10 +68,11 @@ def closeness(source: Source) -> Iterator[Close]:
             continue
         floor = next((score["kl_mean"] for score in scores.values() if score.get("policy") == "rounding"), None)
         for own in scores.values():
-            if own.get("policy") == "hybrid" and own.get("kl_mean"):
+            if own.get("policy") in OURS and own.get("kl_mean"):
                 yield Close(
                     kind, own["budget_tokens"], own.get("retrieval_heads"), str(own.get("plan", "")), own["kl_mean"],
                     _half(own), own["prompts"], source, closest_peers(own, scores.values()), floor,
+                    OURS[own["policy"]],
                 )  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def continuations(found: Sequence[Close]) -> Iterator[list[Close]]:
     for one in sorted(found, key=lambda one: one.source.date):
         if one.kind.continues:
             plans = best.setdefault((one.source.model, one.kind.length, one.budget), {})
-            plans.setdefault(f"{one.plan} {one.heads}", {})[one.kind.text] = one
+            plans.setdefault(f"{one.plan} {one.heads} {one.form}", {})[one.kind.text] = one
     longest = {model: max(length for name, length, _ in best if name == model) for model, *_ in best}
     for _, plans in sorted(best.items(), key=lambda item: _rank(item[0], longest)):
         own = {plan: texts for plan, texts in plans.items() if not plan.startswith(_OF_STUDY)} or plans
@@ -132,7 +135,7 @@ def _hardest(found: Sequence[Close]) -> Iterator[dict[str, Any]]:
     """Of other prompts, for every model, the kind with the highest KL of the file with most comparisons."""
     files: dict[str, dict[str, list[Close]]] = {}
     for one in found:
-        if not one.kind.continues and one.peers:
+        if not one.kind.continues and one.peers and not one.form:
             files.setdefault(one.source.model, {}).setdefault(one.source.name, []).append(one)
     for model, by_name in files.items():
         widest = max(
@@ -141,27 +144,38 @@ def _hardest(found: Sequence[Close]) -> Iterator[dict[str, Any]]:
         hardest = max(widest, key=lambda one: one.kl)
         kinds = len({one.kind for one in widest})
         what = f"{model}, {hardest.kind.length} tokens of {hardest.kind.text}, {hardest.kind.asked}"
-        yield _kl_row(f"{what} (hardest of {kinds} kinds)" if kinds > 1 else what, hardest.budget, [hardest])
+        yield _kl_row(f"{what} (hardest of {kinds} kinds)" if kinds > 1 else what, [hardest])
 
 
-def kl_cells(one: Close) -> tuple[str, str, str]:
-    """Of one text: full attention's KL, hybrid's, and that of the closest peer that reads as much."""
-    rounding = f"0 (rounding {one.floor:.2g})" if one.floor and one.floor > 1e-4 else "0"
-    return rounding, _spread(one.kl, one.error, ""), _closest(one, several=False) if one.peers else ""
+def kl_cells(texts: Sequence[Close]) -> tuple[str, str, str]:
+    """Full attention's KL, hybrid's, and that of the closest peer that reads as much, of every text."""
+    closest = [_closest(one, several=False) if one.peers else "" for one in texts]
+    own = " / ".join(_spread(one.kl, one.error, "") for one in texts)
+    return _rounding(texts), own, " / ".join(closest) if any(closest) else ""
 
 
-def _kl_row(what: str, budget: int, texts: Sequence[Close]) -> dict[str, Any]:
-    several = len(texts) > 1
+def budget_and_form(texts: Sequence[Close]) -> str:
+    """`1024 tokens, 14 retrieval heads, 8-bit scan keys`."""
     heads = {one.heads for one in texts if one.heads}
+    parts = [f"{texts[0].budget} tokens", f"{heads.pop()} retrieval heads" if len(heads) == 1 else "", texts[0].form]
+    return ", ".join(filter(None, parts))
+
+
+def _rounding(texts: Sequence[Close]) -> str:
     floors = [f"{one.floor:.2g}" for one in texts if one.floor and one.floor > 1e-4]
+    return "0" + (f" (rounding {' / '.join(floors)})" if floors else "")
+
+
+def _kl_row(what: str, texts: Sequence[Close]) -> dict[str, Any]:
+    several = len(texts) > 1
     return {
         "measured on": what,
         "measure": "mean KL, nats",
-        "full": "0" + (f" (rounding {' / '.join(floors)})" if floors else ""),
+        "full": _rounding(texts),
         "hybrid (95% interval)": "; ".join(
             _spread(one.kl, one.error, one.kind.text if several else "") for one in texts
         ),
-        "budget": f"{budget} tokens" + (f", {heads.pop()} retrieval heads" if len(heads) == 1 else ""),
+        "budget": budget_and_form(texts),
         "closest that reads as much": "; ".join(_closest(one, several) for one in texts if one.peers),
         "n": " + ".join(str(one.prompts) for one in texts) if several else texts[0].prompts,
         "machine": texts[0].source.machine,
@@ -182,16 +196,17 @@ def _closest(one: Close, several: bool) -> str:
 
 
 def task_rows(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
-    """A row for each model, family of tasks and length: means over the tasks that full attention solves."""
-    found: dict[tuple[str, str, int], list[tuple[int, bool, dict[str, Any]]]] = {}
+    """A row for each model, family of tasks, length and form: means over the tasks that full attention solves."""
+    found: dict[tuple[str, str, int, str], list[tuple[int, bool, dict[str, Any]]]] = {}
     for source in sources:
         if source.result.command == "evaluate tasks":
             for (family, length), tasks in _families(source.rows).items():
                 row = _task_row(source, family, length, tasks)
                 if row is not None:
                     matched = bool(row["closest that reads as much"])
-                    found.setdefault((source.model, family, length), []).append((len(tasks), matched, row))
-    for _, many in sorted(found.items(), key=lambda item: (*item[0][:2], -item[0][2])):
+                    key = source.model, family, length, _forms(_own(tasks))
+                    found.setdefault(key, []).append((len(tasks), matched, row))
+    for _, many in sorted(found.items(), key=lambda item: (*item[0][:2], -item[0][2], item[0][3])):
         yield max(many, key=lambda one: one[:2])[2]
 
 
@@ -211,8 +226,7 @@ def _families(rows: Sequence[Row]) -> dict[tuple[str, int], dict[str, dict[str, 
 def _task_row(
     source: Source, family: str, length: int, tasks: Mapping[str, Mapping[str, Row]]
 ) -> dict[str, Any] | None:
-    labels = [label for label in next(iter(tasks.values())) if all(label in found for found in tasks.values())]
-    own = [label for label in labels if name_of(label) == "hybrid" and "difference_value" in _first(tasks, label)]
+    own = _own(tasks)
     if not own:
         return None
     which = (
@@ -229,11 +243,24 @@ def _task_row(
         "full": f"{_mean(tasks, 'full'):.1%}",
         "hybrid (95% interval)": " / ".join(_score(tasks, label) for label in own),
         "budget": " / ".join(_budget(source, label) for label in own).replace(" tokens /", " /"),
-        "closest that reads as much": " / ".join(filter(None, (_best_peer(tasks, labels, label) for label in own))),
+        "closest that reads as much": " / ".join(filter(None, (_best_peer(tasks, label) for label in own))),
         "n": f"{len(tasks)} x {items.pop()}" if len(items) == 1 else sum(f["full"]["items"] for f in tasks.values()),
         "machine": source.machine,
         "file": source.link,
     }
+
+
+def _shared(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    """Labels of the policies that answered all tasks."""
+    return [label for label in next(iter(tasks.values())) if all(label in found for found in tasks.values())]
+
+
+def _own(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    return [label for label in _shared(tasks) if name_of(label) in OURS and "difference_value" in _first(tasks, label)]
+
+
+def _forms(labels: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(OURS[name_of(label)] for label in labels))
 
 
 def _budget(source: Source, label: str) -> str:
@@ -262,10 +289,10 @@ def _score(tasks: Mapping[str, Mapping[str, Row]], label: str) -> str:
     return f"{_mean(tasks, label):.1%} ({change * 100:+.1f} ± {half * 100:.1f} points)"
 
 
-def _best_peer(tasks: Mapping[str, Mapping[str, Row]], labels: Sequence[str], own: str) -> str:
+def _best_peer(tasks: Mapping[str, Mapping[str, Row]], own: str) -> str:
     """The peer that reads as much as hybrid under a budget and scores highest."""
     peers = [
-        label for label in labels
+        label for label in _shared(tasks)
         if name_of(label) in PEERS and all(reads_no_more(found[label], found[own]) for found in tasks.values())
     ]  # fmt: skip
     best = max(peers, key=lambda label: _mean(tasks, label), default=None)

@@ -69,10 +69,12 @@ def _generations(source: Source) -> Iterator[Found]:
         if way not in SHOWN or full is None:
             continue
         count = source.settings.get("tokens", row["steps"] + 1)
-        whole = _whole(source, f"prefill and {count} tokens{SHOWN[way]}, whole", row, full, other)
-        yield ("bench generate", source.model, case, way, 0), whole
-        found = _row(source, f"decode of the same{SHOWN[way]}, a token", row, full["ms"], row["ms"], "", 1)
-        yield ("bench generate", source.model, case, way, 1), found | _other(other["ms"] if other else None)
+        budget = source.settings.get("budget_tokens")
+        form = (f", budget {budget}" if budget else "") + SHOWN[way]
+        whole = _whole(source, f"prefill and {count} tokens{form}, whole", row, full, other)
+        yield ("bench generate", source.model, case, form, 0), whole
+        found = _row(source, f"decode of the same{form}, a token", row, full["ms"], row["ms"], "", 1)
+        yield ("bench generate", source.model, case, form, 1), found | _other(other["ms"] if other else None)
 
 
 def _whole(source: Source, timed: str, row: Row, full: Row, other: Row | None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ _TIMES = (
     (r"vLLM \S+, decode", "4 x 128K"),
 )  # fmt: skip
 """What was timed, all of its name, and the case."""
-_TEXTS = {"aa_lcr_v2": "documents of AA-LCR"}
 
 
 def lines(sources: Sequence[Source]) -> Iterator[str]:
@@ -45,19 +44,32 @@ def _times(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
 
 
 def _fidelity(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
-    """The longest continuations with competitors, a row for each text; the most tasks, and the longest with any."""
+    """The longest continuations with competitors, a row for each form of a plan; the most tasks, and the longest
+    with any."""
     found = [one for source in sources for one in faithful.closeness(source)]
     continued = list(faithful.continuations(found))
-    for one in next((texts for texts in continued if any(one.peers for one in texts)), next(iter(continued), [])):
-        kind, heads = one.kind, f", {one.heads} retrieval heads" if one.heads else ""
-        text = _TEXTS.get(kind.text, kind.text)
-        what = f"mean KL, nats, {text}: {one.source.model}, {kind.length} tokens, budget {one.budget}{heads}"
-        where = {"machine": one.source.machine, "n": one.prompts, "file": one.source.link}
-        yield _front(what, *faithful.kl_cells(one), where)
+    first = next((texts for texts in continued if any(one.peers for one in texts)), next(iter(continued), []))
+    yield from (_of_texts(texts) for texts in continued if first and _of_plan(texts[0]) == _of_plan(first[0]))
     tasks = list(faithful.task_rows(sources))
     compared = [row for row in tasks if row["closest that reads as much"]]
-    widest = sorted(tasks, key=_number_of_tasks)[-1:]
-    yield from (_of_tasks(row) for row in tasks if row in widest or row in compared[:1])
+    widest = max(tasks, key=_number_of_tasks, default=None)
+    yield from (_of_tasks(row) for row in tasks if row is widest or row in compared[:1])
+
+
+def _of_plan(one: faithful.Close) -> tuple[str, int, str]:
+    """What the forms of a plan have in common."""
+    return one.source.model, one.kind.length, one.plan
+
+
+def _of_texts(texts: Sequence[faithful.Close]) -> dict[str, Any]:
+    """All texts of a form in a row."""
+    one, names = texts[0], " / ".join(close.kind.text for close in texts)
+    form = faithful.budget_and_form(texts).replace(" tokens", "", 1)
+    what = f"mean KL, nats, {names}: {one.source.model}, {one.kind.length} tokens, budget {form}"
+    counts = dict.fromkeys(close.prompts for close in texts)
+    count = f"{len(texts)} x {one.prompts}" if len(counts) == 1 else " + ".join(str(close.prompts) for close in texts)
+    where = {"machine": one.source.machine, "n": count, "file": one.source.link}
+    return _front(what, *faithful.kl_cells(texts), where)
 
 
 def _number_of_tasks(row: Row) -> tuple[int, int]:

