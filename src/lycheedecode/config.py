@@ -55,7 +55,7 @@ class HybridConfig:
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
         scan_keys: what retrieval heads scan: the keys in the `cache`, or a copy of them in 8 bits (`float8`), which
             halves the scan's bytes and takes a byte of memory for each of their numbers, or in 4 bits (`int4`), which
-            takes a little over half of that. On a GPU with long contexts, an 8-bit copy and a larger budget are closer
+            takes a little over half of that. On a GPU with long contexts, a copy and a larger budget are closer
             to full attention at the same bytes (docs/head-plans.md, Budget).
         completion: how tokens that a head does not read still count, as the mean key and value of their chunk: weighted
             by the head's factor in the `plan` (which may have none), by 1 for every head (`centroid`), or not at all
