@@ -78,12 +78,13 @@ def real_float32(out: Path, gpu: str) -> Iterator[str]:
     yield f"-m experiments.continuations {MODEL} {what} {sizes} --json OUT/real-float32.json"
 
 
-@stage("generation in batches of 1, 16 and 32 at 30K; 8-bit scan keys with a budget of as many bytes", _MODEL, 4)
+@stage("generation in batches of 1, 16 and 32 at 30K; smaller scan keys with budgets of as many bytes", _MODEL, 7)
 def real_speed(out: Path, gpu: str) -> Iterator[str]:
     sizes = "bench generate --model MODEL --batches 1,16,32 --contexts 30000 --tokens 128 --block-size 32"
     yield f"{sizes} --ways full,hybrid --budget-tokens 1024 --json OUT/{gpu}-generate-coder-1.5b.json"
-    eight = "--ways full,hybrid+float8 --budget-tokens 2880"
-    yield f"{sizes} {eight} --json OUT/{gpu}-generate-float8-coder-1.5b.json"
+    for form, budget in (("float8", 2880), ("int4", 3776)):
+        copies = f"--ways full,hybrid+{form} --budget-tokens {budget}"
+        yield f"{sizes} {copies} --json OUT/{gpu}-generate-{form}-coder-1.5b.json"
 
 
 @stage("what stands best for unread tokens, in SmolLM2 and in a coder of 1.5B", _MODEL, 3)
