@@ -198,10 +198,18 @@ def resume(
     """
     if not Path(path).is_file():
         return None
-    kept, place = Result.load(path), place or path
-    if kept.command != command:
-        raise ResumeError(f"{str(place)!r} holds a result of {kept.command!r}, not of {command!r}: name another file.")
+    place = place or path
+    kept = load_of(path, command, place)
     check_same(place, kept, settings, fingerprint, mend)
+    return kept
+
+
+def load_of(path: str | Path, command: str, place: str | Path | None = None) -> Result:
+    """The result of `command` in a file; raises `ResumeError` for another command's. Arguments as in `resume`."""
+    kept = Result.load(path)
+    if kept.command != command:
+        said = f"{str(place or path)!r} holds a result of {kept.command!r}, not of {command!r}"
+        raise ResumeError(f"{said}: name another file.")
     return kept
 
 
@@ -262,7 +270,7 @@ def fingerprint(
     if model is not None:
         found["model"] = _model(model)
     if plans:
-        found["plans"] = {name: digest(_decisive(plan.to_json())) for name, plan in plans.items()}
+        found["plans"] = {name: digest_of(plan) for name, plan in plans.items()}
     if texts:
         found["texts"] = {source: digest(text) for source, text in texts.items()}
     return found
@@ -275,8 +283,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(value).hexdigest()[:16]
 
 
-def _decisive(plan: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in plan.items() if name not in ("provenance", "gate_means", "model")}
+def digest_of(plan: HeadPlan) -> str:
+    """A plan's digest: of what decides how heads attend."""
+    beside = ("provenance", "gate_means", "model")
+    return digest({name: value for name, value in plan.to_json().items() if name not in beside})
 
 
 _SAMPLED, _VALUES = 64, 32

@@ -445,6 +445,8 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     assert run(*again).stdout == done.stdout  # with the options of the first call
     said = "The interrupted call had another --seed (0, not 1): leave it out, or start again without --resume."
     assert said in refusal(*again, "--seed", "1")
+    said = f"{out!r} holds a result of 'evaluate fidelity', not of 'evaluate tasks': name another file."
+    assert said in refusal("evaluate", "tasks", "--json", out, "--resume")
     assert "--cells (noise:400:passkey:1, not" in refusal(*again, "--cells", "noise:300:passkey:1")
     network = tiny.model()
     network.lm_head.weight.mul_(2)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from lycheedecode import Engine, HybridConfig
+from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import app
 from lycheedecode.cli import tasks as command
 from lycheedecode.evaluate.tasks import TaskOptions, catalogue, evaluate_tasks
@@ -297,6 +297,10 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch):
     assert "had no --budget-tokens" in refusal(*command, "--resume", "--budget-tokens", "128")
     run(*command)
     assert len(decoded) == 8
+    out.unlink()  # the record alone has the answers, and knows whose plan they are from
+    other = tmp_path / "other.json"
+    HeadPlan.all_retrieval(tiny.LAYERS, tiny.KV_HEADS).save(other)
+    assert "made with another policy" in refusal(*command, "--resume", "--plan", str(other))
 
 
 # ---------------------------------------------------------------------- refusals

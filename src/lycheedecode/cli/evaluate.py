@@ -40,7 +40,7 @@ from .options import (
     takes_form_with_top_p,
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, say_what_is_covered, screen, show_table
-from .resumable import kept_options, resumable, says_what_is_kept
+from .resumable import options_of, resumable, says_what_is_kept
 from .tasks import tasks
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def evaluate() -> None:
 
 
 @app.command()
-@resumable(kept_options)
+@resumable(options_of("evaluate fidelity"))
 @takes_form_with_top_p
 def fidelity(
     options: dict[str, Any],

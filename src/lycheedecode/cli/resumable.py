@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import typer
 
 from ..errors import ResumeError
-from ..results import Result, same
+from ..results import load_of, same
 from .report import errors
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,7 +41,7 @@ def resumable(
         def command(context: typer.Context, **arguments: Any) -> Any:
             kept = kept_by(arguments) if arguments["resume"] else None
             for name in () if kept is None else set(arguments) - _ALWAYS_FREE:
-                value = kept.get(name)
+                value = kept.get(name, signature.parameters[name].default)  # options without a value are not kept
                 if not _is_given(context, name):
                     arguments[name] = Path(value) if name in paths and value is not None else value
                 elif name not in free and not same(arguments[name], value):
@@ -60,12 +60,16 @@ def resumable(
     return decorate
 
 
-def kept_options(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The options in the `--json` file of an interrupted call."""
-    path = arguments["json_file"]
-    if path is None or str(path) == "-":
-        raise ResumeError("--resume needs --json FILE: the file of the interrupted call.")
-    return Result.load(path).options if path.is_file() else None
+def options_of(command: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """A `kept_by`: the options in the `--json` file of an interrupted call of `command`."""
+
+    def kept_options(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        path = arguments["json_file"]
+        if path is None or str(path) == "-":
+            raise ResumeError("--resume needs --json FILE: the file of the interrupted call.")
+        return load_of(path, command).options if path.is_file() else None
+
+    return kept_options
 
 
 @contextmanager

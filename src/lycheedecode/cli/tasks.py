@@ -24,7 +24,7 @@ from ..models.shape import ModelShape
 from ..plan import bundled_plans
 from ..prompts.makers import Cell
 from ..prompts.text import load_text
-from ..results import Result, fingerprint
+from ..results import Result, digest_of, fingerprint
 from .options import (
     Device,
     DeviceMap,
@@ -41,7 +41,7 @@ from .options import (
     takes_form_with_top_p,
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, screen, show_table
-from .resumable import kept_options, resumable, says_what_is_kept
+from .resumable import options_of, resumable, says_what_is_kept
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ _FREE = ("tasks", "lengths", "limit", "samples", "text", "data", "policy", "budg
 """Options that may change when an evaluation continues: answers are kept by policy, task and prompt."""
 
 
-@resumable(kept_options, free=_FREE)
+@resumable(options_of("evaluate tasks"), free=_FREE)
 @takes_form_with_top_p
 def tasks(
     options: dict[str, Any],
@@ -197,7 +197,9 @@ def _identity(variant: Variant) -> dict[str, Any]:
     """What a policy's answers depend on."""
     config = variant.config.to_dict()
     names = config if all_policies.has_budget(variant.policy) else ("correction_every",)
-    return {"policy": variant.policy, **{name: config[name] for name in names}}
+    plan = variant.plan if all_policies.needs_plan(variant.policy) else variant.like
+    by_plan = {} if plan is None else {"plan": digest_of(plan)}  # whatever the plan is called
+    return {"policy": variant.policy, **{name: config[name] for name in names}, **by_plan}
 
 
 def _show(out: Console, cells: Sequence[Mapping[str, Any]], means: Mapping[str, Mapping[str, float]]) -> None:
