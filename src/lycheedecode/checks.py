@@ -44,6 +44,12 @@ def check_number(name: str, value: Any, least: int, most: int = LARGEST) -> None
         raise ConfigError(f"{name} must be at most {most}, not {shown(value)}.")
 
 
+def check_temperature(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless logits can be divided by it: beyond, they would be infinite, or all alike."""
+    if value != 0 and not 1e-20 <= value <= 1e20:
+        raise ConfigError(f"{name} must be 0, which is greedy, or from 1e-20 to 1e20, not {value}.")
+
+
 def check_sizes(values: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for the first whole number, alone or in a tuple, that is too large; values by name."""
     for name, value in values.items():

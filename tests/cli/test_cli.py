@@ -517,7 +517,8 @@ def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
     assert "do not fit the model's 512 positions" in refusal(*call, "--cells", "noise:300:long:300", "--device", "cpu")
     assert "is about hybrid" in refusal(*call, "--policies", "quest", "--max-kl", "1")
     assert "needs a budget" in refusal(*call, "--match-bytes", "--selection", "top_p", "--top-p", "0.9")
-    assert "--temperature must be at least 0" in refusal(*call, "--temperature", "-1")
+    for wrong in ("-1", "nan", "1e-30"):
+        assert "--temperature must be 0, which is greedy, or from" in refusal(*call, "--temperature", wrong)
     assert "--resume needs --json FILE" in refusal(*call, "--resume")
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     assert "is not a result file" in refusal(*call, "--resume", "--json", str(tmp_path / "other.json"))

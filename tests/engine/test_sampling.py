@@ -84,11 +84,23 @@ def test_without_a_seed_every_sampler_draws_anew():
     assert torch.equal(Sampler(Sampling(), "cpu")(logits), torch.zeros(8, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e20])
+def test_the_coldest_draw_is_greedy_and_the_hottest_keeps_what_filters_keep(temperature):
+    logits = torch.randn(8, 1000) * 100 - 400
+    sampler = Sampler(Sampling(temperature=temperature, top_k=4 if temperature > 1 else 0, seed=1), "cpu")
+    drawn = torch.stack([sampler(logits, positions=position) for position in range(20)], -1)
+    best = logits.topk(4 if temperature > 1 else 1).indices
+    assert (drawn[..., None] == best[:, None]).any(-1).all()
+    assert drawn[0].unique().numel() == best.shape[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
+        ({"temperature": 1e-38}, "from 1e-20 to 1e20"),
+        ({"temperature": 1e38}, "from 1e-20 to 1e20"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"min_p": 1.5}, "min_p"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import policies as all_policies
-from ..checks import check_number, check_sizes, is_count
+from ..checks import check_number, check_sizes, check_temperature, is_count
 from ..config import HybridConfig
 from ..errors import ConfigError, PackageError
 from ..evaluate.fidelity import CELLS, TEMPERATURE, Long, measure_fidelity
@@ -133,8 +133,7 @@ def fidelity(
     check_sizes({"seed": seed})
     if minutes is not None and not minutes >= 0:
         raise ConfigError(f"--minutes must be at least 0, not {minutes}.")
-    if temperature < 0:
-        raise ConfigError(f"--temperature must be at least 0, not {temperature}.")
+    check_temperature("--temperature", temperature)
     names = [name.strip() for name in policies.split(",")]
     for name in names:
         check_policy(name)

@@ -9,7 +9,6 @@ computing the same logits therefore write the same text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_types
+from ..checks import check_temperature, check_types
 from ..errors import ConfigError
 
 
@@ -29,7 +28,7 @@ class Sampling:
     Sampling(temperature=0.7, top_k=0, top_p=0.9, min_p=0.0, seed=0)
 
     Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 is greedy; otherwise, from 1e-20 to 1e20, logits are divided by it.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens that holds this probability, in (0, 1].
         min_p: keep tokens that are at least this share as probable as the most probable one, in [0, 1].
@@ -44,8 +43,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ConfigError(f"temperature must be at least 0, not {self.temperature}.")
+        check_temperature("temperature", self.temperature)
         if self.top_k < 0:
             raise ConfigError(f"top_k must be at least 0, not {self.top_k}.")
         if not 0 < self.top_p <= 1:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_temperature
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine
 from ..engine.prompt import right_padded
@@ -126,6 +127,7 @@ def measure_fidelity(
     Returns:
         `{kind: {label: ...}}`, see `Scores`.
     """
+    check_temperature("temperature", temperature)
     makers = makers_for(tokenizer, cells, "evaluate")
     variants = [variants[0], _rounding(variants[0].config), *variants[1:]]
     results, cells = dict(finished or {}), tuple(dict.fromkeys(cells))

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ...checks import check_sizes
+from ...checks import check_sizes, check_temperature
 from ...engine.engine import Engine
 from ...errors import ConfigError
 from . import catalogue
@@ -54,12 +54,13 @@ class TaskOptions:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        least = {"limit": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "temperature": 0, "seed": 0}
+        least = {"limit": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and not value >= smallest:
                 raise ConfigError(f"{name} must be at least {smallest}, not {value}.")
         check_sizes(vars(self))
+        check_temperature("temperature", self.temperature or 0)
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"lengths must be numbers of tokens, not {list(self.lengths)}.")
 
