@@ -6,13 +6,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lycheedecode.attention import HybridAttention
 from lycheedecode.bench import step
-from lycheedecode.bench.models import build, plan_for, random_context, weight_bytes
+from lycheedecode.bench.models import build, build_from, plan_for, random_config, random_context, weight_bytes
 from lycheedecode.bench.settings import FORMS, ServingSettings, StepSettings
+from lycheedecode.bench.verify import rounded_otherwise
 from lycheedecode.cli import app
 from lycheedecode.cli.bench import as_of_now
 from lycheedecode.engine.engine import Engine
-from lycheedecode.errors import ConfigError
+from lycheedecode.errors import ConfigError, MismatchError
 
 pytestmark = pytest.mark.usefixtures("benchmarks_collect_little")
 
@@ -55,6 +57,42 @@ def test_a_wrong_step_is_refused(monkeypatch):
     wrong = lambda engine, *arguments: right(engine, *arguments) * (1.0 if engine.way == "eager" else 1.3)  # noqa: E731
     monkeypatch.setattr(Engine, "decode_one_token", wrong)
     assert "full (batch 1, context 300): logits differ" in run("step", "--smoke", status=1).stderr
+
+
+class WrongScale(HybridAttention):
+    def __call__(self, layer, query, kv, state, scale, *rest, **named):
+        return super().__call__(layer, query, kv, state, 1.1 * scale, *rest, **named)
+
+
+class WrongSelection(HybridAttention):
+    """The block before each one that was chosen."""
+
+    def select(self, layer, query, kv, heads, scale, out, **more):
+        super().select(layer, query, kv, heads, scale, out, **more)
+        out.blocks.copy_(torch.where(out.blocks > 0, out.blocks - 1, out.blocks))
+
+
+@pytest.mark.parametrize("form", ["hybrid", "hybrid+budgets"])
+def test_rounding_is_told_from_wrong_kernels(monkeypatch, form):
+    """In 16 bits, many layers and small selections."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    model = build_from(random_config("tiny", 8, **sizes), "cpu", torch.bfloat16)
+    context = random_context(model, 1, 8192, 8)
+    settings = StepSettings(budget_tokens=4096, block_size=32)
+    eager, other = (step.make_engine(model, form, settings, "eager") for _ in range(2))
+    right = other.decode_one_token
+
+    def rounded(*arguments):
+        with rounded_otherwise(seed=7):
+            return right(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "decode_one_token", rounded)
+        assert 1e-2 < step._verify(other, eager, context, form) < 0.1
+    for wrong in (WrongScale, WrongSelection):
+        other.attention.__class__ = wrong
+        with pytest.raises(MismatchError, match=r"differ from the eager step's by (\d.\de\+00|[4-9].\de-01)"):
+            step._verify(other, eager, context, form)
 
 
 def test_another_choice_is_no_tie():

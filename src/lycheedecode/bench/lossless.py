@@ -18,13 +18,14 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..config import HybridConfig
 from ..engine.context import Context
 from ..engine.engine import Engine
 from ..engine.sampling import Sampling
 from ..engine.verify import Rounds, spare_slots
-from ..errors import DeviceError, MismatchError
+from ..errors import DeviceError
 from ..ops import KV
 from ..ops.attend import triton_dense, triton_rows
 from ..ops.kernel_common import Tuning
@@ -35,7 +36,7 @@ from .lossless_texts import bench_real, format_real
 from .models import MODELS, build, plan_for, random_context, release
 from .settings import LosslessSettings
 from .timing import read_bandwidth, time_calls
-from .verify import relative_error
+from .verify import check_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +61,6 @@ def lines(result: Result) -> Iterator[str]:
 
 
 _ROOM = 128
-_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Of logits, relative; see `bench.step`."""
 
 
 # ---------------------------------------------------------------------- attention
@@ -206,14 +205,17 @@ def make_rounds(
 def _verified(engine: Engine, rounds: Rounds, context: Context) -> float:
     """Relative error of the logits of a pass against full steps over the same tokens."""
     full = Engine(engine.model, execution="eager")
-    context.rewind()
     token_ids = torch.randint(4, 200, (len(context.prompt_lengths), rounds.tokens), device=engine.device)
-    expected = torch.stack([full.decode_one_token(context, one) for one in token_ids.unbind(1)], 1)
-    context.rewind()
-    error = relative_error(rounds.verify_logits(token_ids), expected)
-    if not error <= _TOLERANCES[next(engine.model.parameters()).dtype]:
-        raise MismatchError(f"the pass of {rounds.tokens} tokens differs from full steps by {error:.2e}.")
-    return error
+
+    def steps() -> Tensor:
+        context.rewind()
+        return torch.stack([full.decode_one_token(context, one) for one in token_ids.unbind(1)], 1)
+
+    def verifying() -> Tensor:
+        context.rewind()
+        return rounds.verify_logits(token_ids)
+
+    return check_logits(f"logits of the pass of {rounds.tokens} tokens", verifying, steps)[0]
 
 
 def _ms(run: Callable[[], Any], times: int, device: torch.device, between: Callable[[], Any] | None = None) -> float:

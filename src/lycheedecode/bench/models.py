@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LONG = 1 << 21
-_STRETCH, _STRONG = 64, 32
+_STRETCH, _STRONG = 64, 8
 """Stretches of so many tokens, and how many of a context have strong keys: attention prefers them, as it prefers some
-tokens in trained models. Hardly anything then depends on which of the others lie at the edge of a selection."""
+tokens in trained models. Hardly anything then depends on which of the others lie at the edge of a selection, if these
+fit into it: a quarter of the usual budget holds them, which is the least that `hybrid+budgets` gives a head."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": (
         "Llama",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from .harness import say
 from .models import build, plan_for, random_context, release, weight_bytes
 from .settings import FORMS, ModelSettings, StepSettings
 from .timing import read_bandwidth
-from .verify import relative_error
+from .verify import check_logits
 from .workload import uneven
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ ROOM = 512
 """Tokens that may be decoded after a context."""
 _SPARE_BYTES = 6 << 30
 """What a step may need besides weights and cache."""
-_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Of the logits, relative: a compiled model rounds to 16 bits at other places, which a deep random model amplifies."""
 _FAR = 6
 """Two logits that lie further apart than this many times the typical error are not confused by rounding."""
 _POOL_BYTES = 4 << 30
@@ -157,15 +156,14 @@ def missing_bytes(model: PreTrainedModel, batch: int, length: int) -> int:
 def _verify(engine: Engine, eager: Engine, context: Context, what: str) -> float:
     """Relative error of the logits after two steps each; raises `MismatchError`."""
     tokens = torch.tensor([[7] * len(context.prompt_lengths), [11] * len(context.prompt_lengths)]).to(engine.device)
-    results = []
-    for one in (eager, engine):
+
+    def logits(one: Engine) -> Tensor:
         context.rewind()
-        results.append(torch.stack([one.decode_one_token(context, token_ids) for token_ids in tokens]))
-    error, tolerance = relative_error(results[1], results[0]), _TOLERANCES[next(engine.model.parameters()).dtype]
-    if not error <= tolerance:
-        raise MismatchError(f"{what}: logits differ from the eager step's by {error:.2e} (allowed: {tolerance:.0e}).")
-    if not _same_choice(results[0], results[1], _FAR * error):
-        raise MismatchError(f"{what}: the next token is not the eager step's, with logits that differ by {error:.2e}.")
+        return torch.stack([one.decode_one_token(context, token_ids) for token_ids in tokens])
+
+    error, result, expected = check_logits(f"{what}: logits", partial(logits, engine), partial(logits, eager))
+    if not _same_choice(expected, result, _FAR * error):
+        raise MismatchError(f"{what}: the next token is not the eager step's, with logits that differ by {error:.1e}.")
     return error
 
 

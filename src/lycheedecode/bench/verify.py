@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from .. import ops
 from ..config import HybridConfig, ScanKeys
 from ..errors import MismatchError
 from ..ops import KV, Selections, SmallKeys, reference
 from .workload import SMALL, Workload
+
+_TIMES, _DRAWS = 2, 3
+"""Another way to compute a step may lead so many times as far as rounding does, the furthest of so many times."""
+
+
+@contextmanager
+def rounded_otherwise(seed: int) -> Iterator[None]:
+    """While this is open, what innermost modules return is moved by up to half a unit in its last place.
+
+    Eager steps then differ as if they rounded in other places, as compiled ones do. It is for one thread at a time: the
+    hook is of all modules, for whichever copy of a model decodes.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def move(module: nn.Module, _: Any, result: Any) -> Any:
+        if not isinstance(result, Tensor) or not result.is_floating_point() or any(True for _ in module.children()):
+            return None
+        device = result.device
+        generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+        places = torch.rand(result.shape, generator=generator, device=device, dtype=torch.float64) - 0.5
+        return (result.double() * (1 + torch.finfo(result.dtype).eps * places)).to(result.dtype)
+
+    hook = register_module_forward_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_logits(what: str, compute: Callable[[], Tensor], eager: Callable[[], Tensor]) -> tuple[float, Tensor, Tensor]:
+    """Logits of steps against those of eager steps: as close as rounding allows, which is measured, not assumed.
+
+    How far rounding leads grows with the model's depth, and with selections: of blocks that are equally good it picks
+    one. So the eager steps run again, rounded otherwise; a tenth more on attention's scale leads several times as far.
+
+    Returns:
+        The relative error, the logits and the eager ones.
+
+    Raises:
+        MismatchError: it leads further.
+    """
+    expected, moved = eager(), 0.0
+    for seed in range(_DRAWS):
+        with rounded_otherwise(seed):
+            moved = max(moved, relative_error(eager(), expected))
+    result = compute()
+    error, allowed = relative_error(result, expected), _TIMES * moved
+    if not error <= allowed:
+        raise MismatchError(f"{what} differ from the eager step's by {error:.1e} (rounding allows {allowed:.1e}).")
+    return error, result, expected
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
