@@ -115,7 +115,8 @@ def _tool(name: str) -> Callable[..., None]:
         from lycheedecode.bench.harness import measure
 
         asked, keep = settings(**given), None if str(json_file) == "-" else partial(save, json_file)
-        result = measure(f"experiments {name}", asked, getattr(loaded, function), name not in _ANYWHERE, keep)
+        work = getattr(loaded, function)
+        result = measure(f"experiments {name}", asked, work, name not in _ANYWHERE, keep, has_smoke=False)
         for line in getattr(loaded, "lines", lambda result: ())(result):
             screen(json_file).print(line, soft_wrap=True, markup=False)
         save(json_file, result)

@@ -12,6 +12,14 @@ torch.set_num_threads(1)
 os.environ.setdefault("LYCHEEDECODE_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "models"))
 
 
+def pytest_configure(config):
+    """Kernels' tests by themselves run in Triton's interpreter where there is no GPU; among others they leave that to
+    test_interpreter.py, for Triton reads the variable only once."""
+    files = [Path(argument.split("::")[0]).name for argument in config.args]
+    if files and all(name.endswith("_triton.py") for name in files) and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items):
     """The longest tests come first, for the sake of who works beside; what is marked `gpu` is skipped without one."""
     items.sort(key=lambda item: item.path.name != "test_interpreter.py")

@@ -114,6 +114,7 @@ def test_without_a_gpu_one_line_says_so():
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
     assert "no CUDA GPU" in done.stderr
+    assert "--smoke verifies" in done.stderr
 
 
 def test_every_row_of_the_table(monkeypatch):

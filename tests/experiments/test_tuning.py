@@ -78,6 +78,7 @@ def test_they_need_a_gpu(tool, monkeypatch):
     done = CliRunner().invoke(app, [tool])
     assert done.exit_code == 2
     assert "There is no CUDA GPU" in done.stderr
+    assert "--smoke" not in done.stderr  # they have no such option
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

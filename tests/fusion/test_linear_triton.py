@@ -7,7 +7,7 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Without a GPU these tests run in ops/test_interpreter.py.", allow_module_level=True)
+    pytest.skip("Runs with TRITON_INTERPRET=1, as test_interpreter.py does.", allow_module_level=True)
 pytest.importorskip("triton", reason="The kernel needs Triton.")
 
 from lycheedecode.fusion import reference  # noqa: E402

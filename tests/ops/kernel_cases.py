@@ -11,7 +11,7 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Without a GPU these tests run in test_interpreter.py.", allow_module_level=True)
+    pytest.skip("Runs with TRITON_INTERPRET=1, as test_interpreter.py does.", allow_module_level=True)
 pytest.importorskip("triton", reason="The kernels need Triton.")
 
 from lycheedecode.ops import KV, Selections  # noqa: E402

@@ -12,7 +12,7 @@ from lycheedecode import HybridConfig
 from lycheedecode.ops import Completion, Selections, reference
 
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
+runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="Runs with TRITON_INTERPRET=1, as test_interpreter.py does.")
 # The interpreter reads the bits of a bfloat16 as an integer when it multiplies matrices.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

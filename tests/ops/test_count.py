@@ -11,7 +11,7 @@ from lycheedecode.ops.count import Means
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
+runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="Runs with TRITON_INTERPRET=1, as test_interpreter.py does.")
 BLOCK = 4
 
 

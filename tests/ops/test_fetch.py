@@ -17,7 +17,7 @@ from lycheedecode.ops.fetch import reference as definition
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
+runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="Runs with TRITON_INTERPRET=1, as test_interpreter.py does.")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about log2(0) and -inf
 
 ROWS, BATCH, BLOCKS, SLOTS, CAPACITY, TAIL, SIZE = 3, 2, 40, 9, 6, 2, 4
@@ -30,7 +30,7 @@ def way(request):
     if request.param == "reference":
         return definition
     if not RUNS_KERNELS:
-        pytest.skip("This runs in Triton's interpreter.")
+        pytest.skip("Runs with TRITON_INTERPRET=1, as test_interpreter.py does.")
     from lycheedecode.ops.fetch import triton
 
     return triton
@@ -212,7 +212,7 @@ def test_newest_keys(way, form):
 )
 def test_places_change_nothing_but_where_it_reads(lengths, completed, splits):
     if splits and not RUNS_KERNELS:
-        pytest.skip("This runs in Triton's interpreter.")
+        pytest.skip("Runs with TRITON_INTERPRET=1, as test_interpreter.py does.")
     generator = torch.Generator().manual_seed(5)
     keys, values = (torch.randn(BATCH, HEADS, 72, DIM, generator=generator).to(DEVICE) for _ in range(2))
     query = torch.randn(BATCH, HEADS * 2, DIM, generator=generator).to(DEVICE)

@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
+@pytest.mark.skipif(not RUNS_KERNELS, reason="Runs with TRITON_INTERPRET=1, as test_interpreter.py does.")
 @pytest.mark.parametrize("seed", [0, 3, -1, 1 << 45, 0xFFFFFFFFFFFFFFFF])
 def test_the_kernel_adds_what_the_definition_does(seed):
     from lycheedecode.ops.noise.triton import add_noise

@@ -14,7 +14,7 @@ from lycheedecode.ops import EVERYTHING, KV, Selections, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS_KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="This runs in Triton's interpreter.")
+runs_kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="Runs with TRITON_INTERPRET=1, as test_interpreter.py does.")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about log2(0) and -inf
 
 HEADS, GROUP, DIM, SCALE = 2, 3, 32, 0.3

@@ -23,6 +23,7 @@ def measure(
     run: Callable[[Settings, str], dict[str, Any] | Iterator[dict[str, Any]]],
     needs_gpu: bool = True,
     keep: Callable[[Result], None] | None = None,
+    has_smoke: bool = True,
 ) -> Result:
     """The result of a benchmark.
 
@@ -32,6 +33,7 @@ def measure(
         run: takes settings and device, returns rows and what sums them up, or yields a row at a time.
         needs_gpu: refuse to run without one, unless a smoke test is all that is asked for.
         keep: takes the result so far, after each row.
+        has_smoke: the command line offers a smoke test.
 
     Raises:
         DeviceError: there is no GPU.
@@ -39,7 +41,8 @@ def measure(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if needs_gpu and device == "cpu" and not settings.smoke:
-        raise DeviceError("There is no CUDA GPU, and only times on a GPU mean anything; --smoke verifies without one.")
+        instead = "; --smoke verifies without one" if has_smoke else ""
+        raise DeviceError(f"There is no CUDA GPU, and only times on a GPU mean anything{instead}.")
     torch.manual_seed(settings.seed)
     found = run(settings.shrunk() if settings.smoke else settings, device)
     result = Result(command, asdict(settings))
