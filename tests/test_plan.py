@@ -61,6 +61,7 @@ def test_gate_means_must_have_the_shape_of_donors():
     [
         ([[1.0, 1.0]], "completion must have the shape of donors, 3 x 2"),
         ([[1.0, -0.1]] * 3, "completion must be a table of factors that are not negative"),
+        ([[1.0, 1e38]] * 3, "and at most 1000"),
         ([[1.0, float("nan")]] * 3, "completion must be a table of finite numbers, a row for each layer"),
         ([[1.0, float("inf")]] * 3, "finite numbers"),
     ],

@@ -107,6 +107,12 @@ def test_fingerprints_tell_models_plans_and_texts_apart():
     theirs = fingerprint(other)["model"]
     assert theirs["weights"] != mine["model"]["weights"]
     assert theirs["shape"] == mine["model"]["shape"]
+    deep = tiny.model(num_hidden_layers=16)
+    seen = {fingerprint(deep)["model"]["weights"]}
+    for weight in deep.parameters():  # whichever of them a change is in, and if it is in every other column only
+        weight[..., 1::2].mul_(1.01)
+        seen.add(fingerprint(deep)["model"]["weights"])
+    assert len(seen) == 1 + len(list(deep.parameters()))
     assert fingerprint(plans={"p": HeadPlan.all_retrieval(4, 2)})["plans"] != mine["plans"]
     assert fingerprint(texts={"prose": "other"})["texts"] != mine["texts"]
     assert digest(b"a") == digest("a") != digest(["a"])

@@ -53,7 +53,7 @@ class HeadPlan:
         model: the model it was made for: `name`, `revision`, `architecture` (any may be missing).
         gate_means: `L x Hkv` expected gate values from identification, or None.
         provenance: how the plan was made: data, seed, steps, settings, versions.
-        completion: `L x Hkv` factors of at least 0: the weight of the tokens that a head leaves unread, represented by
+        completion: `L x Hkv` factors from 0 to 1000: the weight of the tokens that a head leaves unread, represented by
             their chunk's mean key and value. 0: they do not count. None completes nothing. `provenance["completion"]`
             says what they were fitted for: `chunk` (tokens) and, if it was fixed, `budget_tokens`.
         budgets: `L x Hkv` factors on the config's budget, above 0: how many of its donor's best blocks a head reads.
@@ -74,8 +74,8 @@ class HeadPlan:
                 self._check_donor(layer, head, donor)
         for name in ("gate_means", "completion", "budgets"):
             object.__setattr__(self, name, self._as_table(name, getattr(self, name)))
-        if self.completion is not None and not all(factor >= 0 for row in self.completion for factor in row):
-            raise PlanError("completion must be a table of factors that are not negative.")
+        if self.completion is not None and not all(0 <= factor <= 1000 for row in self.completion for factor in row):
+            raise PlanError("completion must be a table of factors that are not negative, and at most 1000.")
         if self.budgets is not None and not all(0 < factor <= 1000 for row in self.budgets for factor in row):
             raise PlanError("budgets must be a table of factors above 0, and at most 1000.")
         if self.budgets is not None and all(factor == 1 for row in self.budgets for factor in row):

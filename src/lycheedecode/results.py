@@ -289,7 +289,8 @@ def digest_of(plan: HeadPlan) -> str:
     return digest({name: value for name, value in plan.to_json().items() if name not in beside})
 
 
-_SAMPLED, _VALUES = 64, 32
+_SAMPLED, _VALUES = 4096, 32
+"""Parameters that are looked at, which are all of most models, since a change may leave out any; numbers of each."""
 
 
 def _model(model: nn.Module) -> dict[str, Any]:
@@ -302,7 +303,7 @@ def _model(model: nn.Module) -> dict[str, Any]:
     for weight in list(parameters.values())[:: max(len(parameters) // _SAMPLED, 1)]:
         if not weight.is_meta and weight.is_contiguous():
             flat = weight.detach().view(-1)
-            seen.update(flat[:: max(flat.numel() // _VALUES, 1)].to("cpu", torch.float32).numpy().tobytes())
+            seen.update(flat[:: flat.numel() // _VALUES | 1].to("cpu", torch.float32).numpy().tobytes())
     return {
         "name": Path(str(getattr(model.config, "name_or_path", "") or type(model).__name__)).name,
         "architecture": type(model).__name__,

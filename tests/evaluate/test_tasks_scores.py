@@ -237,7 +237,9 @@ def test_what_cannot_be_resumed_is_said(tmp_path):
         Record(path, {"model": "n"}, resume=True)
     with pytest.raises(RecordError, match="made with another policy"):
         Record(path, {"model": "m", "policy": {"full": 2}}, resume=True)
-    path.write_text("{}\n")
-    with pytest.raises(RecordError, match="not a record"):
-        Record(path, {}, resume=True)
+    no_answer = '{"settings": {}}\n{"policy": "full", "request": "a"}\n'
+    for text in ("{}\n", '{"settings": []}\n', no_answer):
+        path.write_text(text)
+        with pytest.raises(RecordError, match="not a record"):
+            Record(path, {"model": "m"}, resume=True)
     assert record_path(path.with_name("a.b.json")).name == "a.b.items.jsonl"

@@ -115,8 +115,9 @@ class IdentifySettings:
                 raise ConfigError(f"{name} must be at least {smallest}, not {getattr(self, name)}.")
         if not 0 <= self.coupling <= 1:
             raise ConfigError(f"coupling must be in [0, 1], not {self.coupling}.")
-        if not self.completion_factors or self.completion_factors[0] or min(self.completion_factors) < 0:
-            raise ConfigError("completion_factors must begin with 0, and none may be negative.")
+        factors = self.completion_factors
+        if not factors or factors[0] or not all(0 <= factor <= 1000 for factor in factors):
+            raise ConfigError("completion_factors must begin with 0, and none may be negative or above 1000.")
         if not self.budget_scales or min(self.budget_scales) <= 0:
             raise ConfigError("budget_scales must be positive.")
         if self.calibrate_cells == () or not self.texts or not self.train_cells:

@@ -106,8 +106,11 @@ class Record(MutableMapping[Key, Answer]):
             found = [json.loads(line) for line in lines if line]
             for line in found:
                 self._lines.setdefault((line["policy"], line["request"]), {}).update(line)
+            complete = isinstance(earlier, dict) and all("prompt_tokens" in line for line in self._lines.values())
         except (ValueError, KeyError, TypeError):
-            raise RecordError(f"{str(self._path)!r} is not a record of evaluate tasks.") from None
+            complete = False
+        if not complete:
+            raise RecordError(f"{str(self._path)!r} is not a record of evaluate tasks.")
         for name, value in self._settings.items():
             if not _agree(value, earlier.get(name)):
                 raise RecordError(
