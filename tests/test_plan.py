@@ -183,6 +183,7 @@ def changed(**changes) -> str:
         (changed(completion=[[1.0, None, 1.0]] * 7), "completion must be a table of finite numbers"),
         (changed(gate_means=[[math.nan] * 3] * 7), "gate_means must be a table of finite numbers"),
         (changed(budgets=[[1, 2, 1]] * 7), f"budgets need format '{FORMAT_OF_BUDGETS}'"),
+        (changed(budget=[[1, 2, 1]] * 7), "a head plan has no 'budget'; did you mean budgets"),
         (changed(model=[1]), "model must be an object"),
         (changed(provenance="trained"), "provenance must be an object"),
     ],

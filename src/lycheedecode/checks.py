@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -85,12 +85,18 @@ def settings_from(kind: type[Settings], given: Any, name: str) -> Settings:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name} must be of class {kind.__name__} or a mapping of its settings, not {shown(given)}.")
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for key in given:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=3)
-            hint = f"did you mean {' or '.join(near)}? It" if near else "it"
-            raise ConfigError(f"{kind.__name__} has no setting {key!r}; {hint} knows {', '.join(sorted(known))}.")
+    for said in unknown(given, known):
+        raise ConfigError(f"{kind.__name__} has no setting {said}.")
     return kind(**given)
+
+
+def unknown(given: Iterable[Any], known: Collection[str]) -> Iterator[str]:
+    """Names that are not known, each with what it may mean: the end of a sentence."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=3)
+            hint = f"did you mean {' or '.join(near)}? It" if near else "it"
+            yield f"{shown(name)}; {hint} knows {', '.join(sorted(known))}"
 
 
 def check_tokenizer(tokenizer: Any) -> None:

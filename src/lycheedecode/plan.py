@@ -14,13 +14,14 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from .checks import shown
+from .checks import shown, unknown
 from .errors import LycheeError
 from .files import write_whole
 
 FORMAT = "lycheedecode-head-plan/1"
 FORMAT_OF_BUDGETS = "lycheedecode-head-plan/2"
 """Of a plan with budgets, which versions that know none refuse to read."""
+_PARTS = ("format", "model", "donors", "gate_means", "completion", "budgets", "provenance")
 Head = tuple[int, int]
 """`(layer, KV head)`."""
 
@@ -249,6 +250,8 @@ class HeadPlan:
         if data.get("format") not in (FORMAT, FORMAT_OF_BUDGETS):
             known = f"{FORMAT!r} or {FORMAT_OF_BUDGETS!r}"
             raise PlanError(f"{source}: format must be {known}, not {shown(data.get('format'))}.")
+        for said in unknown(data, _PARTS):  # a slip in a name would leave out what it names
+            raise PlanError(f"{source}: a head plan has no {said}.")
         if data["format"] == FORMAT and data.get("budgets") is not None:
             raise PlanError(f"{source}: budgets need format {FORMAT_OF_BUDGETS!r}: older versions would ignore them.")
         for key in ("model", "provenance"):
