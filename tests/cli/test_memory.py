@@ -148,6 +148,9 @@ def test_a_config_is_enough(tmp_path):
     tiny.plan().save(plan)
     result = found("memory", "--model", str(tmp_path), "--context", "5000", "--plan", str(plan))
     assert result["retrieval_heads"] == 4
+    beyond = "But this model has 512 positions, and refuses longer texts."
+    for context, said in (("512", False), ("513", True)):
+        assert (beyond in run("memory", "--model", str(tmp_path), "--context", context).stdout) == said
     given = ("memory", "--model", "smollm2-135m", "--context", "5000")
     result, unplanned = found(*given, "--plan", "smollm2-135m"), found(*given)
     assert result["rows"][2]["own"] > result["retrieval_heads"] / 2 / 90  # of some donors, heads of their layer read

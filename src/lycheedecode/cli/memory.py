@@ -131,6 +131,8 @@ def memory(
     else:
         advice = f"Fits: {found.name}{f' ({found.options})' if found.options else ''}."
     console.print(advice)
+    if 0 < shape.max_positions < context:
+        console.print(f"But this model has {shape.max_positions} positions, and refuses longer texts.")
     if head_plan is not None and head_plan.budgets is not None:
         console.print("Left out: host memory, where all heads have room for equally many blocks.")
     settings = {"model": model, "context": context, "batch": batch, "plan": plan, "config": config.to_dict(),
