@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lycheedecode import Engine, HeadPlan, HybridConfig
 from lycheedecode.cli import app
 from lycheedecode.evaluate.answer_view import AnswerView, TokenView, render, watch
+from lycheedecode.evaluate.variants import variants
 
 CONFIG = HybridConfig(budget_tokens=32, block_size=8, sink_tokens=4, recent_tokens=4)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -30,6 +31,14 @@ def test_the_answer_is_the_engines():
     assert len(view.tokens) == len(made.token_ids) == 12
     assert len(view.prompt) == 15
     assert view.heads == (8, 4)
+
+
+def test_heads_of_sliding_layers_are_not_counted():
+    """They are their own donors, and attend to their window."""
+    engine = Engine(tiny.model("gemma3"), tiny.byte_tokenizer(), plan=tiny.plan((1, 3)), config=CONFIG)
+    assert watch(engine, tiny.prompts(60)[0], 2, ignore_eos=True).heads == (4, 2)
+    [_, hybrid] = variants(["hybrid"], {"mine": tiny.plan((1, 3))}, CONFIG)
+    assert hybrid.describe(CONFIG, engine.shape)["retrieval_heads"] == 2
 
 
 def test_selections_stay_within_the_budget_and_hold_what_is_forced():

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..engine.engine import Context, Engine
 from ..errors import DeviceError
 from ..models.versions import attention_name
+from ..policies.base import roles_of
 from ..results import Result
 from .harness import same_tokens, say
 from .models import build, prompts_for, release
@@ -89,7 +90,7 @@ def _generate(engine: Engine, context: Context, settings: GenerateSettings) -> d
     results = engine.generate(context, settings.tokens, ignore_eos=True)
     plan = getattr(engine.attention, "plan", None)
     return {
-        **({} if plan is None else {"retrieval_heads": len(plan.retrieval)}),
+        **({} if plan is None else {"retrieval_heads": len(roles_of(plan, engine.shape))}),
         "prefill_seconds": results[0].prefill_seconds,
         "decode_seconds": results[0].decode_seconds,
         "steps": settings.tokens - 1,

@@ -196,7 +196,7 @@ def _engines(
         if variant.label in left_out:
             scores[variant.label] = {"policy": variant.policy, "left_out": left_out[variant.label]}
         else:
-            scores[variant.label] = variant.describe(engines[variant.label].config)
+            scores[variant.label] = variant.describe(engines[variant.label].config, engines[variant.label].shape)
     return engines, scores
 
 

@@ -14,6 +14,7 @@ from .. import policies
 from ..config import HybridConfig
 from ..models.shape import ModelShape
 from ..plan import HeadPlan
+from ..policies.base import roles_of
 from ..roles import check_budgets
 
 POLICIES = ("hybrid", "paper", "same-index", "random", "own-topk")
@@ -68,13 +69,13 @@ class Variant:
         calibrated = coverage(config) if self.is_calibrated and coverage is not None else None
         return policies.make(self.policy, config=config, coverage=calibrated, **given)
 
-    def describe(self, config: HybridConfig) -> dict[str, Any]:
-        """What a row of results is about; `config` is the one that decodes."""
+    def describe(self, config: HybridConfig, shape: ModelShape) -> dict[str, Any]:
+        """What a row of results is about; `config` is the one that decodes, `shape` the model's."""
         if self.exact:
             return {"policy": "rounding"}
         row: dict[str, Any] = {"policy": self.policy}
-        if policies.needs_plan(self.policy):
-            row |= {"plan": self.plan_name, "retrieval_heads": len(self.plan.retrieval)}
+        if self.plan is not None and policies.needs_plan(self.policy):
+            row |= {"plan": self.plan_name, "retrieval_heads": len(roles_of(self.plan, shape))}
         if policies.has_budget(self.policy):
             row |= {"budget_tokens": config.budget_tokens, "block_size": config.block_size}
         if config.correction_every:

@@ -16,6 +16,7 @@ from ...engine.engine import Context, Engine
 from ...engine.sampling import Sampling, TokenText
 from ...errors import ConfigError
 from ...ops import KV
+from ...policies.base import roles_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def watch(
         for text, (seen, mass), chance, other in zip(texts, steps, chances, others, strict=True)
     ]
     shape = engine.shape
-    heads = len(shape.global_layers) * shape.num_kv_heads, len(attention.plan.retrieval)
+    heads = len(shape.global_layers) * shape.num_kv_heads, len(roles_of(attention.plan, shape))
     return AnswerView(blocks, tuple(tokens), size, attention.config.budget_tokens, heads)
 
 
