@@ -1,5 +1,6 @@
 """Types of settings."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +86,15 @@ def test_seeds_have_64_bits():
         assert Sampling(seed=seed).seed == seed
         with pytest.raises(ConfigError, match="seed must have at most 64 bits"):
             Sampling(seed=2 * seed)
+    for seed in (np.int64(3), np.uint64((1 << 64) - 1)):  # for which a range would look one by one
+        assert Sampling(seed=seed).seed == seed
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"budget_ratio": np.float32(0.5), "selection": "ratio", "verify_every": np.int64(4)}
+    config = HybridConfig(**given)
+    assert json.dumps(config.to_dict())
+    assert (config.budget_ratio, config.verify_every) == (0.5, 4)
 
 
 def test_where_it_is_used():

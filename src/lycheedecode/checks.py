@@ -58,7 +58,7 @@ def check_sizes(values: Mapping[str, Any]) -> None:
                 continue
             if name != "seed":
                 check_number(name, number, number)
-            elif number not in _SEEDS:
+            elif int(number) not in _SEEDS:  # a range looks for NumPy's numbers one by one
                 raise ConfigError(f"seed must have at most 64 bits, unlike {shown(number)}.")
 
 

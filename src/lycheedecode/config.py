@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from .checks import LARGEST, check_number, settings_from
@@ -139,14 +140,18 @@ class HybridConfig:
             value = getattr(self, name)
             if value is None:
                 continue
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
             if not is_number or not 0 < value <= 1 or (value == 1 and interval.endswith(")")):
                 raise ConfigError(f"{name} must be in {interval}, not {value!r}.")
+            object.__setattr__(self, name, float(value))
 
     def _check_rounds(self) -> None:
         every = self.verify_every
-        if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or not 0 <= every <= MOST_DRAFTS):
-            raise ConfigError(f"verify_every must be 'auto' or a whole number from 0 to {MOST_DRAFTS}, not {every!r}.")
+        if every != "auto":
+            if isinstance(every, bool) or not isinstance(every, Integral) or not 0 <= every <= MOST_DRAFTS:
+                said = f"'auto' or a whole number from 0 to {MOST_DRAFTS}"
+                raise ConfigError(f"verify_every must be {said}, not {every!r}.")
+            object.__setattr__(self, "verify_every", int(every))
         if every and self.correction_every:
             raise ConfigError("verify_every rewrites all entries of the cache already: leave out correction_every.")
 
