@@ -1,5 +1,6 @@
 """Lossless decoding in vLLM: the stock backend's text, whatever drafted it."""
 
+from contextlib import nullcontext
 from math import ceil
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
-from lycheedecode.integrations.vllm import lossless
+from lycheedecode.integrations.vllm import frontend, lossless
 from lycheedecode.integrations.vllm.parts import VLLMValidationError
 from lycheedecode.integrations.vllm.settings import ServingError
 
@@ -215,12 +216,20 @@ def test_graphs_are_captured_and_used_for_batches_that_they_hold(folder, stock, 
     monkeypatch.setattr(lossless.current_platform, "graph_pool_handle", lambda: None, raising=False)
 
     def prepare(worker):
-        drafter = worker.model_runner.drafter
-        drafter.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE)
+        speculator = getattr(worker.model_runner, "speculator", None)
         with torch.inference_mode():
-            drafter.dummy_run(8, is_graph_capturing=True)
-            drafter.dummy_run(4, is_graph_capturing=True)
-        return drafter.model
+            if speculator is None:
+                drafter = worker.model_runner.drafter
+                drafter.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE)
+                drafter.dummy_run(8, is_graph_capturing=True)
+                drafter.dummy_run(4, is_graph_capturing=True)
+                return drafter.model
+            from lycheedecode.integrations.vllm import drafter_v2
+
+            monkeypatch.setattr(drafter_v2, "graph_capture", lambda device: nullcontext())
+            speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+            speculator.capture()
+            return speculator.model
 
     config = {**TIGHT, **FORMS["centroid"], "lossless": DRAFTS}
     with serving(folder, plan(), config, max_num_seqs=3, block_size=32) as llm:
@@ -251,17 +260,19 @@ def test_what_a_lossless_server_cannot_have(folder, options, words):
         pass
 
 
-def test_it_needs_the_first_model_runner(folder, monkeypatch):
+def test_before_0_32_it_needs_the_first_model_runner(folder, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    refused = pytest.raises(ServingError, match="first model runner: unset VLLM_USE_V2_MODEL_RUNNER")
+    monkeypatch.setattr(frontend, "version", "0.31.1")
+    refused = pytest.raises(ServingError, match=r"first model runner before vLLM 0\.32: unset VLLM_USE_V2_MODEL_RUNNER")
     with refused, serving(folder, plan(), {**TIGHT, "lossless": 3}):
         pass
 
 
-def test_a_worker_with_another_runner_than_the_server_thought_is_refused():
+def test_a_worker_with_another_runner_than_the_server_thought_is_refused(monkeypatch):
+    monkeypatch.setattr(lossless, "version", "0.27.1")
     worker = object.__new__(lossless.DraftingWorker)
     worker.vllm_config = SimpleNamespace(use_v2_model_runner=True)
-    with pytest.raises(ServingError, match="this configuration has the second"):
+    with pytest.raises(ServingError, match=r"first model runner before vLLM 0\.32"):
         worker.init_device()
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an
 import vllm
 
 from lycheedecode.integrations import vllm as plugin
-from lycheedecode.integrations.vllm import parts
+from lycheedecode.integrations.vllm import parts, settings
 
 HERE = f"vLLM {vllm.__version__}"
 
@@ -48,15 +48,21 @@ def test_builders_and_layers_are_called_as_we_override_them():
 def test_drafters_are_called_as_we_override_them():
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-    from lycheedecode.integrations.vllm.lossless import TargetDrafter
+    from lycheedecode.integrations.vllm.drafter_v1 import TargetDrafter
 
-    overridden = [name for name in vars(TargetDrafter) if name[0] != "_" and hasattr(DraftModelProposer, name)]
-    assert len(overridden) == 5
-    for name in overridden:
-        expected, found = (
-            list(inspect.signature(getattr(x, name)).parameters) for x in (TargetDrafter, DraftModelProposer)
-        )
-        assert found == expected, f"{HERE}: DraftModelProposer.{name} takes {found}."
+    drafters = [(TargetDrafter, DraftModelProposer)]
+    if settings.drafts_in_v2(vllm.__version__):
+        from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+        from lycheedecode.integrations.vllm.drafter_v2 import TargetSpeculator
+
+        drafters.append((TargetSpeculator, DraftModelSpeculator))
+    for ours, theirs in drafters:
+        overridden = [name for name in vars(ours) if name[0] != "_" and hasattr(theirs, name)]
+        assert len(overridden) == 5
+        for name in overridden:
+            expected, found = (list(inspect.signature(getattr(x, name)).parameters) for x in (ours, theirs))
+            assert found == expected, f"{HERE}: {theirs.__name__}.{name} takes {found}."
 
 
 SELECTED = """

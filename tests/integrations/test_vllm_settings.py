@@ -146,7 +146,8 @@ def test_the_plugin_is_light():
     assert done.stdout.strip() == "False"
 
 
-def test_a_lossless_server_needs_the_first_model_runner():
-    settings.check_runner(SimpleNamespace(use_v2_model_runner=False))
-    with pytest.raises(ServingError, match="needs vLLM's first model runner, but this configuration has the second"):
-        settings.check_runner(SimpleNamespace(use_v2_model_runner=True))
+def test_a_lossless_server_needs_the_first_model_runner_before_0_32():
+    for is_second, version in ((False, "0.27.1"), (True, "0.32.0"), (True, "0.33.1")):
+        settings.check_runner(is_second, version)
+    with pytest.raises(ServingError, match=r"first model runner before vLLM 0\.32: unset"):
+        settings.check_runner(True, "0.31.9")

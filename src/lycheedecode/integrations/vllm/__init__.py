@@ -12,6 +12,8 @@ cuda, cpu   the hooks over vLLM's own backends
 beside      data kept beside the pages: means of chunks, copies of scanned keys
 verify      drafts, several tokens of a sequence at once
 lossless    the model drafts for itself, hybrid, and verifies with full attention
+drafter_v1  what vLLM's first model runner asks of that
+drafter_v2  what the second one does
 fill        a KV connector for `bench serving`
 """
 

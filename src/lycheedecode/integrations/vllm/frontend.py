@@ -14,7 +14,7 @@ from typing import Any
 
 from ...ops import EVERYTHING
 from . import counters, settings
-from .parts import VLLMValidationError, get_pp_indices, input_processor
+from .parts import VLLMValidationError, get_pp_indices, input_processor, version
 from .requests import NAME, Limits, RequestError, ServingError
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -25,14 +25,14 @@ def drafting(arguments: Any) -> Iterator[None]:
     """While arguments of a lossless server become a configuration: its model drafts for itself.
 
     To vLLM it is a draft model like others, which reserves room for the drafts' entries; that it is the model itself
-    is up to the worker (see `lossless`), whose model runner is the one that all known versions have.
+    is up to the worker (see `lossless`). Its model runner is the one that all known versions can draft with, unless the
+    environment asks for the other.
     """
     if arguments.speculative_config is not None or getattr(arguments, "spec_method", None) is not None:
         raise ServingError("A lossless server drafts by itself: leave out the speculative configuration.")
     if arguments.worker_cls != "auto":
         raise ServingError("A lossless server has a worker class of its own: leave out worker_cls.")
-    if os.environ.setdefault(_RUNNER, "0") != "0":
-        raise ServingError(f"A lossless server needs vLLM's first model runner: unset {_RUNNER}.")
+    settings.check_runner(os.environ.setdefault(_RUNNER, "0") != "0", version)
     arguments.speculative_config = {
         "method": "draft_model",
         "model": arguments.model,
@@ -49,7 +49,7 @@ def drafting(arguments: Any) -> Iterator[None]:
 
 def _check_drafting(vllm_config: Any) -> None:
     """Raise `ServingError` for what a model cannot draft beside."""
-    settings.check_runner(vllm_config)
+    settings.check_runner(vllm_config.use_v2_model_runner, version)
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     unlike = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,

@@ -26,10 +26,14 @@ FLOAT8 = ("fp8", "fp8_e4m3")
 
 def check_version(version: str) -> None:
     """Raise `ServingError` for a version of vLLM that the plugin does not know."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+    if not OLDEST <= _parsed(version) <= NEWEST:
         oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
         raise ServingError(f"LycheeDecode works in vLLM {oldest} to {newest}, not in {version}.")
+
+
+def _parsed(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (0, 0) if found is None else (int(found[1]), int(found[2]))
 
 
 def is_chosen(config: Any) -> bool:
@@ -56,14 +60,21 @@ def drafts(config: Any) -> int:
     return count
 
 
-def check_runner(vllm_config: Any) -> None:
-    """Raise `ServingError` where a lossless server would have vLLM's second model runner, which knows no such drafter.
+def check_runner(is_second: bool, version: str) -> None:
+    """Raise `ServingError` where a lossless server would have vLLM's second model runner, and that knows no drafter.
 
     Some features of vLLM want that one whatever `VLLM_USE_V2_MODEL_RUNNER` says, and a process with another engine may
     have read that before it was set.
     """
-    if vllm_config.use_v2_model_runner:
-        raise ServingError("A lossless server needs vLLM's first model runner, but this configuration has the second.")
+    if is_second and not drafts_in_v2(version):
+        raise ServingError(
+            "A lossless server needs vLLM's first model runner before vLLM 0.32: unset VLLM_USE_V2_MODEL_RUNNER."
+        )
+
+
+def drafts_in_v2(version: str) -> bool:
+    """Whether the second model runner can draft: 0.27 has no draft models there; versions between were not read."""
+    return _parsed(version) >= (0, 32)
 
 
 @dataclass(frozen=True)

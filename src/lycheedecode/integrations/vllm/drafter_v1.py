@@ -1,0 +1,100 @@
+"""What vLLM's first model runner asks for drafts; see `lossless`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lossless import TargetDrafts
+from .parts import CommonAttentionMetadata, CUDAGraphMode, current_platform
+
+import vllm.v1.sample.rejection_sampler  # isort: skip  (`parts` refuses unknown versions)
+from vllm.v1.spec_decode.draft_model import DraftModelProposer  # isort: skip
+
+
+def install(runner: Any) -> None:
+    """Let a model runner that has just been made have its model's own drafts."""
+    if current_platform.is_cpu():
+        vllm.v1.sample.rejection_sampler.expand_batch_to_tokens = _expanded
+    runner.drafter = TargetDrafter(runner.vllm_config, runner.device, runner)
+
+
+class TargetDrafter(TargetDrafts, DraftModelProposer):
+    """`propose` and what sets it up are called as vLLM calls its own.
+
+    Args:
+        vllm_config: of the server.
+        device: of the model.
+        runner: whose model, batch and pages are used.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, runner: Any) -> None:
+        super().__init__(vllm_config, device, runner)
+        self._runner = runner
+        self._prepare(device)
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Nothing is loaded; see `initialize_cudagraph_keys` for `model`."""
+        self._target = target_model
+        self._draft_attn_layer_names = set()
+
+    def initialize_attn_backend(self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None) -> None:
+        self._take(self._runner.attn_groups)
+
+    def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
+        self._make_graphs(self._target, cudagraph_mode)
+
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: Any = None,
+    ) -> None:
+        """Capture the graphs beside vLLM's; drafts need less memory than the pass that it has just run."""
+        if is_graph_capturing:
+            self._capture()
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        next_token_ids: Tensor,
+        token_indices_to_sample: Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: Any,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> Tensor:
+        """Drafts `[sequences, num_speculative_tokens]` after `next_token_ids`, of which the cache has nothing yet."""
+        rows, probs = common_attn_metadata.batch_size(), []
+        verified = common_attn_metadata.seq_lens[:rows]
+        if num_rejected_tokens_gpu is not None:
+            verified = verified - num_rejected_tokens_gpu
+
+        def sample(hidden: Tensor, index: int) -> Tensor:
+            tokens, of_all = self._sample_draft_tokens(hidden, sampling_metadata)
+            probs.append(of_all)
+            return tokens
+
+        at_most, longest = self._runner.optimistic_seq_lens_cpu[:rows], common_attn_metadata.max_seq_len
+        drafts = self._round(num_speculative_tokens, next_token_ids, verified, at_most, longest, sample)
+        self._last_draft_probs = torch.stack(probs, 1).contiguous() if probs and probs[0] is not None else None
+        return drafts
+
+    def _page_table(self, cache: int, rows: int) -> Tensor:
+        return self._runner.input_batch.block_table[cache].get_device_tensor(rows)
+
+
+def _expanded(x: Tensor, ends: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Tensor:
+    """Numbers `[sequences]` once for each token: vLLM's own way on CPUs loses what it writes unless that is int64.
+
+    So temperatures were whatever lay in memory (0.27.1, 0.32.0).
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts.long(), output_size=num_tokens)
