@@ -1,5 +1,7 @@
 """What lies beside vLLM's pages: means of chunks and copies of keys are right whatever happens to the pages."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -10,6 +12,7 @@ from lycheedecode import HeadPlan, HybridConfig
 from lycheedecode.attention import HybridAttention
 from lycheedecode.integrations.vllm import cuda
 from lycheedecode.integrations.vllm.beside import Beside, Page, share_of_memory
+from lycheedecode.integrations.vllm.group import Group
 from lycheedecode.integrations.vllm.requests import Limits, Requests
 from lycheedecode.integrations.vllm.settings import Settings
 from lycheedecode.ops import reference
@@ -199,3 +202,13 @@ def test_what_is_known_of_requests():
     assert requests.take() == ()
     loading = Requests(Limits.of(HybridConfig(), None, True), loads=True)
     assert [grown(loading, 50, new=["a"]), grown(loading, 51), grown(loading, 52)] == [0, 0, 51]
+
+
+def test_copies_are_written_again_from_where_drafts_of_two_rounds_may_have_been_rejected():
+    """Lengths on the host may count them; means of a round ago are the layers' own."""
+    group, written = object.__new__(Group), []
+    group.requests, group._drafting = Requests(Limits.of(HybridConfig(), None, True)), ["a", "b"]
+    group.beside = SimpleNamespace(layers={0}, write=lambda *given: written.append(given[2:]))
+    for lengths in ([101, 51], [110, 71]):  # the next token included
+        group._write_verified(8, None, lengths)
+    assert written == [([0, 0], [101, 51], [0, 0]), ([84, 34], [110, 71], [110, 34])]

@@ -178,7 +178,7 @@ class Group:
             index: of the token in its round.
             drafts: of a round.
             kv_of: a layer's cache, with all sequences.
-            lengths: tokens of these, this one included, as if all drafts of the last round had been accepted.
+            lengths: tokens of these, this one included, as if all drafts of the last two rounds had been accepted.
         """
         if index == 0:
             self._drafting = self.requests.take()
@@ -192,7 +192,8 @@ class Group:
 
     def _write_verified(self, drafts: int, kv_of: Callable[[int], KV], after: Sequence[int]) -> None:
         last = self.requests.verify(self._drafting, [length - 1 for length in after])
-        good = [max(length - drafts, 0) for length in last]
+        # vLLM may schedule a step before it knows how many drafts the step before that had rejected.
+        good = [max(length - 2 * drafts, 0) for length in last]
         meant = list(good)
         for row, (old, new) in enumerate(zip(last, after, strict=True)):
             if old and new - 1 - old <= drafts + 1:  # a round ago: layers write these means, see `grown`

@@ -117,7 +117,7 @@ class TargetDrafts:
             count: of each sequence.
             tokens: `[sequences]`, the newest, of which the cache has nothing yet.
             verified: `[sequences]`, how many the cache has of each.
-            verified_at_most: the same on the host, as if no draft had been rejected.
+            verified_at_most: the same on the host, as if no draft of the last two rounds had been rejected.
             longest: the largest of these.
             sample: takes hidden states `[sequences, hidden size]` and the number of a draft; gives tokens.
         """
