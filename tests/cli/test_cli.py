@@ -226,7 +226,7 @@ def test_compare_shows_both(base, plan_file, tmp_path):
         (["x", "--scan-keys", "int8"], "'--scan-keys': 'int8' is not one of 'cache', 'float8', 'int4'"),
         (["x", "--block-size", "24"], "block_size must be a power of two"),
         (["x", "--selection", "top_p"], "needs top_p"),
-        (["x", "--temperature", "-1"], "temperature must be at least 0"),
+        (["x", "--temperature", "-1"], "temperature must be 0, which is greedy"),
         (["x", "--top-p", "2"], "top_p must be in (0, 1]"),
         (["x", "--compare", "full", "--temperature", "1"], "leave out --full, --stop and sampling options"),
         (["x", "--full"], "--full decodes without a plan and a budget"),

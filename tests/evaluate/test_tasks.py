@@ -326,7 +326,7 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "There is no text file" in refusal(*base, "--tasks", "vt", "--text", "nothing.txt")
     assert "--lengths must be whole numbers" in refusal(*base, "--lengths", "4k")
     assert "limit must be at least 1" in refusal(*base, "--limit", "0")
-    assert "--match-bytes needs a number" in refusal(*base, "--match-bytes", "0")
+    assert "--match-bytes must be a whole number of at least 1" in refusal(*base, "--match-bytes", "0")
     assert "'fast' is not one of" in refusal(*base, "--tasks", "vt", "--execution", "fast")
     assert "not both" in refusal(*base, "--budgets", "64,128", "--budget-tokens", "64")
     assert "--resume needs --json FILE" in refusal(*base, "--tasks", "vt", "--resume")
