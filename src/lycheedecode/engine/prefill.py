@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..models.routing import AttentionRoute, Window, layer_of, refuse_a_mask, refuse_unless_plain
@@ -37,8 +36,6 @@ _MUCH = 1 << 39
 
 It saved an H100 a third to a half of the attention, and planned for 45 to 90 ms, once for all layers.
 """
-_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""PyTorch itself takes cuDNN on Hopper, however short the prompt."""
 
 
 class ChunkAttention:
@@ -154,21 +151,12 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
         `[B, Hq, T, D]`.
     """
     earlier = keys.shape[2] - query.shape[2]
-    if earlier == 0:
-        return _alone(query, keys, values, scale)
-    past, past_lse = _with_lse(query, keys[:, :, :earlier], values[:, :, :earlier], scale, causal=False)
     own, own_lse = _with_lse(query, keys[:, :, earlier:], values[:, :, earlier:], scale, causal=True)
+    if earlier == 0:
+        return own
+    past, past_lse = _with_lse(query, keys[:, :, :earlier], values[:, :, :earlier], scale, causal=False)
     share = (past_lse - own_lse).sigmoid()[..., None].float()
     return torch.lerp(own.float(), past.float(), share).to(query.dtype)
-
-
-def _alone(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal attention of tokens to themselves."""
-    if _cudnn_pays(query, keys, values, causal=True):
-        return torch_private.cudnn(query, keys, values, scale, causal=True)[0]
-    keys, values = _as_many_heads(query, keys, values)
-    with sdpa_kernel(_WITHOUT_PLANS):
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
 
 
 def _cudnn_pays(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> bool:
@@ -226,13 +214,6 @@ def _each_without_padding(query: Tensor, keys: Tensor, values: Tensor, padding: 
                 query[one, :, skip:], keys[one, :, unused:], values[one, :, unused:], scale
             )
     return output
-
-
-def _as_many_heads(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Only the kernels for 16-bit numbers know groups of query heads."""
-    if query.is_cuda and query.dtype == torch.float32:
-        return _repeated(keys, query), _repeated(values, query)
-    return keys, values
 
 
 def _repeated(states: Tensor, query: Tensor) -> Tensor:
