@@ -24,6 +24,8 @@ FORMAT_OF_BUDGETS = "lycheedecode-head-plan/2"
 _PARTS = ("format", "model", "donors", "gate_means", "completion", "budgets", "provenance")
 Head = tuple[int, int]
 """`(layer, KV head)`."""
+MOST_FACTOR = 1000
+"""Of completion, and of a budget."""
 
 
 class PlanError(LycheeError):
@@ -75,10 +77,12 @@ class HeadPlan:
                 self._check_donor(layer, head, donor)
         for name in ("gate_means", "completion", "budgets"):
             object.__setattr__(self, name, self._as_table(name, getattr(self, name)))
-        if self.completion is not None and not all(0 <= factor <= 1000 for row in self.completion for factor in row):
-            raise PlanError("completion must be a table of factors that are not negative, and at most 1000.")
-        if self.budgets is not None and not all(0 < factor <= 1000 for row in self.budgets for factor in row):
-            raise PlanError("budgets must be a table of factors above 0, and at most 1000.")
+        if self.completion is not None and not all(
+            0 <= factor <= MOST_FACTOR for row in self.completion for factor in row
+        ):
+            raise PlanError(f"completion must be a table of factors that are not negative, and at most {MOST_FACTOR}.")
+        if self.budgets is not None and not all(0 < factor <= MOST_FACTOR for row in self.budgets for factor in row):
+            raise PlanError(f"budgets must be a table of factors above 0, and at most {MOST_FACTOR}.")
         if self.budgets is not None and all(factor == 1 for row in self.budgets for factor in row):
             object.__setattr__(self, "budgets", None)
 

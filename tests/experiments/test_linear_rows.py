@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from test_linear_study import timed
+from test_linear_study import run, without_gpu
 
 pytest.importorskip("triton", reason="Launches are described with Triton's kernel.")
-from experiments import linear, linear_rows, with_rows
-from experiments.__main__ import app
+from experiments import linear_rows, with_rows
 from lycheedecode.fusion import operator, reference, triton
 from lycheedecode.fusion.graph import use_linear
 from lycheedecode.fusion.launches import Kind, LinearTuning
@@ -17,20 +16,8 @@ from lycheedecode.fusion.launches import Kind, LinearTuning
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(linear_rows, "SHAPES", {"llama-3-8b": linear_rows.LayerShape(64, 128, (64, 16, 16), 100, 2)})
-    monkeypatch.setattr(linear, "DEVICE", "cpu")
-    monkeypatch.setattr(linear, "time_calls", timed)
-    monkeypatch.setattr(linear, "rotations", lambda size, least=1, most=256: 2)
-    monkeypatch.setattr(linear, "measured_bandwidth", lambda: 1e12)
-    monkeypatch.setattr(linear, "compile_ahead", lambda launches: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton, "linear", lambda *arguments, tuning=None: reference(*arguments))
+    without_gpu(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-
-
-def run(*arguments, status=0):
-    with pytest.raises(SystemExit) as stop:
-        app(arguments, prog_name="experiments")
-    assert stop.value.code == status
 
 
 def test_study_and_its_launches(tiny, tmp_path, capsys):

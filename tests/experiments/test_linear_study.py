@@ -21,12 +21,8 @@ def timed(calls, seconds):
     return Timing((time.perf_counter() - began) * 1e3, 1.0, 1.0, 1)
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    shapes = {"qkv": ((48, 16, 16), 32), "o": ((32,), 48), "gate_up": ((64, 64), 32), "down": ((32,), 64),
-              "head": ((100,), 32)}  # fmt: skip
-    for name, (sizes, columns) in shapes.items():
-        monkeypatch.setitem(bench.LLAMA_3_8B, name, bench.LLAMA_3_8B[name]._replace(sizes=sizes, columns=columns))
+def without_gpu(monkeypatch):
+    """The study computes by the reference, on the CPU."""
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     monkeypatch.setattr(bench, "time_calls", timed)
     monkeypatch.setattr(bench, "rotations", lambda size, least=1, most=256: 2)
@@ -34,6 +30,15 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(bench, "compile_ahead", lambda launches: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton, "linear", lambda *arguments, tuning=None: reference(*arguments))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    shapes = {"qkv": ((48, 16, 16), 32), "o": ((32,), 48), "gate_up": ((64, 64), 32), "down": ((32,), 64),
+              "head": ((100,), 32)}  # fmt: skip
+    for name, (sizes, columns) in shapes.items():
+        monkeypatch.setitem(bench.LLAMA_3_8B, name, bench.LLAMA_3_8B[name]._replace(sizes=sizes, columns=columns))
+    without_gpu(monkeypatch)
 
 
 def run(*arguments, status=0):

@@ -11,6 +11,7 @@ from ..checks import check_types, settings_from
 from ..config import HybridConfig
 from ..errors import ConfigError
 from ..models.shape import ModelShape
+from ..plan import MOST_FACTOR
 from ..prompts.makers import Cell
 
 Roles = Literal["sensitivity", "gates", "coverage"]
@@ -116,8 +117,8 @@ class IdentifySettings:
         if not 0 <= self.coupling <= 1:
             raise ConfigError(f"coupling must be in [0, 1], not {self.coupling}.")
         factors = self.completion_factors
-        if not factors or factors[0] or not all(0 <= factor <= 1000 for factor in factors):
-            raise ConfigError("completion_factors must begin with 0, and none may be negative or above 1000.")
+        if not factors or factors[0] or not all(0 <= factor <= MOST_FACTOR for factor in factors):
+            raise ConfigError(f"completion_factors must begin with 0, and none may be negative or above {MOST_FACTOR}.")
         if not self.budget_scales or min(self.budget_scales) <= 0:
             raise ConfigError("budget_scales must be positive.")
         if self.calibrate_cells == () or not self.texts or not self.train_cells:

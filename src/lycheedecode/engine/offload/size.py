@@ -70,7 +70,6 @@ def resident_size(
     return CacheSize(
         pools=cache,
         scanned=0 if config.scan_keys == "cache" else _scanned(shape, batch, slots, itemsize, config, retrieval),
-        means=_means(shape, batch, slots, itemsize, config),
         tables=4 * batch * _selection_numbers(slots, config, retrieval, plan),
         **_read(shape, batch, slots, itemsize, config, retrieval, plan),
     )
@@ -95,7 +94,6 @@ def offloaded_size(
     return CacheSize(
         pools=layers * batch * (held + tail) * config.block_size * token,
         scanned=_scanned(shape, batch, slots, itemsize, config, retrieval),
-        means=_means(shape, batch, slots, itemsize, config),
         limited=(shape.num_layers - layers) * batch * slots * token,
         tables=4 * batch * (known + _selection_numbers(slots, config, retrieval)),
         host=layers * batch * slots * token,
@@ -121,8 +119,11 @@ def _read(
         of_heads = [of_rows[row] for layer in shape.global_layers for row in plan.donor_rows(layer)]
     tokens = batch * sum(min(each * config.block_size, slots) for each in of_heads)
     selected = tokens * 2 * shape.head_dim * itemsize
-    scanned = _scanned(shape, batch, slots, itemsize, config, retrieval)
-    return {"read": scanned + _means(shape, batch, slots, itemsize, config) + selected, "selected": selected}
+    scanned, means = (
+        _scanned(shape, batch, slots, itemsize, config, retrieval),
+        _means(shape, batch, slots, itemsize, config),
+    )
+    return {"means": means, "read": scanned + means + selected, "selected": selected}
 
 
 def _scanned(shape: ModelShape, batch: int, slots: int, itemsize: int, config: HybridConfig, retrieval: int) -> int:
