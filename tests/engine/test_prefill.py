@@ -10,7 +10,7 @@ from lycheedecode.models.shape import ModelShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
-REACHES = [Window(), Window("sliding_attention", 7), Window("chunked_attention", 8)]
+WINDOWS = [Window(), Window("sliding_attention", 7), Window("chunked_attention", 8)]
 
 
 def tensors(tokens, slots, batch=2, dtype=torch.float32):
@@ -19,14 +19,14 @@ def tensors(tokens, slots, batch=2, dtype=torch.float32):
     return query, keys, values[:, :, :slots]
 
 
-def expected(query, keys, values, reach=REACHES[0], starts=None):
+def expected(query, keys, values, window=WINDOWS[0], starts=None):
     slots = keys.shape[2]
     weights = query.double() @ keys.double().repeat_interleave(3, 1).mT * SCALE
     for b in range(len(query)):
         start = 0 if starts is None else starts[b]
         for t in range(query.shape[2]):
             slot = slots - query.shape[2] + t
-            first = reach.first_slot(slot + 1, start)
+            first = window.first_slot(slot + 1, start)
             weights[b, :, t, :first] = weights[b, :, t, slot + 1 :] = -torch.inf
     return weights.softmax(-1) @ values.double().repeat_interleave(3, 1)
 
@@ -58,28 +58,28 @@ def test_cudnn_takes_large_chunks(slots, monkeypatch):
     assert called or torch.cuda.get_device_capability()[0] < 9
 
 
-@pytest.mark.parametrize("reach", REACHES, ids=lambda reach: reach.kind)
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda window: window.kind)
 @pytest.mark.parametrize("padding", [None, [0, 11], [3, 27]])
 @pytest.mark.parametrize("tile", [1024, 4])
-def test_layers_see_what_they_reach(reach, padding, tile, monkeypatch):
+def test_layers_see_what_is_in_their_window(window, padding, tile, monkeypatch):
     monkeypatch.setattr(dense, "_TILE", tile)
     query, keys, values = tensors(10, 30)
-    output = ChunkAttention([reach], padding).attend(0, query, keys, values, SCALE)
-    right = expected(query, keys, values, reach, padding)
+    output = ChunkAttention([window], padding).attend(0, query, keys, values, SCALE)
+    right = expected(query, keys, values, window, padding)
     for b, start in enumerate(padding or [0, 0]):
         tokens = max(start - 20, 0)
         torch.testing.assert_close(output[b, :, tokens:], right[b, :, tokens:].float(), atol=1e-5, rtol=1e-4)
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("reach", REACHES, ids=lambda reach: reach.kind)
-def test_numbers_and_tensors_reach_equally_far(reach):
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda window: window.kind)
+def test_numbers_and_tensors_see_equally_far(window):
     for filled, start in ((5, 0), (20, 0), (20, 9), (24, 17)):
-        first = reach.first_slot(filled, start)
+        first = window.first_slot(filled, start)
         assert start <= first < filled
-        assert reach.first_slot(torch.tensor([filled]), torch.tensor([start])).item() == first
-        if reach.is_all or reach.kind == "sliding_attention":
-            assert reach.first_slot(filled, torch.tensor([start])).item() == first
+        assert window.first_slot(torch.tensor([filled]), torch.tensor([start])).item() == first
+        if window.is_all or window.kind == "sliding_attention":
+            assert window.first_slot(filled, torch.tensor([start])).item() == first
 
 
 def test_layers_of_unknown_kind_are_refused(llama):

@@ -302,7 +302,7 @@ def test_a_pass_is_as_many_steps_of_full_attention(family, many):
     expected = engine.score(context, answers)
     stepped = [layer.store[0].clone() for layer in context.cache.layers]
     with torch.inference_mode(), engine._decoder.route:
-        one = passes.DensePass(context.cache, many, engine._full, engine._reaches, context.kv_bytes)
+        one = passes.DensePass(context.cache, many, engine._full, engine._windows, context.kv_bytes)
         one.token_ids.copy_(answers)
         one.filled.fill_(context.cache.length + many)
         logits = one.run(forward, engine.model)

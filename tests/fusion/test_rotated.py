@@ -52,7 +52,7 @@ def test_passes_of_several_tokens(family):
     context, token_ids = random_context(model, 2, 50, 10), torch.randint(4, 200, (2, 4))
     results = []
     for engine in (Engine(model), Engine(model, execution="compiled", backend=graphs)):
-        one = DensePass(context.cache, 4, engine._full, engine._reaches, context.kv_bytes)
+        one = DensePass(context.cache, 4, engine._full, engine._windows, context.kv_bytes)
         one.token_ids.copy_(token_ids)
         one.filled.copy_(torch.tensor([54, 49]))
         run = engine._decoder.capture(one.run, [context.kv_bytes])

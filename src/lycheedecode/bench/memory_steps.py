@@ -202,9 +202,9 @@ class ReplayedCase:
     # ------------------------------------------------------------------ caches
 
     def _host_cache(self) -> HostCache:
-        reaches = Window.of_layers(self._model, self._shape)
+        windows = Window.of_layers(self._model, self._shape)
         where = (self._batch, self._weight.dtype, self._weight.device)
-        cache = HostCache(self._shape, *where, reaches, region=self._region)
+        cache = HostCache(self._shape, *where, windows, region=self._region)
         cache.reserve(self._length + ROOM)
         return self._filled(cache)
 

@@ -43,7 +43,7 @@ class Decoder:
         model: a Hugging Face decoder.
         attention: what its global layers do. An attention is `graph_safe` when it says so: its launches depend on
             shapes alone, and it reads nothing from the device.
-        reaches: of every layer.
+        windows: how far back each layer looks.
         execution: one of the ways above, or `auto`: the first that works, on a GPU; `eager` elsewhere.
         backend: of `torch.compile`; None: ours, which is faster (`lycheedecode.fusion`).
         config: whether steps have weights of their own (`weights`).
@@ -53,7 +53,7 @@ class Decoder:
         self,
         model: nn.Module,
         attention: DecodeAttention,
-        reaches: Sequence[Window],
+        windows: Sequence[Window],
         execution: Execution = "auto",
         backend: Any = None,
         config: HybridConfig | None = None,
@@ -61,7 +61,7 @@ class Decoder:
         if execution not in get_args(Execution):
             raise ConfigError(f"execution must be one of {', '.join(get_args(Execution))}, not {execution!r}.")
         self.attention = attention
-        self.model, self.reaches = model, reaches
+        self.model, self.windows = model, windows
         self._backend, self._config = backend, config
         self._state: ModelState | None = None
         self.follow()
@@ -158,7 +158,7 @@ class Decoder:
 
     def _fixed(self, context: Context, state: State | None, refresh: bool) -> FixedStep:
         make = OffloadStep if isinstance(context.cache, HostCache) else FixedStep
-        return make(context.cache, self.attention, self.reaches, state, refresh, context.kv_bytes)
+        return make(context.cache, self.attention, self.windows, state, refresh, context.kv_bytes)
 
     def _flexible(self, context: Context, token_ids: Tensor) -> Tensor:
         cache = context.cache
@@ -176,7 +176,7 @@ class Decoder:
         lengths = torch.full_like(token_ids, filled, dtype=torch.int32)
         if cache.starts is not None:
             lengths -= cache.starts
-        step = FlexibleStep(cache, self.attention, self.reaches, state, refresh)
+        step = FlexibleStep(cache, self.attention, self.windows, state, refresh)
         with self.route, steps.running(step):
             logits = steps.forward(self.steps_of, token_ids, lengths, filled)
         cache.check_length(filled)

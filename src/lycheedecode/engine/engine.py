@@ -118,12 +118,12 @@ class Engine:
             self.attention = HybridAttention(plan, draft_config(self.config), self.shape.global_layers)
         elif plan is not None:
             self.attention = OffloadedAttention(plan, self.config, self.shape.global_layers, store_ratio)
-        self._prefill_chunk, self._reaches = prefill_chunk, Window.of_layers(model, self.shape)
-        self._decoder = Decoder(model, self.attention, self._reaches, execution, backend, self.config)
+        self._prefill_chunk, self._windows = prefill_chunk, Window.of_layers(model, self.shape)
+        self._decoder = Decoder(model, self.attention, self._windows, execution, backend, self.config)
         self._route = prefill.route(model)
         self._positions = Positions.of(text_config(inner_model(model)))
         if check:
-            prove(model, self.shape, self._reaches)
+            prove(model, self.shape, self._windows)
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +165,7 @@ class Engine:
         if context is None:
             starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
             size = len(rows), longest + room
-            asked = self._place, self.model, self.shape, *size, self._reaches, starts, self.attention
+            asked = self._place, self.model, self.shape, *size, self._windows, starts, self.attention
             context = new_context(self.model, state, new_cache(*asked), len(rows), is_long)
         check_continued(context, self.model, len(rows))
         check_unchanged(context, state)
@@ -347,7 +347,7 @@ class Engine:
 
     def _dense(self, cache: KVCache, token_ids: Tensor, padding: list[int] | None) -> Tensor:
         """Tokens `[B, T]` -> logits float32 `[B, V]` after the last; every layer is dense."""
-        chunk = prefill.ChunkAttention(self._reaches, padding)
+        chunk = prefill.ChunkAttention(self._windows, padding)
         logits = prefill.read_chunk(self.model, self._route, chunk, cache, token_ids)
         return logits[:, -1].clone()  # an ordinary tensor, which callers may change
 
@@ -368,7 +368,7 @@ class Engine:
         with torch.inference_mode():
             one, run = kept.get(key, (None, None))
             if one is None:
-                one = DensePass(context.cache, token_ids.shape[1], self._full, self._reaches, context.kv_bytes)
+                one = DensePass(context.cache, token_ids.shape[1], self._full, self._windows, context.kv_bytes)
             one.token_ids.copy_(token_ids)
             one.filled.fill_(context.cache.length + token_ids.shape[1])
             if run is None:

@@ -29,7 +29,7 @@ class DensePass:
         cache: its stores are written in place; its length is left to the caller.
         tokens: `T`, 1 to `ops.attend.MAX_TOKENS`.
         full: says how many bytes are read.
-        reaches: of every layer.
+        windows: how far back each layer looks.
         kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
         starts: int32 `[B]`, in place of the cache's.
 
@@ -43,13 +43,13 @@ class DensePass:
         cache: KVCache,
         tokens: int,
         full: FullAttention,
-        reaches: Sequence[Window],
+        windows: Sequence[Window],
         kv_bytes: Tensor,
         starts: Tensor | None = None,
     ) -> None:
         self.stores = [layer.store for layer in cache.layers]
         self.kv_bytes = kv_bytes
-        self._full, self._reaches, self._key_bytes = full, reaches, cache.key_bytes
+        self._full, self._windows, self._key_bytes = full, windows, cache.key_bytes
         batch, device = kv_bytes.shape[0], kv_bytes.device
         self.token_ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         self.filled = torch.full((batch,), tokens, dtype=torch.int32, device=device)
@@ -62,8 +62,8 @@ class DensePass:
         self._lengths = self.filled if self._starts is None else self.filled - self._starts
         self._slots = (self.filled[:, None] - self._before).flatten()
         counts = self._lengths[:, None] - self._before
-        for reach in set(self._reaches):
-            self._begins[reach] = None if reach.is_all else reach.first_slot(counts, torch.zeros_like(counts)).int()
+        for window in set(self._windows):
+            self._begins[window] = None if window.is_all else window.first_slot(counts, torch.zeros_like(counts)).int()
         with running(self):
             if self.token_ids.shape[1] > 1:
                 logits = forward(model, self.token_ids, self._lengths, self.filled[:1])
@@ -84,7 +84,7 @@ class DensePass:
             rotated.unflatten(0, query.shape[:2]),
             KV(keys, values, self._lengths, self._starts),
             scale,
-            self._begins[self._reaches[layer]],
+            self._begins[self._windows[layer]],
         )
 
     def attend(

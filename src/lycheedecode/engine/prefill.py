@@ -3,9 +3,9 @@
     keys     | all earlier tokens          | the chunk's own |
     queries    see them all                  causal            -> two attentions without a mask, merged by their lse
 
-So the chunk costs what a FlashAttention kernel costs, and memory that grows with the chunk alone. Layers that look back
-a limited way go in tiles, whose masks are small. On a GPU a chunk of a few tokens is `ops.attend_tokens`, which splits
-the keys. Dimensions as in `ops`; `T` tokens of the chunk, the last of `S`.
+So a chunk costs what FlashAttention costs, and its memory grows with the chunk alone. Windowed layers go in tiles of
+queries, whose masks are small. On a GPU, chunks of a few tokens use `ops.attend_tokens`, which splits the keys.
+Dimensions as in `ops`; `T` tokens of the chunk, the last of `S`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..ops.types import constant
 from .cache import KVCache
 
 _TILE = 1024
-"""Queries of a layer with limited reach that share a mask."""
+"""Queries of a windowed layer that share a mask."""
 _MUCH = 1 << 39
 """Products of a layer's queries and keys from which on cuDNN is worth its plan for a new shape.
 
@@ -42,21 +42,21 @@ class ChunkAttention:
     """Attention of every layer of a model while a chunk passes through it.
 
     Args:
-        reaches: of every layer.
+        windows: how far back each layer looks.
         padding: unused slots before each sequence; None where there are none.
     """
 
-    def __init__(self, reaches: Sequence[Window], padding: Sequence[int] | None = None) -> None:
-        self._reaches, self._padding = reaches, padding
+    def __init__(self, windows: Sequence[Window], padding: Sequence[int] | None = None) -> None:
+        self._windows, self._padding = windows, padding
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Query `[B, Hq, T, D]` of the last `T` of `S` tokens, keys and values `[B, Hkv, S, D]` -> `[B, Hq, T, D]`."""
-        reach = self._reaches[layer]
-        if reach.is_all and query.is_cuda and query.shape[2] <= MAX_TOKENS:
+        window = self._windows[layer]
+        if window.is_all and query.is_cuda and query.shape[2] <= MAX_TOKENS:
             kv = KV(keys, values, None, self._starts(query.device))
             return ops.attend_tokens(query.transpose(1, 2), kv, scale).transpose(1, 2)
-        if not reach.is_all:
-            return attend_within(query, keys, values, reach, self._padding, scale)
+        if not window.is_all:
+            return attend_within(query, keys, values, window, self._padding, scale)
         if self._padding is None:
             return attend_causal(query, keys, values, scale)
         return _each_without_padding(query, keys, values, self._padding, scale)
@@ -183,17 +183,17 @@ def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal:
 
 
 def attend_within(
-    query: Tensor, keys: Tensor, values: Tensor, reach: Window, padding: Sequence[int] | None, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, window: Window, padding: Sequence[int] | None, scale: float
 ) -> Tensor:
-    """`attend_causal` of a layer with limited reach, after `padding` unused slots."""
+    """`attend_causal` of a windowed layer, after `padding` unused slots."""
     tokens, slots = query.shape[2], keys.shape[2]
     starts = 0 if padding is None else torch.tensor(padding, device=query.device)[:, None]
     outputs = []
     for begin in range(slots - tokens, slots, _TILE):
         end = min(begin + _TILE, slots)
-        low = max(begin + 1 - reach.span, 0)
+        low = max(begin + 1 - window.span, 0)
         asking = torch.arange(begin, end, device=query.device)
-        first = reach.first_slot(asking + 1, starts).clamp(max=asking)  # padding sees itself: anything but nothing
+        first = window.first_slot(asking + 1, starts).clamp(max=asking)  # padding sees itself: anything but nothing
         seen = torch.arange(low, end, device=query.device)
         mask = (seen >= first[..., None]) & (seen <= asking[:, None])
         mask = mask if mask.dim() == 2 else mask[:, None]

@@ -35,12 +35,12 @@ _proved: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """Models that passed, with what they were then. Only saves time: a verdict depends on the model alone."""
 
 
-def prove(model: nn.Module, shape: ModelShape, reaches: Sequence[Window]) -> None:
+def prove(model: nn.Module, shape: ModelShape, windows: Sequence[Window]) -> None:
     """Raise `ModelError`, in one sentence, unless the engine reproduces the model's logits.
 
     Args:
         model: in eval mode; it is left as it was, and so are all random number generators.
-        shape, reaches: of the model.
+        shape, windows: of the model.
     """
     if inner_model(model).training:
         raise ModelError(f"{shape.architecture} is in training mode, where dropout is random; call model.eval() first.")
@@ -54,7 +54,7 @@ def prove(model: nn.Module, shape: ModelShape, reaches: Sequence[Window]) -> Non
         if not expected.isfinite().any():
             return  # a broken model, which says so when it generates
         try:
-            found = _by_engine(model, shape, reaches, tokens)
+            found = _by_engine(model, shape, windows, tokens)
         except (LycheeError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model that is not like others may stumble over
@@ -116,12 +116,12 @@ def _as_it_is(model: nn.Module, shape: ModelShape, tokens: Tensor) -> Tensor:
         ) from error
 
 
-def _by_engine(model: nn.Module, shape: ModelShape, reaches: Sequence[Window], tokens: Tensor) -> Tensor:
+def _by_engine(model: nn.Module, shape: ModelShape, windows: Sequence[Window], tokens: Tensor) -> Tensor:
     """The same by the engine, where the second sequence begins `_SHORTER` slots later, after padding."""
     prompt, padding = _FIRST + _SECOND, [0, _SHORTER]
     slots = torch.stack([tokens[0], tokens[1].roll(_SHORTER)])
     cache = KVCache(shape.num_layers, torch.tensor(padding, dtype=torch.int32, device=tokens.device))
-    chunk, route = prefill.ChunkAttention(reaches, padding), prefill.route(model)
+    chunk, route = prefill.ChunkAttention(windows, padding), prefill.route(model)
     logits = [
         prefill.read_chunk(model, route, chunk, cache, part, keep=part.shape[1])
         for part in slots[:, :prompt].split([_FIRST, _SECOND], 1)
@@ -129,7 +129,7 @@ def _by_engine(model: nn.Module, shape: ModelShape, reaches: Sequence[Window], t
     for layer in shape.global_layers:
         shape.check_heads(layer, cache.layers[layer].store[0].shape[1])
     full = FullAttention(len(shape.global_layers), shape.num_kv_heads)
-    decoder = Decoder(model, full, reaches, "eager")
+    decoder = Decoder(model, full, windows, "eager")
     counted = torch.zeros(2, dtype=torch.float64, device=tokens.device)
     context = Context(cache, logits[-1][:, -1], [prompt, prompt - _SHORTER], 0.0, counted)
     logits += [decoder.logits(context, token_ids)[:, None] for token_ids in slots[:, prompt:].unbind(1)]

@@ -74,8 +74,8 @@ class FlexibleStep:
 
     Args:
         cache: grows by a token.
-        attention: what the global layers do; the others attend densely to what they reach.
-        reaches: of every layer.
+        attention: what the global layers do; windowed layers attend densely to what they see.
+        windows: how far back each layer looks.
         state: of `attention`.
         refresh: whether retrieval heads select.
     """
@@ -84,11 +84,11 @@ class FlexibleStep:
         self,
         cache: KVCache,
         attention: DecodeAttention,
-        reaches: Sequence[Window],
+        windows: Sequence[Window],
         state: State | None,
         refresh: bool,
     ) -> None:
-        self._cache, self._attention, self._reaches = cache, attention, reaches
+        self._cache, self._attention, self._windows = cache, attention, windows
         self._state, self._refresh = state, refresh
 
     def attend(
@@ -98,14 +98,14 @@ class FlexibleStep:
         if rotation is not None:
             query, key = rotation.of_query(query), rotation.of_key(key)
         keys, values = self._cache.update(key[:, :, None], value[:, :, None], layer)
-        reach, starts = self._reaches[layer], self._cache.starts
-        if reach.is_all:
+        window, starts = self._windows[layer], self._cache.starts
+        if window.is_all:
             return self._attention(layer, query, KV(keys, values, None, starts), self._state, scale, self._refresh)
         filled = keys.shape[2]
         if starts is None:
-            begin = reach.first_slot(filled, 0)
+            begin = window.first_slot(filled, 0)
         else:
-            begin, starts = max(filled - reach.span, 0), reach.first_slot(filled, starts)
+            begin, starts = max(filled - window.span, 0), window.first_slot(filled, starts)
             starts = (starts - begin).int()
         return ops.attend(query, KV(keys[:, :, begin:], values[:, :, begin:], None, starts), scale)
 
@@ -118,7 +118,7 @@ class FixedStep:
 
     Args:
         cache: its stores are written in place; its length is left to the caller.
-        attention, reaches, state, refresh: as in `FlexibleStep`.
+        attention, windows, state, refresh: as in `FlexibleStep`.
         kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
         starts: int32 `[B]`, in place of the cache's.
         looks: whether it may look, on a CPU, where the tokens end, and leave alone what lies behind them.
@@ -128,7 +128,7 @@ class FixedStep:
         self,
         cache: KVCache,
         attention: DecodeAttention,
-        reaches: Sequence[Window],
+        windows: Sequence[Window],
         state: State | None,
         refresh: bool,
         kv_bytes: Tensor,
@@ -138,7 +138,7 @@ class FixedStep:
         self.stores = [layer.store for layer in cache.layers]
         self._looks, self._slots = looks and kv_bytes.device.type == "cpu", None
         self.state, self.kv_bytes, self.counters = state, kv_bytes, [kv_bytes]
-        self._attention, self._reaches, self._refresh, self._key_bytes = attention, reaches, refresh, cache.key_bytes
+        self._attention, self._windows, self._refresh, self._key_bytes = attention, windows, refresh, cache.key_bytes
         batch, device = kv_bytes.shape[0], kv_bytes.device
         self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = torch.ones(batch, dtype=torch.int32, device=device)
@@ -151,12 +151,12 @@ class FixedStep:
         """Logits float32 `[B, V]` of the next token."""
         lengths = self.filled if self._starts is None else self.filled - self._starts
         starts = torch.zeros_like(lengths) if self._starts is None else self._starts
-        for reach in set(self._reaches):
-            if reach.is_all:
-                self._ends[reach] = lengths, self._starts
+        for window in set(self._windows):
+            if window.is_all:
+                self._ends[window] = lengths, self._starts
             else:
-                first = reach.first_slot(self.filled, starts)
-                self._ends[reach] = self.filled - first, first
+                first = window.first_slot(self.filled, starts)
+                self._ends[window] = self.filled - first, first
         if self._looks:
             self._look()
         self._runs += 1
@@ -171,8 +171,8 @@ class FixedStep:
         self._slots = max(ends)
         if min(ends) == self._slots:
             from_zero = self._starts is None or not self._starts.any()
-            for reach, (_, first) in self._ends.items():
-                self._ends[reach] = None, None if reach.is_all and from_zero else first
+            for window, (_, first) in self._ends.items():
+                self._ends[window] = None, None if window.is_all and from_zero else first
 
     def check_layers(self) -> None:
         """Raise `ModelError` unless every layer attended once in every run so far."""
@@ -191,9 +191,9 @@ class FixedStep:
         self._passed[layer] += 1
         rotated = ops.append(keys, values, key, value, self.filled, query, rotation)
         assert rotated is not None  # a query was given
-        reach = self._reaches[layer]
-        kv = KV(keys[:, :, : self._slots], values[:, :, : self._slots], *self._ends[reach])
-        if reach.is_all:
+        window = self._windows[layer]
+        kv = KV(keys[:, :, : self._slots], values[:, :, : self._slots], *self._ends[window])
+        if window.is_all:
             return self._attention(layer, rotated, kv, self.state, scale, self._refresh)
         return ops.attend(rotated, kv, scale)
 

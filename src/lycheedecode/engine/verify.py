@@ -300,7 +300,7 @@ class Rounds:
         cache, context = self._context.cache, self._context
         state = self._state if attention is self._decoder.attention else None
         looks = self._decoder.way == "eager" and getattr(attention, "graph_safe", False)
-        return FixedStep(cache, attention, self._decoder.reaches, state, refresh, context.kv_bytes, self._starts, looks)
+        return FixedStep(cache, attention, self._decoder.windows, state, refresh, context.kv_bytes, self._starts, looks)
 
     def _drafting(self, refresh: bool) -> Any:
         """A hybrid step from the last draft to the next."""
@@ -320,7 +320,7 @@ class Rounds:
     def _verifying(self) -> Any:
         """The pass over the certain token and all drafts."""
         cache, context, tokens = self._context.cache, self._context, self.tokens
-        dense = DensePass(cache, tokens, self._full, self._decoder.reaches, context.kv_bytes, self._starts)
+        dense = DensePass(cache, tokens, self._full, self._decoder.windows, context.kv_bytes, self._starts)
 
         def run(forward: Forward, model: nn.Module) -> None:
             dense.token_ids.copy_(self._window)

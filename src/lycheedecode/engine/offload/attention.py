@@ -184,7 +184,7 @@ def refuse_unfit(config: HybridConfig, store_ratio: float, plan: HeadPlan | None
 
 
 class OffloadStep(FixedStep):
-    """A `FixedStep` over a `HostCache`; layers with limited reach are those of a `FixedStep`."""
+    """A `FixedStep` over a `HostCache`; windowed layers are those of a `FixedStep`."""
 
     _attention: OffloadedAttention
     _cache: HostCache

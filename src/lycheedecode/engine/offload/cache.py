@@ -81,7 +81,7 @@ class HostCache(KVCache):
         shape: of the model.
         batch: sequences.
         dtype, device: of keys and values, and where steps run.
-        reaches: of every layer.
+        windows: how far back each layer looks.
         starts: as in `KVCache`.
         region: host memory to lie in, as long as it is large enough; None: its own.
 
@@ -100,12 +100,12 @@ class HostCache(KVCache):
         batch: int,
         dtype: torch.dtype,
         device: torch.device,
-        reaches: Sequence[Window],
+        windows: Sequence[Window],
         starts: Tensor | None = None,
         region: Region | None = None,
     ) -> None:
-        super().__init__(len(reaches), starts)
-        self.position = {layer: i for i, layer in enumerate(i for i, reach in enumerate(reaches) if reach.is_all)}
+        super().__init__(len(windows), starts)
+        self.position = {layer: i for i, layer in enumerate(i for i, window in enumerate(windows) if window.is_all)}
         self.batch = batch
         self._region: Region | None = None
         self._spare = region
@@ -124,7 +124,7 @@ class HostCache(KVCache):
 
     @property
     def layers_in_prefill(self) -> int:
-        """See `KVCache`: those with limited reach, and buffers for the one that attends and the next."""
+        """See `KVCache`: windowed layers, and buffers for the one that attends and the next."""
         return len(self.layers) - len(self.position) + BUFFERS
 
     @property

@@ -61,7 +61,7 @@ def new_cache(
     shape: ModelShape,
     batch: int,
     slots: int,
-    reaches: Sequence[Window],
+    windows: Sequence[Window],
     starts: Tensor | None,
     attention: DecodeAttention,
 ) -> KVCache:
@@ -76,7 +76,7 @@ def new_cache(
         weight = next(model.parameters())
         if weight.is_cuda and isinstance(attention, OffloadedAttention):
             check_room(attention.size(shape, batch, slots, weight.element_size()), free_bytes(weight.device))
-        cache = HostCache(shape, batch, weight.dtype, weight.device, reaches, starts)
+        cache = HostCache(shape, batch, weight.dtype, weight.device, windows, starts)
     cache.reserve(slots)
     return cache
 

@@ -22,7 +22,7 @@ class CacheSize:
         pools: blocks at hand of layers with full attention.
         scanned: keys that retrieval heads scan.
         means: of the completion.
-        limited: layers with limited reach, which stay on the GPU.
+        limited: windowed layers, which stay on the GPU.
         tables: selections, and which blocks lie where.
         host: in host memory.
         read: what a step reads of layers with full attention.
