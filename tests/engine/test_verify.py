@@ -276,6 +276,24 @@ def check_what_is_kept(context):
                 torch.testing.assert_close(mean[b, :, :chunks], expected[b, :, :chunks])
 
 
+def test_the_first_round_reads_no_means_that_were_not_written(llama):
+    """Chunks that end among its drafts are complete when its last ones are drafted."""
+    engine = lossless(llama, 16, completion="centroid", completion_chunk=8)
+    context = engine.prefill(tiny.prompts(60, 37), room=100)
+    engine.generate(context, 1)
+    means = context.cache.state.means
+    means.means.fill_(torch.nan)
+    means.truncate(0)
+    engine.generate(context, 1)  # the prompts' token: no round has begun
+    for b, tokens in enumerate((60, 37)):
+        written, complete = tokens // 8, (tokens + 16) // 8
+        assert means.means[:, :, b, :, :complete].isfinite().all()
+        assert complete > written + 1
+        last = tokens - written * 8
+        store = context.cache.layers[0].store[0][b, :, 60 - last : 60]
+        torch.testing.assert_close(means.of_layer(0)[0][b, :, written], store.sum(1) / last)
+
+
 def test_what_full_steps_wrote_is_followed_before_drafts(llama, monkeypatch):
     """Also after more of them in a row than are followed at once."""
     schedules = iter([Schedule(0, 1)] * 70 + [Schedule(8, 8)] * 2 + [Schedule(0, 1)] * 3 + [Schedule(8, 8)] * 9)

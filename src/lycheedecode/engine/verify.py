@@ -202,6 +202,7 @@ class Rounds:
         self._window.zero_()
         self._window[:, 0] = self._sampler(context.logits, self._sequences, 0)
         self._note_nan(context.logits)
+        self._follow(2 * self.tokens)  # chunks that end in the first round's drafts
         self._finished: set[int] = set()
         self._behind = 0
         self._tallies = [Tally() for _ in context.prompt_lengths]
