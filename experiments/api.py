@@ -80,10 +80,12 @@ def _as_markdown(docstring: str) -> str:
 
 def _signature(name: str, function: Any) -> str:
     signature = inspect.signature(function)
-    parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls") and p.name[0] != "_"]
     parameters = [p.replace(annotation=_Bare(p.annotation)) for p in parameters]
+    given = signature.return_annotation
+    result = "" if given in (inspect.Signature.empty, None, "None") else f" -> {given}"
     shown = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-    line = _without_addresses(f"{name}{shown}")
+    line = _without_addresses(f"{name}{shown}{result}")
     if len(line) <= 100:
         return line
     star, lines = False, []
@@ -92,7 +94,7 @@ def _signature(name: str, function: Any) -> str:
             star = True
             lines.append("    *,")
         lines.append(_without_addresses(f"    {parameter},"))
-    return "\n".join([f"{name}(", *lines, ")"])
+    return "\n".join([f"{name}(", *lines, f"){result}"])
 
 
 class _Bare(str):

@@ -14,19 +14,25 @@ except metadata.PackageNotFoundError:  # a source tree that is not installed
 
 # These need transformers, whose import takes seconds, so they are looked up when they are first asked for.
 _LATER = {
+    "Context": ".engine",
     "Engine": ".engine",
+    "Generation": ".engine",
     "IdentifySettings": ".identify",
-    "Sampling": ".engine.sampling",
+    "Piece": ".engine",
+    "Sampling": ".engine",
     "hybrid": ".integrations.transformers",
     "load_model": ".models",
 }
 
 __all__ = [
+    "Context",
     "Engine",
+    "Generation",
     "HeadPlan",
     "HybridConfig",
     "IdentifySettings",
     "LycheeError",
+    "Piece",
     "PlanError",
     "Sampling",
     "__version__",

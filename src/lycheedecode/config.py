@@ -48,24 +48,23 @@ class HybridConfig:
         selection: how block scores become a selection: the best `budget_tokens` (`top_k`) or `budget_ratio`
             (`ratio`), the smallest set that holds `top_p` of the attention mass, or every block with a score of at
             least `threshold`.
-        top_p: attention mass in (0, 1] that a `top_p` selection must hold; float32 sums it, so even with 1 blocks that
-            no longer move the sum stay out.
-        threshold: lowest share of the attention mass, in (0, 1), of a block that `threshold` selects.
+        top_p: attention mass in (0, 1] that a `top_p` selection must hold. The sum is float32: even at 1, blocks too
+            light to change it are left out.
+        threshold: least score in (0, 1), a share of the attention mass, of the blocks that `threshold` selects.
         retrieval_attention: `selected`: retrieval heads scan the keys, then attend over their own selection;
             `full`: they attend to the whole cache, as in the paper.
         block_score: what a block is worth to a query head: the `mass` of its attention weights, or the `max` of them.
-        scan_keys: what retrieval heads scan: the keys in the `cache`, or a copy of them in 8 bits (`float8`), which
-            halves the scan's bytes and takes a byte of memory for each of their numbers, or in 4 bits (`int4`), which
-            takes a little over half of that. On a GPU with long contexts, a copy and a larger budget are closer
-            to full attention at the same bytes (docs/head-plans.md, Budget).
-        completion: how tokens that a head does not read still count, as the mean key and value of their chunk: weighted
-            by the head's factor in the `plan` (which may have none), by 1 for every head (`centroid`), or not at all
-            (`none`).
+        scan_keys: what retrieval heads scan: their keys in the `cache`, or a smaller copy kept beside it, in 8 bits
+            (`float8`, half the bytes of 16-bit keys) or in 4 (`int4`, a little over a quarter). On a GPU with long
+            contexts, a copy with a larger budget is closer to full attention at the same bytes read
+            (docs/head-plans.md, Budget).
+        completion: how tokens that a head does not read still count, through their chunk's mean key and value: with the
+            head's factor in the `plan` (which may have none), with a factor of 1 for every head (`centroid`), or not at
+            all (`none`).
         completion_chunk: tokens per chunk, a power of two up to 4096; with larger blocks, a chunk is a block.
-        correction_every: Cache Correction: after every n decoded tokens a dense pass rewrites their cache entries.
+        correction_every: Cache Correction: after every n decoded tokens, a dense pass rewrites their cache entries.
             0 switches it off.
-        refresh_every: retrieval heads select again every n decoded tokens, up to 4096, and keep their selection in
-            between.
+        refresh_every: decoded tokens, up to 4096, for which retrieval heads keep a selection before they select again.
         step_weights: what linear layers of decode steps use: the weights of the `model`, or an 8-bit copy (`float8`),
             which halves weight reads at the cost of 50% more weight memory. Prefill, Cache Correction, the pass of
             `verify_every` and batches of more than 16 keep the model's own; `Engine` only.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 
 class LycheeError(ValueError):
-    """The root of all errors that a user can mend.
+    """Base class of all errors that a user can fix.
 
     Attributes:
         exit_status: the exit status of a command that ends with it: 2 for bad input, 1 if it ran and the answer is no.

@@ -138,9 +138,9 @@ class HeadPlan:
 
     @cached_property
     def selections(self) -> tuple[tuple[Head, float], ...]:
-        """What heads read: retrieval heads in layer order, each with the factors on the budget that its readers have.
+        """All that is selected in a step: retrieval heads in layer order, once for each budget factor of their readers.
 
-        The position in this tuple is the selection's row. Without budgets it is a row for each retrieval head.
+        A position in this tuple is a row of the selections. Without budgets, each retrieval head has one row.
         """
         every = zip(self.donors, map(self.budget_factors, range(self.num_layers)), strict=True)
         return tuple(sorted({pair for donors, factors in every for pair in zip(donors, factors, strict=True)}))
@@ -158,15 +158,15 @@ class HeadPlan:
         return tuple(head for head in range(self.num_kv_heads) if self.donors[layer][head] != (layer, head))
 
     def first_row(self, layer: int) -> int:
-        """Rows of the selections before those of `layer`."""
+        """The first of the rows that `layer` selects; rows count through the layers, as in `selections`."""
         return sum(head[0] < layer for head, _ in self.selections)
 
     def rows(self, layer: int) -> tuple[tuple[int, float], ...]:
-        """KV head and factor on the budget of each row that `layer` selects, from `first_row(layer)` on."""
+        """For each row that `layer` selects, from `first_row(layer)` on: its KV head and its factor on the budget."""
         return tuple((head[1], factor) for head, factor in self.selections if head[0] == layer)
 
     def donor_rows(self, layer: int) -> tuple[int, ...]:
-        """For every KV head of `layer`, the row of the selections that it attends over."""
+        """For every KV head of `layer`, the row whose selection it attends over."""
         pairs = zip(self.donors[layer], self.budget_factors(layer), strict=True)
         return tuple(self._rows[pair] for pair in pairs)
 
@@ -218,9 +218,9 @@ class HeadPlan:
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str]) -> HeadPlan:
-        """Read a JSON file by path, or a bundled plan by its name or that of its model, as `bundled_plan_of` knows it.
+        """Read a plan: a JSON file by its path, or a bundled plan by its own name or its model's.
 
-        A name is a word, or a hub id of two: anything longer is a path.
+        A name is one word or a hub id (`owner/name`); anything else is a path.
         """
         if not isinstance(name_or_path, (str, os.PathLike)):
             raise PlanError(f"A head plan is loaded by name or path, not from {shown(name_or_path)}.")
@@ -295,7 +295,7 @@ class HeadPlan:
     # ------------------------------------------------------------------ fitting a model
 
     def check_fits(self, *, num_layers: int, num_kv_heads: int, architecture: str | None = None) -> None:
-        """Raise `PlanError` with one sentence that says what differs from the model."""
+        """Raise `PlanError` if the model is another one; its sentence says what differs."""
         made_for = self.model.get("name") or "another model"
         for what, ours, theirs in (
             ("layers", self.num_layers, num_layers),
@@ -332,7 +332,7 @@ class HeadPlan:
         )
 
     def stage(self, first: int, last: int) -> HeadPlan:
-        """Plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor is outside it."""
+        """The plan of one pipeline stage, layers `first` to `last - 1`; raises `PlanError` if a donor is outside it."""
         if not 0 <= first < last <= self.num_layers:
             raise PlanError(f"Layers {first} to {last - 1} do not exist in a plan of {self.num_layers} layers.")
         for layer in range(first, last):

@@ -19,6 +19,13 @@ class Settings:
     how: object = object()
 
 
+def test_signatures_say_what_is_returned_and_leave_out_what_is_private():
+    def made(self, kept: int, _own: int = 0) -> Settings:
+        raise NotImplementedError
+
+    assert api._signature("Settings.made", made) == "Settings.made(kept: int) -> Settings"
+
+
 def test_no_value_is_shown_by_its_place_in_memory():
     assert "Settings(kept: dict = ..., how: object = ...)" in api._section("Settings", Settings)
     page = api.render()

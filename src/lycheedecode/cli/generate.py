@@ -244,7 +244,7 @@ def _stream(asked: _Asked, engine: Engine, text: str, sampling: Sampling, consol
     errors.print(
         f"{made.prompt_tokens} + {len(made.token_ids)} tokens ({made.finish_reason}); prefill "
         f"{made.prefill_seconds:.2f} s; {made.tokens_per_second:.1f} tokens/s; "
-        f"{megabytes(made.kv_bytes_per_token)} of KV cache read for each{_rounds(made)}{_place(made)}",
+        f"{megabytes(made.kv_bytes_per_token)} of KV cache read per token{_rounds(made)}{_place(made)}",
         style="dim",
     )
     if not asked.full:

@@ -121,8 +121,8 @@ def memory(
     cells = [[row["way"], *(_gib(row[name]) for name in ("gpu_bytes", "total_bytes", "host_bytes")),
               "yes" if row["fits"] else "no", f"{row['step_ms']:.1f}"] for row in rows]  # fmt: skip
     console = screen(json_file)
-    title = f"{model}, {batch} x {context} tokens: GiB of {gpu:g} on the GPU, {host:g} of host memory"
-    heads = ["", "cache", "and weights", "in host memory", "fits", "ms a step, at least"]
+    title = f"{model}, {batch} x {context} tokens: GiB, of {gpu:g} on the GPU and {host:g} in host memory"
+    heads = ["", "cache", "with weights", "in host memory", "fits", "ms a step, at least"]
     show_table(console, title, heads, cells)
     found = next((way for way, row in zip(ways, rows, strict=True) if row["fits"]), None)
     most = _most(shape, context, config, retrieval, store_ratio, weights, gpu, host, head_plan)

@@ -15,10 +15,10 @@ from .cache import KVCache
 
 @dataclass
 class Context:
-    """Prompts that were prefilled, and what was decoded after them. Engines of one model may share it, in turn.
+    """Prompts that were prefilled, and what was decoded after them. Engines of one model may use it in turn.
 
-    Given back to `Engine.prefill`, `generate` or `stream` as `context`, it takes up other prompts, of which only what
-    it does not hold is read.
+    Passed back to `Engine.prefill`, `generate` or `stream` as `context`, it takes on new prompts, and only what it does
+    not hold of them is read.
 
     Attributes:
         cache: keys and values of prompts and decoded tokens.
@@ -27,10 +27,11 @@ class Context:
         prefill_seconds: time that the last prefill took.
         kv_bytes: float64 `[B]`, bytes of the KV cache that decode steps have read for each sequence.
         steps: decode steps since the prompt.
-        token_ids: int64 `[B, S]`, the padded prompts.
-        is_long: whether the cache was made with the positions of a text past the model's turn (`models.positions`).
+        token_ids: int64 `[B, S]`, the prompts, padded on the left.
+        is_long: whether positions are those of a text past the length at which the model changes them
+            (`models.positions`).
         model: the model that read the prompts; None: not known.
-        model_state: what it was then; None: not known.
+        model_state: its parameters and buffers at that time; None: not known.
         cached_tokens: tokens of each prompt that the last prefill did not have to read.
         is_whole: whether the prompts were read to their end; an interrupt may leave them in the middle.
     """
@@ -64,7 +65,7 @@ class Context:
         return [row[start:] for row, start in zip(rows, self._starts(), strict=True)]
 
     def take(self, token_ids: Tensor, logits: Tensor) -> None:
-        """Tokens int64 `[B, T]` of the prompts were read; logits are those after them."""
+        """For engines: tokens int64 `[B, T]` of the prompts were read, and these are the logits after them."""
         assert self.token_ids is not None
         self.token_ids, self.logits = torch.cat([self.token_ids, token_ids], 1), logits
         self.prompt_lengths = [max(self.token_ids.shape[1] - start, 0) for start in self._starts()]
@@ -73,7 +74,7 @@ class Context:
         return self.cache.first_slots(len(self.prompt_lengths))
 
     def rewind(self) -> None:
-        """Forget all that was decoded; the prompts stay. A generation that had not ended cannot continue."""
+        """Forget all that was decoded; the prompts stay. A generation that is under way cannot continue."""
         self._turn += 1
         self.cache.truncate(max(self.prompt_lengths))
         self.kv_bytes.zero_()
@@ -82,14 +83,14 @@ class Context:
         self._decoded.clear()
 
     def memory(self, sequence: int) -> dict[str, Any]:
-        """What a `Generation` says of where the cache lies."""
+        """For engines: what a `Generation` of this sequence says of the memory that the cache takes."""
         near, far = self.cache.memory()
         asked, missed = self.cache.fetches(sequence)
         return {"bytes_on_gpu": near, "bytes_on_host": far, "miss_rate": missed / asked if asked else 0.0}
 
     @property
     def kept_steps(self) -> dict[Any, Any]:
-        """What engines keep of their steps over the cache's buffers, as long as these stay where they are."""
+        """For engines: captured steps over the cache's buffers, forgotten when these move."""
         if self._place != self.cache.place:
             self._kept_steps.clear()
             self._place = self.cache.place

@@ -49,9 +49,9 @@ TokenIds = Tensor | Sequence[Sequence[int]]
 
 
 class Engine:
-    """Decodes with a Hugging Face model and our attention. Between calls the model is as it was.
+    """Decodes with a Hugging Face model and our attention; between calls, the model is unchanged.
 
-    The model computes in its own dtype; autocast is off inside.
+    The model computes in its own dtype: autocast is off inside.
 
     >>> from lycheedecode import HybridConfig, Sampling
     >>> engine = Engine(model, tokenizer, plan=plan, config=HybridConfig(budget_tokens=64, block_size=16))
@@ -72,13 +72,14 @@ class Engine:
         execution: `auto`: on a GPU, compile the decode step and replay it as a CUDA graph, if possible; `compiled`,
             `graph` or `eager` insist on one way (see `decoder`).
         backend: the `torch.compile` backend; None: ours, which is faster than "inductor" (`lycheedecode.fusion`).
-        check: once for each model, compare the logits of a few tokens with those of the engine's own prefill and decode
-            steps, and refuse the model if they differ (see `proof`).
+        check: check on a few tokens, once for each model, that prefill and decode steps reproduce the model's own
+            logits, and refuse it if they do not (see `proof`).
         cache: where keys and values are kept. `resident`: on the model's device. `host`: in host memory, except
             what retrieval heads scan and a store of selected blocks (`offload`). `auto`: in host memory if they do not
             fit on a GPU; resident without a GPU or a plan, and with settings that read the whole cache again and again
             (`retrieval_attention="full"`, `correction_every`, `verify_every`).
-        store_ratio: with a cache in host memory, the blocks of each head that stay on the device, in selections.
+        store_ratio: with a cache in host memory, the blocks of each head that stay on the device, as a multiple of the
+            budget.
 
     Raises:
         ModelError: the model's attention cannot be replaced, or the engine does not reproduce its logits.
@@ -127,7 +128,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Where token ids are expected: the device of the input embeddings."""
         return inner_model(self.model).get_input_embeddings().weight.device
 
     @property
@@ -149,7 +150,11 @@ class Engine:
         Args:
             prompts: as in `stream`; shorter ones are padded on the left and masked.
             room: cache slots to reserve now for tokens decoded later.
-            context: of as many other prompts, which these replace: what both begin with is not read again (`prefix`).
+            context: a Context of as many earlier prompts, which these replace; a common prefix is not read again (see
+                `prefix`).
+
+        Returns:
+            the Context that decode steps continue: `context`, if it was given.
 
         Raises:
             LycheeError: there is no prompt, or one is empty, exceeds the model's positions, or has a cache that does
@@ -181,10 +186,10 @@ class Engine:
         return context
 
     def decode_one_token(self, context: Context, token_ids: Tensor) -> Tensor:
-        """Feed one token for each sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the next.
+        """Feed one token for each sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the token after it.
 
-        With Cache Correction, every n-th token makes a dense pass together with the n - 1 before it, which rewrites
-        their cache entries; the logits come from that pass.
+        With Cache Correction, every n-th call is a dense pass over the last n tokens instead, which rewrites their
+        cache entries and gives the logits.
         """
         if self.config.verify_every:
             raise ConfigError("Only generations verify: for single steps and scores, leave out verify_every.")
@@ -205,12 +210,12 @@ class Engine:
         """Feed answers through decode steps, one token of each sequence at a time.
 
         Args:
-            prompt: prompts, or a Context of this model; a Context is rewound before and after, so one prefill serves
-                many engines.
+            prompt: token ids of prompts, or a Context of this model; a Context is rewound before and after, so one
+                prefill serves many engines.
             answer_ids: one answer for each prompt; shorter ones are padded on the right with token 0.
 
         Returns:
-            float32 `[B, T, V]`: the logits after answer token t. `Context.logits` has those before the first.
+            float32 `[B, T, V]`: at t, the logits after answer token t. Those of the first one are `Context.logits`.
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
         check_context(context, self.model)
@@ -237,7 +242,7 @@ class Engine:
         chat: bool = False,
         ignore_eos: bool = False,
     ) -> list[Generation]:
-        """Generate for one or several prompts; arguments as in `stream`, one `Generation` for each prompt."""
+        """Generate for one or several prompts; arguments as in `stream`. Returns a `Generation` for each prompt."""
         how: dict[str, Any] = {"sampling": sampling, "stop": stop, "chat": chat, "ignore_eos": ignore_eos}
         pieces = self.stream(prompts, max_new_tokens, context=context, **how)
         finished = {piece.sequence: piece.generation for piece in pieces if piece.generation is not None}
@@ -257,17 +262,17 @@ class Engine:
         """Generate, a piece of text at a time.
 
         Args:
-            prompts: a string, or a list of prompts: strings, chats (lists of messages) or lists of token ids. Or a
+            prompts: one prompt or a list of them: strings, chats (lists of messages) or lists of token ids. Or a
                 Context, which is rewound first, so one prefill serves many engines.
             max_new_tokens: limit for each prompt; the model's positions are a limit, too.
-            context: of earlier prompts, from `prefill`: a chat or document continues without being read again.
+            context: a Context of earlier prompts, from `prefill`; what these prompts share with them is not read again.
             sampling: greedy by default; an object or a mapping such as `{"temperature": 0.7}`.
             stop: strings or token ids that end a sequence; strings are not part of its text.
             chat: wrap each string prompt as a user message in the tokenizer's chat template.
             ignore_eos: continue past the model's end tokens.
 
         Yields:
-            pieces of all sequences' texts in the order of decoding; the last piece of each has its `Generation`.
+            a `Piece` whenever text of a sequence is certain; a sequence's last piece holds its `Generation`.
         """
         check_number("max_new_tokens", max_new_tokens, 1)
         for name, value in (("chat", chat), ("ignore_eos", ignore_eos)):

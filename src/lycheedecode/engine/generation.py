@@ -24,16 +24,16 @@ class Generation:
         text: their text without special tokens, up to a stop string; None without a tokenizer.
         finish_reason: `eos` (an end token), `stop` (a stop string) or `length`.
         prompt_tokens: tokens of the prompt.
-        cached_tokens: of these, that a `context` held already; the others were read.
+        cached_tokens: how many of these a given `context` held already.
         prefill_seconds: time until the first token could be drawn, for the whole batch.
         decode_seconds: time in decode steps until this sequence ended.
         kv_bytes_per_token: mean bytes of the KV cache that were read for a token of this sequence, drafts included.
         rounds: with `verify_every`: passes of full attention over this sequence, those without drafts included.
-        drafted: tokens that were drafted in them.
-        accepted: of these, that full attention chose as well.
-        bytes_on_gpu: of the batch's KV cache and all that is kept beside it, on the device that attends.
-        bytes_on_host: of the batch's KV cache, in host memory beside a device.
-        miss_rate: share of selected blocks, counted for every head that reads them, that came from there.
+        drafted: tokens drafted in these rounds.
+        accepted: drafts that full attention chose as well.
+        bytes_on_gpu: of the whole batch's KV cache, and what is kept beside it, on the device that attends.
+        bytes_on_host: of the whole batch's KV cache in host memory.
+        miss_rate: share of selected blocks that were fetched from host memory, counted for every head that reads them.
     """
 
     token_ids: tuple[int, ...]
@@ -63,7 +63,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that became certain, and, with the last piece of a sequence, what was generated in all."""
+    """Text of one sequence, as soon as no later token can change it.
+
+    Attributes:
+        sequence: index of the prompt.
+        text: what is new.
+        generation: all that was generated, with the last piece of the sequence; None before.
+    """
 
     sequence: int
     text: str

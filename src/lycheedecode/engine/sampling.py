@@ -52,7 +52,7 @@ class Sampling:
             raise ConfigError(f"min_p must be in [0, 1], not {self.min_p}.")
 
     def filters(self) -> list[Callable[[None, Tensor], Tensor]]:
-        """What logits pass before a draw: transformers' own, each `[rows, V]` -> `[rows, V]`."""
+        """transformers' logits processors for these settings, in order; each maps `[rows, V]` to `[rows, V]`."""
         from transformers.generation import logits_process as processes
 
         made: list[Callable[[None, Tensor], Tensor]] = []

@@ -23,7 +23,7 @@ from ..models.versions import CACHE_NAMES
 from ..ops import KV, Selections
 
 _MOST_CANDIDATES = 128
-"""Of assisted decoding; who asks for more logits at once wants those of a text that is there."""
+"""In assisted decoding. A pass that asks for more logits at once scores a text that exists already."""
 _READ_AGAIN = (
     "The text is read again from its beginning, into a cache that holds {} tokens: assisted decoding (assistant_model, "
     "prompt_lookup_num_tokens) needs an empty one."
@@ -40,13 +40,15 @@ def hybrid(
     `plan` is a plan, its name or file, or `auto`: the model's known plan, or else a new one, which needs the tokenizer.
     `config` may be a mapping such as `{"budget_tokens": 512}`.
 
-    Any caller works: `generate`, greedily or with sampling, beams or streaming, in batches padded on the left, with
-    dynamic or static caches, with a prefix in the cache. Prompts are dense. The candidates of assisted decoding
-    (`assistant_model`, `prompt_lookup_num_tokens`) each attend as in a step of their own, so the text does not depend
-    on them; a pass over one sequence has candidates when 2 to 128 logits are asked for (`logits_to_keep`). They need
-    an empty cache: over another one, transformers 5 reads the whole prompt again, which is refused here. Static caches
-    are not compiled inside the context. If the plan completes heads, each step computes the chunk means from the whole
-    cache; `Engine` keeps them.
+    It works with `generate` (greedy, sampling, beams, streaming) and any other caller, with batches padded on the left,
+    dynamic and static caches, and a cache that already holds a prefix. Prefill stays dense. Static caches are not
+    compiled inside the context. If the plan completes heads, every step computes the chunk means from the whole cache;
+    `Engine` keeps them instead.
+
+    In assisted decoding (`assistant_model`, `prompt_lookup_num_tokens`), each candidate attends as in a decode step of
+    its own, so the text does not depend on the candidates. A forward pass over one sequence is taken to hold
+    candidates when it asks for 2 to 128 logits (`logits_to_keep`). The cache must be empty at the start: over a filled
+    one, transformers 5 reads the whole prompt again, which is refused here.
 
     >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
     >>> with hybrid(model, plan, HybridConfig(budget_tokens=1024)):
