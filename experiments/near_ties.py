@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.ranks import RankAnswer, generate
-from lycheedecode.bench.harness import same_tokens
+from lycheedecode.engine.prefix import shared_tokens
 
 _PLACES = 32
 """Of each text, at which gaps are compared."""
@@ -100,7 +100,7 @@ class StockTexts:
     def _against(self, found: Sequence[RankAnswer]) -> dict[str, Any]:
         compared: dict[str, Any] = {"same_tokens": [], "left": [], "gaps": [], "own_gaps": [], "moves": []}
         for row, (truth, other) in enumerate(zip(self.answers, found, strict=True)):
-            at = same_tokens(truth.tokens, other.tokens)
+            at = shared_tokens(truth.tokens, other.tokens)
             compared["same_tokens"].append(at)
             compared["moves"] += [
                 _moved(truth.logprobs[place], other.logprobs[place]) for place in self.places[row] if place <= at

@@ -25,6 +25,7 @@ from lycheedecode.bench.harness import say
 from lycheedecode.bench.models import build_from, random_config
 from lycheedecode.bench.serving import closing, plan_of, require_vllm
 from lycheedecode.bench.settings import BenchSettings
+from lycheedecode.engine.prefix import shared_tokens
 from lycheedecode.errors import ConfigError, MismatchError
 from lycheedecode.plan import HeadPlan
 from lycheedecode.results import Result
@@ -91,14 +92,13 @@ def run(settings: RanksSettings, device: str) -> dict[str, Any]:
 
 def compare(one: RankAnswer, many: RankAnswer, tie: float) -> dict[str, Any]:
     """How far two answers are the same; raises `MismatchError` where they part and it is no near tie."""
-    same = next((i for i, pair in enumerate(zip(one.tokens, many.tokens, strict=True)) if pair[0] != pair[1]), None)
-    length = len(one.tokens) if same is None else same
+    length = shared_tokens(one.tokens, many.tokens)
     pairs = zip(one.tokens[:length], one.logprobs, many.logprobs, strict=False)
     largest = max((abs(mine[token] - theirs[token]) for token, mine, theirs in pairs), default=0.0)
     gap = 0.0
-    if same is not None:
-        there = one.logprobs[same]
-        gap = there[one.tokens[same]] - there.get(many.tokens[same], float("-inf"))
+    if length < len(one.tokens):
+        there = one.logprobs[length]
+        gap = there[one.tokens[length]] - there.get(many.tokens[length], float("-inf"))
     if max(gap, largest) > tie:
         raise MismatchError(
             f"on several ranks token {length} of a sequence is another one, or its log-probability differs by "

@@ -18,6 +18,7 @@ from lycheedecode.bench.harness import say
 from lycheedecode.bench.models import build, random_context
 from lycheedecode.bench.settings import StepSettings
 from lycheedecode.bench.step import ROOM, make_engine, step_times
+from lycheedecode.errors import first_line
 
 STARTS = ({"prefetch": 128}, {"prefetch": 512}, {"prefetch": 2048}, {"overlap": 4}, {"overlap": 16}, {"overlap": 64})
 """How a launch overlaps with its neighbours; tried without compiling anything."""
@@ -75,7 +76,7 @@ def tune_step(
             try:
                 ms = step_ms()
             except Exception as error:  # more shared memory than there is, as Triton reports it
-                say(f"  left out: {launch}: {str(error).splitlines()[0][:80]}")
+                say(f"  left out: {launch}: {first_line(error, 80)}")
                 ms = float("inf")
             tried.append({"layer": words(kind), "launch": words(launch), "step_ms": ms})
             if ms < best_ms:

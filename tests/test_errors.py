@@ -4,8 +4,10 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import lycheedecode
-from lycheedecode.errors import LycheeError
+from lycheedecode.errors import LycheeError, first_line
 
 ROOT = Path(lycheedecode.__file__).parent
 FOREIGN = {"ValueError", "RuntimeError", "Exception", "TypeError", "KeyError", "OSError"}
@@ -34,3 +36,11 @@ def test_errors_are_value_errors_with_a_status():
     assert issubclass(LycheeError, ValueError)
     assert LycheeError.exit_status == 2
     assert issubclass(lycheedecode.PlanError, LycheeError)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [("Broken.\nThen more.", "Broken"), ("\n  \n Late\n", "Late"), ("", "OSError"), ("x" * 300, "x" * 200)],
+)
+def test_the_first_line_of_somebody_elses_message_ends_a_sentence(message, line):
+    assert first_line(OSError(message)) == line

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lycheedecode.errors import LycheeError, first_line
+
 from . import tiny
 
 PROMPT, ANSWER, SHORTER = 61, 6, 23
@@ -114,7 +116,6 @@ def examine(architecture: str) -> tuple[Outcome, Outcome]:
 def _refused_as_it_is(architecture: str) -> Outcome | None:
     """Of a class whose small model does not generate on its own: the refusal of one of its default size, or of it."""
     from lycheedecode import Engine
-    from lycheedecode.errors import LycheeError
     from lycheedecode.models.routing import supported_shape
 
     for build in (tiny.outline, tiny.make):
@@ -133,7 +134,6 @@ def _refused_as_it_is(architecture: str) -> Outcome | None:
 
 
 def _judged(differs: Any, model: nn.Module, right: tuple[Tensor, Tensor]) -> Outcome:
-    from lycheedecode.errors import LycheeError
 
     try:
         why = differs(model, *right)
@@ -147,8 +147,7 @@ def _judged(differs: Any, model: nn.Module, right: tuple[Tensor, Tensor]) -> Out
 
 def _brief(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:200]} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+    return f"{type(error).__name__}: {first_line(error)} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
 
 
 def prompts() -> list[Tensor]:

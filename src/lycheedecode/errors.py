@@ -53,3 +53,9 @@ class MismatchError(LycheeError):
     """Two ways of computing the same disagree; nothing is timed then."""
 
     exit_status = 1
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The beginning of somebody else's message, to end a sentence of ours with; without one, the kind of error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:most].rstrip(".") if lines else type(error).__name__

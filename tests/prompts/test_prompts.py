@@ -142,3 +142,12 @@ def test_text_that_cannot_be_read(tmp_path):
     ]:
         with pytest.raises(TextError, match=message):
             load_text(source)
+
+
+def test_a_data_set_that_fails_without_a_word(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", fail)
+    with pytest.raises(TextError, match="'some/words' cannot be read: ConnectionError"):
+        load_text("some/words:text")

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..engine.engine import Context, Engine
+from ..engine.prefix import shared_tokens
 from ..errors import DeviceError
 from ..models.versions import attention_name
 from ..policies.base import roles_of
 from ..results import Result
-from .harness import same_tokens, say
+from .harness import say
 from .models import build, prompts_for, release
 from .settings import FORMS, GenerateSettings
 from .step import make_engine
@@ -153,7 +154,7 @@ def _compared(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         case["ms"] = case["decode_seconds"] / case["steps"] * 1e3
         case["tokens_per_second"] = case["batch"] * 1e3 / case["ms"]
-        case["same_tokens"] = same_tokens(first, case["token_ids"])
+        case["same_tokens"] = shared_tokens(first, case["token_ids"])
     for case in cases:
         del case["token_ids"]
         case["speedup"] = base and base["ms"] / case["ms"]

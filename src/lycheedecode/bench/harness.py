@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -58,9 +57,3 @@ def measure(
 def say(line: str) -> None:
     """Progress, on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def same_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens until the first that differs."""
-    pairs = zip(one, other, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

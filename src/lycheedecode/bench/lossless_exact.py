@@ -24,12 +24,13 @@ from ..config import HybridConfig
 from ..engine.context import Context
 from ..engine.engine import Engine
 from ..engine.generation import Generation
+from ..engine.prefix import shared_tokens
 from ..engine.sampling import Sampler, Sampling
 from ..engine.verify import spare_slots
 from ..errors import ConfigError, MismatchError
 from ..models.load import load_model
 from ..plan import HeadPlan, bundled_plan_of
-from .harness import same_tokens, say
+from .harness import say
 from .lossless_texts import config_of, forget, prompts_of
 from .models import plan_for
 from .settings import LosslessSettings
@@ -91,7 +92,7 @@ class Truth:
         """Where texts first differ from full attention's: `sequence`, `token`, and `_OF_TIES` or what is `wrong`."""
         expected, differ = self.texts[case], []
         for sequence, (one, right) in enumerate(zip(found, expected, strict=True)):
-            at = same_tokens(one.token_ids, right.token_ids)
+            at = shared_tokens(one.token_ids, right.token_ids)
             if at < min(len(one.token_ids), len(right.token_ids)):
                 pair = one.token_ids[at], right.token_ids[at]
                 differ.append({"sequence": sequence, "token": at, **self._tie(case, sequence, at, *pair)})
@@ -231,7 +232,7 @@ def _row(truth: Truth, case: Case, found: Sequence[Generation], shaped: Sequence
         "prompts": [len(ids) for ids in truth.prompts],
         "tokens": [len(one.token_ids) for one in expected],
         "finish_reasons": [one.finish_reason for one in expected],
-        "same": [same_tokens(a.token_ids, b.token_ids) for a, b in zip(found, expected, strict=True)],
+        "same": [shared_tokens(a.token_ids, b.token_ids) for a, b in zip(found, expected, strict=True)],
         "accepted_share": accepted / drafted if drafted else None,
         "seconds": max(one.decode_seconds for one in found),
         "full_seconds": max(one.decode_seconds for one in expected),

@@ -11,13 +11,14 @@ from ..config import HybridConfig
 from ..engine.context import Context
 from ..engine.engine import Engine
 from ..engine.generation import Generation
+from ..engine.prefix import shared_tokens
 from ..engine.sampling import Sampling
 from ..engine.verify import spare_slots
 from ..errors import ConfigError
 from ..models.load import load_model
 from ..plan import HeadPlan, bundled_plan_of
 from ..prompts.text import load_text
-from .harness import same_tokens, say
+from .harness import say
 from .models import release
 from .settings import LosslessSettings
 
@@ -125,7 +126,7 @@ def _real_row(name: str, results: list[Generation], first: list[Generation], len
         "tokens_per_second": speed, "speedup": speed / (base / max(result.decode_seconds for result in first)),
         "tokens_per_round": total / rounds if rounds else 1.0,
         "accepted_share": accepted / drafted if drafted else None,
-        "same": [same_tokens(a.token_ids, b.token_ids) for a, b in zip(results, first, strict=True)],
+        "same": [shared_tokens(a.token_ids, b.token_ids) for a, b in zip(results, first, strict=True)],
         "kv_bytes_per_token": sum(r.kv_bytes_per_token for r in results) / len(results),
     }  # fmt: skip
 

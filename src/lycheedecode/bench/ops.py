@@ -16,7 +16,7 @@ import torch
 
 from .. import ops
 from ..config import HybridConfig
-from ..errors import MismatchError
+from ..errors import MismatchError, first_line
 from ..results import Result
 from .baselines import all_baselines
 from .harness import say
@@ -129,7 +129,8 @@ def _time_full(meter: Meter, work: Workload, notes: list[str]) -> float:
         except (ImportError, RuntimeError, MismatchError) as error:
             if name == "ours":
                 raise
-            notes.append(f"full, {name}, batch {work.batch}, context {work.context}: {_first_line(error)}")
+            why = f"{type(error).__name__}: {first_line(error)}"
+            notes.append(f"full, {name}, batch {work.batch}, context {work.context}: {why}")
     return best
 
 
@@ -208,7 +209,3 @@ def lines(result: Result) -> Iterator[str]:
 
 def _heads(count: int) -> str:
     return "1 head" if count == 1 else f"{count} heads"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

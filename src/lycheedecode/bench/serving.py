@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
+from ..engine.prefix import shared_tokens
 from ..errors import ConfigError, PackageError
 from ..plan import HeadPlan
 from ..results import Result
-from .harness import same_tokens, say
+from .harness import say
 from .models import random_config
 from .served import TOO_SHORT, Decoded, decode
 from .settings import SERVERS, ServingSettings
@@ -212,7 +213,7 @@ def _compared(row: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, An
     """With the speed-up over the stock backend, and how many tokens are the same until the first that differs."""
     same = None
     if stock is not None:
-        same = same_tokens(stock["token_ids"], row["token_ids"])
+        same = shared_tokens(stock["token_ids"], row["token_ids"])
     kept = {name: value for name, value in row.items() if name != "token_ids"}
     both = stock is not None and stock["ms"] and row["ms"]
     return {**kept, "speedup": stock["ms"] / row["ms"] if stock and both else None, "same_tokens": same}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..attention import DecodeAttention, State
 from ..config import HybridConfig
-from ..errors import ConfigError, LycheeWarning
+from ..errors import ConfigError, LycheeWarning, first_line
 from ..models.routing import AttentionRoute, Window
 from ..models.state import ModelState
 from . import step as steps
@@ -78,10 +78,10 @@ class Decoder:
         return self._ways[0]
 
     def follow(self) -> ModelState:
-        """What the model is now. If it was changed, what steps of contexts to come run is made of it anew."""
+        """The model's present state. If the model was changed, steps of later contexts run a new copy of it."""
         state = ModelState(self.model)
         if state != self._state:
-            self._use(self.model)  # the copy before is given up first
+            self._use(self.model)  # frees the old copy first
             if self._config is not None:
                 self._use(model_of_steps(self.model, self._config, state))
             self._state = state
@@ -129,13 +129,13 @@ class Decoder:
         compiled: bool = True,
         model: nn.Module | None = None,
     ) -> Captured:
-        """`run`, captured in the way that steps run.
+        """Capture `run` in the way that steps run (see above).
 
         Args:
-            run: over the model, or over another one of this decoder's.
+            run: takes a `Forward` and the model.
             kept: as in `Captured`.
-            compiled: False for what is not worth it.
-            model: what to run in place of the model.
+            compiled: False where compiling would not pay.
+            model: another one of this decoder's to give it instead.
         """
         forward = self._forward() if compiled else steps.forward
         with self.route, torch.inference_mode():
@@ -186,10 +186,9 @@ class Decoder:
     def _step_down(self, context: Context, error: Exception) -> None:
         context.kept_steps.clear()
         what = {"compiled": "compiled", "graph": "captured as a CUDA graph"}[self._ways.pop(0)]
-        reason = next(iter(str(error).strip().splitlines()), "")
         warnings.warn(
             f"Decoding continues more slowly ({self.way}): the step cannot be {what} ({type(error).__name__}: "
-            f"{reason[:300]}).",
+            f"{first_line(error, 300)}).",
             LycheeWarning,
             stacklevel=5,
         )
@@ -218,7 +217,7 @@ class Captured:
 
     Args:
         run: may be called at any time, in the middle of a generation.
-        kept: what it changes, and what making this leaves as it is.
+        kept: tensors that it changes; they are restored after the warm-up and the capture.
         way: of a `Decoder`.
     """
 

@@ -33,7 +33,7 @@ def new_context(model: nn.Module, state: ModelState, cache: KVCache, sequences: 
 
 
 def shared_tokens(held: Sequence[int], wanted: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Length of the longest common prefix, in tokens."""
     pairs = enumerate(zip(held, wanted, strict=False))
     return next((i for i, (one, other) in pairs if one != other), min(len(held), len(wanted)))
 

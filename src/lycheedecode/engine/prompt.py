@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, first_line
 
 PromptLike = str | Sequence[int] | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Tensor | np.ndarray
 """One prompt: text; token ids; a message (`role` and `content`), or a chat, a list of them; what a tokenizer returns.
@@ -185,9 +185,9 @@ def _encode_chat(messages: Sequence[Any], tokenizer: Any) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except ImportError as error:  # of jinja2
-        raise PromptError(f"The chat template cannot be used: {_first_line(error)}.") from error
+        raise PromptError(f"The chat template cannot be used: {first_line(error)}.") from error
     except Exception as error:  # templates are programs; they raise what they like
-        raise PromptError(f"The chat template refuses these messages: {_first_line(error)}.") from error
+        raise PromptError(f"The chat template refuses these messages: {first_line(error)}.") from error
     return _tokens(text, tokenizer, add_special_tokens=False)
 
 
@@ -227,8 +227,3 @@ def _is_message(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r}" if isinstance(value, (bool, float, str)) else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,8 +1,8 @@
-"""The engine's proof on a model: with full attention it gives the logits of the plain model, or it refuses.
+"""The engine proves itself on a model: with full attention it gives the plain model's logits, or it refuses the model.
 
-A model that is not like others is wrong without a sign otherwise: two attentions in a layer, layers that share keys or
-run in cycles, masks or positions of its own. So a few random tokens pass through the model as it is, and through the
-engine's prefill (a padded batch, in two chunks) and its decode steps; each of the three has to agree.
+Otherwise an unusual model would be wrong without a sign: two attentions in a layer, layers that share keys or run in
+cycles, masks or positions of its own. So a few random tokens pass through the model as it is, and through the engine's
+prefill (a padded batch, in two chunks) and decode steps, which have to agree with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import FullAttention
-from ..errors import LycheeError
+from ..errors import LycheeError, first_line
 from ..models.routing import AttentionRoute, Window
 from ..models.shape import ModelError, ModelShape, inner_model, text_config
 from . import prefill
@@ -26,13 +26,13 @@ from .decoder import Decoder
 _FIRST, _SECOND, _STEPS = 6, 4, 2
 """Tokens of two chunks of a prompt, and decode steps after it."""
 _SHORTER = 2
-"""Tokens that the second sequence has fewer, and is padded by."""
+"""Tokens by which the second sequence is shorter, and padded."""
 _MARGIN = 1.7
-"""Times the square root of the rounding error: what sums in another order may differ by, as a share of the logits' own
-spread. On models that are wrong, it is 10 to 100 times as much in float32."""
+"""Tolerance in square roots of the rounding error, for differences as a share of the logits' spread: sums in another
+order stay within it. Models that are wrong differ by 10 to 100 times as much in float32."""
 
 _proved: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
-"""Models that passed, with what they were then. Only saves time: a verdict depends on the model alone."""
+"""Models that passed, and their state then. It only saves time: the verdict depends on the model alone."""
 
 
 def prove(model: nn.Module, shape: ModelShape, windows: Sequence[Window]) -> None:
@@ -58,9 +58,8 @@ def prove(model: nn.Module, shape: ModelShape, windows: Sequence[Window]) -> Non
         except (LycheeError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model that is not like others may stumble over
-            reason = next(iter(str(error).strip().splitlines()), "")
             raise ModelError(
-                f"Engine cannot run {shape.architecture} ({type(error).__name__}: {reason[:200]})."
+                f"Engine cannot run {shape.architecture} ({type(error).__name__}: {first_line(error)})."
             ) from error
     limit = _MARGIN * _rounding(model) ** 0.5
     for phase, (begin, end) in _PHASES.items():
@@ -110,9 +109,8 @@ def _as_it_is(model: nn.Module, shape: ModelShape, tokens: Tensor) -> Tensor:
     except (LycheeError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
-            f"{shape.architecture} cannot read plain tokens ({type(error).__name__}: {reason[:200]})."
+            f"{shape.architecture} cannot read plain tokens ({type(error).__name__}: {first_line(error)})."
         ) from error
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..checks import check_temperature
 from ..config import HybridConfig
 from ..engine.engine import Context, Engine
+from ..engine.prefix import shared_tokens
 from ..engine.prompt import right_padded
 from ..errors import ConfigError
 from ..models.shape import vocabulary_of
@@ -263,7 +264,7 @@ def _decode_batch(
         expected = expected or tokens
         texts = engine.tokenizer.batch_decode(tokens)
         solved = [prompt.is_solved_by(text) for prompt, text in zip(prompts, texts, strict=True)]
-        same = [_same(*pair) for pair in zip(tokens, expected, strict=True)]
+        same = [shared_tokens(*pair) for pair in zip(tokens, expected, strict=True)]
         sums[label].add_answers(same, lengths, solved)
     context.rewind()
 
@@ -280,7 +281,7 @@ def _decode_long(
     expected = answers.tolist()
     for label, engine in engines.items():
         own = _compare(engine, context, reference, choose, choose.temperature, sums[label]).tolist()
-        same = [_same(*pair) for pair in zip(own, expected, strict=True)]
+        same = [shared_tokens(*pair) for pair in zip(own, expected, strict=True)]
         sums[label].add_answers(same, [tokens] * len(prompts))
     context.rewind()
 
@@ -332,9 +333,3 @@ def _generate(
             kept.append(logits)
         token_ids = choose(logits, step)
         yield token_ids
-
-
-def _same(found: Sequence[int], expected: Sequence[int]) -> int:
-    """Tokens until two answers of one length differ."""
-    differ = (i for i, (one, two) in enumerate(zip(found, expected, strict=True)) if one != two)
-    return next(differ, len(expected))

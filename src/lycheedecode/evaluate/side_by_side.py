@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.engine import Context, Engine
 from ..engine.generation import stop_token_ids
+from ..engine.prefix import shared_tokens
 from ..errors import ConfigError
 
 
@@ -94,9 +95,8 @@ def compare(
     agreement, kl = 1.0, 0.0
     if len(full_run.token_ids) > 1:  # the first token comes from the prefill, which both share
         agreement, kl = _agreement(logits[1:], hybrid.score(context, [full_run.token_ids[:-1]])[0])
-    equal = [a == b for a, b in zip(full_run.token_ids, hybrid_run.token_ids, strict=False)]
     return Comparison(
-        full_run, hybrid_run, [*equal, False].index(False), agreement, kl,
+        full_run, hybrid_run, shared_tokens(full_run.token_ids, hybrid_run.token_ids), agreement, kl,
         hybrid_run.tokens_per_second / full_run.tokens_per_second if full_run.tokens_per_second else 0.0,
         len(prompt_ids), context.prefill_seconds,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import LycheeError
+from ..errors import LycheeError, first_line
 from ..prompts.records import RecordsError, read_records
 
 
@@ -100,8 +100,8 @@ def _from_hub(
     try:
         return [dict(record) for record in load_dataset(hub, config, split=split)]
     except (OSError, ValueError, RuntimeError) as error:  # a LookupError is a mistake of ours
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = "a folder and name it with --data" if data is None else str(data)
         raise DataError(
-            f"The data of {task} is neither on this machine nor within reach ({reason}): put {name} into {where}."
+            f"The data of {task} is neither on this machine nor within reach ({first_line(error)}): "
+            f"put {name} into {where}."
         ) from None

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from ..errors import LycheeError
+from ..errors import LycheeError, first_line
 from . import builtin
 from .records import SUFFIXES, RecordsError, read_records
 
@@ -113,7 +113,7 @@ def _dataset(name: str, column: str) -> Iterator[str]:
     except KeyError:
         raise TextError(f"The data set {name!r} has no column {column!r}.") from None
     except (OSError, ValueError) as error:
-        raise TextError(f"The data set {name!r} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
+        raise TextError(f"The data set {name!r} cannot be read: {first_line(error)}.") from None
 
 
 def _join(pieces: Iterator[str], source: str) -> str:
