@@ -348,7 +348,7 @@ def paced(select, keep, verify, full, shares, rounds=60):
         share, drafts = shares[schedule.refresh], schedule.drafts
         accepted = [int((torch.rand(drafts, generator=drawn) < share).long().cumprod(0).sum()) for _ in range(4)]
         drafting = [keep if j % schedule.refresh else select for j in range(drafts)]
-        pace.saw(schedule, accepted, drafting, verify if drafts else full)
+        pace.record(schedule, accepted, drafting, verify if drafts else full)
     return tuple(schedule)
 
 
@@ -363,10 +363,10 @@ def test_drafts_are_as_many_as_pay():
 def test_a_pass_that_takes_longer_for_more_tokens():
     """As on a CPU: what five tokens took tells what nine will take."""
     pace = Pace(8, fixed=False)
-    pace.saw(pace.next(), [0], [], 1.0)
-    pace.saw(pace.next(), [4], [0.5] * 4, 2.6)  # 9 tokens in 0.5 * 8 + 4.2 full steps at most
+    pace.record(pace.next(), [0], [], 1.0)
+    pace.record(pace.next(), [4], [0.5] * 4, 2.6)  # 9 tokens in 0.5 * 8 + 4.2 full steps at most
     assert [pace.next().drafts for _ in range(9)] == [0] * 9
-    pace.saw(Schedule(4, 1), [4], [0.2] * 4, 1.2)
+    pace.record(Schedule(4, 1), [4], [0.2] * 4, 1.2)
     assert pace.next().drafts > 4
 
 
@@ -378,12 +378,12 @@ def test_selections_are_made_as_often_as_pays():
 def test_drafting_is_tried_again():
     pace = Pace(8, fixed=False)
     assert [pace.next() for _ in range(3)] == [(0, 1), (4, 1), (0, 1)]  # what these tell comes a round late
-    pace.saw(Schedule(0, 1), [0], [], 1.0)
-    pace.saw(Schedule(4, 1), [0], [1.0] * 4, 1.0)
+    pace.record(Schedule(0, 1), [0], [], 1.0)
+    pace.record(Schedule(4, 1), [0], [1.0] * 4, 1.0)
     tried = [turn for turn in range(1, 3000) if pace.next().drafts]
     assert tried == [64, 192, 448, 960, 1984]  # the longest wait is 1024
     for _ in range(20):  # the text has changed
-        pace.saw(Schedule(8, 1), [8], [0.1] * 8, 1.0)
+        pace.record(Schedule(8, 1), [8], [0.1] * 8, 1.0)
     assert [pace.next().drafts for _ in range(3)] == [8, 8, 8]
     assert Pace(6, fixed=True, refreshes=(3,)).next() == (6, 3)
 
@@ -391,8 +391,8 @@ def test_drafting_is_tried_again():
 def test_other_selections_are_tried_where_that_would_pay():
     for accepted, passing, tried in ((4, 1.25, False), (3, 1.25, True), (0, 2.6, False)):  # of all: nothing to gain
         pace = Pace(8, fixed=False, refreshes=(1, 8))
-        pace.saw(pace.next(), [0], [], 1.0)
-        pace.saw(pace.next(), [accepted] * 20, [0.35] + [0.3] * 3, passing)
+        pace.record(pace.next(), [0], [], 1.0)
+        pace.record(pace.next(), [accepted] * 20, [0.35] + [0.3] * 3, passing)
         assert any(pace.next().refresh == 1 and pace.next().drafts for _ in range(5)) == tried
 
 
@@ -411,7 +411,7 @@ def speedup(select, keep, verify, share, tokens=256, batch=16):
         accepted = agrees.long().cumprod(1).sum(1)
         drafting = [vary(keep if j % refresh else select) for j in range(drafts)]
         passing = vary(verify if drafts else 1.0)
-        pace.saw(Schedule(drafts, refresh), accepted[written < tokens].tolist(), drafting, passing)
+        pace.record(Schedule(drafts, refresh), accepted[written < tokens].tolist(), drafting, passing)
         seconds, written = seconds + sum(drafting) + passing, written + accepted + 1
     return (tokens - 1) / seconds
 

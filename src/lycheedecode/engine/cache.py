@@ -145,7 +145,7 @@ class KVCache(Cache):
     Attributes:
         state: of the attention that decodes, None before the first step or where it keeps nothing.
         selected_at: length of the cache when the first selection was made; None makes the next step select.
-        place: another number whenever buffers were exchanged or moved; what holds on to them is of no use from then on.
+        place: a number that changes whenever buffers are replaced or moved; what was captured over them is then stale.
     """
 
     def __init__(self, num_layers: int, starts: Tensor | None = None) -> None:
@@ -186,7 +186,7 @@ class KVCache(Cache):
         return [0] * sequences if self.starts is None else self.starts.tolist()
 
     def missing(self, slots: int) -> int:
-        """Slots that are still to be allocated so that there is room for `slots`."""
+        """Slots to allocate before there is room for `slots`."""
         if not self.layers[0].is_initialized:
             return max(self.capacity, slots)
         return grown(slots, self.capacity) - self.capacity if slots > self.capacity else 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from ..errors import ConfigError, InputError
 from ..models.positions import Positions
 from ..models.routing import Window, supported_shape
 from ..models.shape import ModelError, inner_model, text_config, vocabulary_of
-from ..ops.attend import MAX_TOKENS
 from . import prefill
 from .arguments import check_context, check_continued, check_length, check_rounds, check_step, check_unchanged
 from .cache import KVCache
@@ -35,7 +33,7 @@ from .generation import Generation, Piece, SequenceState, stop_token_ids
 from .memory import prefill_chunk
 from .offload import OffloadedAttention
 from .offload.choice import CachePlace, check_place, new_cache
-from .passes import DensePass
+from .passes import correct
 from .plans import PlanLike, plan_from
 from .prefix import new_context, replace_prompts
 from .prompt import PromptLike, encode, right_padded, stop_conditions
@@ -203,7 +201,7 @@ class Engine:
         if self.config.correction_every:
             context._uncorrected.append(token_ids.clone())
             if len(context._uncorrected) >= self.config.correction_every:
-                return self._correct(context)
+                return correct(context, self._decoder, self._full)
         return self._decoder.logits(context, token_ids).clone()
 
     def score(self, prompt: Context | TokenIds, answer_ids: TokenIds) -> Tensor:
@@ -355,32 +353,6 @@ class Engine:
         chunk = prefill.ChunkAttention(self._windows, padding)
         logits = prefill.read_chunk(self.model, self._route, chunk, cache, token_ids)
         return logits[:, -1].clone()  # an ordinary tensor, which callers may change
-
-    def _correct(self, context: Context) -> Tensor:
-        """The pass of rounds (`verify`), but nothing is in doubt: every token was taken."""
-        cache, tokens = context.cache, torch.stack(context._uncorrected, 1)
-        context._uncorrected.clear()
-        cache.truncate(cache.length - tokens.shape[1] + 1)  # the newest token has no entry yet
-        cache.reserve(cache.length + tokens.shape[1])
-        for part in tokens.split(MAX_TOKENS, 1):
-            logits = self._decoder.attempt(context, partial(self._passed, context, part))
-            cache.advance(part.shape[1])
-        return logits[:, -1].clone()
-
-    def _passed(self, context: Context, token_ids: Tensor) -> Tensor:
-        """Logits of a dense pass over tokens `[B, T]` that the cache does not count yet; overwritten by the next."""
-        key, kept = (self, "pass", token_ids.shape[1]), context.kept_steps
-        with torch.inference_mode():
-            one, run = kept.get(key, (None, None))
-            if one is None:
-                one = DensePass(context.cache, token_ids.shape[1], self._full, self._windows, context.kv_bytes)
-            one.token_ids.copy_(token_ids)
-            one.filled.fill_(context.cache.length + token_ids.shape[1])
-            if run is None:
-                run = self._decoder.capture(one.run, [context.kv_bytes], compiled=False)
-                kept[key] = one, run
-            with self._decoder.route:
-                return run()
 
     def _read_again(self, context: Context) -> Tensor:
         """Prompt and answer so far, the newest token included, with the positions of a text of this length.

@@ -114,7 +114,7 @@ class SequenceState:
 
 
 class PendingTokens:
-    """Token ids `[B]` on their way to the host; what the device was given to do after them does not delay them."""
+    """Token ids `[B]` on their way to the host, which later work on the device does not delay."""
 
     def __init__(self, token_ids: Tensor) -> None:
         self._host, self._arrived = token_ids, None
@@ -132,7 +132,7 @@ class PendingTokens:
 
 
 def refuse_nan(token_id: int, logits: Tensor) -> None:
-    """Raise `ModelError` when a token was drawn from logits `[V]` that are all NaN; that makes it 0."""
+    """Raise `ModelError` when a token was drawn from logits `[V]` that are all NaN: it is always token 0."""
     if token_id == 0 and bool(logits.isnan().all()):
         raise ModelError(
             "The model's logits are not numbers (NaN): its weights are damaged, or overflow in this dtype; "

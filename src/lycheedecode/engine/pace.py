@@ -12,7 +12,7 @@ _FADE, _SLOWER, _FASTER = 0.9, 0.2, 0.7
 _WAIT, _LONGEST = 64, 1024
 """Rounds before retrying what did not pay; twice as many after every retry that did not, up to the longest."""
 _WORTH = 1.03
-"""Times as fast as full steps that rounds have to seem: the best of many estimates is too good by about as much."""
+"""Speed-up over full steps that rounds have to promise: the best of many estimates is too good by about as much."""
 
 
 class Schedule(NamedTuple):
@@ -83,13 +83,14 @@ class Pace:
     def acceptance(self, refresh: int) -> float:
         """The chance that a draft is accepted if all drafts before it were.
 
-        Where that was not seen, half as many are rejected as elsewhere: it is tried if that would pay.
+        A refresh that was not tried yet is assumed to reject half as many as the best one that was: so it is tried if
+        that would pay.
         """
         if self._seen and refresh not in self._seen:
             return 0.5 + max(self.acceptance(other) for other in self._seen) / 2
         return min(self._accepted[refresh] / self._tried[refresh], 1.0)
 
-    def saw(self, schedule: Schedule, accepted: Sequence[int], drafting: Sequence[float], passing: float) -> None:
+    def record(self, schedule: Schedule, accepted: Sequence[int], drafting: Sequence[float], passing: float) -> None:
         """Record a round: accepted drafts of each sequence, and the seconds of each draft and of the pass."""
         drafts, refresh = schedule
         if not drafts:

@@ -7,6 +7,7 @@ and look at the logits. Dimensions as in `ops`; `T` tokens a sequence, `V` the v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from ..attention import FullAttention
 from ..models.routing import Window
 from ..ops import KV
 from ..ops.append.rope import Rotation
+from ..ops.attend import MAX_TOKENS
 from .cache import KVCache
+from .context import Context
+from .decoder import Decoder
 from .step import Forward, running
 
 
@@ -28,7 +32,7 @@ class DensePass:
     Args:
         cache: its stores are written in place; its length is left to the caller.
         tokens: `T`, 1 to `ops.attend.MAX_TOKENS`.
-        full: says how many bytes are read.
+        full: counts the bytes that are read.
         windows: how far back each layer looks.
         kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
         starts: int32 `[B]`, in place of the cache's.
@@ -92,3 +96,42 @@ class DensePass:
     ) -> Tensor:
         """A pass of one token (`step.Step`)."""
         return self.attend_tokens(layer, query[:, None], key[:, None], value[:, None], scale, rotation)[:, 0]
+
+
+def correct(context: Context, decoder: Decoder, full: FullAttention) -> Tensor:
+    """Cache Correction: rewrite the entries of the tokens that were decoded since the last one.
+
+    It is the pass of rounds (`verify`) without a doubt: every token was taken.
+
+    Args:
+        context: its newest token has no entry yet.
+        decoder: whose model and windows the pass has.
+        full: counts the bytes that are read.
+
+    Returns:
+        float32 `[B, V]`, the logits after the newest token.
+    """
+    cache, tokens = context.cache, torch.stack(context._uncorrected, 1)
+    context._uncorrected.clear()
+    cache.truncate(cache.length - tokens.shape[1] + 1)
+    cache.reserve(cache.length + tokens.shape[1])
+    for part in tokens.split(MAX_TOKENS, 1):
+        logits = decoder.attempt(context, partial(_pass_logits, context, decoder, full, part))
+        cache.advance(part.shape[1])
+    return logits[:, -1].clone()
+
+
+def _pass_logits(context: Context, decoder: Decoder, full: FullAttention, token_ids: Tensor) -> Tensor:
+    """Logits of a dense pass over tokens `[B, T]` that the cache does not count yet; overwritten by the next."""
+    key, kept = (decoder, "pass", token_ids.shape[1]), context.kept_steps
+    with torch.inference_mode():
+        one, run = kept.get(key, (None, None))
+        if one is None:
+            one = DensePass(context.cache, token_ids.shape[1], full, decoder.windows, context.kv_bytes)
+        one.token_ids.copy_(token_ids)
+        one.filled.fill_(context.cache.length + token_ids.shape[1])
+        if run is None:
+            run = decoder.capture(one.run, [context.kv_bytes], compiled=False)
+            kept[key] = one, run
+        with decoder.route:
+            return run()

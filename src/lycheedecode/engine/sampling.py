@@ -99,7 +99,7 @@ class Sampler:
         return self.scores(logits, sequences, positions).argmax(-1)
 
     def scores(self, logits: Tensor, sequences: Tensor | None = None, positions: Tensor | int = 0) -> Tensor:
-        """What the token drawn has most of, float `[..., V]`; arguments as above."""
+        """Scores float `[..., V]`, of which the drawn token has the highest; arguments as above."""
         if self._greedy:
             return logits
         shape = logits.shape[:-1]

@@ -121,7 +121,7 @@ class FixedStep:
         attention, windows, state, refresh: as in `FlexibleStep`.
         kv_bytes: float64 `[B]`, to which every run adds the bytes that it read.
         starts: int32 `[B]`, in place of the cache's.
-        looks: whether it may look, on a CPU, where the tokens end, and leave alone what lies behind them.
+        trims: on a CPU, read the lengths and attend over the slots in use only, which no CUDA graph can.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ class FixedStep:
         refresh: bool,
         kv_bytes: Tensor,
         starts: Tensor | None = None,
-        looks: bool = False,
+        trims: bool = False,
     ) -> None:
         self.stores = [layer.store for layer in cache.layers]
-        self._looks, self._slots = looks and kv_bytes.device.type == "cpu", None
+        self._trims, self._slots = trims and kv_bytes.device.type == "cpu", None
         self.state, self.kv_bytes, self.counters = state, kv_bytes, [kv_bytes]
         self._attention, self._windows, self._refresh, self._key_bytes = attention, windows, refresh, cache.key_bytes
         batch, device = kv_bytes.shape[0], kv_bytes.device
@@ -157,16 +157,16 @@ class FixedStep:
             else:
                 first = window.first_slot(self.filled, starts)
                 self._ends[window] = self.filled - first, first
-        if self._looks:
-            self._look()
+        if self._trims:
+            self._trim()
         self._runs += 1
         with running(self):
             logits = forward(model, self.token_ids, lengths, self._newest)
         self._attention.count_bytes(self.kv_bytes, lengths, self.state, self._refresh, self._key_bytes)
         return logits
 
-    def _look(self) -> None:
-        """Where all sequences end in the same slot, nothing has to be masked at the end."""
+    def _trim(self) -> None:
+        """Leave out the slots after the last token; where all sequences end in one slot, no length masks any."""
         ends = self.filled.tolist()
         self._slots = max(ends)
         if min(ends) == self._slots:
@@ -287,8 +287,8 @@ def _attention_layer(
     return attend(query[:, :, 0], key[:, :, 0], value[:, :, 0], layer_of(module), scale)[:, None], None
 
 
-class _Newest(Cache):
-    """What a model may ask of a cache when attention layers append to it: hands the new token through.
+class _PassThrough(Cache):
+    """The cache that a model gets while attention layers append to ours: it hands new keys and values through.
 
     Args:
         filled: slots in use, the new tokens' included; a number, or int32 `[1]`.
@@ -321,7 +321,7 @@ def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor
     output = model(
         input_ids=token_ids if several else token_ids[:, None],
         position_ids=positions,
-        **cache_argument(_Newest(filled, token_ids.shape[1] if several else 1)),
+        **cache_argument(_PassThrough(filled, token_ids.shape[1] if several else 1)),
         use_cache=True,
         logits_to_keep=0 if several else 1,
     )

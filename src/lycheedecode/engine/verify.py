@@ -40,7 +40,7 @@ from .step import FixedStep, Forward
 AUTO_DRAFTS = 8
 """Most drafts of a round where their number is chosen while it runs."""
 _MOST_BEHIND = 64
-"""Full steps in a row after which what the drafting attention keeps is brought up to date at the latest."""
+"""Full steps in a row after which the drafting attention's state is brought up to date at the latest."""
 
 
 def most_drafts(config: HybridConfig) -> int:
@@ -106,8 +106,8 @@ class Rounds:
 
     Attributes:
         tokens: `T`.
-        parts: what a round consists of: `select` and `keep`, drafts with and without a new selection, `verify`; `full`,
-            a step of full attention, after which nothing follows what was decoded before `follow` does.
+        parts: captured: `select` and `keep`, drafts with and without a new selection; `verify`; `full`, a step
+            of full attention, which leaves the drafting attention's state behind; `follow`, which brings it up to date.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class Rounds:
             return _Round(schedule, PendingTokens(self._result), marks)
 
     def _catch_up(self, schedule: Schedule) -> None:
-        """What full steps decoded is followed when drafts need it: a step spends no time on that."""
+        """Bring the drafting attention's state up to date when drafts need it: full steps spend no time on that."""
         if "follow" not in self.parts:
             return
         if self._behind and (schedule.drafts or self._behind == _MOST_BEHIND):
@@ -245,7 +245,7 @@ class Rounds:
             tally.drafted += schedule.drafts
             tally.accepted += len(tokens[i]) - 1
         *drafting, passing = (self._between(*pair) for pair in pairwise(launched.marks))
-        self._pace.saw(schedule, [len(tokens[i]) - 1 for i in running], drafting, passing)
+        self._pace.record(schedule, [len(tokens[i]) - 1 for i in running], drafting, passing)
         return tokens
 
     def _mark(self) -> Any:
@@ -278,7 +278,7 @@ class Rounds:
     # ------------------------------------------------------------------ captured parts
 
     def _capture(self) -> None:
-        """Capture the parts that are missing; leaves what a round changes as it was."""
+        """Capture the parts that are missing; what a round changes is restored."""
         model, drafter = self._decoder.model, self._decoder.steps_of
         parts: dict[str, Any] = {}
         if self._hybrid:
@@ -300,8 +300,8 @@ class Rounds:
     def _step(self, attention: DecodeAttention, refresh: bool) -> FixedStep:
         cache, context = self._context.cache, self._context
         state = self._state if attention is self._decoder.attention else None
-        looks = self._decoder.way == "eager" and getattr(attention, "graph_safe", False)
-        return FixedStep(cache, attention, self._decoder.windows, state, refresh, context.kv_bytes, self._starts, looks)
+        trims = self._decoder.way == "eager" and getattr(attention, "graph_safe", False)
+        return FixedStep(cache, attention, self._decoder.windows, state, refresh, context.kv_bytes, self._starts, trims)
 
     def _drafting(self, refresh: bool) -> Any:
         """A hybrid step from the last draft to the next."""
@@ -364,7 +364,7 @@ class Rounds:
         self._drafted.zero_()
 
     def _follow(self, most: int) -> None:
-        """What the drafting attention keeps beside the cache catches up: `most` slots at most, drafts included."""
+        """Bring the drafting attention's state up to date: `most` slots at most, drafts included."""
         if self._state is not None:
             layers = self._context.cache.layers
             end = (self._filled + self.tokens).clamp(max=layers[0].capacity)
