@@ -8,10 +8,8 @@ import pytest
 import tiny
 import torch
 from serving_engine import CROWDED, ROOMY, SETTINGS, TIGHT, generate, groups, ours, serving
-from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
+from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends import flash_attn
-from vllm.v1.attention.backends import utils as layouts
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
 from lycheedecode.integrations.vllm import cuda, verify
@@ -175,36 +173,6 @@ def test_keys_and_values_lie_where_flash_attention_has_them(order):
     for own, their in zip(implementation.cache(cache), theirs, strict=True):
         assert torch.equal(own.transpose(1, 2), their)
         assert own.data_ptr() == their.data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("user", "connector", "expected"),
-    [
-        (None, None, "HND"),
-        ("NHD", None, "NHD"),
-        ("HND", None, "HND"),
-        (None, "DecodeBenchConnector", "HND"),  # any will do for it
-        (None, "ExampleHiddenStatesConnector", "NHD"),
-        ("NHD", "DecodeBenchConnector", "NHD"),
-    ],
-)
-def test_a_heads_tokens_lie_together_unless_somebody_says_otherwise(monkeypatch, user, connector, expected):
-    if user is not None:
-        monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", user)
-    transfer = connector and KVTransferConfig(kv_connector=connector, kv_role="kv_producer")
-    config = VllmConfig(kv_transfer_config=transfer)
-    if hasattr(layouts, "resolve_kv_cache_layout"):
-        backends = flash_attn.FlashAttentionBackend, cuda.HybridBackend  # as with windows in a group of their own
-        names = [layout.name for layout in layouts.get_supported_kv_cache_layouts(backends)]
-        found = layouts.resolve_kv_cache_layout(config, [names])
-        assert found is layouts._layout_from_name(expected)
-        return
-    with set_current_vllm_config(config):
-        required = cuda.HybridBackend.get_required_kv_cache_layout()
-        layouts.set_kv_cache_layout(required)  # as vLLM does when it has chosen a backend
-        order = flash_attn.FlashAttentionBackend.get_kv_cache_stride_order()
-        layouts.set_kv_cache_layout(None)
-    assert order == {"HND": (0, 1, 2, 3), "NHD": (0, 2, 1, 3)}[expected]
 
 
 @pytest.fixture(scope="module")

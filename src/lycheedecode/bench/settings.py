@@ -310,7 +310,7 @@ class ServingSettings(BenchSettings):
         kv_cache_dtype: of the KV cache, for every way: auto or fp8.
         mixed: also time batches whose requests ask for different things.
         kv_layout: of its pages, for every way: NHD has the heads of a token together, HND the tokens of a head; auto:
-            each way's own choice, NHD for vLLM and HND for the plugin.
+            vLLM's choice.
         page_tokens: tokens of a page, for every way. [default: vLLM's choice]
         tensor_parallel_size: ranks that share the heads.
         block_size: tokens per block.

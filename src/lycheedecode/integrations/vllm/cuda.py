@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from . import settings
@@ -15,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from .parts import get_current_vllm_config, says_cache_layout
+from .parts import get_current_vllm_config
 
 
 class HybridBackend(FlashAttentionBackend):
@@ -37,21 +35,6 @@ class HybridBackend(FlashAttentionBackend):
         preferred = super().get_preferred_block_size(default_block_size)
         told = settings.read(get_current_vllm_config())
         return max(preferred, min(told.config.chunk_tokens, 128)) if told.completes else preferred
-
-    @classmethod
-    def get_required_kv_cache_layout(cls) -> str | None:
-        """The tokens of a head together; in vLLM's default a scan of one head skips the others' after each of its own.
-
-        vLLM up to 0.28 lets this overrule the user and KV connectors, so it is asked for where they say nothing.
-        """
-        return None if says_cache_layout(get_current_vllm_config()) else "HND"
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """The same for vLLM from 0.29 on: any layout will do, that one is taken where nobody says which."""
-        from vllm.v1.kv_cache_layout import KVCacheLayout
-
-        return tuple(sorted(KVCacheLayout, key=lambda layout: layout is not KVCacheLayout.LBHNC))
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:

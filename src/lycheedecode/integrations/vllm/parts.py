@@ -58,7 +58,6 @@ __all__ = [
     "init_logger",
     "input_processor",
     "reserve",
-    "says_cache_layout",
     "set_forward_context",
     "swap_whole_rows",
     "version",
@@ -80,18 +79,6 @@ def input_processor() -> type:
     from vllm.v1.engine.input_processor import InputProcessor
 
     return InputProcessor
-
-
-def says_cache_layout(vllm_config: Any) -> bool:
-    """Whether the user or a KV connector says in which order the cache has tokens and heads."""
-    if envs.VLLM_KV_CACHE_LAYOUT is not None:
-        return True
-    if vllm_config.kv_transfer_config is None:
-        return False
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
-    connector = KVConnectorFactory.get_connector_class(vllm_config.kv_transfer_config)
-    return connector.get_required_kvcache_layout(vllm_config) is not None
 
 
 def follow_requests() -> None:
