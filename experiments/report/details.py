@@ -49,10 +49,10 @@ NOTES = {
     "timed on this GPU.",
     "h200-lossless-attend-tune": "With `--tune`; the run ended in 1 x 128K. The launch of one token in use since was "
     "chosen by it: `(33, 32, 4, 4, 1)`.",
-    "h200-lossless-rounds-1x128k": "`bench step` finds a full step of 8.19 ms on the same GPU (`h200-step-completion`). "
-    "By that, rounds are 1.64 and, with 8-bit drafts, 2.22 times as fast.",
-    "h200-lossless-rounds-1x512k": "The full step is 1.2 ms slower than the pass over 9 tokens, for a reason that is not "
-    "known. Beside a step as fast as the pass, rounds would be 2.99 and, with 8-bit drafts, 3.57 times as fast.",
+    "h200-lossless-rounds-1x128k": "`bench step` finds a full step of 8.19 ms on the same GPU "
+    "(`h200-step-completion`). By that, rounds are 1.64 and, with 8-bit drafts, 2.22 times as fast.",
+    "h200-lossless-rounds-1x512k": "The full step is 1.2 ms slower than the pass over 9 tokens, for a reason that is "
+    "not known. Beside a step as fast as the pass, rounds would be 2.99 and, with 8-bit drafts, 3.57 times as fast.",
     "h200-lossless-rounds-4x128k-16-rows": "Made with `python -m experiments.with_rows 16`: the linear layers of the "
     "pass, 36 rows, are cuBLAS's; in `h200-lossless-rounds-4x128k`, from the same GPU, they are our kernel's.",
     **dict.fromkeys(
