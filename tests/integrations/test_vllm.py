@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
 from lycheedecode.integrations.vllm import cuda, verify
 from lycheedecode.integrations.vllm.backend import from_row
-from lycheedecode.integrations.vllm.group import part_of_this_process
+from lycheedecode.integrations.vllm.group import shard_of_this_process
 from lycheedecode.integrations.vllm.settings import ServingError
 from lycheedecode.models.load import load_model
 from lycheedecode.ops import KV, attend_tokens
@@ -195,7 +195,7 @@ def test_kernels_are_made_for_a_page_table_as_wide_as_vllms(checkpoint):
         group, config = builder.hybrid, builder.vllm_config
         group.attention = lambda layer, query, kv, *_, **__: seen.append(kv.page_table.shape)
         group.add_bytes = lambda *_: None
-        group._make_once(part_of_this_process(config), config, builder.kv_cache_spec, torch.device("cpu"))
+        group._make_once(shard_of_this_process(config), config, builder.kv_cache_spec, torch.device("cpu"))
         return seen, worker.model_runner.input_batch.block_table[0].get_device_tensor(1).shape
 
     with serving(checkpoint(), tiny.plan(), TIGHT, max_model_len=250, block_size=32) as llm:

@@ -64,6 +64,13 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(saved, tmp_path, monke
         assert "sees no GPU" in refusal(saved, device="cuda")
 
 
+def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "There is no folder or file 'smollm', and it cannot be loaded from the hub: " in refusal("smollm")
+    (tmp_path / "smollm").mkdir()
+    assert "no folder or file" not in refusal("smollm")
+
+
 def test_a_folder_without_a_tokenizer_says_so(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     assert "is not a whole model: it has no tokenizer (tokenizer.json)" in refusal(str(tmp_path))

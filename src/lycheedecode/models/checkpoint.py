@@ -42,15 +42,21 @@ def read_model(name: str, where: str, config: Any, **options: Any) -> PreTrained
             **options,
         )
     except Exception as error:  # whatever transformers and its readers stumble over in a file, it is the file's
-        raise not_loaded(name, error) from error
+        raise not_loaded(name, where, error) from error
     if _is_encoder(model):
         raise ModelError(f"The model {name!r} is an encoder ({type(model).__name__}); only decoders can be used.")
     _check_weights(name, model, info)
     return model
 
 
-def not_loaded(name: str, error: Exception) -> Exception:
-    """What to raise for an error of transformers; memory that ran out stays what it is."""
+def not_loaded(name: str, where: str | Path, error: Exception) -> Exception:
+    """What to raise for an error of transformers; memory that ran out stays what it is.
+
+    Args:
+        name: of the model, as it was given.
+        where: a folder or file, or the name again: then it may be a hub id.
+        error: of transformers.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return error
     if isinstance(error, KeyError):
@@ -61,6 +67,10 @@ def not_loaded(name: str, error: Exception) -> Exception:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Validation of a config says first which of its functions found the error, and then the error.
     said = lines[1].split(": ", 1)[-1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    if str(where) == name and not Path(name).exists():
+        return ModelError(
+            f"There is no folder or file {name!r}, and it cannot be loaded from the hub: {said.rstrip('.')}."
+        )
     return ModelError(f"The model {name!r} cannot be loaded: {said.rstrip('.')}.")
 
 

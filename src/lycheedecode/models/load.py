@@ -108,7 +108,7 @@ def _from_pretrained(kind: str, name: str, where: str | Path, **options: Any) ->
     try:
         return getattr(transformers, kind).from_pretrained(str(where), trust_remote_code=False, **given)
     except Exception as error:  # see `read_model`
-        raise not_loaded(name, error) from error
+        raise not_loaded(name, where, error) from error
 
 
 def _config(name: str, revision: str | None) -> Any:

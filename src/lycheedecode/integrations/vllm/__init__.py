@@ -43,7 +43,7 @@ def register() -> None:
 
 
 def _let_cpus_have_it(platform: type, backends: type) -> None:
-    """vLLM's platform for CPUs knows one backend for all models: let it take CUSTOM where that is asked for."""
+    """vLLM's platform for CPUs has one backend for all models; let it accept CUSTOM where that is asked for."""
     stock = platform.get_attn_backend_cls
     if getattr(stock, "knows_custom", False):
         return

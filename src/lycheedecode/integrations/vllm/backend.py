@@ -21,7 +21,7 @@ from ...attention import HybridState
 from ...ops import KV
 from . import self_check, settings, verify
 from .beside import Grown
-from .group import Group, Rows, memory_left, part_of_this_process, speculates_only
+from .group import Group, Rows, memory_left, shard_of_this_process, speculates_only
 from .parts import (
     FIELDS_OF_ROWS,
     FIELDS_OF_TOKENS,
@@ -46,7 +46,7 @@ class BatchStep(NamedTuple):
         page_table: int32 `[rows, pages]`.
         state: of these rows.
         others: the backend's metadata of the other sequences; None when there are none.
-        grown: what belongs beside the pages of sequences that draft; None: they do not, or nothing does.
+        grown: means to write beside the pages of sequences that draft; None where there are none.
     """
 
     group: Group
@@ -59,7 +59,7 @@ class BatchStep(NamedTuple):
 
 
 class HybridBuilder:
-    """Before a backend's metadata builder in a class's bases."""
+    """Mixin, before a backend's metadata builder in a class's bases."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -90,7 +90,7 @@ class HybridBuilder:
             self.hybrid.announce(vllm_config)
 
     def obstacle(self) -> str | None:
-        """What of the backend keeps its layers from hybrid decoding, as the end of a sentence; None when nothing."""
+        """What keeps all of the backend's layers from hybrid decoding, as the end of a sentence; None: nothing."""
         return None
 
     @classmethod
@@ -134,7 +134,7 @@ class HybridBuilder:
         return metadata
 
     def use_cascade_attention(self, *arguments: Any, **options: Any) -> bool:
-        # It reads a prefix once for many sequences; rows that use hybrid attention hardly read it.
+        # It reads a shared prefix once for many sequences, but hybrid rows hardly read it.
         ours = self.hybrid is not None or self.verifying is not None
         return not ours and super().use_cascade_attention(*arguments, **options)
 
@@ -161,7 +161,7 @@ class HybridBuilder:
         return kv_of
 
     def _fit(self) -> None:
-        """Room beside the pages of vLLM's cache, which is there by now; before a CUDA graph needs it."""
+        """Make room beside the pages of vLLM's cache, which exists by now, before a CUDA graph needs it."""
         module = next(iter(self._modules.values()))
         if module.kv_cache.numel():
             self.hybrid.beside.fit(len(module.impl.cache(module.kv_cache)[0]))
@@ -195,13 +195,13 @@ class HybridBuilder:
 
 
 class HybridLayer:
-    """Before a backend's attention implementation in a class's bases; `cache` is the backend's."""
+    """Mixin, before a backend's attention implementation in a class's bases, which defines `cache`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         vllm_config = get_current_vllm_config()
         if not speculates_only(vllm_config):  # whose drafts have a model of their own
-            part_of_this_process(vllm_config)  # refuses before any weights are loaded
+            shard_of_this_process(vllm_config)  # refuses before any weights are loaded
             reserve(memory_left)
         self._extras: dict[str, Any] | None = None
 
@@ -217,7 +217,7 @@ class HybridLayer:
         return keys, values
 
     def extras(self, layer: torch.nn.Module) -> dict[str, Any]:
-        """What `HybridAttention` needs to know of the layer besides; made once, where CUDA graphs find it again."""
+        """What `HybridAttention` needs to know of the layer besides; made once, as CUDA graphs keep its address."""
         if self._extras is None:
             sinks, scales = getattr(self, "sinks", None), None
             if self.kv_cache_dtype in FLOAT8:
@@ -243,9 +243,7 @@ class HybridLayer:
         output: Tensor,
         **scales: Any,
     ) -> Tensor:
-        step: BatchStep | None = getattr(
-            attn_metadata, "hybrid", None
-        )  # None without metadata: a run that only profiles
+        step: BatchStep | None = getattr(attn_metadata, "hybrid", None)  # a run that only profiles has no metadata
         index = None if step is None else step.group.layers.get(layer.layer_name)
         drafted: verify.VerifyStep | None = getattr(attn_metadata, "verify", None)
         if drafted is not None and layer.layer_name in drafted.layers:
@@ -285,7 +283,7 @@ class HybridLayer:
 
 
 def _as_output(layer: torch.nn.Module, query: Tensor, output: Tensor) -> Tensor:
-    """Queries in the output's dtype; they come in 8 bits where vLLM's kernels want that beside an 8-bit cache."""
+    """Queries in the output's dtype: beside an 8-bit cache, vLLM may hand them over in 8 bits."""
     return query if query.dtype == output.dtype else (query.float() * layer._q_scale).to(output.dtype)
 
 

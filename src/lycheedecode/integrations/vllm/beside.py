@@ -1,17 +1,16 @@
 """Data kept beside vLLM's pages, page for page: the means of chunks, and copies of scanned keys in 8 or 4 bits.
 
     a step is to come, before any CUDA graph   `Beside.write`: what is not there yet of the sequences that get a token
-    a layer of it                              reads both; a scan writes the copy of the newest token itself
-    a layer of a step that drafts              first `Beside.follow`: means that drafts, verified or not, complete
+    a layer of it                              reads both; a scan copies the newest token's key itself
+    a layer of a step that drafts              first `Beside.follow`: means of chunks that drafts complete
 
-Nothing is believed of the past of a page. When a sequence decodes for the first time, all that belongs beside its pages
-is written from what vLLM's cache holds; that reads the cache once, like one dense step. After that it is a chunk every
-`chunk` steps, and a step's graph has nothing to write. So whatever filled the pages (prefill, prefix cache, a KV
-connector), and wherever they lie after a preemption, means and copies are theirs; sequences that share pages write the
-same there.
+Nothing is assumed about a page's past. When a sequence decodes for the first time, everything beside its pages is
+written from what vLLM's cache holds, which reads the cache once, like one dense step. After that, a chunk is written
+every `chunk` steps, never inside a step's graph. So means and copies match the pages, whatever filled these (prefill,
+prefix cache, a KV connector) and wherever they lie after a preemption. Sequences that share pages write the same there.
 
-A page has means for `ceil(page / chunk)` chunks: with pages shorter than chunks most stay unused, so that pages as long
-as chunks, vLLM's `--block-size`, cost least (`bytes_of_page`).
+A page has room for the means of `ceil(page / chunk)` chunks. With pages shorter than chunks most of it stays unused:
+pages as long as chunks (vLLM's `--block-size`) cost least (`bytes_of_page`).
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ class Page(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """Of sequences that draft.
+    """How sequences that draft have grown.
 
     Attributes:
         lengths: int32 `[rows]`, tokens of each without the newest.
-        first: int32 `[rows]`, chunks whose means are for good, at least.
-        chunks: that may have become complete since, at most.
+        first: int32 `[rows]`, chunks whose means are final; there may be more.
+        chunks: how many may have been completed since, at most.
     """
 
     lengths: Tensor
@@ -100,7 +99,7 @@ class Beside:
         return key_bytes(self._form, self._page.dim, self._page.dtype.itemsize)
 
     def fit(self, pages: int) -> None:
-        """Have room beside so many pages; what was known is forgotten if that is news."""
+        """Make room beside so many pages; where their number changes, what was written is forgotten."""
         if pages == self.pages or not self.is_used:
             return
         heads, tokens, dim, dtype = self._page
@@ -123,11 +122,11 @@ class Beside:
         """Write what belongs beside the pages of sequences that have grown, but for the copy of their newest token.
 
         Args:
-            layers: in a step all of `layers`.
+            layers: some of `self.layers`; in a step, all of them.
             kv_of: the cache of a layer; lengths include the newest token, which need not be there yet. Most steps have
                 nothing to write, and do not ask.
-            before: tokens of each sequence of which everything is written; fewer do no harm.
-            after: tokens that it has at this step; more do no harm.
+            before: tokens of each sequence for which all is written already; too low a number only costs time.
+            after: tokens that it has at this step; too high a number does no harm.
             meant: as `before`, for means only; None: the same.
         """
         first = [max(length - 1, 0) // self.chunk for length in (before if meant is None else meant)]
@@ -147,7 +146,7 @@ class Beside:
                 reference.write_pages_to_copy(self.copies[layer], kv.keys, self._scanned[layer], pages)
 
     def follow(self, layer: int, kv: KV, grown: Grown) -> None:
-        """Write the means of a layer that have become complete lately, from what its cache holds; in a CUDA graph."""
+        """Write the means of a layer's newly completed chunks from what its cache holds; CUDA graphs include it."""
         if layer in self.means:
             written = kv._replace(lengths=grown.lengths)
             write_means(written, self.chunk, *self.means[layer], grown.first, grown.chunks)
@@ -169,7 +168,7 @@ def _rows_of(kv: KV, rows: list[int]) -> KV:
 
 @dataclass(eq=False)
 class PagedState(HybridState):
-    """What `HybridAttention` keeps of a step: means and copies lie beside pages, whose they are in every batch."""
+    """What `HybridAttention` keeps of a step. Means and copies belong to pages, whatever the batch."""
 
     beside: Beside | None = None
 

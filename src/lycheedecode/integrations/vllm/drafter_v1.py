@@ -15,14 +15,14 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer  # isort: skip
 
 
 def install(runner: Any) -> None:
-    """Let a model runner that has just been made have its model's own drafts."""
+    """Make a new model runner draft with its own model."""
     if current_platform.is_cpu():
         vllm.v1.sample.rejection_sampler.expand_batch_to_tokens = _expanded
     runner.drafter = TargetDrafter(runner.vllm_config, runner.device, runner)
 
 
 class TargetDrafter(TargetDrafts, DraftModelProposer):
-    """`propose` and what sets it up are called as vLLM calls its own.
+    """vLLM calls `propose` and the methods that prepare it as those of its own drafters.
 
     Args:
         vllm_config: of the server.

@@ -15,13 +15,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator  # is
 
 
 def install(runner: Any) -> None:
-    """Let a model runner that has just been made have its model's own drafts."""
+    """Make a new model runner draft with its own model."""
     runner.speculator = None  # whose buffers are as large as the next one's
     runner.speculator = TargetSpeculator(runner.vllm_config, runner.device)
 
 
 class TargetSpeculator(TargetDrafts, DraftModelSpeculator):
-    """`propose` and what sets it up are called as vLLM calls its own.
+    """vLLM calls `propose` and the methods that prepare it as those of its own drafters.
 
     Args:
         vllm_config: of the server.

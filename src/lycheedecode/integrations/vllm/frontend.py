@@ -22,11 +22,11 @@ _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 @contextmanager
 def drafting(arguments: Any) -> Iterator[None]:
-    """While arguments of a lossless server become a configuration: its model drafts for itself.
+    """Name a lossless server's own model as its draft model, while arguments become a configuration.
 
-    To vLLM it is a draft model like others, which reserves room for the drafts' entries; that it is the model itself
-    is up to the worker (see `lossless`). Its model runner is the one that all known versions can draft with, unless the
-    environment asks for the other.
+    So vLLM reserves cache entries for drafts; that the drafter is the model itself is up to the worker (see
+    `lossless`). The first model runner is taken, which can draft in all known versions, unless the environment asks
+    for the other.
     """
     if arguments.speculative_config is not None or getattr(arguments, "spec_method", None) is not None:
         raise ServingError("A lossless server drafts by itself: leave out the speculative configuration.")
@@ -48,7 +48,7 @@ def drafting(arguments: Any) -> Iterator[None]:
 
 
 def _check_drafting(vllm_config: Any) -> None:
-    """Raise `ServingError` for what a model cannot draft beside."""
+    """Raise `ServingError` for features of vLLM that a lossless server cannot have."""
     settings.check_runner(vllm_config.use_v2_model_runner, version)
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     unlike = {
@@ -67,7 +67,10 @@ def _check_drafting(vllm_config: Any) -> None:
 
 
 def prepare(vllm_config: Any) -> None:
-    """Raise as `settings.read`, `settings.of_rank` and `settings.check_donors`."""
+    """Check the configuration, let engines check requests, and show counters.
+
+    Raises as `settings.read`, `settings.of_rank` and `settings.check_donors`.
+    """
     if settings.drafts(vllm_config):
         _check_drafting(vllm_config)
     plan, parallel = settings.read(vllm_config).plan, vllm_config.parallel_config
@@ -82,10 +85,9 @@ def prepare(vllm_config: Any) -> None:
 
 
 def _check_requests(processor: type) -> None:
-    """Let engines refuse requests for hybrid attention that they cannot serve, and keep those apart that have none.
+    """Let engines refuse options that they cannot serve, and keep requests that are off to pages of their own.
 
-    What hybrid attention has decoded is in the prefix cache, too. Requests that are off do not find it: their pages
-    have a salt of their own.
+    The prefix cache also holds what hybrid attention decoded; a salt hides it from requests for full attention.
     """
     validate, process = processor._validate_params, processor.process_inputs
     if hasattr(validate, "__wrapped__"):

@@ -38,15 +38,15 @@ from .settings import FLOAT8
 logger = init_logger("vllm.lycheedecode")  # below `vllm`, whose handlers print it
 
 
-class Part(NamedTuple):
-    """What this process decodes: `plan` of its KV heads and layers, from `first_layer` of the model on."""
+class Shard(NamedTuple):
+    """What this process decodes: the plan of its KV heads and layers, which begin at `first_layer` of the model."""
 
     plan: HeadPlan
     settings: settings.Settings
     first_layer: int
 
 
-def part_of_this_process(vllm_config: Any) -> Part:
+def shard_of_this_process(vllm_config: Any) -> Shard:
     """Read and check the settings; errors as in `settings.read` and `settings.of_rank`."""
     told = settings.read(vllm_config)
     plan = told.plan
@@ -54,15 +54,15 @@ def part_of_this_process(vllm_config: Any) -> Part:
     stages = [get_pp_indices(plan.num_layers, i, pipeline.world_size) for i in range(pipeline.world_size)]
     stage, rank = pipeline.rank_in_group, get_tensor_model_parallel_rank()
     own = settings.of_rank(plan, rank, parallel.tensor_parallel_size, stages, stage)
-    return Part(own, told, stages[stage][0])
+    return Shard(own, told, stages[stage][0])
 
 
 class Rows(NamedTuple):
-    """Of a step.
+    """Counts of a step.
 
     Attributes:
         decoding: how many sequences decode, the first of the batch; padding of a CUDA graph counts.
-        tokens: those of them that have a token.
+        tokens: how many of these have a token: all but the padding.
         single: how many sequences get a single token, the first of the batch without padding; in a CUDA graph all of
             them are hybrid.
     """
@@ -79,8 +79,8 @@ class Group:
     set of buffers serves every batch.
 
     Args:
-        part: what this process decodes.
-        layers: index in the part's plan of each layer.
+        shard: what this process decodes.
+        layers: index in the shard's plan of each layer.
         vllm_config, spec: of the group.
         device: of the cache.
         sinks: whether the softmax of some layer has sinks.
@@ -88,7 +88,7 @@ class Group:
 
     def __init__(
         self,
-        part: Part,
+        shard: Shard,
         layers: Mapping[str, int],
         vllm_config: Any,
         spec: Any,
@@ -97,17 +97,17 @@ class Group:
     ) -> None:
         self.layers = dict(layers)
         self.last_layer = max(layers.values())
-        self.settings = part.settings
-        self.first_layer = part.first_layer
+        self.settings = shard.settings
+        self.first_layer = shard.first_layer
         self._has_sinks = sinks
-        limits, config = part.settings.limits, part.settings.config
+        limits, config = shard.settings.limits, shard.settings.config
         if limits.most is not None:  # room for the largest budget that a request may have
             config = replace(config, budget_tokens=limits.most)
-        self.attention = HybridAttention(part.plan, config, tuple(layers.values()))
+        self.attention = HybridAttention(shard.plan, config, tuple(layers.values()))
         self.requests = Requests(limits, vllm_config.kv_transfer_config is not None)
         self.beside = Beside(self.attention, _page(spec, vllm_config), device)
         self._key_bytes = spec.head_size * spec.dtype.itemsize
-        self._full = FullAttention(len(layers), part.plan.num_kv_heads)
+        self._full = FullAttention(len(layers), shard.plan.num_kv_heads)
         graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, graphs)  # a graph may hold rows of padding
         selections = self.attention.allocate(rows, vllm_config.model_config.max_model_len, device).selections
@@ -125,7 +125,7 @@ class Group:
         self._reported = dict.fromkeys((*self.counters, "bytes", "full"), 0)
         self._report_at = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
         if device.type == "cuda":
-            self._make_once(part, vllm_config, spec, device)
+            self._make_once(shard, vllm_config, spec, device)
         follow_requests()
 
     def state(self, rows: int) -> PagedState:
@@ -147,12 +147,12 @@ class Group:
         self._some_ask = False
 
     def forget_step(self) -> None:
-        """The step just made served no request."""
+        """Drop what the last step counted: it served no request."""
         self.reset_limits()
         self._bytes.zero_()
 
     def begin_step(self, rows: Rows, kv_of: Callable[[int], KV], lengths: Callable[[], Sequence[int]]) -> None:
-        """Give rows what their requests ask for, and pages what belongs beside them; count, and now and then say so.
+        """Set the rows' budgets, write what belongs beside their pages, count, and report from time to time.
 
         Args:
             rows: of the step.
@@ -172,7 +172,7 @@ class Group:
         self._report_now_and_then()
 
     def begin_draft(self, index: int, drafts: int, kv_of: Callable[[int], KV], lengths: Sequence[int]) -> None:
-        """As `begin_step`, for a token that all sequences draft after a step; until verified, nothing is for good.
+        """As `begin_step`, for a token that all sequences draft; nothing is final until it is verified.
 
         Args:
             index: of the token in its round.
@@ -201,7 +201,7 @@ class Group:
         self.beside.write(self.beside.layers, kv_of, good, after, meant)
 
     def grown(self, lengths: Tensor, drafts: int) -> Grown | None:
-        """What a step that drafts writes beside pages: what has come since the last round and within this one.
+        """The means that a drafting step writes beside pages: those completed since the last round and within this one.
 
         Args:
             lengths: int32 `[rows]`, tokens of each sequence, the newest included.
@@ -216,7 +216,7 @@ class Group:
         return Grown(before, first, since // chunk + 1)
 
     def _limit(self, names: Sequence[str]) -> list[int | None]:
-        """Give the first rows what their requests ask for, and say what that is."""
+        """Set the budgets of the first rows to what their requests ask for; returns that."""
         asked = self.requests.blocks(names)
         if any(blocks is not None for blocks in asked):
             given = [self._default if blocks is None else blocks for blocks in asked]
@@ -256,12 +256,12 @@ class Group:
             )
         return total
 
-    def _make_once(self, part: Part, vllm_config: Any, spec: Any, device: torch.device) -> None:
-        """Run every layer once on next to nothing: what kernels make once must not be made inside a CUDA graph.
+    def _make_once(self, shard: Shard, vllm_config: Any, spec: Any, device: torch.device) -> None:
+        """Run every layer once on a tiny input: what kernels make at their first launch cannot be made in a CUDA graph.
 
         The page table is as wide as vLLM's, which holds whole 128 tokens: kernels are compiled for its stride.
         """
-        shape, dtype = (1, part.plan.num_kv_heads, spec.block_size, spec.head_size), vllm_config.model_config.dtype
+        shape, dtype = (1, shard.plan.num_kv_heads, spec.block_size, spec.head_size), vllm_config.model_config.dtype
         float8, more = vllm_config.cache_config.cache_dtype in FLOAT8, {"scales": None, "sinks": None}
         keys = torch.zeros(shape, dtype=torch.float8_e4m3fn if float8 else dtype, device=device)
         if float8:
@@ -284,27 +284,25 @@ class Group:
     def of(
         cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device, obstacle: str | None
     ) -> Group | None:
-        """The group of those among `layer_names` that can use hybrid attention; None, and why in the log, if none can.
+        """The group of those `layer_names` that can use hybrid attention; None if none can, and the log says why.
 
-        Raises `PlanError` when such a layer has a donor in a layer that cannot. `obstacle`: of all of them.
+        Raises `PlanError` when such a layer has a donor in a layer that cannot. `obstacle`: what keeps all from it.
         """
         why_all = obstacle or why_all_dense(vllm_config, spec, device)
-        modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        why = {name: why_all or why_dense(module.impl) for name, module in modules.items()}
-        for reason, count in Counter(filter(None, why.values())).items():
-            logger.warning_once("LycheeDecode: %d layers decode with full attention: %s.", count, reason)
-        chosen = [name for name, reason in why.items() if reason is None]
-        if not chosen:
+        able = able_layers(
+            vllm_config, layer_names, lambda impl: why_all or why_dense(impl), "decode with full attention"
+        )
+        if not able:
             return None
-        part = part_of_this_process(vllm_config)
-        layers = {name: extract_layer_index(name) - part.first_layer for name in chosen}
-        settings.check_donors(part.plan, set(layers.values()), part.first_layer)
-        sinks = any(getattr(modules[name].impl, "sinks", None) is not None for name in chosen)
-        return cls(part, layers, vllm_config, spec, device, sinks)
+        shard = shard_of_this_process(vllm_config)
+        layers = {name: extract_layer_index(name) - shard.first_layer for name in able}
+        settings.check_donors(shard.plan, set(layers.values()), shard.first_layer)
+        sinks = any(getattr(module.impl, "sinks", None) is not None for module in able.values())
+        return cls(shard, layers, vllm_config, spec, device, sinks)
 
 
 def speculates_only(vllm_config: Any) -> bool:
-    """Whether other people's drafts are verified, so that nothing is hybrid."""
+    """Whether vLLM verifies drafts of another model, so that nothing is hybrid."""
     return vllm_config.speculative_config is not None and not settings.drafts(vllm_config)
 
 
@@ -324,15 +322,26 @@ def memory_left(worker: Any) -> float:
     }
     if not specs:
         return 1.0
-    part, spec = part_of_this_process(vllm_config), next(iter(specs.values()))
-    layers = [extract_layer_index(name) - part.first_layer for name in specs]
-    layers = [layer for layer in layers if 0 <= layer < part.plan.num_layers]
-    attention = HybridAttention(part.plan, part.settings.config, tuple(layers))
+    shard, spec = shard_of_this_process(vllm_config), next(iter(specs.values()))
+    layers = [extract_layer_index(name) - shard.first_layer for name in specs]
+    layers = [layer for layer in layers if 0 <= layer < shard.plan.num_layers]
+    attention = HybridAttention(shard.plan, shard.settings.config, tuple(layers))
     beside = Beside(attention, _page(spec, vllm_config), torch.device("meta"))
     share = share_of_memory(beside.bytes_of_page, [spec.page_size_bytes for spec in specs.values()])
     if beside.is_used:
         logger.info("LycheeDecode: %.1f%% of the cache's memory holds data beside its pages.", 100 * (1 - share))
     return share
+
+
+def able_layers(
+    vllm_config: Any, layer_names: list[str], why_not: Callable[[Any], str | None], instead: str
+) -> dict[str, Any]:
+    """Attention layers whose implementation `why_not` has nothing against; the log says what becomes of the others."""
+    modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+    why = {name: why_not(module.impl) for name, module in modules.items()}
+    for reason, count in Counter(filter(None, why.values())).items():
+        logger.warning_once("LycheeDecode: %d layers %s: %s.", count, instead, reason)
+    return {name: module for name, module in modules.items() if why[name] is None}
 
 
 def why_all_dense(vllm_config: Any, spec: Any, device: torch.device) -> str | None:

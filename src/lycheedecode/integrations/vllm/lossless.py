@@ -7,8 +7,8 @@ To vLLM the drafts come from a draft model, for whose tokens the scheduler keeps
 own pages: drafts are written where the tokens will be, and the pass that verifies them writes the same places again
 before it reads them. So what stays in the cache, and what other requests find there, is full attention's.
 
-Needs nothing of vLLM but a worker class, which its arguments may name: the worker gives its model runner, once that is
-made, another drafter: `drafter_v1` or `drafter_v2`, after vLLM's two model runners.
+All it needs of vLLM is a worker class, which vLLM's arguments may name: the worker replaces the drafter of its model
+runner by `drafter_v1` or `drafter_v2`, one for each of vLLM's two model runners.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ else:
 
 
 class DraftingWorker(Worker):
-    """Whose model drafts for itself."""
+    """A worker whose model drafts for itself."""
 
     def init_device(self) -> None:
         settings.check_runner(self.vllm_config.use_v2_model_runner, version)
@@ -51,7 +51,7 @@ class DraftingWorker(Worker):
 
 
 class TargetDrafts:
-    """Before a drafter of vLLM's in a class's bases, whose are `vllm_config`, `max_model_len` and `model`.
+    """Mixin, before one of vLLM's drafters in a class's bases, which has `vllm_config`, `max_model_len` and `model`.
 
     Attributes:
         input_ids, positions: int32 and int64, as long as a step has sequences at most; CUDA graphs read them.
@@ -70,11 +70,11 @@ class TargetDrafts:
         self._slots: list[Tensor] = []
 
     def _page_table(self, cache: int, rows: int) -> Tensor:
-        """Of a cache group, int32 `[rows, pages]`, in the order of the batch; always the same memory."""
+        """The page table of a cache group, int32 `[rows, pages]`, in the batch's order; always the same memory."""
         raise NotImplementedError
 
     def _take(self, groups: list[list[Any]]) -> None:
-        """Layers, their caches and builders are the model's: of each cache group, vLLM's attention groups."""
+        """Draft with the model's own layers, caches and builders: vLLM's attention groups, by cache group."""
         self._groups = groups
         self._slots = [torch.full_like(self._lengths, -1, dtype=torch.int64) for _ in groups]
         flat = [group for of_cache in groups for group in of_cache]
@@ -84,7 +84,7 @@ class TargetDrafts:
             raise ServingError("A lossless server needs pages that attention does not cut: choose another block_size.")
 
     def _make_graphs(self, target: torch.nn.Module, cudagraph_mode: CUDAGraphMode) -> None:
-        """Where vLLM has a graph for steps in which all decode, drafts have one for each power of two of sequences."""
+        """If vLLM has graphs for steps in which all decode, drafts get them for powers of two of sequences."""
         self.model, self._sizes = target, []
         if cudagraph_mode.decode_mode() is CUDAGraphMode.FULL:
             self.model = CUDAGraphWrapper(target, self.vllm_config, CUDAGraphMode.FULL)
@@ -140,7 +140,7 @@ class TargetDrafts:
         return torch.stack(found, 1) if found else tokens.new_empty((rows, 0))
 
     def _place(self, tokens: Tensor, rows: int, size: int) -> None:
-        """One more token of each sequence."""
+        """Set inputs, lengths and slots for one more token of each sequence."""
         positions = self._lengths[:rows].long()
         self.input_ids[:rows], self.positions[:rows] = tokens, positions
         self.input_ids[rows:size], self.positions[rows:size] = 0, 0
@@ -151,7 +151,7 @@ class TargetDrafts:
             slots[:rows], slots[rows:size] = pages * page + positions % page, -1
 
     def _metadata(self, size: int, at_most: Tensor | None, longest: int, index: int | None) -> dict[str, Any]:
-        """Of each layer; `index` None: for a graph."""
+        """Attention metadata by layer; `index` None: for a CUDA graph."""
         found = {}
         for cache, of_cache in enumerate(self._groups):
             common = CommonAttentionMetadata(

@@ -108,7 +108,7 @@ class Requests:
     def note(
         self, new: Mapping[str, Any], alive: Collection[str], rows: Sequence[str], moved: Collection[str] = ()
     ) -> None:
-        """A step is to come.
+        """Take note of the step to come.
 
         Args:
             new: sampling params of the requests that have just come, by id.
@@ -140,7 +140,7 @@ class Requests:
         return [self._asked.get(name) for name in rows] if self._asked else [None] * len(rows)
 
     def grow(self, rows: Sequence[str], lengths: Sequence[int], decoding: int) -> list[int]:
-        """What each sequence had when it last got a single token, 0 if that was never; and remember what it has now.
+        """Note the tokens that sequences have now; returns those at their last single token (0: there was none).
 
         Args:
             rows: that get a single token each.
@@ -157,7 +157,7 @@ class Requests:
         return before
 
     def verify(self, rows: Sequence[str], lengths: Sequence[int]) -> list[int]:
-        """What each sequence had when it last drafted, 0 if that was never; and remember what it has now.
+        """Note the tokens that sequences have now; returns those when they last drafted (0: never).
 
         Args:
             rows: that draft.

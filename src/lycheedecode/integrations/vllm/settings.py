@@ -61,10 +61,10 @@ def drafts(config: Any) -> int:
 
 
 def check_runner(is_second: bool, version: str) -> None:
-    """Raise `ServingError` where a lossless server would have vLLM's second model runner, and that knows no drafter.
+    """Raise `ServingError` if a lossless server would run on vLLM's second model runner where that cannot draft.
 
-    Some features of vLLM want that one whatever `VLLM_USE_V2_MODEL_RUNNER` says, and a process with another engine may
-    have read that before it was set.
+    Some features of vLLM select it whatever `VLLM_USE_V2_MODEL_RUNNER` says, and a process with another engine may have
+    read the variable before it was set.
     """
     if is_second and not drafts_in_v2(version):
         raise ServingError(
@@ -100,7 +100,7 @@ class Settings:
         return self.config.completion == "centroid" or (self.config.completion == "plan" and any(map(any, factors)))
 
     def announcement(self, hybrid: Collection[int], max_model_len: int) -> str:
-        """What is hybrid when the layers `hybrid` are, and how much a selection holds of the longest context."""
+        """How many heads of the layers `hybrid` retrieve, and how much of the longest context a selection holds."""
         plan, config = self.plan, self.config
         retrieval = sum(layer in hybrid for layer, _ in plan.retrieval)
         text = f"LycheeDecode: {retrieval} of {len(hybrid) * plan.num_kv_heads} KV heads retrieve"

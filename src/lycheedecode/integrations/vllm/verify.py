@@ -8,7 +8,6 @@ Nothing is hybrid then: what is verified is full attention's, for every request.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ from ... import ops
 from ...ops import KV
 from ...ops.attend import MAX_TOKENS
 from . import settings
-from .group import logger, why_all_dense, why_dense
-from .parts import Attention, CommonAttentionMetadata, get_layers_from_vllm_config
+from .group import able_layers, logger, why_all_dense, why_dense
+from .parts import CommonAttentionMetadata
 
 
 class VerifyStep(NamedTuple):
@@ -64,17 +63,18 @@ class Verifying:
         why_all = obstacle or why_all_dense(vllm_config, spec, device)
         if most > MAX_TOKENS:
             why_all = f"{most} tokens of a sequence at once are more than {MAX_TOKENS}"
-        modules = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        why = {name: why_all or why_dense(module.impl) or _why_not(module.impl) for name, module in modules.items()}
-        for reason, count in Counter(filter(None, why.values())).items():
-            logger.warning_once("LycheeDecode: %d layers leave drafts to vLLM's attention: %s.", count, reason)
-        chosen = frozenset(name for name, reason in why.items() if reason is None)
-        if not chosen:
+
+        def why_not(impl: Any) -> str | None:
+            sinks = None if getattr(impl, "sinks", None) is None else "their softmax has sinks"
+            return why_all or why_dense(impl) or sinks
+
+        able = able_layers(vllm_config, layer_names, why_not, "leave drafts to vLLM's attention")
+        if not able:
             return None
         whose = "the model's own drafts" if settings.drafts(vllm_config) else "drafts"
         said = f"LycheeDecode: speculative decoding: all requests have full attention, {whose} are verified at once in"
-        logger.info_once("%s %d layers.", said, len(chosen))
-        return cls(chosen, most)
+        logger.info_once("%s %d layers.", said, len(able))
+        return cls(frozenset(able), most)
 
     def rows(self, common: CommonAttentionMetadata) -> int:
         """How many sequences, from the first on, have few enough tokens; 0 where attention is not simply causal."""
@@ -82,10 +82,6 @@ class Verifying:
             return 0
         tokens = common.query_start_loc_cpu.diff()[: common.num_reqs]
         return int(((tokens > 0) & (tokens <= self.most)).int().cumprod(0).sum())
-
-
-def _why_not(impl: Any) -> str | None:
-    return None if getattr(impl, "sinks", None) is None else "their softmax has sinks"
 
 
 def step_of(layers: frozenset[str], common: CommonAttentionMetadata, rows: int, others: Any) -> VerifyStep:
