@@ -62,7 +62,7 @@ class Layer:
 
     @classmethod
     def of(cls, seen: Seen, config: HybridConfig, rotation: tuple[Tensor, Tensor]) -> Layer:
-        """With every head's own selection."""
+        """A layer in which every head has its own selection."""
         steps, slots = seen.weights.shape[3:]
         chunk, size = config.chunk_tokens, config.block_size
         read = choose_blocks(seen.weights, config)[..., None].expand(-1, -1, -1, -1, size).flatten(-2)[..., :slots]

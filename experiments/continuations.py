@@ -82,7 +82,7 @@ class Form:
 
     @classmethod
     def parse(cls, text: str, block_size: int) -> Form:
-        """From the command line."""
+        """A form from the command line."""
         settings, _, heads = text.partition(":")
         try:
             changes = {key: int(value) for key, value in (part.split("=") for part in settings.split(","))}

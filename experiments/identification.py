@@ -43,11 +43,11 @@ class HeldOut(NamedTuple):
     """What variants are judged on."""
 
     prompts: int
-    """Of each kind."""
+    """Number of prompts of each kind."""
     cells: tuple[Cell, ...] = (*PASSKEYS, Cell("prose", 3072, "multi_hop", 4))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The settings as plain JSON values."""
         return {"held_out_prompts": self.prompts, "held_out_cells": list(map(str, self.cells))}
 
 
@@ -205,7 +205,7 @@ def held_out_lessons(model: Any, tokenizer: Any, held_out: HeldOut) -> list[Teac
 
 
 def study_fingerprint(model: Any, base: IdentifySettings, held_out: HeldOut) -> dict[str, Any]:
-    """Of the model, and of all texts that a study identifies and judges on."""
+    """A fingerprint of the model and of all texts that a study identifies and judges on."""
     cells = (*base.train_cells, *base.calibrate_cells, *held_out.cells)
     return fingerprint(model, texts={source: load_text(source) for source in sorted({cell.text for cell in cells})})
 

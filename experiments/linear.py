@@ -57,12 +57,12 @@ class Projection(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the weights."""
+        """Bytes of the weights."""
         return sum(self.sizes) * self.columns * (1 if self.eight_bits else 2)
 
     @classmethod
     def of(cls, kind: Any) -> Projection:
-        """That of a `fusion.launches.Kind`."""
+        """The projection of a `fusion.launches.Kind`."""
         eight_bits = kind.dtype == EIGHT_BITS
         return cls(kind.sizes, kind.columns, kind.norm, kind.residual, kind.gated, eight_bits)
 
@@ -169,7 +169,7 @@ class LinearProblem:
         return list(self.scales[i % len(self.scales)].split(self.projection.sizes)) if self.scales else []
 
     def compute(self, run: Callable[..., Tensor], i: int, x: Tensor | None = None, **more: Any) -> Tensor:
-        """By `linear` or something with its signature."""
+        """Compute the i-th call by `linear`, or something with its signature."""
         x = self.inputs if x is None else x
         biases: list[Tensor] = []
         projection = self.residual, self.norm, 1e-5, self.projection.gated, self.factors(i)
@@ -360,7 +360,7 @@ def tune(settings: TuneLinearSettings, device: str) -> dict[str, Any]:
 def _time_launches(
     problem: LinearProblem, launches: Sequence[Any], bandwidth: float, until: float
 ) -> list[dict[str, Any]]:
-    """Those that are right, fastest first; stops at the time `until`."""
+    """Time the launches that compute the right result, fastest first; stops at the time `until`."""
     from lycheedecode.fusion.triton import linear
 
     rows: list[dict[str, Any]] = []

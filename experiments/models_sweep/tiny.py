@@ -123,7 +123,7 @@ def _of_layers(fields: dict[str, Any]) -> int:
 
 
 def _few(of_layers: list[Any]) -> list[Any]:
-    """As many entries as a small model has layers, each kind of entry among them, in turns."""
+    """An entry for each layer of a small model, taking the kinds of entries in turn."""
     kinds = [kind for i, kind in enumerate(of_layers) if kind not in of_layers[:i]]
     return [kinds[i % len(kinds)] for i in range(LAYERS)]
 

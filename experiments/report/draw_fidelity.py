@@ -43,7 +43,7 @@ def _shades(panels: Panels) -> dict[str, str]:
 
 
 def scores_over_bytes(source: Source) -> Panels:
-    """Of tasks that full attention solves."""
+    """Scores over bytes read, for tasks that full attention solves."""
     if source.result.command != "evaluate tasks":
         return {}
     panels: Panels = {}

@@ -92,7 +92,7 @@ def reads_no_more(score: Row, own: Row) -> bool:
 
 
 def _students(kind: PromptKind, scores: Mapping[str, Row], source: Source) -> Iterator[Close]:
-    """Of the study of continuations: at every budget one plan, that for all budgets where there is one."""
+    """The study of continuations: one plan at every budget, that for all budgets where there is one."""
     floor = scores.get("full attention by another kernel", {}).get("kl_mean")
     found: dict[int, list[tuple[bool, int, Row]]] = {}
     for label, score in scores.items():
@@ -132,7 +132,7 @@ def _rank(texts: tuple[str, int, int], longest: Mapping[str, int]) -> tuple[int,
 
 
 def _hardest(found: Sequence[Close]) -> Iterator[dict[str, Any]]:
-    """Of other prompts, for every model, the kind with the highest KL of the file with most comparisons."""
+    """Among other prompts, for every model, the kind with the highest KL in the file with most comparisons."""
     files: dict[str, dict[str, list[Close]]] = {}
     for one in found:
         if not one.kind.continues and one.peers and not one.form:

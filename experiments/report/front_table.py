@@ -73,7 +73,7 @@ def _of_texts(texts: Sequence[faithful.Close]) -> dict[str, Any]:
 
 
 def _number_of_tasks(row: Row) -> tuple[int, int]:
-    """Of how many tasks a row is the mean, and after how many tokens."""
+    """The number of tasks that a row averages, and their tokens."""
     mean, length = re.search(r"mean of (\d+)", row["measure"]), re.search(r"(\d+) tokens", row["measured on"])
     return int(mean[1]) if mean else 1, int(length[1]) if length else 0
 

@@ -106,7 +106,7 @@ def group(row: Row) -> tuple[Any, ...]:
 
 
 def share(row: Row) -> float:
-    """Of what full attention keeps or reads, in percent."""
+    """Percent of what full attention keeps or reads."""
     return float(row["share"].rstrip("%"))
 
 

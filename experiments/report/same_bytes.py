@@ -12,7 +12,7 @@ from experiments.report.tables import table
 
 _DRAWS = 4000
 _BASES = ("{} heads", "{} heads, float8")
-"""Whose KL the others' is divided by: the form whose bytes are the measure, and the same heads with 8-bit keys."""
+"""Forms by whose KL the others' is divided: the one that sets the bytes, and the same heads with 8-bit keys."""
 
 
 def lines(found: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Source:
 
     @property
     def model(self) -> str:
-        """As a reader knows it; of random weights only the shape counts."""
+        """The model's name as readers know it; with random weights, that of its shape."""
         name = Path(str(self.settings.get("model") or "smollm2-135m")).name.removesuffix(".gguf")
         known = _MODELS.get(name.lower(), name)
         layers = self.settings.get("layers")
@@ -72,7 +72,7 @@ class Source:
 
     @property
     def layout(self) -> str | None:
-        """Of vLLM's cache, where it is not the one that vLLM takes by itself, NHD."""
+        """Layout of vLLM's cache where it is not NHD, vLLM's own choice."""
         layout = self.settings.get("kv_layout", "auto")
         return None if layout in ("auto", "NHD") else layout
 
@@ -119,11 +119,11 @@ def _load(path: Path) -> Result:
 
 
 Case = tuple[int | None, int, int, str]
-"""Of a round: the budget of its selections, its drafts, how many of them share a selection, and their weights."""
+"""A kind of round: budget of its selections, number of drafts, drafts per selection, and their weights."""
 
 
 def _yields(source: Source) -> Iterator[tuple[int, Case, tuple[float, str]]]:
-    """Of texts of a real model: their context, the rounds that they took, and what those yielded, on which model."""
+    """What rounds yielded on real texts: context, kind of round, tokens a round and the model."""
     for row in source.rows:
         way = re.fullmatch(r"(\d+), selected every (\d+)(, 8-bit drafts)?", str(row.get("way")))
         if way and row.get("part") == "real":
@@ -167,7 +167,7 @@ class PromptKind:
 
     @classmethod
     def parse(cls, label: str) -> PromptKind:
-        """Of either spelling; what is neither is a text of no length."""
+        """Read either spelling; a label of neither is a text of no length."""
         if found := re.fullmatch(r"(\d+) tokens of (\S+), (.+)", label):
             return cls(_file_name(found[2]), int(found[1]), found[3])
         if found := re.fullmatch(r"(.+):(\d+):(\w+):(\d+)", label):

@@ -18,7 +18,7 @@ def least_and_most(
     group: Callable[[Mapping[str, Any]], Any],
     value: Callable[[Mapping[str, Any]], float],
 ) -> list[Mapping[str, Any]]:
-    """Of every group the row with the least value and the one with the most, in the order of the rows."""
+    """The rows with the least and the greatest value of every group, in their order."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(group(row), []).append(row)
@@ -71,7 +71,7 @@ def _kernels(profile: Mapping[str, Any], most: int = 8) -> Iterator[str]:
 
 
 def _flat(score: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a score what fits a row: the name says which policy it is."""
+    """The parts of a score that fit a row, whose name says which policy it is."""
     return {name: value for name, value in score.items() if name not in ("policy", "by_position", "kl_of_prompts")}
 
 

@@ -20,12 +20,12 @@ from .files import write_whole
 
 FORMAT = "lycheedecode-head-plan/1"
 FORMAT_OF_BUDGETS = "lycheedecode-head-plan/2"
-"""Of a plan with budgets, which versions that know none refuse to read."""
+"""The format of plans with budgets: versions that do not know them refuse to read it."""
 _PARTS = ("format", "model", "donors", "gate_means", "completion", "budgets", "provenance")
 Head = tuple[int, int]
 """`(layer, KV head)`."""
 MOST_FACTOR = 1000
-"""Of completion, and of a budget."""
+"""The largest factor of completion, and of a budget."""
 
 
 class PlanError(LycheeError):

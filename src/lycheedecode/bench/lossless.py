@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 1, 5, 9, 16
+_ROOM = 128
+"""Slots for the tokens that timed steps and rounds append."""
 
 
 def run(settings: LosslessSettings, device: str) -> Iterator[dict[str, Any]]:
@@ -58,9 +60,6 @@ def lines(result: Result) -> Iterator[str]:
     """The measurements, a line each."""
     shown = {"attend": format_attend, "rounds": format_round, "real": format_real, "exact": format_exact}
     yield from (shown[row["part"]](row) for row in result.rows)
-
-
-_ROOM = 128
 
 
 # ---------------------------------------------------------------------- attention

@@ -37,12 +37,13 @@ from .settings import LosslessSettings
 
 _TEMPERATURE = 0.7
 _FILTERS: tuple[dict[str, Any], ...] = ({}, {"top_p": 0.9, "min_p": 0.02}, {"top_k": 40})
-"""Of samplers; seeds take them in turn."""
+"""Filters of the samplers; seeds take them in turn."""
 _HALVINGS = 20
-"""Of the interval in which a near tie lies."""
+"""Times that the interval of a near tie is halved."""
 _OF_TIES = "sequence", "token", "found", "right", "gap_in_steps", "gap_in_prefill", "within", "rounding"
-"""Where; the token found, and the right one; how much higher the right logit is in two shapes of full attention; the
-least move of logits that makes full attention write the one found; how far apart the logits of both shapes lie."""
+"""What is said of a tie: where it is; the token found, and the right one; by how much the right logit is higher, in two
+shapes of full attention; the least move of logits that makes full attention write the token found; how far apart the
+logits of both shapes are."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHARACTERS = 6
-"""Of a token, at most, in texts that are not odd."""
+"""Most characters of a token, in ordinary text."""
 
 
 def prompts_of(tokenizer: Any, settings: LosslessSettings, length: int, batch: int) -> list[list[int]]:
@@ -52,7 +52,7 @@ def _slice(tokenizer: Any, source: str, text: str, length: int) -> list[int]:
 
 
 def config_of(way: str, budget_tokens: int, settings: LosslessSettings, refresh: int, weights: str) -> HybridConfig:
-    """Of a way of `LosslessSettings.ways`."""
+    """The config of one of `LosslessSettings.ways`."""
     form: dict[str, Any] = {"budget_tokens": budget_tokens, "block_size": settings.block_size, "step_weights": weights}
     every = 0 if way == "hybrid" else int(way) if way.isdecimal() else way
     return HybridConfig(**form, refresh_every=refresh, verify_every=every)  # type: ignore[arg-type]
@@ -102,14 +102,14 @@ def _real_case(
 
 
 def forget(context: Context) -> None:
-    """What engines keep with a context: graphs, and what they wrote beside the cache."""
+    """Drop what engines keep with a context: graphs, and what they wrote beside the cache."""
     context._kept_steps.clear()
     context.cache.forget_state()
     release()
 
 
 def _generate(engine: Engine, context: Context, settings: LosslessSettings) -> tuple[list[Generation], float]:
-    """Texts, and the time of processors that they took, which tells more than a clock where others compute, too."""
+    """Texts, and the processor time that they took: a clock says less where other work shares the machine."""
     sampling = Sampling(temperature=settings.temperature or 0.0, seed=settings.seed)
     engine.generate(context, min(settings.tokens, 40), sampling=sampling, ignore_eos=True)  # compiles and captures
     began = time.process_time()

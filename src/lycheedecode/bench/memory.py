@@ -25,7 +25,7 @@ from .settings import MemorySettings
 from .verify import relative_error
 
 _TOLERANCE = 1e-2
-"""Of logits, relative: the same kernels over the same numbers."""
+"""Relative, for logits: the same kernels read the same numbers."""
 
 
 def run(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:

@@ -39,7 +39,7 @@ from .step import ROOM, event_now, missing_bytes, weight_bytes
 from .verify import relative_error
 
 _TOLERANCE = 1e-2
-"""Of logits, relative: the same kernels over the same blocks, in as many parts."""
+"""Relative, for logits: the same kernels read the same blocks in as many parts."""
 _SMOKE = Reuse({100: 0.2, 150: 0.1, 200: 0.06, 300: 0.03}, 80, 400)
 _SAMPLES = 256
 _PIECE = 1 << 27
@@ -243,7 +243,7 @@ class ReplayedCase:
         return HybridConfig(**size, completion="none", **MEMORY_FORMS[way.form])
 
     def _selections(self, way: _Replay) -> Tensor:
-        """For every step, whether it selects or not."""
+        """The selections of every step, also of those that do not select."""
         config, rows = self._config(way), len(plan_for(self._model).retrieval)
         newest = self._length + config.refresh_every - 1  # a selection stands for the tokens to come
         capacity = config.capacity_blocks(newest // config.block_size)
@@ -336,7 +336,7 @@ def _host_bytes(model: nn.Module, batch: int, length: int) -> int:
 
 
 def _fill(region: Region, model: nn.Module) -> None:
-    """With numbers that the GPU makes."""
+    """Fill it with random numbers that the GPU makes."""
     weight = next(model.parameters())
     numbers = region.data.view(weight.dtype)
     for piece in numbers.split(_PIECE):

@@ -23,7 +23,7 @@ from .models import MODELS, build, plan_for, prompts_for, release
 from .settings import MemorySettings
 
 Tokens = Mapping[int, list[tuple[int, ...]]]
-"""Of every budget, the tokens of each sequence."""
+"""Token ids of each sequence, by budget."""
 
 
 def bench_texts(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
@@ -134,7 +134,7 @@ def _generated(
 
 
 def _from_the_start(engine: Engine, context: Context, tokens: int) -> list[Generation]:
-    """With an empty store."""
+    """Generate with a store that is empty at first."""
     context.kept_steps.clear()
     context.cache.forget_state()
     release()

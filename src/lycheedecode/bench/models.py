@@ -98,7 +98,7 @@ def prompts_for(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor
 
 
 def random_config(name: str, layers: int | None = None, **changes: Any) -> Any:
-    """Of a model of `MODELS` in transformers."""
+    """The transformers config of a model of `MODELS`."""
     import transformers
 
     family, settings = MODELS[name]
@@ -135,7 +135,7 @@ def plan_for(model: PreTrainedModel) -> HeadPlan:
 
 @torch.inference_mode()
 def random_context(model: PreTrainedModel, batch: int, length: int, room: int) -> Context:
-    """As if `batch` prompts of `length` tokens had been prefilled, with random keys and values."""
+    """A context as if `batch` prompts of `length` tokens had been prefilled, with random keys and values."""
     shape, table = ModelShape.of(model), model.get_input_embeddings().weight
     cache = KVCache(shape.num_layers)
     cache.reserve(length + room)

@@ -104,7 +104,7 @@ def run(settings: OpsSettings, device: str, shape: Shape | None = None) -> dict[
 
 
 def _time_reading(meter: Meter, work: Workload) -> None:
-    """As many bytes as a scan and full attention read, and nothing done with them: what launches cost in any case."""
+    """Time a mere read of the bytes that a scan and full attention read: the floor of their launches."""
     from . import read
 
     words, out = work.pool.view(-1).view(torch.int32), read.scratch(work.pool.device)

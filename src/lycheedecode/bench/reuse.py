@@ -47,7 +47,7 @@ class Reuse:
 
 
 def reuse_of(path: str | Path, budget_tokens: int, context: int, reading: str) -> Reuse:
-    """Of a result of `bench memory` on a real model: what its selections missed that are most like these.
+    """Misses by the size of the store, from those selections in a result of `bench memory` that are most like these.
 
     Args:
         path: the result.
@@ -60,7 +60,7 @@ def reuse_of(path: str | Path, budget_tokens: int, context: int, reading: str) -
         raise InputError(f"{str(path)!r} has no misses by the size of the store: make it with bench memory.")
 
     def distance(row: Mapping[str, float]) -> tuple[float, float]:
-        """Of two rows alike in what counts, the one with the longer text is nearer."""
+        """How unlike the case a row is: first in what the reading compares, then in the other."""
         budget = abs(log(row["budget_tokens"] / budget_tokens))
         share = abs(log(row["budget_tokens"] / row["context"]) - log(budget_tokens / context))
         return (budget, share) if reading == "budget" else (share, budget)
@@ -75,7 +75,7 @@ def reuse_of(path: str | Path, budget_tokens: int, context: int, reading: str) -
 
 
 def unchanged(capacity: int) -> Misses:
-    """Of selections of `capacity` blocks that stay as they are, but for the newest ones."""
+    """Misses of selections of `capacity` blocks that never change but for the newest blocks."""
     return {100 * (capacity - _FIXED) / capacity: 0.0}
 
 

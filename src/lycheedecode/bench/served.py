@@ -37,7 +37,7 @@ class Decoded(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all sequences together; None: all decoded together for too few steps to say."""
+        """The rate of all sequences together; None: they decoded together for too few steps to say."""
         return self.step_tokens / self.step_seconds if self.steps >= LEAST_STEPS else None
 
 

@@ -194,7 +194,7 @@ def _times(
 
 
 def _prefill_ms(llm: Any, batch: int, context: int, most: int) -> float:
-    """Of prompts that no cache knows."""
+    """Milliseconds to prefill prompts that no cache holds."""
     return _generate(llm, torch.randint(4, most, (batch, context)).tolist(), 1).seconds * 1e3
 
 
@@ -210,7 +210,7 @@ def _generate(llm: Any, prompts: Sequence[Sequence[int]], count: int, asked: Seq
 
 
 def _compared(row: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, Any]:
-    """With the speed-up over the stock backend, and how many tokens are the same until the first that differs."""
+    """The row with its speed-up over the stock backend, and how many of its first tokens are the same."""
     same = None
     if stock is not None:
         same = shared_tokens(stock["token_ids"], row["token_ids"])

@@ -30,9 +30,9 @@ SERVERS: dict[str, dict[str, Any] | None] = {
 }  # fmt: skip
 """Attention in vLLM: its own, or the plugin's with these settings."""
 KV_CACHE_DTYPES = ("auto", "fp8")
-"""Of vLLM's cache: the model's own, or 8-bit floats."""
+"""Dtypes of vLLM's cache: the model's own, or 8-bit floats."""
 LEAST_STEPS = 4
-"""Of vLLM, from whose times something is said."""
+"""Fewest steps of vLLM from which a rate is computed."""
 
 Settings = TypeVar("Settings", bound="BenchSettings")
 OfModel = TypeVar("OfModel", bound="ModelSettings")

@@ -98,7 +98,7 @@ class Workload:
 
     @property
     def slots(self) -> int:
-        """Of a cache."""
+        """Slots of a cache."""
         return self.context + ROOM
 
     @cached_property
@@ -131,7 +131,7 @@ class Workload:
         return self.queries[i % len(self.caches)], self.caches[i % len(self.caches)]
 
     def full_inputs(self, i: int) -> tuple[Tensor, KV]:
-        """Those of full attention; the caches are as many, or more."""
+        """Query and cache of the i-th call of full attention, which has at least as many caches."""
         return self.queries[i % len(self.queries)], self.full_caches[i % len(self.queries)]
 
     # ------------------------------------------------------------------ bytes that must be read
@@ -176,7 +176,7 @@ class Workload:
         return [partial(scan, i) for i in range(count)]
 
     def copy(self, i: int, heads: int, keys: ScanKeys) -> SmallKeys:
-        """Of the i-th call's heads, in 8 or 4 bits."""
+        """A copy of the keys of the i-th call's heads, in 8 or 4 bits."""
         kv, chosen = self.inputs(i)[1], self.some_heads(i, heads)
         copy = SmallKeys.allocate(keys, (self.batch, heads, kv.slots), self.shape.dim, self.pool.device)
         reference.write_copy(copy, kv.keys, chosen, 0, self.context)
@@ -205,7 +205,7 @@ class Workload:
         return [partial(attend, i) for i in range(count)]
 
     def completion(self, i: int, config: HybridConfig) -> Completion | None:
-        """Of the i-th cache, with factors of 1; None unless the config asks for them."""
+        """Completion over the i-th cache with factors of 1; None unless the config asks for it."""
         if config.completion != "centroid":
             return None
         kv, chunk = self.inputs(i)[1], config.chunk_tokens

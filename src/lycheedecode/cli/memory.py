@@ -26,7 +26,7 @@ app = typer.Typer(add_completion=False)
 GIB = 2**30
 BITS = {"float8": 8, "int4": 4}
 MISSES = {1.0: 0.262, 1.5: 0.185, 2.0: 0.135, 3.0: 0.085}
-"""Of Qwen2.5-Coder-1.5B at 30K tokens with a budget of 1024, by the size of the store, once it is full
+"""Share of selected blocks that a full store lacks, by its size in budgets: Qwen2.5-Coder-1.5B, 30K tokens, budget 1024
 (docs/results/h100-memory-qwen2.5-coder-1.5b.json)."""
 BESIDE = 0.2
 """What the model loses beside a fetch, as a share of the fetch's time on the link: with it, steps from host memory take
@@ -153,7 +153,7 @@ def _ways(
     ratio: float,
     plan: HeadPlan | None = None,
 ) -> Iterator[Placement]:
-    """From the one that keeps most on the GPU to the one that keeps least; with budgets of heads, all there."""
+    """Ways to decode, from most to least memory on the GPU; with budgets of heads, only those that keep all there."""
     yield Placement("full attention", "--full", resident_size(shape, batch, slots, 2))
     yield Placement("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval, plan))
     if plan is not None and plan.budgets is not None:

@@ -11,7 +11,8 @@ from ..models.shape import ModelShape, inner_model, text_config
 _CPU_CHUNK = 2048
 _STEP = 1024
 _SHARE = 0.5
-"""Of the memory that the cache leaves, for activations of a chunk; the rest is for what this estimate does not know."""
+"""Share of the memory left beside the cache that a chunk's activations may take; the rest covers what this estimate
+misses."""
 
 
 class CacheMemoryError(LycheeError):

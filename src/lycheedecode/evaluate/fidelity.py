@@ -49,7 +49,7 @@ CELLS = (
 """What plans are judged on: first what people do, then what is easy to mark."""
 
 TEMPERATURE = 0.7
-"""Of drawn answers, and of the acceptance."""
+"""The temperature at which answers are drawn and drafts accepted."""
 ROUNDING = "full, other kernel"
 """The row of full attention that reads every block as a selected one."""
 
@@ -171,7 +171,7 @@ class _Shares:
         self._left = list(lengths)
 
     def next_deadline(self) -> float:
-        """Of the next kind, as `time.perf_counter` counts."""
+        """When the next kind has to end, in seconds of `time.perf_counter`."""
         now = time.perf_counter()
         share = self._left[0] / sum(self._left)
         del self._left[0]

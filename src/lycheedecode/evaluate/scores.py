@@ -92,7 +92,7 @@ class Sums:
         self._solved += solved
 
     def score(self) -> Score:
-        """Of everything that was added."""
+        """The score of all that was added."""
         kl, agreed, position = torch.cat(self._kl), torch.cat(self._agreed).double(), torch.cat(self._position)
         return Score(
             prompts=len(self._bytes),

@@ -6,7 +6,7 @@
     q, k -> norm, rotation, cache        one launch (`rotated`)
 
 Linear layers with weights in 8-bit floats come as calls of `linear`, one for each layer, and merge in the same way.
-It looks at the graph only, never at classes of models. What does not match exactly, stays as it was.
+It looks at the graph only, never at classes of models. What does not match exactly stays as it was.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _suits(node: Node, everywhere: bool) -> bool:
 
 
 def _gated(group: list[Node]) -> tuple[Node | None, list[Node]]:
-    """Of `SiLU(gate) * up`: the product, and gate and SiLU."""
+    """The product of `SiLU(gate) * up`, if that is what becomes of the group; and the nodes of gate and SiLU."""
     for gate, up in (group, group[::-1]) if len(group) == 2 else ():
         silu, product = only_user(gate), only_user(up)
         found = find(GATED, product)

@@ -72,7 +72,7 @@ def tuned(launches: MutableMapping[Kind, LinearTuning]) -> Iterator[None]:
 
 
 def launch_of(kind: Kind) -> LinearTuning:
-    """That which is tried, or else the default."""
+    """The launch that is being tried for this kind, or else the default."""
     launches = _launches.get()
     if launches is None:
         return default_tuning(*kind[:5])

@@ -16,7 +16,7 @@ NORM_ROWS = 64
 """The backend leaves an RMSNorm of more rows to Inductor: in the kernel every program computes it anew."""
 EIGHT_BITS = torch.float8_e4m3fn
 LARGEST = 448.0
-"""Of these numbers."""
+"""The largest number in e4m3."""
 
 
 @torch.no_grad()

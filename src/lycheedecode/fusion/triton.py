@@ -197,7 +197,7 @@ def linear(
     scales: Sequence[Tensor] = (),
     tuning: LinearTuning | None = None,
 ) -> Tensor:
-    """See `linear.linear`."""
+    """See `operator.linear`."""
     check(x, weights, biases, residual, norm, gated, scales)
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
     sizes = [weight.shape[0] for weight in weights]

@@ -18,11 +18,11 @@ from ..models.shape import ModelShape
 from .settings import IdentifySettings, default_cells
 
 _PASSES = 4
-"""Of the prompts' products: the prefill, and what attention and the passes of answers add."""
+"""Passes through the weights that the work on a prompt amounts to: the prefill, attention, the passes of answers."""
 _BATCH_SECONDS = {"cuda": 1.5, "cpu": 3.0}
 """What a batch takes however small the model is."""
 _COPIES = 4
-"""Of attention weights that a backward pass keeps."""
+"""Copies of the attention weights that a backward pass keeps."""
 _ANSWER = 64
 
 
@@ -41,7 +41,7 @@ class Estimate:
 
 
 def estimate(config: Any, settings: IdentifySettings, device: torch.device) -> Estimate:
-    """For a model of this config of transformers, on a device."""
+    """Estimate for a model of this transformers config on a device."""
     import transformers
 
     with torch.device("meta"):

@@ -211,4 +211,5 @@ class Stages:
 _ANSWER = 64
 """Most tokens of an answer to a hidden question."""
 _COPIES, _SHARE, _CPU_BYTES = 4, 0.4, 8 * 2**30
-"""Of attention weights that a backward pass keeps; of a GPU's memory that they may take; memory without a GPU."""
+"""Copies of the attention weights that a backward pass keeps; the share of a GPU's memory that they may take; memory to
+assume without a GPU."""

@@ -67,7 +67,7 @@ class Seen:
     log_sum: Tensor
 
     def means(self, chunk: int) -> TeacherBatchMeans:
-        """Of the chunks of `chunk` tokens from the first on, as many as are full."""
+        """The means of all full chunks of `chunk` tokens, and the weights that queries give them."""
         whole = self.keys.shape[2] // chunk * chunk
         keys, values = (
             tokens[:, :, :whole].unflatten(2, (-1, chunk)).mean(3, dtype=torch.float32).to(tokens.dtype)
@@ -77,7 +77,7 @@ class Seen:
         return TeacherBatchMeans((logits - self.log_sum).exp(), values.float())
 
     def heads(self, heads: Sequence[int]) -> Seen:
-        """Of some KV heads."""
+        """The same, of some KV heads only."""
         return Seen(*(part[:, list(heads)] for part in vars(self).values()))
 
 

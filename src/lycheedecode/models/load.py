@@ -179,7 +179,7 @@ def _load_gguf(name: str, file: Path, store: Store, options: dict[str, Any]) -> 
 
 
 def _gguf_tokenizer(name: str, file: Path, store: Store) -> Any:
-    """From the file; kept if it comes back as it was."""
+    """The tokenizer of the file, kept for the next time if it reads back unchanged."""
     tokenizer = _from_pretrained("AutoTokenizer", name, file.parent, gguf_file=file.name)
     store.keep("tokenizer", 1 << 26, tokenizer.save_pretrained)
     kept = _kept_tokenizer(store)

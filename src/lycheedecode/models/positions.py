@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 
 class Positions(NamedTuple):
-    """Of a model.
+    """How a model's position encoding depends on the length of the text.
 
     Attributes:
         longest: tokens of the longest text; 0: not known.
-        turn: tokens from which on frequencies are others; 0: they are always the same.
+        turn: length beyond which the frequencies change; 0: they never do.
         kind: of scaling that depends on length, `longrope` or `dynamic`; `` where none does.
     """
 

@@ -117,7 +117,7 @@ class Window(NamedTuple):
 
     @classmethod
     def of_layers(cls, model: nn.Module, shape: ModelShape) -> tuple[Window, ...]:
-        """Of every layer of a model; raises `ModelError` for a kind of layer that has no window."""
+        """The window of every layer of a model; raises `ModelError` for a kind of layer that has none."""
         config = text_config(inner_model(model))
         spans: dict[str, Any] = {
             "full_attention": 0,

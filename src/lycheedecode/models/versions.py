@@ -22,7 +22,7 @@ def _release(package: str) -> tuple[int, int]:
 
 # Renamed in 5.24; the old name warns until 5.40, which removes it.
 CACHE_NAMES = ("cache", "past_key_values")
-"""By which a caller may give a model its cache."""
+"""Names under which callers may pass a model its cache."""
 _CACHE = CACHE_NAMES[0] if _release("transformers") >= (5, 24) else CACHE_NAMES[1]
 
 
@@ -37,7 +37,7 @@ def unregister(registry: Any, name: str) -> None:
 
 
 def attention_name(config: Any) -> str | None:
-    """By which name models of a config find their attention function."""
+    """The name under which models of a config find their attention function."""
     return config._attn_implementation
 
 

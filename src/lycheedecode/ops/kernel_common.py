@@ -116,7 +116,7 @@ def filling_splits(pairs: int, places: int) -> int:
 
 @lru_cache(maxsize=64)
 def processors(device: torch.device) -> int:
-    """Of a GPU; an H200's where there is none."""
+    """Multiprocessors of a GPU; an H200's where there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -140,7 +140,7 @@ def read_rate(device: torch.device) -> float:
 
 
 def fitting(tuning: Tuning, kv: KV) -> Tuning:
-    """With smaller tiles where keys and values in flight do not fit into this GPU's shared memory."""
+    """The tuning, with smaller tiles if keys and values in flight would not fit into this GPU's shared memory."""
     token = 2 * power_of_two(kv.keys.shape[3]) * kv.keys.element_size()
     most = (shared_memory(kv.keys.device) - 8192) // (max(tuning.stages - 1, 1) * token)
     return tuning._replace(tile=max(min(tuning.tile, power_of_two(most + 1) // 2), 16))

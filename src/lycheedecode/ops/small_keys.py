@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from .reference_common import floats
 
 LARGEST = 7
-"""Of a number in 4 bits; it is stored as itself plus `OFFSET`."""
+"""The largest number in 4 bits; numbers are stored plus `OFFSET`."""
 OFFSET = 8
 
 
@@ -58,7 +58,7 @@ class SmallKeys(NamedTuple):
 
     @property
     def key_bytes(self) -> int:
-        """Of one key."""
+        """Bytes of one key, its scales included."""
         return sum(part.shape[-1] * part.itemsize for part in self if part is not None)
 
     def views(self, of: Callable[[Tensor], Tensor]) -> SmallKeys:

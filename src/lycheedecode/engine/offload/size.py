@@ -53,7 +53,7 @@ def resident_size(
     retrieval: int = 0,
     plan: HeadPlan | None = None,
 ) -> CacheSize:
-    """Of a cache on the GPU.
+    """The size of a cache on the GPU.
 
     Args:
         shape: of the model.
@@ -84,7 +84,7 @@ def offloaded_size(
     retrieval: int,
     store_ratio: float = 2.0,
 ) -> CacheSize:
-    """Of a cache in host memory; arguments as of `resident_size` and `Engine`."""
+    """The size of a cache in host memory; arguments as for `resident_size` and `Engine`."""
     slots, layers = grown(slots, 0), len(shape.global_layers)
     blocks = ceil((slots + config.refresh_every - 1) / config.block_size)
     capacity = config.capacity_blocks(blocks)

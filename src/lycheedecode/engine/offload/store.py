@@ -305,7 +305,7 @@ class ScannedKeys:
 
     @property
     def key_bytes(self) -> int:
-        """Of one key."""
+        """Bytes of one key in the copy."""
         return self.keys.key_bytes
 
     def of_layer(self, layer: int) -> SmallKeys:

@@ -120,7 +120,7 @@ class HybridBuilder:
         return self._build(0 if self.hybrid is None else common_attn_metadata.num_reqs, 0, common_attn_metadata, False)
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int | None) -> Any:
-        """Of one token of every sequence, where the model drafts for itself; `draft_index` None: for a CUDA graph."""
+        """Metadata for one drafted token of every sequence; `draft_index` None: for a CUDA graph."""
         if self.hybrid is None:
             return super().build_for_drafting(common_attn_metadata, draft_index)
         self._fit()

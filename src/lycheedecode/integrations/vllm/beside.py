@@ -28,7 +28,7 @@ from ...ops import KV, SmallKeys, key_bytes, reference, write_means
 
 
 class Page(NamedTuple):
-    """Of vLLM's cache of a layer: KV heads, tokens, head dim, and the dtype of queries."""
+    """The shape of a page in vLLM's cache of a layer, and the dtype of queries."""
 
     heads: int
     tokens: int
@@ -75,7 +75,7 @@ class Beside:
 
     @property
     def layers(self) -> set[int]:
-        """That have something beside their pages."""
+        """The layers that have something beside their pages."""
         return self._completed | self._scanned.keys()
 
     @property
@@ -84,18 +84,18 @@ class Beside:
 
     @property
     def bytes_of_page(self) -> int:
-        """What all layers have beside one page."""
+        """Bytes that all layers together have beside one page."""
         means = len(self._completed) * self._page.heads * ceil(self._page.tokens / self.chunk) * self.mean_bytes * 2
         return means + sum(map(len, self._scanned.values())) * self._page.tokens * self.scan_bytes
 
     @property
     def mean_bytes(self) -> int:
-        """Of a mean key."""
+        """Bytes of a mean key."""
         return self._page.dim * self._page.dtype.itemsize
 
     @property
     def scan_bytes(self) -> int:
-        """Of a key that is scanned."""
+        """Bytes of a key that is scanned."""
         return key_bytes(self._form, self._page.dim, self._page.dtype.itemsize)
 
     def fit(self, pages: int) -> None:
@@ -190,13 +190,13 @@ class PagedState(HybridState):
         return self.beside.mean_bytes
 
     def first_rows(self, rows: int) -> PagedState:
-        """Of the first `rows` sequences; views."""
+        """The state of the first `rows` sequences, as views."""
         limits = None if self.limits is None else self.limits[:rows]
         return PagedState(self.selections.sequences(rows), limits=limits, beside=self.beside)
 
 
 def share_of_memory(bytes_of_page: int, page_bytes: Iterable[int]) -> float:
-    """Of what vLLM would give its cache, the share that is left to it beside `bytes_of_page` for each of its pages.
+    """The share of its cache's memory that is left to vLLM if each page needs `bytes_of_page` beside it.
 
     `page_bytes`: of a page in every layer whose pages they lie beside.
     """

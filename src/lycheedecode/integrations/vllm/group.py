@@ -129,7 +129,7 @@ class Group:
         follow_requests()
 
     def state(self, rows: int) -> PagedState:
-        """Of the first `rows` sequences of a step."""
+        """The state of the first `rows` sequences of a step."""
         return self._state.first_rows(rows)
 
     def add_bytes(self, lengths: Tensor, state: PagedState) -> None:

@@ -53,7 +53,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, config: HybridConfig, most: int | None, allow_off: bool, lossless: bool = False) -> Limits:
-        """Of a server; `most` None: the server's own budget. Raises `ServingError` for one below that."""
+        """The limits of a server; `most` None: its own budget. Raises `ServingError` for a maximum below that."""
         if most is None:
             most = config.budget_tokens
         elif config.budget_tokens is None:
@@ -136,7 +136,7 @@ class Requests:
         return rows
 
     def blocks(self, rows: Sequence[str]) -> list[int | None]:
-        """For each row: most blocks, None for the default."""
+        """Most blocks of each row's selections; None: the default."""
         return [self._asked.get(name) for name in rows] if self._asked else [None] * len(rows)
 
     def grow(self, rows: Sequence[str], lengths: Sequence[int], decoding: int) -> list[int]:

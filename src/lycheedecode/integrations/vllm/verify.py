@@ -58,7 +58,7 @@ class Verifying:
     def of(
         cls, vllm_config: Any, spec: Any, layer_names: list[str], device: torch.device, obstacle: str | None
     ) -> Verifying | None:
-        """Those among `layer_names`, drafting ones included; None, and why in the log, if there are none."""
+        """Those among `layer_names` that can verify so; None if none can, and the log says why."""
         most = vllm_config.speculative_config.num_speculative_tokens + 1
         why_all = obstacle or why_all_dense(vllm_config, spec, device)
         if most > MAX_TOKENS:
@@ -85,7 +85,7 @@ class Verifying:
 
 
 def step_of(layers: frozenset[str], common: CommonAttentionMetadata, rows: int, others: Any) -> VerifyStep:
-    """Of the first `rows` sequences of a step."""
+    """The part of a step that its first `rows` sequences are."""
     starts = common.query_start_loc_cpu[: rows + 1].long()
     counts = starts.diff()
     most, tokens, index, back = int(counts.max()), int(starts[-1]), None, None
