@@ -116,7 +116,7 @@ def _tool(name: str) -> Callable[..., None]:
 
         asked, keep = settings(**given), None if str(json_file) == "-" else partial(save, json_file)
         work = getattr(loaded, function)
-        result = measure(f"experiments {name}", asked, work, name not in _ANYWHERE, keep, has_smoke=False)
+        result = measure(f"experiments {name}", asked, work, name not in _ANYWHERE, keep, without_gpu="")
         for line in getattr(loaded, "lines", lambda result: ())(result):
             screen(json_file).print(line, soft_wrap=True, markup=False)
         save(json_file, result)

@@ -198,11 +198,11 @@ class HybridAttention:
         layers: the layers that follow the plan, None for all.
 
     Attributes:
-        completed: those of them in which some head is completed.
-        scanned: the retrieval heads of each.
+        completed: layers in which some head is completed.
+        scanned: the retrieval heads of every layer that follows the plan.
 
     Raises:
-        ConfigError: the plan has budgets of heads, and the config no budget that they could multiply.
+        ConfigError: the plan has budgets of heads, but the config has no budget for them to multiply.
     """
 
     graph_safe = True
@@ -294,14 +294,14 @@ class HybridAttention:
         return ops.attend_blocks(query, kv, read, donor_rows, config.block_size, scale, out=out, **more)
 
     def completion_of(self, layer: int, state: HybridState) -> Completion | None:
-        """What stands for the tokens that the layer's heads leave unread; None where it is nothing."""
+        """The means that stand for what the layer's heads leave unread; None where no head is completed."""
         factors = self._factors.get(layer)
         return None if factors is None else Completion(*state.means_of(layer), self.config.chunk_tokens, factors)
 
     def select(
         self, layer: int, query: Tensor, kv: KV, heads: tuple[int, ...], scale: float, out: Selections, **more: Any
     ) -> None:
-        """A layer's retrieval heads select; arguments as of `ops.scan_select`, `heads` as `kv` has them."""
+        """Let a layer's retrieval heads select; arguments as for `ops.scan_select`."""
         ops.scan_select(query, kv, heads, self.config, scale, out=out, **more)
 
     def count_bytes(self, total: Tensor, lengths: Tensor, state: HybridState, refreshed: bool, key_bytes: int) -> None:
@@ -313,8 +313,8 @@ class HybridAttention:
         config, dense, selections = self.config, self.config.retrieval_attention == "full", state.selections
         scan_bytes = 2 * key_bytes if dense else refreshed * state.scan_bytes(key_bytes)
         costs = *(2.0 * key_bytes * readers for readers in self._readers), float(scan_bytes * self._scans)
-        some = self._layers[0].shares  # of all layers, as far as the budget goes that they are shares of
-        whole_up_to = selections.whole_up_to(config.strategy, config.block_size, config.refresh_every, some)
+        shares = self._layers[0].shares  # any layer's: all of them are shares of one budget
+        whole_up_to = selections.whole_up_to(config.strategy, config.block_size, config.refresh_every, shares)
         mean_bytes = 2.0 * state.mean_bytes(key_bytes)
         means = Means(self._completed, config.chunk_tokens, mean_bytes) if self._factors else None
         whole_up_to, limits = (0, None) if dense else (whole_up_to, state.limits)
@@ -347,10 +347,10 @@ def attend_in_two_forms(
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of one layer whose KV heads `dense` attend to everything, `sparse` each over one of `rows`.
+    """Attention of one layer: KV heads `dense` attend to everything, heads `sparse` each over one of `rows`.
 
-    Together they are all heads of the layer. `whole`: what the dense ones give, where that is known; otherwise as
-    `ops.attend_blocks`.
+    Together they are all heads of the layer. `whole` is the output of the dense ones, if it is known already; the other
+    arguments are as for `ops.attend_blocks`.
     """
     layers_own: dict[str, Any] = {"sinks": sinks, "scales": scales}
     more: dict[str, Any] = {"completion": completion, **layers_own}

@@ -43,15 +43,15 @@ class LayerRoles(NamedTuple):
         if plan.budgets is None:
             return found
         shares = shares_of(rows, retrieval, config)
-        most = max(shares.of, *map(config.share_blocks, plan.budgets[layer]))
+        most = max(shares.budget, *map(config.share_blocks, plan.budgets[layer]))
         return found._replace(shares=shares, most=min(most, _MOST_BLOCKS))
 
 
 def shares_of(rows: Sequence[tuple[int, float]], heads: Sequence[int], config: HybridConfig) -> Shares:
     """Budgets of `rows`, KV heads and factors, whose scores are those of `heads`."""
     assert config.budget_blocks is not None, "check_budgets comes first"
-    of, least = (min(blocks, _MOST_BLOCKS) for blocks in (config.budget_blocks, config.forced_blocks))
-    return Shares.of_factors([heads.index(head) for head, _ in rows], [factor for _, factor in rows], of, least)
+    budget, least = (min(blocks, _MOST_BLOCKS) for blocks in (config.budget_blocks, config.forced_blocks))
+    return Shares.of_factors([heads.index(head) for head, _ in rows], [factor for _, factor in rows], budget, least)
 
 
 def check_budgets(plan: HeadPlan | None, config: HybridConfig) -> None:

@@ -127,11 +127,14 @@ def test_generations_are_compared(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="This machine has a GPU.")
-@pytest.mark.parametrize("name", ["step", "generate"])
-def test_without_a_gpu_one_line_says_so(name):
+@pytest.mark.parametrize(
+    ("name", "instead"), [("step", "--smoke verifies."), ("generate", "smollm2"), ("lossless", "--parts real or exact")]
+)
+def test_without_a_gpu_one_line_says_so_and_what_runs(name, instead):
     message = run(name, status=2).stderr
     assert message.count("\n") == 1
     assert "no CUDA GPU" in message
+    assert instead in message
 
 
 def test_options_as_they_were_still_do():

@@ -128,7 +128,7 @@ def test_select_from_rows_of_any_length(levels, held, monkeypatch):
         assert as_sets(out) == as_sets(expected)
 
 
-SHARES = Shares.of_factors(heads=(0, 0, 0, 2, 1), factors=(0.5, 4, 1, 0.6, 1.2), of=10, least=5)
+SHARES = Shares.of_factors(heads=(0, 0, 0, 2, 1), factors=(0.5, 4, 1, 0.6, 1.2), budget=10, least=5)
 """Rows of three heads: one head is read with three budgets, and the heads are not in order."""
 SHARE_LIMITS = {"none": None, "some": [10, 4, EVERYTHING, 7, 10]}
 

@@ -22,7 +22,7 @@ def measure(
     run: Callable[[Settings, str], dict[str, Any] | Iterator[dict[str, Any]]],
     needs_gpu: bool = True,
     keep: Callable[[Result], None] | None = None,
-    has_smoke: bool = True,
+    without_gpu: str = "--smoke verifies",
 ) -> Result:
     """The result of a benchmark.
 
@@ -32,7 +32,7 @@ def measure(
         run: takes settings and device, returns rows and what sums them up, or yields a row at a time.
         needs_gpu: refuse to run without one, unless a smoke test is all that is asked for.
         keep: takes the result so far, after each row.
-        has_smoke: the command line offers a smoke test.
+        without_gpu: what the command line does offer without one, for the error.
 
     Raises:
         DeviceError: there is no GPU.
@@ -40,8 +40,8 @@ def measure(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if needs_gpu and device == "cpu" and not settings.smoke:
-        instead = "; --smoke verifies without one" if has_smoke else ""
-        raise DeviceError(f"There is no CUDA GPU, and only times on a GPU mean anything{instead}.")
+        instead = f"; without one, {without_gpu}" if without_gpu else ""
+        raise DeviceError(f"There is no CUDA GPU, and only times on a GPU mean anything here{instead}.")
     torch.manual_seed(settings.seed)
     found = run(settings.shrunk() if settings.smoke else settings, device)
     result = Result(command, asdict(settings))

@@ -18,7 +18,7 @@ from ..ops import KV, Selections, SmallKeys, reference
 from .workload import SMALL, Workload
 
 _TIMES, _DRAWS = 2, 3
-"""Another way to compute a step may lead so many times as far as rounding does, the furthest of so many times."""
+"""Logits may be so many times as far off as rounding moves them, by the furthest of so many draws."""
 
 
 @contextmanager
@@ -48,14 +48,15 @@ def rounded_otherwise(seed: int) -> Iterator[None]:
 def check_logits(what: str, compute: Callable[[], Tensor], eager: Callable[[], Tensor]) -> tuple[float, Tensor, Tensor]:
     """Logits of steps against those of eager steps: as close as rounding allows, which is measured, not assumed.
 
-    How far rounding leads grows with the model's depth, and with selections: of blocks that are equally good it picks
-    one. So the eager steps run again, rounded otherwise; a tenth more on attention's scale leads several times as far.
+    How far rounding moves logits grows with the model's depth, and with selections, where it decides between blocks
+    that are equally good. So the eager steps run again, rounded otherwise. A real fault shows: attention's scale off by
+    a tenth moves logits several times as far.
 
     Returns:
         The relative error, the logits and the eager ones.
 
     Raises:
-        MismatchError: it leads further.
+        MismatchError: the steps are further off than that.
     """
     expected, moved = eager(), 0.0
     for seed in range(_DRAWS):

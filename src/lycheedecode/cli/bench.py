@@ -60,7 +60,8 @@ def bench() -> None:
     """Verify, then time."""
 
 
-def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = True) -> None:
+def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = True, runs_anywhere: str = "") -> None:
+    """`runs_anywhere`: options with which the command runs without a GPU, too."""
     check_writable(json_file)
     with quiet(verbose=False):
         try:
@@ -72,7 +73,8 @@ def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = T
                 f"bench {name} times kernels of Triton, which comes with PyTorch on Linux and is not there."
             ) from None
         keep = None if str(json_file) == "-" else partial(save, json_file)
-        result = harness.measure(f"bench {name}", settings, module.run, needs_gpu, keep)
+        without_gpu = "--smoke verifies" + (f", and {runs_anywhere} runs" if runs_anywhere else "")
+        result = harness.measure(f"bench {name}", settings, module.run, needs_gpu, keep, without_gpu)
     out = screen(json_file)
     for line in module.lines(result):
         out.print(line, soft_wrap=True, markup=False)
@@ -98,7 +100,8 @@ def step(given: dict[str, Any], json_file: Json = None) -> None:
 def lossless(given: dict[str, Any], json_file: Json = None) -> None:
     """Verify and time lossless rounds: drafts and the pass that verifies them."""
     settings = LosslessSettings(**given)
-    _run("lossless", settings, json_file, needs_gpu=not set(settings.parts) <= {"real", "exact"})
+    needs_gpu = not set(settings.parts) <= {"real", "exact"}
+    _run("lossless", settings, json_file, needs_gpu, "--parts real or exact (--model smollm2-135m)")
 
 
 @app.command()
@@ -106,7 +109,7 @@ def lossless(given: dict[str, Any], json_file: Json = None) -> None:
 def memory(given: dict[str, Any], json_file: Json = None) -> None:
     """Verify and time generation with the KV cache in host memory."""
     settings = MemorySettings(**given)
-    _run("memory", settings, json_file, needs_gpu=settings.parts != ("texts",))
+    _run("memory", settings, json_file, settings.parts != ("texts",), "--parts texts")
 
 
 @app.command(cls=_Benchmark)
@@ -116,7 +119,7 @@ def generate(given: dict[str, Any], json_file: Json = None) -> None:
     settings = GenerateSettings(**given)
     from ..bench.models import MODELS
 
-    _run("generate", settings, json_file, needs_gpu=settings.model in MODELS)
+    _run("generate", settings, json_file, settings.model in MODELS, "a real model (--model smollm2-135m)")
 
 
 @app.command(cls=_Benchmark)

@@ -109,36 +109,36 @@ class Selections(NamedTuple):
 
     def whole_up_to(self, strategy: str, block_size: int, refresh_every: int, shares: Shares | None = None) -> int:
         """Tokens up to which a sequence is selected as a whole, whatever its blocks are worth."""
-        blocks = self.blocks.shape[-1] if shares is None else shares.of
+        blocks = self.blocks.shape[-1] if shares is None else shares.budget
         return max(blocks * block_size - (refresh_every - 1), 0) if strategy == "top_k" else 0
 
 
 class Shares(NamedTuple):
-    """Rows of selections of which several may come from the scores of one head, with budgets of their own.
+    """Budgets of the rows of selections, several of which may come from the scores of one head.
 
     Sequences that fit into the budget are selected as a whole by every row.
 
     Attributes:
         heads: the row of the scores that each row of the selections is chosen from.
-        parts: of the budget, which has `PARTS`, that each row has; a share in blocks is rounded up (`share_of`).
-        of: blocks of the budget. Where sequences have limits, these take its place.
+        parts: each row's share of the budget, in units of 1 / `PARTS`; in blocks it is rounded up (`share_of`).
+        budget: its blocks. Where sequences have limits, these take its place.
         least: blocks that every share holds, however small the budget: room for sinks and recent tokens.
     """
 
     heads: tuple[int, ...]
     parts: tuple[int, ...]
-    of: int
+    budget: int
     least: int
 
     @classmethod
-    def of_factors(cls, heads: Sequence[int], factors: Sequence[float], of: int, least: int) -> Shares:
+    def of_factors(cls, heads: Sequence[int], factors: Sequence[float], budget: int, least: int) -> Shares:
         """Rows that have `factors` times the budget."""
-        return cls(tuple(heads), tuple(map(parts_of, factors)), of, least)
+        return cls(tuple(heads), tuple(map(parts_of, factors)), budget, least)
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """Most blocks of each row, without limits."""
-        return tuple(share_of(self.of, parts, self.least) for parts in self.parts)
+        return tuple(share_of(self.budget, parts, self.least) for parts in self.parts)
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int] | None) -> Shares | None:
@@ -151,7 +151,7 @@ class Shares(NamedTuple):
     @property
     def numbers(self) -> tuple[int, ...]:
         """All of it, `2 R + 2` numbers."""
-        return (*self.heads, *self.parts, self.of, self.least)
+        return (*self.heads, *self.parts, self.budget, self.least)
 
 
 class Completion(NamedTuple):

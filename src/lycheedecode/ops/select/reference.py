@@ -60,7 +60,7 @@ def select_blocks(
 def _most_blocks(exist: Tensor, shares: Shares, limits: Tensor | None) -> Tensor:
     """Most blocks of every row, int64 `[R, B]`, for sequences that have so many."""
     parts = torch.tensor(shares.parts, device=exist.device)[:, None]
-    budget = torch.full_like(exist, shares.of) if limits is None else limits
+    budget = torch.full_like(exist, shares.budget) if limits is None else limits
     share = ((budget * parts + PARTS - 1) // PARTS).clamp(min=shares.least)
     share = torch.where(exist <= budget, exist, share)
     return share.masked_fill(budget == EVERYTHING, 0)
