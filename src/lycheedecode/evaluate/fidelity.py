@@ -186,7 +186,7 @@ def _rounding(config: HybridConfig) -> Variant:
 def _engines(
     model: Any, tokenizer: Any, variants: Sequence[Variant], coverage: Coverage | None, match_at: int, tokens: int
 ) -> tuple[dict[str, Engine], Scores]:
-    """What decodes answers of `tokens` tokens, by label, and what it is; bytes are matched from `match_at` on."""
+    """Engines for answers of `tokens` tokens, and what they are, by label; bytes are matched from `match_at` on."""
     # Many policies for some tokens each: compiling their steps would take longer than the steps do.
     captured = next(model.parameters()).is_cuda and tokens >= _WORTH_A_GRAPH
     engines, left_out = make_engines(

@@ -135,7 +135,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """As `Tensor.quantile`, which takes no more than 16 million values."""
+    """Like `Tensor.quantile`, which takes no more than 16 million values."""
     ranked, at = values.sort().values, share * (len(values) - 1)
     below, above = ranked[int(at)], ranked[min(int(at) + 1, len(values) - 1)]
     return float(below.lerp(above, at - int(at)))

@@ -55,9 +55,12 @@ class Variant:
         steps: int = policies.STEPS,
         itemsize: int = 2,
     ) -> policies.Decoding:
-        """What decodes; with `match_at`, at the budget whose bytes in `steps` steps from so many tokens on are those of
-        `hybrid` with the plan `like`, over a cache of numbers of `itemsize` bytes. `coverage` is asked at the budget
-        that decodes."""
+        """The policy, ready to decode.
+
+        With `match_at`, its budget is the one at which `steps` steps after so many tokens read as many bytes as
+        `hybrid` does with the plan `like`, over a cache of numbers of `itemsize` bytes. `coverage` is asked for at that
+        budget.
+        """
         config, given = self.config, dict[str, Any](shape=shape, plan=self.plan)
         if match_at and policies.has_budget(self.policy) and not self.exact:
             heads = len(shape.global_layers) * shape.num_kv_heads

@@ -65,7 +65,7 @@ class Menu:
         return self.within(lambda price: self.descend(price, open_))
 
     def within(self, at: Callable[[float], Tensor], rounds: int = 20) -> Tensor:
-        """What the lowest price of tokens gives at which no more of them are read than there are."""
+        """The choice at the lowest price of tokens at which no more are read than there are."""
         low, high, best = -6.0, 4.0, self.base
         for _ in range(rounds):
             middle = (low + high) / 2

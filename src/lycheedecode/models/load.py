@@ -73,7 +73,7 @@ def load_model(
 
 
 def load_config(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
-    """The config of a model, without its weights; arguments and errors as of `load_model`."""
+    """The config of a model, without its weights; arguments and errors as for `load_model`."""
     name = os.fspath(name)
     file = _gguf_file(name)
     if file is None:
@@ -86,7 +86,7 @@ def load_config(name: str | os.PathLike[str], *, revision: str | None = None) ->
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, revision: str | None = None, cache: bool = True) -> Any:
-    """The tokenizer of a model; arguments and errors as of `load_model`."""
+    """The tokenizer of a model; arguments and errors as for `load_model`."""
     name = _name(name)
     file = _gguf_file(name)
     if file is None:
@@ -112,7 +112,7 @@ def _from_pretrained(kind: str, name: str, where: str | Path, **options: Any) ->
 
 
 def _config(name: str, revision: str | None) -> Any:
-    """None where there is none: adapters name a model that has it, and `from_pretrained` finds it."""
+    """The config; None where there is none: an adapter names the model that has it, which `from_pretrained` finds."""
     try:
         return _from_pretrained("AutoConfig", name, name, revision=revision)
     except ModelError:

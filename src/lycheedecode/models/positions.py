@@ -44,7 +44,7 @@ class Positions(NamedTuple):
         return cls(longest, turn, kind)
 
     def is_long(self, tokens: int) -> bool:
-        """Whether a text of so many is read with other frequencies than short ones."""
+        """Whether a text of so many tokens is read with other frequencies than a short one."""
         return 0 < self.turn < tokens
 
 

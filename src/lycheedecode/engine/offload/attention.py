@@ -67,7 +67,7 @@ class OffloadedState(HybridState):
 
     @property
     def nbytes(self) -> int:
-        """On the GPU."""
+        """Bytes on the GPU."""
         means = 0 if self.means is None or self.means.means is None else self.means.means.nbytes
         chosen = sum(part.nbytes for part in self.selections if part is not None)
         return self.store.nbytes + self.scanned.keys.nbytes + means + chosen

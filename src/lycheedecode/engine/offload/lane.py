@@ -22,7 +22,7 @@ class Lane:
         self._stream = torch.cuda.Stream(device, priority=-1) if on_gpu else None  # few programs, for the link
 
     def run(self, work: Callable[[], None]) -> Mark:
-        """Do `work` once all that the current stream was given so far is done."""
+        """Do `work` after everything that the current stream has been given so far."""
         if self._stream is None:
             return work()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -31,6 +31,6 @@ class Lane:
             return self._stream.record_event()
 
     def wait(self, mark: Mark) -> None:
-        """The current stream goes on after `mark`, and so after all that came before it in this lane."""
+        """Let the current stream wait for `mark`, and so for all that came before it in this lane."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(mark)

@@ -40,7 +40,7 @@ class CacheSize:
 
     @property
     def gpu(self) -> int:
-        """On the GPU."""
+        """Bytes on the GPU in all."""
         return self.pools + self.scanned + self.means + self.limited + self.tables
 
 

@@ -59,15 +59,15 @@ class Staging:
         return keys, values
 
     def finish(self) -> None:
-        """The current stream goes on when all copies are made."""
+        """Let the current stream wait for all copies."""
         if self._ahead is not None:
             self._lane.wait(self._ahead[2])
             self._ahead = None
 
     def _copy(self, layer: int, buffer: Tensor, begin: int, end: int, out: bool) -> None:
-        """Slots `begin` to `end - 1` of a layer, out to host memory or in from there.
+        """Copy slots `begin` to `end - 1` of a layer, out to host memory or in from there.
 
-        A head of a sequence at a time: pieces that lie in one stretch of memory do not make the host wait.
+        It copies a head of a sequence at a time, because contiguous pieces do not make the host wait.
         """
         if begin == end:
             return

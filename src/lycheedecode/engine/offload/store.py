@@ -104,7 +104,7 @@ class BlockStore:
         self._has_tail = False
 
     def _near(self, layer: int, head: int) -> int:
-        """Which keys that need not be fetched are a head's; -1: none."""
+        """Row of a head's keys among those on the GPU for scanning, which need not be fetched; -1: it has none."""
         return -1 if self._scanned is None else self._scanned.row_of.get((layer, head), -1)
 
     def _plan_jobs(self, device: torch.device) -> dict[int, list[tuple[int, Tensor]]]:
@@ -119,13 +119,13 @@ class BlockStore:
 
     @property
     def nbytes(self) -> int:
-        """On the device."""
+        """Bytes on the device."""
         return sum(part.nbytes for part in (*self.pool, *self.known))
 
     # ------------------------------------------------------------------ between steps
 
     def before_step(self, filled: int, now: bool) -> None:
-        """Slots up to `filled` are in use; `now`: write all of them to host memory."""
+        """Prepare for a step after `filled` slots; `now`: write them to host memory even if they fill no block."""
         if self.written < 0:
             self.written = filled  # the cache was complete when this store was made
         if not self._has_tail:
@@ -142,7 +142,7 @@ class BlockStore:
             self.written = filled
 
     def append_densely(self, filled: int, end: int) -> None:
-        """Slots `filled` to `end - 1` come to host memory from elsewhere, a layer at a time."""
+        """Note that others write slots `filled` to `end - 1` to host memory, a layer at a time."""
         if self.written < end:
             self.write_back(filled)
             self.written, self._has_tail = end, False
@@ -176,7 +176,7 @@ class BlockStore:
     # ------------------------------------------------------------------ in a step: no number reaches the host
 
     def begin(self, lengths: Tensor, refresh: bool) -> None:
-        """A step with sequences of `lengths` tokens, int32 `[B]`, the new ones included."""
+        """Begin a step with sequences of `lengths` tokens, int32 `[B]`, the new ones included."""
         size = self.block_size
         self.at = (lengths - 1) % (self.tail_blocks * size) + (self.slots * size + 1)
         self._newest = (lengths + (self._later_tokens - 1)) // size
@@ -216,7 +216,7 @@ class BlockStore:
             self._arrived = number
 
     def finish(self) -> None:
-        """The end of a step that selected: nothing is left in the lane."""
+        """End a step that selected: wait until nothing is left in the lane."""
         if self._counted is not None:
             self.lane.wait(self._counted)
 
