@@ -281,10 +281,12 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch):
         generate(self, keys, *rest)
 
     monkeypatch.setattr(LycheeLM, "_generate", interrupted)
-    assert runner.invoke(app, command).exit_code == 130
+    begun = runner.invoke(app, [*command, "--resume"])
+    assert begun.exit_code == 130
+    assert f"There is nothing to resume in {record}: this call begins anew." in begun.stderr
     assert len(records(record)) == 4
     monkeypatch.setattr(LycheeLM, "_generate", counted)
-    run(*command, "--resume")
+    assert "nothing to resume" not in run(*command, "--resume").stderr
     assert len(decoded) == 2
     finished = json.loads(out.read_text())["result"]
     assert len(records(record)) == 8
@@ -314,12 +316,13 @@ def small_harness(monkeypatch):
     folder = Path(tasks.__file__).parent / "hellaswag"  # alone under the tag multiple_choice
     manager = tasks.TaskManager(include_path=folder, include_defaults=False)
     monkeypatch.setattr(catalogue, "_harness_tasks", lambda: manager)
+    catalogue._harness_task.cache_clear()
 
 
 def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_harness):
     assert "did you mean niah_single_1" in refusal(*base, "--tasks", "niah_singel_1")
     assert "did you mean hybrid" in refusal(*base, "--policy", "hybrit")
-    assert "put squad.json into" in refusal(*base, "--tasks", "ruler")
+    assert "put squad.json and hotpotqa.json into" in refusal(*base, "--tasks", "ruler")
     assert f"put aime24.jsonl into {tmp_path}" in refusal(*base, "--tasks", "aime24", "--data", str(tmp_path))
     assert "put qasper.jsonl into" in refusal(*base, "--tasks", "longbench_qasper", "--data", str(data_folder))
     assert "There is no folder" in refusal(*base, "--data", str(tmp_path / "nothing"))
@@ -330,10 +333,36 @@ def test_bad_input_is_one_sentence(base, tmp_path, data_folder, no_hub, small_ha
     assert "'fast' is not one of" in refusal(*base, "--tasks", "vt", "--execution", "fast")
     assert "not both" in refusal(*base, "--budgets", "64,128", "--budget-tokens", "64")
     assert "--resume needs --json FILE" in refusal(*base, "--tasks", "vt", "--resume")
-    assert "vt with 600 tokens has no room" in refusal(*base, "--tasks", "vt", "--lengths", "600")
     assert "did you mean hellaswag" in refusal(*base, "--tasks", "helaswag")
     for name in ("hellaswag", "multiple_choice"):
         assert f"The task {name!r} of the harness cannot be loaded" in refusal(*base, "--tasks", name)
+
+
+def test_all_that_is_missing_is_said_before_the_weights_are_loaded(
+    base, data_folder, no_hub, small_harness, monkeypatch
+):
+    monkeypatch.setattr(command, "load_model", None)
+    said = refusal(*base, "--tasks", "vt,qa_1,hellaswag,gsm8k_many_shot")
+    assert "The data of qa_1 and gsm8k_many_shot is neither on this machine" in said
+    assert "put squad.json and gsm8k.jsonl into a folder and name it with --data; the task 'hellaswag' of" in said
+    assert said.endswith("cannot be loaded: Couldn't reach the hub.")
+    some = refusal(*base, "--tasks", "qa_1,longbench_qasper,longbench_lcc,aime24", "--data", str(data_folder))
+    assert some.startswith("The data of longbench_qasper is neither")
+
+
+@pytest.mark.parametrize("error", [ValueError("Couldn't find cache for it"), RuntimeError("scripts are not supported")])
+def test_what_the_package_datasets_raises_is_one_sentence(base, error, small_harness, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    assert refusal(*base, "--tasks", "hellaswag").endswith(f"of the harness cannot be loaded: {error}.")
+
+
+def test_a_length_without_room_is_said_before_other_tasks_run(base, monkeypatch):
+    monkeypatch.setattr(LycheeLM, "generate_until", None)
+    said = refusal(*base, "--tasks", "niah_single_1,vt", "--lengths", "1024,600")
+    assert said.startswith("vt with 600 tokens has no room")
 
 
 def test_the_harness_may_be_missing(base, monkeypatch):

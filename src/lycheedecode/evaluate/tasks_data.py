@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,44 @@ from ..prompts.records import RecordsError, read_records
 
 class DataError(LycheeError):
     """A data set that cannot be found or read; the message says where to put it."""
+
+
+class MissingDataError(DataError):
+    """Data sets that are neither on this machine nor within reach.
+
+    Args:
+        tasks: who asks for them.
+        files: names under which they would be found in a folder, one for each.
+        data: the folder that was named, if any.
+        reason: why the hub does not give the first of them.
+    """
+
+    def __init__(self, tasks: Sequence[str], files: Sequence[str], data: Path | None, reason: str) -> None:
+        self.tasks, self.files, self.data, self.reason = tasks, files, data, reason
+        where = "a folder and name it with --data" if data is None else str(data)
+        super().__init__(
+            f"The data of {listed(tasks)} is neither on this machine nor within reach ({reason}): "
+            f"put {listed(files)} into {where}."
+        )
+
+
+def all_at_once(errors: Sequence[DataError]) -> DataError:
+    """One error that says what several say; missing data sets are listed together."""
+    missing = [error for error in errors if isinstance(error, MissingDataError)]
+    said = [error for error in errors if not isinstance(error, MissingDataError)]
+    if missing:
+        tasks, files = ([name for error in missing for name in getattr(error, each)] for each in ("tasks", "files"))
+        said.insert(0, MissingDataError(tasks, files, missing[0].data, missing[0].reason))
+    if len(said) == 1:
+        return said[0]
+    first, *others = (str(error).rstrip(".") for error in said)
+    return DataError("; ".join([first, *(f"{text[0].lower()}{text[1:]}" for text in others)]) + ".")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 class Documents(list[dict[str, Any]]):
@@ -100,8 +138,4 @@ def _from_hub(
     try:
         return [dict(record) for record in load_dataset(hub, config, split=split)]
     except (OSError, ValueError, RuntimeError) as error:  # a LookupError is a mistake of ours
-        where = "a folder and name it with --data" if data is None else str(data)
-        raise DataError(
-            f"The data of {task} is neither on this machine nor within reach ({first_line(error)}): "
-            f"put {name} into {where}."
-        ) from None
+        raise MissingDataError([task], [name], data, first_line(error)) from None

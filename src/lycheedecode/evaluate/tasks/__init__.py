@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ...checks import check_sizes, check_temperature
+from ...checks import LARGEST, check_sizes, check_temperature
 from ...engine.engine import Engine
 from ...errors import ConfigError
 from . import catalogue
@@ -113,11 +113,16 @@ def evaluate_tasks(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         report=lambda done, all_of_them: report(stage, done, all_of_them),
     )  # fmt: skip
-    cells = []
-    for cell in _cells(catalogue.expand(tasks), options.lengths):
+    names, cells = catalogue.expand(tasks), []
+    catalogue.check_data(names, options.data)
+    most = lm.max_length or LARGEST
+    for cell in _cells(names, [min(options.lengths)]):
+        if cell.length is not None and cell.length <= most:
+            _load(cell, lm, replace(options, limit=1))  # whether there is room shows before any task takes its time
+    for cell in _cells(names, options.lengths):
         entry: dict[str, Any] = {"task": cell.task, "length": cell.length}
-        if cell.length is not None and lm.max_length is not None and cell.length > lm.max_length:
-            entry["skipped"] = f"{cell.length} tokens are more than the model's {lm.max_length} positions"
+        if cell.length is not None and cell.length > most:
+            entry["skipped"] = f"{cell.length} tokens are more than the model's {most} positions"
         else:
             stage = str(cell)
             task = _load(cell, lm, options)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ...errors import LycheeError
+from ...errors import LycheeError, first_line
 from ...integrations.lm_eval_private import keep_samples, task_file
 from ..ruler.questions import read_hotpotqa, read_squad
-from ..tasks_data import DataError, Documents, find_records, texts
+from ..tasks_data import DataError, Documents, all_at_once, find_records, texts
 from .gsm8k import read_problems
 from .metrics import FIRST_LINE, LONGBENCH, PLAIN, longbench
 from .problems import aime24, olympiadbench
@@ -59,7 +59,7 @@ def _of_the_harness(name: str) -> list[str]:
         raise TaskNameError(f"There is no task {name!r}: {hint}")
     if name in known.all_subtasks:
         return [name]
-    return list(_loaded(known, name, name))
+    return list(_harness_task(name))
 
 
 @lru_cache(maxsize=1)
@@ -70,21 +70,33 @@ def _harness_tasks() -> Any:
     return TaskManager()
 
 
+@cache
+def _harness_task(name: str) -> Mapping[str, Any]:
+    """A task of the harness, or those of a group, by name; their data is read once."""
+    return _loaded(_harness_tasks(), name, name)
+
+
 def check_data(names: Sequence[str], data: Path | None) -> None:
-    """Raise `DataError` when the data of one of our tasks cannot be found; what is found is kept for later."""
+    """Raise one `DataError` for all tasks whose data cannot be found or read; what is found is kept for later."""
     folder = None if data is None else str(data)
-    checks: dict[str, Callable[[], object]] = {
+    own: dict[str, Callable[[], object]] = {
         "qa_1": partial(read_squad, data),
         "qa_2": partial(read_hotpotqa, data),
         "aime24": partial(aime24, folder),
         "olympiadbench": partial(olympiadbench, folder),
         MANY_SHOT: partial(read_problems, data),
+        **{name: partial(_longbench_data, name.removeprefix("longbench_"), folder) for name in GROUPS["longbench"]},
     }
+    wrong = []
     for name in names:
-        if name in GROUPS["longbench"]:
-            _longbench_records(name.removeprefix("longbench_"), data)
-        elif name in checks:
-            checks[name]()
+        check = own.get(name) or (None if name in OWN else partial(_harness_task, name))
+        try:
+            if check is not None:
+                check()
+        except DataError as error:
+            wrong.append(error)
+    if wrong:
+        raise all_at_once(wrong)
 
 
 def is_generated(name: str) -> bool:
@@ -116,15 +128,14 @@ def load(name: str, metadata: Mapping[str, Any], samples: int = 1) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    if name.startswith("longbench_") and name in OWN:
+    if name in GROUPS["longbench"]:
         manager = TaskManager(include_defaults=False, metadata=dict(metadata))
-        spec: Any = _longbench(name)
+        [task] = _loaded(manager, _longbench(name), name).values()
     elif name in OWN:
         manager = TaskManager(include_path=FILES, include_defaults=False, metadata=dict(metadata))
-        spec = name
+        [task] = _loaded(manager, name, name).values()
     else:
-        manager, spec = _harness_tasks(), name
-    [task] = _loaded(manager, spec, name).values()
+        [task] = _harness_task(name).values()
     if takes_samples(name):
         keep_samples(task, samples)
     if task.get_config("num_fewshot") is None:
@@ -136,9 +147,10 @@ def _loaded(manager: Any, spec: Any, name: str) -> dict[str, Any]:
     """Tasks by name; the harness reads their data at once."""
     try:
         return manager.load([spec])["tasks"]
-    except (OSError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"The task {name!r} of the harness cannot be loaded: {reason}.") from None
+    except LycheeError:
+        raise
+    except (OSError, ImportError, ValueError, RuntimeError) as error:  # the last two: of the package datasets
+        raise DataError(f"The task {name!r} of the harness cannot be loaded: {first_line(error)}.") from None
 
 
 def _longbench(name: str) -> dict[str, Any]:
