@@ -40,7 +40,7 @@ from .options import (
     takes_form_with_top_p,
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, say_what_is_covered, screen, show_table
-from .resumable import options_of, resumable, says_what_is_kept
+from .resumable import options_of, resumable, say_it_begins, says_what_is_kept
 from .tasks import tasks
 
 if TYPE_CHECKING:
@@ -165,7 +165,10 @@ def fidelity(
         known = fingerprint(network, plans, texts)
         found = Result("evaluate fidelity", settings, fingerprint=known, options=options)
         if resume and json_file is not None:
-            found = continued(json_file, found.command, settings, known) or found
+            kept = continued(json_file, found.command, settings, known)
+            if kept is None:
+                say_it_begins(json_file)
+            found = kept or found
         _keep(json_file, found)
 
         def on_cell(cell: str, scores: Mapping[str, Any]) -> None:

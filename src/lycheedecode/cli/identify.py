@@ -30,6 +30,7 @@ from .options import (
     Dtype,
     Json,
     Model,
+    Resume,
     Revision,
     Verbose,
     parse_cell,
@@ -37,7 +38,7 @@ from .options import (
     takes_form_with_top_p,
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, screen
-from .resumable import resumable, says_what_is_kept
+from .resumable import resumable, say_it_begins, says_what_is_kept
 
 app = typer.Typer(add_completion=False)
 
@@ -110,7 +111,7 @@ def identify(
     ] = None,
     train: Annotated[list[str] | None, Cells] = None,
     calibrate: Annotated[list[str] | None, Cells] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call, with its options.")] = False,
+    resume: Resume = False,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw roles and donors (extra: plot).")] = None,
     gates_png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the gates as they polarise (with --roles gates).")
@@ -141,6 +142,8 @@ def identify(
             f"{output} is whole: {caption(found)}. Nothing is left to resume; leave --resume out to find another."
         )
         return
+    if resume and not (state / STATE).is_file():
+        say_it_begins(state)
     sources = sorted({*settings.texts, *(cell.text for cell in _cells(settings))})
     texts = {source: load_text(source) for source in sources}  # a mistake shows before the model is loaded
     if gates_png is not None and settings.roles != "gates":

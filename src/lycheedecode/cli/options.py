@@ -46,7 +46,10 @@ Cells = typer.Option(
     metavar="TEXT:TOKENS:TASK:COUNT",
     help="A kind of prompt, such as code:12288:continuation:64 or prose:2048:passkey:5; may be repeated.",
 )
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted call, with its options.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue an interrupted call, with its options; where there is none, begin one."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show messages of the underlying libraries.")]
 
 

@@ -1,4 +1,4 @@
-"""`--resume`: a command continues with the options of the interrupted call."""
+"""`--resume`: a command continues with the options of the interrupted call, or says that it begins anew."""
 
 from __future__ import annotations
 
@@ -70,6 +70,11 @@ def options_of(command: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any] 
         return load_of(path, command).options if path.is_file() else None
 
     return kept_options
+
+
+def say_it_begins(place: Path) -> None:
+    """The line of a call with `--resume` that finds nothing in `place`: the same call may begin and continue."""
+    errors.print(f"There is nothing to resume in {place}: this call begins anew.", style="dim")
 
 
 @contextmanager

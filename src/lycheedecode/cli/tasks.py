@@ -41,7 +41,7 @@ from .options import (
     takes_form_with_top_p,
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, screen, show_table
-from .resumable import options_of, resumable, says_what_is_kept
+from .resumable import options_of, resumable, say_it_begins, says_what_is_kept
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,6 +145,8 @@ def tasks(
     found = Result("evaluate tasks", settings, summary={"tasks": []}, fingerprint=known, options=options)
     path = None if json_file is None or str(json_file) == "-" else record_path(json_file)
     again = resume and path is not None and path.is_file()
+    if resume and path is not None and not again:
+        say_it_begins(path)
     with Record(path, {**decisive, **known}, again) as record, quiet(verbose):
         save(json_file if path else None, found)
         with progress("Preparing policies"):
