@@ -214,6 +214,17 @@ def test_compare_shows_both(base, plan_file, tmp_path):
     assert len(result["full"]["token_ids"]) == 12
 
 
+@pytest.mark.parametrize("shown", ["compare", "html"])
+def test_what_shows_answers_stops_at_the_models_positions_as_generation_does(base, plan_file, tmp_path, shown):
+    call = [*base[:-3], "--no-chat", "-n", str(2**31 - 1), "--ignore-eos", "--plan", plan_file, *BUDGET]
+    out = tmp_path / "shown.json"
+    run(*call, *(["--compare", "full"] if shown == "compare" else ["--html", str(tmp_path / "a.html")]), "--json",
+        str(out), "x" * 480)  # fmt: skip
+    result = json.loads(out.read_text(encoding="utf-8"))["result"]
+    tokens = result["full"]["token_ids"] if shown == "compare" else result["tokens"]
+    assert len(tokens) == 512 - 480 + 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -364,12 +375,13 @@ def test_an_interrupted_identification_goes_on_with_its_options(model_folder, tm
     monkeypatch.setattr(pipeline, "measure_sensitivity", measure)
     interrupted = runner.invoke(app, ["identify", str(out), *call, "--resume"])  # nothing is there: it starts
     assert interrupted.exit_code == 130
+    assert f"There is nothing to resume in {out}.state: this call begins anew." in interrupted.stderr
     assert f"{out}.state: --resume" in interrupted.stderr
     assert "add --resume" in refusal("identify", str(out), *call)
     said = "The interrupted call had another --draws (2, not 3)"
     assert said in refusal("identify", str(out), "--resume", "--draws", "3")
     assert "had no --train" in refusal("identify", str(out), "--resume", "--train", "noise:300:passkey:1")
-    run("identify", str(out), "--resume", "--draws", "2")
+    assert "nothing to resume" not in run("identify", str(out), "--resume", "--draws", "2").stderr
     assert len(measured) == 2 + 1 + 2
     assert HeadPlan.load(out).donors == HeadPlan.load(straight).donors
     assert not (tmp_path / "plan.json.state").exists()
@@ -440,7 +452,15 @@ def test_fidelity_measures_the_plan_and_its_controls(model_folder, plan_file, tm
     assert scores["hybrid"]["kl_mean"] == first["result"]["kl_mean"] > 0
     assert scores["hybrid"]["kv_bytes_per_token"] < scores["full"]["kv_bytes_per_token"]
 
-    assert run(*call, "--resume").stdout == done.stdout
+    begun = "There is nothing to resume in "
+    resumed = run(*call, "--resume")
+    assert resumed.stdout == done.stdout
+    assert begun not in done.stderr + resumed.stderr
+    (tmp_path / "fidelity.json").rename(tmp_path / "kept.json")
+    anew = run(*call, "--resume")
+    assert f"{begun}{out}: this call begins anew." in anew.stderr
+    assert anew.stdout == done.stdout
+    (tmp_path / "kept.json").rename(out)
     again = ["evaluate", "fidelity", "--json", out, "--resume"]
     assert run(*again).stdout == done.stdout  # with the options of the first call
     said = "The interrupted call had another --seed (0, not 1): leave it out, or start again without --resume."

@@ -5,7 +5,10 @@ import tiny
 import torch
 from transformers import DynamicCache
 
+from lycheedecode import Engine
+from lycheedecode.engine import memory
 from lycheedecode.engine.cache import ROOM, KVCache
+from lycheedecode.engine.memory import CacheMemoryError
 from lycheedecode.models.versions import cache_argument
 
 
@@ -50,6 +53,52 @@ def test_reserved_room_is_there_at_once():
     assert cache.capacity == 4 * ROOM
     cache.reserve(10)
     assert cache.capacity == 4 * ROOM
+
+
+MOST = 2**31 - 1
+SAID = r"needs 4096\.0 GiB for 2 x 2147483\d\d\d (more )?tokens, but \d+\.\d GiB are free: up to \d+ tokens a sequence"
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk": 8}, {"plan": tiny.plan(), "config": tiny.config()}], ids=len)
+def test_room_that_does_not_fit_is_one_sentence(llama, options):
+    engine = Engine(llama, **options)
+    with pytest.raises(CacheMemoryError, match=SAID):
+        engine.prefill(tiny.prompts(20, 30), room=MOST)
+    context = engine.prefill(tiny.prompts(20, 30))
+    with pytest.raises(CacheMemoryError, match=SAID):
+        engine.prefill(tiny.prompts(20, 30), room=MOST, context=context)
+    with pytest.raises(CacheMemoryError, match=SAID):
+        context.cache.reserve(MOST)
+    assert context.cache.capacity == ROOM
+    made = engine.generate(context, 8)
+    assert [one.token_ids for one in made] == [one.token_ids for one in engine.generate(tiny.prompts(20, 30), 8)]
+
+
+def test_what_is_said_to_fit_does(llama, monkeypatch):
+    each = memory.slot_bytes(Engine(llama).shape, 2, torch.float32)
+    monkeypatch.setattr(memory, "_free_host_bytes", lambda: 700 * each)
+    with pytest.raises(CacheMemoryError, match=r"2 x 768 tokens, .* up to 512 tokens a sequence would fit"):
+        Engine(llama).prefill(tiny.prompts(20, 30), room=512 - 30 + 1)
+    context = Engine(llama).prefill(tiny.prompts(20, 30), room=512 - 30)
+    assert context.cache.capacity == 512
+    with pytest.raises(CacheMemoryError, match=r"2 x 768 more tokens, .* up to 512 tokens a sequence would fit"):
+        context.cache.reserve(1280)
+    context.cache.reserve(1024)
+    assert context.cache.capacity == 1024
+
+
+def test_an_allocator_that_refuses_is_one_sentence(llama, monkeypatch):
+    """As under `ulimit -v`, and where the system does not say what is free."""
+    monkeypatch.setattr(memory, "_free_host_bytes", lambda: 2**62)
+    with pytest.raises(CacheMemoryError, match=r"does not give 512\.0 GiB for the keys of 2 x 2147483904 tokens"):
+        Engine(llama).prefill(tiny.prompts(20, 30), room=MOST)
+
+
+def test_a_containers_limit_counts(monkeypatch):
+    free = memory.free_bytes(torch.device("cpu"))
+    assert 0 < free < 2**62
+    monkeypatch.setattr(memory, "_container_left", lambda: 1000)
+    assert memory.free_bytes(torch.device("cpu")) == 1000
 
 
 def test_truncate_and_update_rewrite_a_range():

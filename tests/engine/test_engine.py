@@ -276,6 +276,8 @@ def test_what_cannot_be_done_is_said(llama):
         engine.generate([])
     with pytest.raises(ValueError, match="513 tokens; the model has 512 positions"):
         engine.generate([[1] * 513])
+    with pytest.raises(ValueError, match="With this token, the text has 513 tokens; the model has 512 positions"):
+        engine.score([[1] * 510], [[1] * 3])
     with pytest.raises(ValueError, match="Text prompts need a tokenizer"):
         engine.generate("text")
     with pytest.raises(ValueError, match="max_new_tokens must be a whole number of at least 1"):

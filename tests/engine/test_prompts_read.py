@@ -225,6 +225,13 @@ def test_what_is_no_stop(stop, byte_tokenizer):
     assert "top" in sentence(caught)
 
 
+@pytest.mark.parametrize(("stop", "wrong"), [(260, 260), (["a", 5, 10**6], 10**6), ([-1], -1)], ids=str)
+def test_stop_ids_beyond_the_vocabulary_are_refused(stop, wrong, llama, byte_tokenizer):
+    with pytest.raises(ConfigError, match=f"^stop has the token id {wrong}; the model knows 0 to 259"):
+        Engine(llama, byte_tokenizer).generate("a prompt", 4, stop=stop)
+    assert Engine(llama, byte_tokenizer).generate("a prompt", 4, stop=259)
+
+
 # ---------------------------------------------------------------------- logits that are no numbers
 
 

@@ -62,10 +62,10 @@ def check_step(context: Context, token_ids: Tensor, model: nn.Module, vocabulary
         check_token_ids([token_ids.tolist()], vocabulary)
 
 
-def check_length(tokens: int, shape: ModelShape, positions: Positions) -> None:
+def check_length(tokens: int, shape: ModelShape, positions: Positions, what: str = "The prompt") -> None:
     """Refuse texts longer than the model's positions."""
     if 0 < shape.max_positions < tokens:
-        raise InputError(f"The prompt has {tokens} tokens; the model has {shape.max_positions} positions.")
+        raise InputError(f"{what} has {tokens} tokens; the model has {shape.max_positions} positions.")
     if positions.kind == "dynamic" and tokens > positions.turn:
         raise InputError(
             f"Dynamic scaling of positions changes with every token past {positions.turn}, which Engine "

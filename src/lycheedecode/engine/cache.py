@@ -17,9 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..attention import DecodeAttention, State
 from ..models.shape import ModelError
 from ..ops import KV
+from .memory import ROOM, CacheMemoryError, bytes_beside
 
-ROOM = 256
-"""Slots are allocated in multiples of this, which every block size divides."""
 _GROWTH = 1.5
 
 
@@ -64,6 +63,11 @@ class GrowingLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         return self._keys.shape[0] if self.is_initialized else -1
 
+    @property
+    def slot_bytes(self) -> int:
+        """Keys and values of one token of every sequence; 0 where nothing is allocated yet."""
+        return sum(part.nbytes for part in self.store) // self.capacity if self.is_initialized else 0
+
     def reserve(self, slots: int) -> None:
         """Make room for `slots` tokens in all; moves the cache only when there is none."""
         self.reserved = max(self.reserved, ceil(slots / ROOM) * ROOM)
@@ -72,8 +76,7 @@ class GrowingLayer(CacheLayerMixin):
             self._keys, self._values = self._moved(self._keys, more), self._moved(self._values, more)
 
     def _moved(self, store: Tensor, slots: int) -> Tensor:
-        batch, heads, _, dim = store.shape
-        moved = store.new_empty(batch, heads, slots, dim)
+        moved = _room_for(store, slots)
         moved[:, :, : self.length] = store[:, :, : self.length]
         return moved
 
@@ -192,8 +195,15 @@ class KVCache(Cache):
         return grown(slots, self.capacity) - self.capacity if slots > self.capacity else 0
 
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots in every layer."""
+        """Make room for `slots` slots in every layer.
+
+        Raises:
+            CacheMemoryError: they do not fit into memory; the cache is as it was.
+        """
         if slots > self.capacity:
+            if each := sum(layer.slot_bytes for layer in self.layers):
+                first = self.layers[0]
+                bytes_beside(first.batch_size, self.missing(slots), each, first.device, "more ")
             self.place += 1
         for layer in self.layers:
             layer.reserve(slots)
@@ -299,4 +309,13 @@ def grown(slots: int, capacity: int) -> int:
 
 def _room_for(states: Tensor, slots: int) -> Tensor:
     batch, heads, _, dim = states.shape
-    return states.new_empty(batch, heads, slots, dim)
+    try:
+        return states.new_empty(batch, heads, slots, dim)
+    except torch.OutOfMemoryError:  # a GPU's, which says so itself
+        raise
+    except RuntimeError as error:  # a limit that free_bytes knows nothing of
+        size = batch * heads * slots * dim * states.element_size()
+        raise CacheMemoryError(
+            f"The system does not give {size / 2**30:.1f} GiB for the keys of {batch} x {slots} tokens in one layer: "
+            "give fewer sequences or shorter ones."
+        ) from error

@@ -173,7 +173,7 @@ class Engine:
         check_continued(context, self.model, len(rows))
         check_unchanged(context, state)
         sizes = len(rows), context.cache.missing(longest + room), context.cache.layers_in_prefill
-        chunk_tokens = self._prefill_chunk or prefill_chunk(self.model, self.shape, *sizes)
+        chunk_tokens = prefill_chunk(self.model, self.shape, *sizes, self._prefill_chunk)
         if is_long:
             chunk_tokens = longest  # the model looks at the last position of what it reads, and must see the prompt's
         began = self._now()
@@ -192,6 +192,7 @@ class Engine:
         if self.config.verify_every:
             raise ConfigError("Only generations verify: for single steps and scores, leave out verify_every.")
         check_step(context, token_ids, self.model, self._vocabulary)
+        check_length(context.cache.length + 1, self.shape, self._positions, "With this token, the text")
         context.steps += 1
         if self._positions.turn:
             self._restore_prompts(context)
@@ -284,12 +285,10 @@ class Engine:
         if context is not None:
             check_continued(context, self.model, None if isinstance(prompts, Context) else len(prompts))
         lengths = prompts.prompt_lengths if isinstance(prompts, Context) else [len(prompt) for prompt in prompts]
-        texts, ends = stop_conditions(stop, self.tokenizer)
+        texts, ends = stop_conditions(stop, self.tokenizer, self._vocabulary)
         if not ignore_eos:
             ends |= stop_token_ids(self.model, self.tokenizer)
-        most = self._positions.turn if self._positions.kind == "dynamic" else self.shape.max_positions
-        if most:
-            max_new_tokens = max(min(max_new_tokens, most - max(lengths, default=0) + 1), 1)
+        max_new_tokens = self._positions.new_tokens(max_new_tokens, max(lengths, default=0))
         return self._stream(prompts, context, max_new_tokens, sampling, ends, texts)
 
     def _stream(
@@ -361,7 +360,6 @@ class Engine:
         `generate` reads it again as well.
         """
         cache, length = context.cache, context.cache.length + 1
-        check_length(length, self.shape, self._positions)
         if context.token_ids is None:
             raise ModelError(f"Only a prompt that this engine read can grow past {self._positions.turn} tokens.")
         cache.truncate(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -50,11 +50,18 @@ def check_token_ids(rows: Sequence[Sequence[int]], vocabulary: int = 0) -> None:
         which = f"Prompt {number + 1}" if len(rows) > 1 else "The prompt"
         if not len(row):
             raise PromptError("An empty prompt or answer cannot be decoded.")
-        least, most = min(row), max(row)
-        if least < 0 or 0 < vocabulary <= most:
-            limit = f"the model knows 0 to {vocabulary - 1}" if vocabulary else "ids begin at 0"
-            remedy = "" if least < 0 else ": use its own tokenizer"
-            raise PromptError(f"{which} has the token id {least if least < 0 else most}; {limit}{remedy}.")
+        if wrong := _unknown(row, vocabulary):
+            raise PromptError(f"{which} {wrong}.")
+
+
+def _unknown(ids: Collection[int], vocabulary: int) -> str:
+    """What is wrong with token ids that a model of so many (0: any) does not know; nothing where it knows all."""
+    least, most = min(ids), max(ids)
+    if least >= 0 and (not vocabulary or most < vocabulary):
+        return ""
+    limit = f"the model knows 0 to {vocabulary - 1}" if vocabulary else "ids begin at 0"
+    remedy = "" if least < 0 else ": use its own tokenizer"
+    return f"has the token id {least if least < 0 else most}; {limit}{remedy}"
 
 
 def token_rows(token_ids: Any) -> list[list[int]]:
@@ -77,15 +84,16 @@ def right_padded(token_ids: Any, vocabulary: int, device: torch.device) -> Tenso
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
 
 
-def stop_conditions(stop: Any, tokenizer: Any) -> tuple[list[str], set[int]]:
+def stop_conditions(stop: Any, tokenizer: Any, vocabulary: int = 0) -> tuple[list[str], set[int]]:
     """Stop strings and stop tokens.
 
     Args:
         stop: a string, a token id, or several of them; None is none.
         tokenizer: needed for strings.
+        vocabulary: number of token ids that the model knows; 0 does not check.
 
     Raises:
-        ConfigError: something else, an empty string, or strings without a tokenizer.
+        ConfigError: something else, an empty string, strings without a tokenizer, or ids beyond the vocabulary.
     """
     if stop is None:
         return [], set()
@@ -103,6 +111,8 @@ def stop_conditions(stop: Any, tokenizer: Any) -> tuple[list[str], set[int]]:
             raise ConfigError(f"stop is a string, a token id or a list of them, not a list with {_kind(condition)}.")
     if texts and (tokenizer is None or not all(texts)):
         raise ConfigError("Stop strings must not be empty, and need a tokenizer.")
+    if ids and (wrong := _unknown(ids, vocabulary)):
+        raise ConfigError(f"stop {wrong}.")
     return texts, ids
 
 

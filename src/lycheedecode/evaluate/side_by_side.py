@@ -14,6 +14,8 @@ from ..engine.engine import Context, Engine
 from ..engine.generation import stop_token_ids
 from ..engine.prefix import shared_tokens
 from ..errors import ConfigError
+from ..models.positions import Positions
+from ..models.shape import inner_model, text_config
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ def compare(
     Args:
         full, hybrid: engines of the same model.
         prompt_ids: the prompt.
-        max_new_tokens: most tokens of each answer, at least 2.
+        max_new_tokens: most tokens of each answer, at least 2; the model's positions are a limit, too.
         ignore_eos: answers continue past the model's end tokens.
         timed_tokens: decode at least so many tokens for the timing, even if an answer ends earlier.
         repeats: measurements of each, taken in turn so that a passing load hits both.
     """
     if max_new_tokens < 2:
         raise ConfigError(f"A comparison needs at least 2 new tokens, not {max_new_tokens}.")
+    max_new_tokens = Positions.of(text_config(inner_model(full.model))).new_tokens(max_new_tokens, len(prompt_ids))
     context = full.prefill([list(prompt_ids)], room=max(max_new_tokens, timed_tokens))
     ends = set() if ignore_eos else stop_token_ids(full.model, full.tokenizer)
     runs: dict[str, list[tuple[Run, Tensor]]] = {"full": [], "hybrid": []}

@@ -47,6 +47,11 @@ class Positions(NamedTuple):
         """Whether a text of so many tokens is read with other frequencies than a short one."""
         return 0 < self.turn < tokens
 
+    def new_tokens(self, wanted: int, prompt: int) -> int:
+        """How many of `wanted` tokens can be decoded after a prompt of so many; at least 1, which takes no position."""
+        most = self.turn if self.kind == "dynamic" else self.longest
+        return max(min(wanted, most - prompt + 1), 1) if most else wanted
+
 
 def _scalings(config: Any) -> list[dict[str, Any]]:
     """Every set of rope parameters: of the model, or of each kind of its layers."""

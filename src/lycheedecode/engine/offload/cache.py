@@ -46,6 +46,11 @@ class HostLayer(GrowingLayer):
         return self.store[1]
 
     @property
+    def slot_bytes(self) -> int:
+        """Of the device, where these layers have none; the cache itself looks after host memory."""
+        return 0
+
+    @property
     def batch_size(self) -> int:
         return self._cache.batch
 
@@ -124,8 +129,8 @@ class HostCache(KVCache):
 
     @property
     def layers_in_prefill(self) -> int:
-        """See `KVCache`: windowed layers, and buffers for the one that attends and the next."""
-        return len(self.layers) - len(self.position) + BUFFERS
+        """See `KVCache`: windowed layers, and buffers for the one that attends and the next, if any."""
+        return len(self.layers) - len(self.position) + BUFFERS * self.is_staged
 
     @property
     def slots(self) -> int:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import CacheMemoryError
+from ..memory import CacheMemoryError, free_bytes
 
 MARGIN = 2**30
 """Bytes of host memory that are left to everybody else."""
 _PIECE = 2**26
 """Bytes that a thread touches at a time."""
-_NO_LIMIT = 2**62
 
 
 class HostMemoryError(CacheMemoryError):
@@ -107,27 +106,5 @@ def wait_for(device: torch.device) -> None:
 
 
 def free_host_bytes() -> int:
-    """Bytes of host memory that a cache can take; where the system does not say, no limit."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            found = dict(line.split(":", 1) for line in lines)
-        free = int(found["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return _NO_LIMIT  # macOS and Windows
-    return max(min(free, _container_left()) - MARGIN, 0)
-
-
-def _container_left() -> int:
-    """Bytes that a container's limit leaves, what the system keeps of files included; all there are without one."""
-    found = []
-    for name in ("memory.max", "memory.current", "memory.stat"):
-        try:
-            with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as lines:
-                found.append(lines.read())
-        except OSError:
-            return _NO_LIMIT
-    most, current, stat = found
-    if not most.strip().isdecimal():  # "max"
-        return _NO_LIMIT
-    files = sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] == "inactive_file")
-    return int(most) - int(current) + files
+    """Bytes of host memory that a cache can take: what is free, but for the margin."""
+    return max(free_bytes(torch.device("cpu")) - MARGIN, 0)
