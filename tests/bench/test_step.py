@@ -52,6 +52,12 @@ def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
     assert result["left_out"] == ["batch 2, context 300: 5 GB of memory are missing"]
 
 
+def test_a_cpus_memory_has_an_end_as_well():
+    done = run("step", "--smoke", "--batches", "2147483647", "--forms", "full")
+    assert "left out: batch 2147483647, context 300: " in done.stderr
+    assert "GB of memory are missing" in done.stderr
+
+
 def test_a_wrong_step_is_refused(monkeypatch):
     right = Engine.decode_one_token
     wrong = lambda engine, *arguments: right(engine, *arguments) * (1.0 if engine.way == "eager" else 1.3)  # noqa: E731

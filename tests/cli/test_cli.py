@@ -240,6 +240,8 @@ def test_what_shows_answers_stops_at_the_models_positions_as_generation_does(bas
         (["x", "--temperature", "-1"], "temperature must be 0, which is greedy"),
         (["x", "--top-p", "2"], "top_p must be in (0, 1]"),
         (["x", "--compare", "full", "--temperature", "1"], "leave out --full, --stop and sampling options"),
+        (["x", "--compare", "full", "-n", "1"], "--max-new-tokens must be a whole number of at least 2, not 1"),
+        (["x", "--store-ratio", "nan"], "store_ratio must be at least 1, so that the store holds a whole selection"),
         (["x", "--full"], "--full decodes without a plan and a budget"),
         (["x", "--verify-every", "often"], "verify_every must be 'auto' or a whole number from 0 to 31, not 'often'"),
         (["x", "--verify-every", "40"], "verify_every must be 'auto' or a whole number from 0 to 31"),
@@ -536,6 +538,8 @@ def test_fidelity_refuses_in_one_sentence(model_folder, plan_file, tmp_path):
     assert "with at least 2 tokens" in refusal(*call, "--cells", "noise:300:long:1")
     assert "do not fit the model's 512 positions" in refusal(*call, "--cells", "noise:300:long:300", "--device", "cpu")
     assert "is about hybrid" in refusal(*call, "--policies", "quest", "--max-kl", "1")
+    for unreachable in ("nan", "-1"):
+        assert "--max-kl must be at least 0, not " in refusal(*call, "--max-kl", unreachable)
     assert "needs a budget" in refusal(*call, "--match-bytes", "--selection", "top_p", "--top-p", "0.9")
     for wrong in ("-1", "nan", "1e-30"):
         assert "--temperature must be 0, which is greedy, or from" in refusal(*call, "--temperature", wrong)

@@ -82,6 +82,12 @@ WRONG = {
     "untold": (lambda m, _: identify(m, None), "Identification needs the model's tokenizer."),
     "cell": (lambda m, _: IdentifySettings(train_cells=("a",)), "'a' is not TEXT:TOKENS:TASK:COUNT"),
     "length": (lambda m, _: Cell("prose", "64"), "length must be a whole number, not '64'."),  # type: ignore[arg-type]
+    "no passkey": (lambda m, _: Cell("prose", 64, "passkey", 0), "A prompt of 64 tokens has 1 to 26 passkeys, not 0."),
+    "passkeys": (lambda m, _: Cell("prose", 64, "passkey", 27), "of 64 tokens has 1 to 26 passkeys, not 27."),
+    "hops": (lambda m, _: Cell("prose", 64, "multi_hop", 65), "A prompt of 64 tokens has 1 to 64 hops, not 65."),
+    "store": (lambda m, _: Engine(m, store_ratio=float("nan")), "store_ratio must be at least 1, so that the store"),
+    "revision": (lambda m, _: load_model("smollm2-135m", revision="v1"), "Only a model on the hub has revisions; 'smo"),
+    "folder's": (lambda m, _: load_model("/tmp", revision="v1"), "'/tmp' is on this machine: leave 'v1' out."),
     "load": (lambda m, _: load_model(None), "A model is loaded by name or path, not from None."),
     "path": (lambda m, _: load_model("/no/such/model"), "There is no model at '/no/such/model'"),
     "typo": (lambda m, _: load_model("smolm2-135m"), "no model 'smolm2-135m': did you mean 'smollm2-135m'?"),

@@ -146,11 +146,10 @@ def make_engine(
 
 
 def missing_bytes(model: PreTrainedModel, batch: int, length: int) -> int:
-    """How much more memory than there is this GPU would need; 0 or less: it fits."""
-    if model.device.type != "cuda":
-        return 0
+    """How much more memory than there is this device would need; 0 or less: it fits."""
+    spare = _SPARE_BYTES if model.device.type == "cuda" else 0  # on a CPU, there are only tiny cases
     cache = (length + ROOM) * slot_bytes(ModelShape.of(model), batch, model.dtype)
-    return cache + _SPARE_BYTES - free_bytes(model.device)
+    return cache + spare - free_bytes(model.device)
 
 
 def _verify(engine: Engine, eager: Engine, context: Context, what: str) -> float:

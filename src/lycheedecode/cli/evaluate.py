@@ -133,6 +133,8 @@ def fidelity(
     check_sizes({"seed": seed})
     if minutes is not None and not minutes >= 0:
         raise ConfigError(f"--minutes must be at least 0, not {minutes}.")
+    if max_kl is not None and not max_kl >= 0:
+        raise ConfigError(f"--max-kl must be at least 0, not {max_kl}.")
     check_temperature("--temperature", temperature)
     names = [name.strip() for name in policies.split(",")]
     for name in names:

@@ -14,7 +14,7 @@ from ..checks import check_model_path, check_number, is_count
 from ..config import HybridConfig
 from ..engine.engine import Engine
 from ..engine.generation import Generation
-from ..engine.offload.attention import refuse_unfit
+from ..engine.offload.attention import check_store_ratio, refuse_unfit
 from ..engine.prompt import encode
 from ..engine.sampling import Sampling
 from ..errors import ConfigError, InputError
@@ -179,7 +179,8 @@ class _Asked:
 def _refuse_what_does_not_combine(asked: _Asked, form: Mapping[str, Any], drawing: Mapping[str, Any]) -> None:
     """Raise before a model is loaded."""
     full, against, html = asked.full, asked.against, asked.html
-    check_number("--max-new-tokens", asked.max_new_tokens, 1)
+    check_number("--max-new-tokens", asked.max_new_tokens, 2 if against else 1)
+    check_store_ratio(asked.store_ratio)
     if against and (full or drawing or asked.stop):
         raise ConfigError("--compare decodes greedily in both ways: leave out --full, --stop and sampling options.")
     if html and (full or against):

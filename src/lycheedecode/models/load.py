@@ -55,11 +55,12 @@ def load_model(
         the model in eval mode without gradients, and the tokenizer.
 
     Raises:
-        ModelError: not found, not readable, not complete, not a causal language model.
+        ModelError: not found, not readable, not complete, not a causal language model; a revision of a local one.
     """
     name = _name(name)
     target = _device(device)
     file = _gguf_file(name)
+    _check_revision(name, file, revision)
     options = {"dtype": _dtype(dtype, target, file is not None), "device_map": device_map}
     if file is not None:
         model, tokenizer = _load_gguf(name, file, Store(file, cache), options)
@@ -76,6 +77,7 @@ def load_config(name: str | os.PathLike[str], *, revision: str | None = None) ->
     """The config of a model, without its weights; arguments and errors as for `load_model`."""
     name = os.fspath(name)
     file = _gguf_file(name)
+    _check_revision(name, file, revision)
     if file is None:
         return _from_pretrained("AutoConfig", name, name, revision=revision)
     header = read_header(file)
@@ -117,6 +119,12 @@ def _config(name: str, revision: str | None) -> Any:
         return _from_pretrained("AutoConfig", name, name, revision=revision)
     except ModelError:
         return None
+
+
+def _check_revision(name: str, file: Path | None, revision: str | None) -> None:
+    """Refuse a revision of what lies on this machine, where there is only one."""
+    if revision is not None and (file is not None or Path(name).exists()):
+        raise ModelError(f"Only a model on the hub has revisions; {name!r} is on this machine: leave {revision!r} out.")
 
 
 def _name(given: Any) -> str:

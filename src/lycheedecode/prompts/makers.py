@@ -177,7 +177,7 @@ class Cell:
         task: `passkey`, `multi_hop`, or `continuation`, which hides nothing.
         count: passkeys hidden, hops of the chain, or tokens that follow.
 
-    Raises `ValueError` for a continuation of less than two tokens.
+    Raises `ConfigError` for a continuation of less than two tokens, and for a number of facts that no prompt has.
     """
 
     text: str
@@ -199,6 +199,10 @@ class Cell:
         check_types(self)
         if self.task == "continuation" and self.count < 2:
             raise ConfigError(f"A continuation has at least 2 tokens, not {self.count}.")
+        most = {"passkey": len(_NAMES.split()), "multi_hop": max(self.length, 1)}.get(self.task)
+        if most is not None and not 1 <= self.count <= most:
+            what = "passkeys" if self.task == "passkey" else "hops"
+            raise ConfigError(f"A prompt of {self.length} tokens has 1 to {most} {what}, not {self.count}.")
 
     def __str__(self) -> str:
         if self.task == "continuation":

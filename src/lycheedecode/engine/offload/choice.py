@@ -34,9 +34,9 @@ def check_place(place: str, plan: HeadPlan | None, config: HybridConfig, store_r
     """
     if place not in get_args(CachePlace):
         raise ConfigError(f"cache must be one of {', '.join(get_args(CachePlace))}, not {place!r}.")
+    check_store_ratio(store_ratio)
     if place == "resident":
         return place
-    check_store_ratio(store_ratio)
     if place == "auto":
         may_offload = on_gpu and plan is not None and plan.budgets is None and reads_whole_cache(config) is None
         return "auto" if may_offload else "resident"
