@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lycheedecode import HeadPlan
 from lycheedecode.cli import app
-from lycheedecode.plan_views import caption, facts, families, flat, page, png, table
+from lycheedecode.plan_views import caption, facts, families, how_it_was_made, page, png, table
 
 runner = CliRunner()
 DETAILS = {
@@ -75,9 +75,17 @@ def test_a_thousand_families_stay_apart():
     assert len({family.colour for family in found}) > 250
 
 
-def test_provenance_is_flattened():
-    lines = dict(flat(DETAILS["provenance"]))
-    assert lines == {"method": "identify", "settings.steps": "3", "settings.cells": "text prose, length 9"}
+def test_provenance_is_flattened(plan):
+    model = {"model.name": "tiny<1>", "model.architecture": "LlamaForCausalLM"}
+    lines = {"method": "identify", "settings.steps": "3", "settings.cells": "text prose, length 9"}
+    assert dict(how_it_was_made(plan)) == model | lines
+
+
+@pytest.mark.parametrize(("roles", "shows"), [("sensitivity", False), ("gates", True)])
+def test_training_is_shown_where_gates_were_trained(plan, roles, shows):
+    found = dict(how_it_was_made(replace(plan, provenance={"settings": {"roles": roles, "steps": 3, "seed": 0}})))
+    assert found["settings.seed"] == "0"
+    assert ("settings.steps" in found) == shows
 
 
 def test_the_table_shows_roles_donors_and_provenance(plan):

@@ -216,11 +216,7 @@ def linear(
     padded = max(tuning.dot, power_of_two(rows)) if tuning.dot else 1
     if rows > padded:
         raise ValueError(f"{rows} rows need matrix instructions.")
-    partial = sums = arrivals = None
-    if tuning.splits > 1:
-        partial = x.new_empty((tiles, tuning.splits, tuning.rows, padded), dtype=torch.float32)
-        sums = x.new_empty((tiles, tuning.splits, padded), dtype=torch.float32) if norm is not None else None
-        arrivals = take_arrivals(tiles, x.device)
+    partial, sums, arrivals = _workspace(x, tiles, padded, norm is not None, tuning)
     number_bytes = weights[0].element_size()
     left = tuning.overlap * 2**20 / (sum(sizes) * columns * number_bytes)
     piece = -(-32 * tuning.warps // tuning.rows) * (16 // number_bytes)  # columns, at 16 bytes for every thread
@@ -249,6 +245,17 @@ def linear(
             **({"launch_pdl": True} if pdl else {}),
         )
     return out
+
+
+def _workspace(
+    x: Tensor, tiles: int, padded: int, has_norm: bool, tuning: LinearTuning
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where programs that share a row's columns leave partial results, sums of squares and their arrival."""
+    if tuning.splits == 1:
+        return None, None, None
+    partial = x.new_empty((tiles, tuning.splits, tuning.rows, padded), dtype=torch.float32)
+    sums = x.new_empty((tiles, tuning.splits, padded), dtype=torch.float32) if has_norm else None
+    return partial, sums, take_arrivals(tiles, x.device)
 
 
 def check(

@@ -91,11 +91,27 @@ def _budgets_in_words(plan: HeadPlan) -> str:
     return ", ".join(f"{number} x {factor}" for factor, number in _by_budget(plan).items())
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested provenance as `a.b: text` lines; what is None is left out."""
+_OF_GATES = (
+    "train_cells", "gates", "loss", "loss_weight", "penalty", "multiplier", "multiplier_learning_rate", "steps",
+    "learning_rate",
+)  # fmt: skip
+"""Settings that only training gates reads; plans record all settings."""
+
+
+def how_it_was_made(plan: HeadPlan) -> list[tuple[str, str]]:
+    """Model and provenance of a plan as lines `a.b: text`, without the training of gates where there was none."""
+    made = dict(plan.provenance)
+    settings = made.get("settings")
+    if isinstance(settings, Mapping) and settings.get("roles", "gates") != "gates":
+        made["settings"] = {name: value for name, value in settings.items() if name not in _OF_GATES}
+    return [*_flat({"model": plan.model}), *_flat(made)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values; what is None is left out."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
             yield f"{prefix}{key}", "; ".join(_one_line(item) for item in value)
         elif value is not None:

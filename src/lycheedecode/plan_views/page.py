@@ -7,7 +7,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from ..plan import Head, HeadPlan
-from . import Family, caption, families, flat, title
+from . import Family, caption, families, how_it_was_made, title
 
 CELL, MARGIN, TOP = 30, 58, 34
 
@@ -21,7 +21,7 @@ def render(plan: HeadPlan, name: str = "") -> str:
         title=title(plan, name),
         caption=caption(plan),
         families=families(plan),
-        made=[*flat({"model": plan.model}), *flat(plan.provenance)],
+        made=how_it_was_made(plan),
         width=MARGIN + plan.num_layers * CELL + 12,
         height=TOP + plan.num_kv_heads * CELL + 12,
         middle=TOP + plan.num_kv_heads * CELL / 2,

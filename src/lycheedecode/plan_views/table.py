@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..plan import HeadPlan
-from . import caption, families, flat, title
+from . import caption, families, how_it_was_made, title
 
 
 def render(plan: HeadPlan, name: str = "", gates: bool = False) -> RenderableType:
@@ -40,7 +40,7 @@ def _cell(plan: HeadPlan, layer: int, head: int, gates: bool) -> str:
 
 
 def _how(plan: HeadPlan) -> list[RenderableType]:
-    lines = [*flat({"model": plan.model}), *flat(plan.provenance)]
+    lines = how_it_was_made(plan)
     if not lines:
         return []
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
