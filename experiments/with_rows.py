@@ -1,9 +1,8 @@
 """`python -m experiments.with_rows 64 bench lossless ...`: a command with our linear layers up to so many rows.
 
     --launches FILE   by `linear-rows --json`: its fastest launches, for the shapes and rows that it timed
-    --norms-apart     RMSNorms of more than 16 rows stay Inductor's
 
-With 64 and no options the command runs as it would without this; with 16, more rows are left to cuBLAS. It is one of
+With 64 and no file the command runs as it would without this; with 16, more rows are left to cuBLAS. It is one of
 `lycheedecode`, or of `experiments`.
 """
 
@@ -23,14 +22,13 @@ from lycheedecode.fusion import operator
 
 
 @contextmanager
-def limits(rows: int, norm_rows: int = operator.KERNEL_ROWS) -> Iterator[None]:
-    """What is compiled while this is open has ours in linear layers of up to `rows` rows, in norms of `norm_rows`."""
-    before = operator.MAX_ROWS, operator.NORM_ROWS
-    operator.MAX_ROWS, operator.NORM_ROWS = rows, norm_rows
+def linear_rows_up_to(rows: int) -> Iterator[None]:
+    """What is compiled while this is open has our kernel in linear layers of up to `rows` rows."""
+    before, operator.MAX_ROWS = operator.MAX_ROWS, rows
     try:
         yield
     finally:
-        operator.MAX_ROWS, operator.NORM_ROWS = before
+        operator.MAX_ROWS = before
 
 
 def launches_of(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
@@ -52,7 +50,6 @@ def _run(
     ],
     command: Annotated[list[str], typer.Argument(help="Of lycheedecode or experiments, with its options.")],
     launches: Annotated[Path | None, typer.Option(exists=True, help="A result file of linear-rows.")] = None,
-    norms_apart: Annotated[bool, typer.Option("--norms-apart", help="Leave norms of many rows to Inductor.")] = False,
 ) -> None:
     from experiments.__main__ import TOOLS
     from experiments.__main__ import app as experiments
@@ -62,7 +59,7 @@ def _run(
     found = launches_of(json.loads(launches.read_text()).get("result", {}).get("rows", [])) if launches else {}
     if launches and not found:
         raise typer.BadParameter(f"{launches} holds no launches: linear-rows --json writes such a file.")
-    with limits(rows, 16 if norms_apart else operator.KERNEL_ROWS), tuned(found) if found else nullcontext():
+    with linear_rows_up_to(rows), tuned(found) if found else nullcontext():
         print(f"ours up to {rows} rows, with {len(found)} launches of a file", file=sys.stderr)
         (experiments if command[0] in TOOLS else app)(command)
 

@@ -45,12 +45,13 @@ def test_bad_rows(tiny, capsys):
     assert "17 to 64" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("way", "calls", "norms"), [("cublas", 0, 4), ("ours", 8, 0), ("norms_apart", 8, 4)])
-def test_each_way_compiles_layers_as_it_says(way, calls, norms):
+@pytest.mark.parametrize(("way", "calls", "left"), [("cublas", 0, 4), ("ours", 8, 0), ("norms_apart", 8, 4)])
+def test_each_way_compiles_layers_as_it_says(way, calls, left):
     seen = []
+    rows, norms = linear_rows.WAYS[way]
 
     def compiler(gm, example_inputs):
-        seen.append(use_linear(gm, everywhere=True))
+        seen.append(use_linear(gm, norms, everywhere=True))
         gm.recompile()
         seen.append(sum(getattr(node.target, "__name__", "") == "rsqrt" for node in gm.graph.nodes))
         return gm.forward
@@ -60,12 +61,12 @@ def test_each_way_compiles_layers_as_it_says(way, calls, norms):
                                                   (128, 64), (64, 128)]] * 2  # fmt: skip
     x = torch.randn(1, 36, shape.hidden)
     torch._dynamo.reset()
-    with torch.inference_mode(), with_rows.limits(*linear_rows.WAYS[way]):
+    with torch.inference_mode(), with_rows.linear_rows_up_to(rows):
         results = torch.compile(linear_rows.layers, fullgraph=True, dynamic=False, backend=compiler)(x, weights)
-    assert seen == [calls, norms]
+    assert seen == [calls, left]
     for result, right in zip(results, linear_rows.layers(x, weights), strict=True):
         torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-4)
-    assert (operator.MAX_ROWS, operator.NORM_ROWS) == (64, 64)
+    assert operator.MAX_ROWS == 64
 
 
 def test_candidates_share_columns_evenly():
@@ -80,18 +81,15 @@ def test_candidates_share_columns_evenly():
 def test_a_command_runs_with_rows(monkeypatch, tmp_path, capsys):
     """Options after the command's name are its own."""
     seen = []
-    monkeypatch.setattr(
-        "lycheedecode.cli.app", lambda command: seen.append((operator.MAX_ROWS, operator.NORM_ROWS, command))
-    )
-    for options in ((), ("--norms-apart",)):
-        with pytest.raises(SystemExit) as stop:
-            with_rows.main([*options, "48", "bench", "lossless", "--parts", "rounds", "--json", "a.json"])
-        assert stop.value.code == 0
+    monkeypatch.setattr("lycheedecode.cli.app", lambda command: seen.append((operator.MAX_ROWS, command)))
+    command = ["bench", "lossless", "--parts", "rounds", "--json", "a.json"]
+    with pytest.raises(SystemExit) as stop:
+        with_rows.main(["48", *command])
+    assert stop.value.code == 0
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
         with_rows.main(["--launches", str(tmp_path / "other.json"), "64", "bench"])
     assert stop.value.code == 2
     assert "no launches" in capsys.readouterr().err
-    command = ["bench", "lossless", "--parts", "rounds", "--json", "a.json"]
-    assert seen == [(48, 64, command), (48, 16, command)]
+    assert seen == [(48, command)]
     assert operator.MAX_ROWS == 64

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lycheedecode.fusion import backend, linear, operator, reference
+from lycheedecode.fusion import backend, linear, reference
 from lycheedecode.fusion.graph import use_linear
 from lycheedecode.fusion.operator import quantize
 
@@ -88,10 +88,9 @@ def test_many_rows_and_training_stay_as_they_are():
     assert layer.weight.grad is not None
 
 
-@pytest.mark.parametrize(("norm_rows", "left"), [(64, 1), (16, 2 * tiny.LAYERS + 1)])
-def test_rows_of_a_pass_over_drafts(monkeypatch, norm_rows, left):
-    monkeypatch.setattr(operator, "NORM_ROWS", norm_rows)
-    model, graphs = tiny.model("llama"), Graphs()
+@pytest.mark.parametrize(("norms", "left"), [(True, 1), (False, 2 * tiny.LAYERS + 1)])
+def test_rows_of_a_pass_over_drafts(norms, left):
+    model, graphs = tiny.model("llama"), Graphs(norms=norms)
     torch._dynamo.reset()
     result = logits(model, torch.compile(model, backend=graphs, fullgraph=True, dynamic=False), length=32)
     torch.testing.assert_close(result, logits(model, model, length=32), rtol=1e-4, atol=1e-4)

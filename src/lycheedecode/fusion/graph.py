@@ -60,8 +60,7 @@ def use_linear(gm: GraphModule, norms: bool = True, everywhere: bool = False) ->
 def _replace(gm: GraphModule, group: list[Node], norms: bool) -> int:
     """Linear layers of one input -> one call, or a few."""
     x = _arguments(group[0])[0]
-    fits = len(group) <= MAX_WEIGHTS and value_of(x).shape[:-1].numel() <= limits.NORM_ROWS
-    norm = rms_norm(x) if norms and fits and set(x.users) == set(group) else None
+    norm = rms_norm(x) if norms and len(group) <= MAX_WEIGHTS and set(x.users) == set(group) else None
     product, chain = _gated(group)
     if product is not None:
         new = _call(gm, product, group if chain[0] is group[0] else group[::-1], norm, gated=True)

@@ -12,8 +12,6 @@ KERNEL_ROWS, KERNEL_ROWS_8_BITS = 64, 16
 """Rows that the kernel takes."""
 MAX_ROWS, MAX_WEIGHTS = 64, 3
 """The backend leaves linear layers of more rows to cuBLAS; `python -m experiments linear-rows` times both."""
-NORM_ROWS = 64
-"""The backend leaves an RMSNorm of more rows to Inductor: in the kernel every program computes it anew."""
 EIGHT_BITS = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number in e4m3."""
