@@ -31,7 +31,7 @@ def main() -> None:
         [answer] = engine.generate(context, max_new_tokens=options.max_new_tokens)
         messages.append({"role": "assistant", "content": answer.text})
         print(f"> {question}\n{answer.text}")
-        print(f"[{answer.cached_tokens} of {answer.prompt_tokens} prompt tokens were there]\n")
+        print(f"[{answer.cached_tokens} of {answer.prompt_tokens} prompt tokens were cached]\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Find a head plan for a model, save it, and compare one answer with full attention's.
+"""Find a head plan for a model, save it, and continue a text that was not used to find it, with full attention beside.
 
 Run: python examples/identify_and_check.py my-plan.json --model path/to/model
 """
 
 import argparse
+import random
 
 from lycheedecode import Engine, HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, identify
 from lycheedecode.models import load_model
+from lycheedecode.prompts.makers import PromptMaker
 
 
 def main() -> None:
@@ -23,7 +25,7 @@ def main() -> None:
     config = HybridConfig(budget_tokens=options.budget_tokens, block_size=16)
     settings = IdentifySettings(
         config=config,
-        calibrate_cells=(Cell("prose", options.tokens),),
+        calibrate_cells=(Cell("prose", options.tokens, "continuation", 64),),
         calibrate_prompts=options.prompts,
         batch_size=1,
     )
@@ -31,13 +33,13 @@ def main() -> None:
     plan.save(options.out)
     print(f"{len(plan.retrieval)} retrieval heads; the plan is in {options.out}")
 
-    prompt = "The capital of France is"
+    prompt = PromptMaker(tokenizer, "prose", "evaluate").continuation(options.tokens, 24, random.Random(0))
     for name, engine in {
         "full": Engine(model, tokenizer),
         "hybrid": Engine(model, tokenizer, plan=plan, config=config),
     }.items():
-        [answer] = engine.generate(prompt, max_new_tokens=8)
-        print(f"{name:>6}: {answer.text}")
+        [answer] = engine.generate(prompt.prompt_ids, max_new_tokens=24)
+        print(f"{name:>6}, {answer.kv_bytes_per_token / 1e6:.1f} MB of KV cache read per token: {answer.text}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_python_example_runs(name, places, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.endswith(".sh")])
 def test_shell_example_runs(name, places, tmp_path):
-    small = {"BUDGET_TOKENS": "64", "CELL": "prose:256:passkey:1", "PROMPTS": "1"}
+    small = {"BUDGET_TOKENS": "64", "CELL": "prose:256:continuation:16", "PROMPTS": "1"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", EXAMPLES / name, *words_of(name, places)]
     done = subprocess.run(

@@ -70,8 +70,8 @@ class Engine:
         execution: `auto`: on a GPU, compile the decode step and replay it as a CUDA graph, if possible; `compiled`,
             `graph` or `eager` insist on one way (see `decoder`).
         backend: the `torch.compile` backend; None: ours, which is faster than "inductor" (`lycheedecode.fusion`).
-        check: check on a few tokens, once for each model, that prefill and decode steps reproduce the model's own
-            logits, and refuse it if they do not (see `proof`).
+        check: make sure, on a few tokens and once for each model, that prefill and decode steps reproduce the model's
+            own logits, and refuse the model if they do not (see `proof`).
         cache: where keys and values are kept. `resident`: on the model's device. `host`: in host memory, except
             what retrieval heads scan and a store of selected blocks (`offload`). `auto`: in host memory if they do not
             fit on a GPU; resident without a GPU or a plan, and with settings that read the whole cache again and again

@@ -81,7 +81,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_host_bytes() -> int:
-    """Of host memory; all that the machine has where the system does not say more, no limit where it says nothing."""
+    """Bytes of host memory that are free; where the system does not say, all that the machine has, or no limit."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             found = dict(line.split(":", 1) for line in lines)
