@@ -58,6 +58,21 @@ def test_a_cpus_memory_has_an_end_as_well():
     assert "GB of memory are missing" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("generate", "--contexts 8000"),
+        ("memory", "--cases 1x8000 --parts texts"),
+        ("lossless", "--contexts 8000 --parts real"),
+    ],
+)
+def test_a_generation_that_would_end_early_is_refused(name, asked):
+    done = run(name, "--model", "smollm2-135m", *asked.split(), "--tokens", "1000", status=2)
+    said = "lycheedecode: 8000 tokens and 1000 new ones do not fit the model's 8192 positions: ask for fewer."
+    assert done.stderr.splitlines()[-1] == said
+    assert "tokens must be at least 2: the first one comes from" in run(name, "--tokens", "1", status=2).stderr
+
+
 def test_a_wrong_step_is_refused(monkeypatch):
     right = Engine.decode_one_token
     wrong = lambda engine, *arguments: right(engine, *arguments) * (1.0 if engine.way == "eager" else 1.3)  # noqa: E731

@@ -27,7 +27,7 @@ from ..models.versions import attention_name
 from ..policies.base import roles_of
 from ..results import Result
 from .harness import say
-from .models import build, prompts_for, release
+from .models import build, check_positions, prompts_for, release
 from .settings import FORMS, GenerateSettings
 from .step import make_engine
 
@@ -39,6 +39,7 @@ _WARM_UP = 2048
 def run(settings: GenerateSettings, device: str) -> dict[str, Any]:
     """Generate with every way; greedy, never ending early."""
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    check_positions(model, max(settings.contexts), settings.tokens)
     rows = []
     for context in settings.contexts:
         for batch in settings.batches:

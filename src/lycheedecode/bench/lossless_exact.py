@@ -32,7 +32,7 @@ from ..models.load import load_model
 from ..plan import HeadPlan, bundled_plan_of
 from .harness import say
 from .lossless_texts import config_of, forget, prompts_of
-from .models import plan_for
+from .models import check_positions, plan_for
 from .settings import LosslessSettings
 
 _TEMPERATURE = 0.7
@@ -168,6 +168,7 @@ def check_exact(settings: LosslessSettings, device: str) -> Iterator[dict[str, A
     model, tokenizer = load_model(settings.model, device=device, dtype=settings.dtype)
     plan = HeadPlan.load(settings.plan) if settings.plan else bundled_plan_of(settings.model) or plan_for(model)
     wrong: list[str] = []
+    check_positions(model, max(settings.contexts), settings.tokens)
     for length, batch in product(settings.contexts, settings.batches):
         truth = _truth(Engine(model, tokenizer, execution=settings.execution), settings, length, batch)
         for way in settings.ways:

@@ -19,7 +19,7 @@ from ..models.load import load_model
 from ..plan import HeadPlan, bundled_plan_of
 from ..prompts.text import load_text
 from .harness import say
-from .models import release
+from .models import check_positions, release
 from .settings import LosslessSettings
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def bench_real(settings: LosslessSettings, device: str) -> Iterator[dict[str, An
     if plan is None:
         raise ConfigError(f"No plan ships for {settings.model}: give one with --plan.")
     model, tokenizer = load_model(settings.model, device=device, dtype=settings.dtype)
+    check_positions(model, max(settings.contexts), settings.tokens)
     for length, batch in product(settings.contexts, settings.batches):
         prompts = prompts_of(tokenizer, settings, length, batch)
         yield from _real_case(model, tokenizer, plan, prompts, length, settings)

@@ -19,7 +19,7 @@ from ..errors import ConfigError, MismatchError
 from ..models.load import load_model
 from ..plan import HeadPlan
 from ..prompts.text import load_text
-from .models import MODELS, build, plan_for, prompts_for, release
+from .models import MODELS, build, check_positions, plan_for, prompts_for, release
 from .settings import MemorySettings
 
 Tokens = Mapping[int, list[tuple[int, ...]]]
@@ -29,6 +29,7 @@ Tokens = Mapping[int, list[tuple[int, ...]]]
 def bench_texts(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
     """Generate greedily, never ending early."""
     model, tokenizer, plan = _model(settings, device)
+    check_positions(model, max(length for _, length in settings.pairs), settings.tokens)
     for batch, length in settings.pairs:
         prompts = _prompts(model, tokenizer, batch, length, settings)
         expected: dict[int, list[tuple[int, ...]]] = {}

@@ -85,6 +85,15 @@ def build_from(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def check_positions(model: nn.Module, context: int, tokens: int) -> None:
+    """Refuse a generation that would end early: its time would be divided among steps that it never made."""
+    most = ModelShape.of(model).max_positions
+    if 0 < most < context + tokens - 1:
+        raise ConfigError(
+            f"{context} tokens and {tokens} new ones do not fit the model's {most} positions: ask for fewer."
+        )
+
+
 def prompts_for(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     """int64 `[batch, length]`: for real models stretches of prose, for random ones random tokens."""
     name = ModelShape.of(model).name

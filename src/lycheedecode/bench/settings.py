@@ -57,6 +57,10 @@ class BenchSettings:
         for name, value in vars(self).items():
             if name not in ("seed", "smoke") and (value == () or _smallest(value) <= 0):
                 raise ConfigError(f"{name} must be above 0, not {value!r}.")
+        if getattr(self, "tokens", 2) < 2:
+            raise ConfigError(
+                "tokens must be at least 2: the first one comes from the prompt, and times are of the rest."
+            )
 
     def shrunk(self: Settings) -> Settings:
         """The tiny case of `smoke`."""
