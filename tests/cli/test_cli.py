@@ -583,6 +583,17 @@ def test_what_came_before_a_stage_does_not_count(capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines() == ["look: 1 of 41, 80 s left"]
 
 
+def test_what_the_harness_refuses_is_one_sentence(monkeypatch):
+    main = pytest.importorskip("lm_eval.__main__", reason="lm-evaluation-harness is not installed.")
+    refuses = {"__name__": "lm_eval.config"}
+    exec("def cli_evaluate():\n    raise ValueError('Tasks not found: nope')", refuses)
+    monkeypatch.setattr(main, "cli_evaluate", refuses["cli_evaluate"])
+    said = refusal("evaluate", "harness", "run", "--tasks", "nope")
+    assert said.endswith("lm-evaluation-harness cannot do this: Tasks not found: nope.")
+    refuses["__name__"] = "elsewhere"
+    assert runner.invoke(app, ["evaluate", "harness", "run"]).exit_code == 70
+
+
 def test_the_harness_knows_the_model_class():
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed.")
     from lm_eval.api.registry import get_model

@@ -8,7 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
+
+from ..errors import InputError, first_line
 
 TAKEN = (
     "lm_eval.__main__.cli_evaluate",
@@ -20,12 +23,21 @@ TAKEN = (
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """What `lm_eval ARGUMENTS` does, in this process: it reads `sys.argv` alone."""
+    """What `lm_eval ARGUMENTS` does, in this process: it reads `sys.argv` alone.
+
+    Raises:
+        InputError: the harness itself refuses its arguments; in other people's code and ours an error stays what it is.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:
         cli_evaluate()
+    except (ValueError, OSError) as error:
+        *_, (frame, _line) = walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("lm_eval."):
+            raise
+        raise InputError(f"lm-evaluation-harness cannot do this: {first_line(error)}.") from error
     finally:
         sys.argv = before
 

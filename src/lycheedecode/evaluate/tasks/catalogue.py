@@ -94,7 +94,7 @@ def check_data(names: Sequence[str], data: Path | None) -> None:
             if check is not None:
                 check()
         except DataError as error:
-            wrong.append(error)
+            wrong.append(error if name in str(error) else DataError(f"{name}: {error}"))
     if wrong:
         raise all_at_once(wrong)
 
