@@ -128,6 +128,8 @@ def tasks(
         catalogue.check_data(names, data)
     from ..evaluate.tasks.answer_log import Record, record_path
 
+    path = None if json_file is None or str(json_file) == "-" else record_path(json_file)
+    check_writable(path)
     decisive = {
         "revision": revision, "dtype": dtype, "seed": seed, "chat": chat,
         "max_new_tokens": max_new_tokens, "temperature": temperature, "match_bytes": match_bytes,
@@ -143,7 +145,6 @@ def tasks(
     plans = {variant.plan_name: variant.plan for variant in compared if variant.plan_name and variant.plan}
     known = fingerprint(network, plans, texts)
     found = Result("evaluate tasks", settings, summary={"tasks": []}, fingerprint=known, options=options)
-    path = None if json_file is None or str(json_file) == "-" else record_path(json_file)
     again = resume and path is not None and path.is_file()
     if resume and path is not None and not again:
         say_it_begins(path)
