@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import chain, repeat
 
 import pytest
 import tiny
@@ -306,6 +307,23 @@ def test_what_full_steps_wrote_is_followed_before_drafts(llama, monkeypatch):
     results = engine.generate(context, 88, sampling=sampling)
     assert tokens(results) == tokens(Engine(llama).generate(rows, 88, sampling=sampling))
     check_what_is_kept(context)
+
+
+def test_who_has_ended_gets_no_means(llama, monkeypatch):
+    """Also where its last tokens come from full steps that nothing has followed yet."""
+    schedules = chain([Schedule(0, 1)] * 20, repeat(Schedule(8, 8)))
+    monkeypatch.setattr(Pace, "next", lambda self: next(schedules))
+    engine = lossless(llama, "auto", budget_tokens=64, completion="centroid", completion_chunk=8)
+    rows = tiny.prompts(60, 37)
+    context = engine.prefill(rows, room=200)
+    engine.generate(context, 1)
+    last = context.cache.state.means.means[:, :, :, :, -3:]
+    last.fill_(torch.nan)
+    first, second = tokens(Engine(llama).generate(rows, 60))
+    stop = next(token for token in first[5:18] if token not in second)
+    results = engine.generate(context, 60, stop=stop)
+    assert len(results[0].token_ids) <= 18 < len(results[1].token_ids)
+    assert last.isnan().all()  # there are more of them than tokens
 
 
 # ---------------------------------------------------------------------- passes

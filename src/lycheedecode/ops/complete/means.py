@@ -76,7 +76,8 @@ class ChunkMeans:
     ) -> None:
         """Write the means of chunks that end in slots from `begin` to before `end`; see `attention.State.follow`."""
         begin, written, end = ((x if starts is None else x - starts).int() for x in (begin, written, end))
-        first, number = begin // self.chunk, most // self.chunk + 1
+        # A sequence that has ended begins where it ends, and what it wrote last lies before that.
+        first, number = begin.clamp(min=0) // self.chunk, most // self.chunk + 1
         for layer in self.layers:
             write_means(KV(*store_of(layer), end, starts), self.chunk, *self.of_layer(layer), first, number, written)
 
