@@ -7,8 +7,9 @@ from itertools import chain, repeat
 import pytest
 import tiny
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from lycheedecode import Engine, HybridConfig, Sampling, policies
+from lycheedecode import Engine, HeadPlan, HybridConfig, Sampling, policies
 from lycheedecode.engine import passes
 from lycheedecode.engine.pace import Pace, Schedule
 from lycheedecode.engine.step import forward
@@ -171,6 +172,21 @@ def test_the_last_position(llama):
     expected = Engine(llama).generate(rows, 100)
     assert tokens(lossless(llama).generate(rows, 100)) == tokens(expected)
     assert len(expected[0].token_ids) == 13
+
+
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_the_last_position_of_a_table(execution):
+    """Rounds end behind it; what they compute there is dropped."""
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=48, n_layer=4, n_head=4, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    for length in (40, 57, 63):
+        rows = tiny.prompts(length, 9)
+        expected = Engine(model).generate(rows, 30, ignore_eos=True)
+        assert len(expected[0].token_ids) == min(65 - length, 30)
+        for every in (1, 8, "auto"):
+            drafts = tiny.config(32, verify_every=every)
+            engine = Engine(model, plan=HeadPlan.all_retrieval(4, 4), config=drafts, execution=execution)
+            assert tokens(engine.generate(rows, 30, ignore_eos=True)) == tokens(expected)
 
 
 def test_stop_tokens_and_strings(llama, byte_tokenizer):

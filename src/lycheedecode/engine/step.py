@@ -41,7 +41,7 @@ Forward = Callable[[nn.Module, Tensor, Tensor, "Tensor | int"], Tensor]
 
 With several tokens a sequence, `[B, T]`, the logits are `[B, T, V]`. `lengths` count the tokens of each sequence,
 `filled` the slots in use, as a number or int32 `[1]`; both with the new tokens. Where sequences end in different slots,
-there is no such number; the first one's is given.
+there is no such number; the first one's is given. Lengths `[B, T]` count the tokens up to each new one.
 """
 
 
@@ -315,8 +315,8 @@ def route(model: nn.Module) -> AttentionRoute:
 def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor | int) -> Tensor:
     """A `Forward`, eager."""
     several = token_ids.dim() == 2
-    positions = lengths[:, None].long() - 1
-    if several:
+    positions = (lengths if lengths.dim() == 2 else lengths[:, None]).long() - 1
+    if several and lengths.dim() == 1:
         positions = positions - torch.arange(token_ids.shape[1] - 1, -1, -1, device=lengths.device)
     output = model(
         input_ids=token_ids if several else token_ids[:, None],
@@ -326,6 +326,19 @@ def forward(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor
         logits_to_keep=0 if several else 1,
     )
     return output.logits.float() if several else output.logits[:, -1].float()
+
+
+def within_positions(forward: Forward, most: int) -> Forward:
+    """`forward` for tokens of which some may lie past the model's `most` positions, and be dropped; 0: no matter."""
+    if not most:
+        return forward
+
+    def bounded(model: nn.Module, token_ids: Tensor, lengths: Tensor, filled: Tensor | int) -> Tensor:
+        if token_ids.dim() == 2:
+            lengths = lengths[:, None] - torch.arange(token_ids.shape[1] - 1, -1, -1, device=lengths.device)
+        return forward(model, token_ids, lengths.clamp(max=most), filled)
+
+    return bounded
 
 
 INDUCTOR: dict[str, Any] = {"coordinate_descent_tuning": True}

@@ -29,13 +29,15 @@ from torch import Tensor, nn
 from ..attention import DecodeAttention, FullAttention
 from ..config import HybridConfig
 from ..errors import ConfigError
+from ..models.positions import positions_in_table
+from ..models.shape import inner_model
 from .context import Context
 from .decoder import Captured, Decoder
 from .generation import PendingTokens, refuse_nan
 from .pace import Pace, Schedule
 from .passes import DensePass
 from .sampling import Sampler, Sampling
-from .step import FixedStep, Forward
+from .step import FixedStep, Forward, within_positions
 
 AUTO_DRAFTS = 8
 """Most drafts of a round where their number is chosen while it runs."""
@@ -118,6 +120,7 @@ class Rounds:
         self._state = cache.state_for(decoder.attention)[0]
         batch, device = len(context.prompt_lengths), context.logits.device
         self.tokens = tokens = most_drafts(config) + 1
+        self._most_positions = positions_in_table(inner_model(decoder.model))
         self._sampler = Sampler(sampling, device)
         self._sequences = torch.arange(batch, device=device)
         self._columns = torch.arange(tokens, device=device)
@@ -295,7 +298,11 @@ class Rounds:
         ]  # fmt: skip
         for name, (run, of) in parts.items():
             if name not in self.parts:
-                self.parts[name] = self._decoder.capture(run, kept, model=of)
+                self.parts[name] = self._decoder.capture(self._within_positions(run), kept, model=of)
+
+    def _within_positions(self, run: Any) -> Any:
+        """Rounds go on past the last token of a text, which may have the model's last position."""
+        return lambda forward, model: run(within_positions(forward, self._most_positions), model)
 
     def _step(self, attention: DecodeAttention, refresh: bool) -> FixedStep:
         cache, context = self._context.cache, self._context

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import nn
+
 
 class Positions(NamedTuple):
     """How a model's position encoding depends on the length of the text.
@@ -60,3 +62,14 @@ def _scalings(config: Any) -> list[dict[str, Any]]:
         return []
     nested = [inner for inner in given.values() if isinstance(inner, dict)]
     return nested or [given]
+
+
+def positions_in_table(model: Any) -> int:
+    """Of a model that looks its positions up in a table, how many there are; 0: it computes them.
+
+    Args:
+        model: a transformers model. Any table beside that of its tokens may be one of positions.
+    """
+    tokens = model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    return Positions.of(model.config.get_text_config(decoder=True)).longest if any(tables) else 0
