@@ -7,11 +7,15 @@ A client's request asks for nothing, for full attention, or for a budget of its 
 and more tokens than pages: sequences wait, and are preempted. What a preempted sequence has decoded is prefilled again,
 so that its entries are those of full attention; its tokens are not compared, but every layer of every step is, with its
 definition (`serving_probe`). A lossless server owes every request the tokens of stock vLLM, preempted or not.
+
+The model's weights are wide enough for its texts to depend on what attention reads, or nothing would be proved: that is
+checked, too.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import random
 import resource
@@ -25,9 +29,10 @@ from typing import Any
 
 import torch
 
+from experiments import second_runner
 from experiments.serving_probe import watch
 from lycheedecode.bench.harness import say
-from lycheedecode.bench.models import random_config
+from lycheedecode.bench.models import build_from, random_config
 from lycheedecode.bench.serving import closing, plan_of, require_vllm
 from lycheedecode.bench.settings import BenchSettings
 from lycheedecode.errors import MismatchError
@@ -49,6 +54,8 @@ class SoakSettings(BenchSettings):
         aborts: share of the requests whose client hangs up before the end.
         watched: compare every layer of every step with its definition.
         drafts: of a round of a lossless server; without, the server is hybrid.
+        second_runner: vLLM has its second model runner (V2), interpreted where there is no GPU; without, the one that
+            it takes by itself.
     """
 
     budget_tokens: int = 32
@@ -57,6 +64,7 @@ class SoakSettings(BenchSettings):
     aborts: float = 0.2
     watched: bool = True
     drafts: int | None = None
+    second_runner: bool = False
 
 
 class _Errors(logging.Handler):
@@ -74,6 +82,11 @@ def run(settings: SoakSettings, device: str) -> dict[str, Any]:
     """Raises `MismatchError` for a wrong token, a leak or an error."""
     require_vllm()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # of the machine's memory vLLM would take nearly all
+    if settings.second_runner:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        if device == "cpu":
+            second_runner.interpret()
     rng = random.Random(settings.seed)
     config = random_config("tiny", 4, max_position_embeddings=512, dtype="float32", head_dim=32, initializer_range=0.1)
     begin = torch.randint(4, 512, (40,)).tolist()
@@ -85,20 +98,15 @@ def run(settings: SoakSettings, device: str) -> dict[str, Any]:
     logging.getLogger("vllm").addHandler(errors)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
+            build_from(config, "cpu", torch.float32).save_pretrained(folder)
             plan_of(config, 1).save(Path(folder) / "plan.json")
-            with closing(_start(folder, hybrid=False)) as llm:
-                right = {(i, "off"): tokens for i, tokens in enumerate(_answers(llm, prompts, None))}
-            if settings.drafts:
-                right |= {(i, kind): tokens for (i, _), tokens in right.items() for kind in _KINDS}
-            else:
-                with closing(_start(folder)) as llm:
-                    for kind in (None, _KINDS[2]):
-                        right |= {(i, kind): tokens for i, tokens in enumerate(_answers(llm, prompts, kind))}
-            with closing(_start(folder, settings.drafts, num_gpu_blocks_override=_PAGES, max_num_seqs=12)) as llm:
+            right = _right(folder, prompts, settings)
+            with closing(_start(folder, settings, num_gpu_blocks_override=_PAGES, max_num_seqs=12)) as llm:
                 if settings.watched:
                     watch(llm, seen, 2e-3)
                 counts = _serve(llm, prompts, right, settings, rng)
+                if settings.drafts:
+                    counts |= _drafted(llm)
     finally:
         logging.getLogger("vllm").removeHandler(errors)
     if errors.lines:
@@ -106,18 +114,38 @@ def run(settings: SoakSettings, device: str) -> dict[str, Any]:
     return {"rows": [counts], "steps": seen}
 
 
-def _start(folder: str, drafts: int | None = None, hybrid: bool = True, **options: Any) -> Any:
+def _right(folder: str, prompts: list[list[int]], settings: SoakSettings) -> dict[tuple[int, str | None], list[int]]:
+    """The tokens of each prompt and kind of request; raises `MismatchError` if kinds do not differ."""
+    with closing(_start(folder, settings, hybrid=False)) as llm:
+        full = _answers(llm, prompts, None)
+    right = {(i, kind): tokens for i, tokens in enumerate(full) for kind in _KINDS}
+    if settings.drafts:
+        return right
+    with closing(_start(folder, settings)) as llm:
+        for kind in (None, _KINDS[2]):
+            own = _answers(llm, prompts, kind)
+            if sum(map(operator.ne, own, full)) < len(prompts) // 2:
+                raise MismatchError(f"requests that are {kind or 'hybrid'} cannot be told from those that are off.")
+            right |= {(i, kind): tokens for i, tokens in enumerate(own)}
+    return right
+
+
+def _start(folder: str, settings: SoakSettings, hybrid: bool = True, **options: Any) -> Any:
     from vllm import LLM
 
+    drafts = settings.drafts or 0
     own = {"plan": f"{folder}/plan.json", "budget_tokens": 32, "max_budget_tokens": 64, "block_size": 4}
     own |= {"sink_tokens": 4, "recent_tokens": 4, "completion": "centroid", "completion_chunk": 16}
-    own |= {"scan_keys": "float8", "lossless": drafts or 0}
+    own |= {"scan_keys": "float8", "lossless": drafts}
     chosen = {"attention_backend": "CUSTOM", "additional_config": {"lycheedecode": own}} if hybrid else {}
-    size = {"max_model_len": 256, "max_num_batched_tokens": 64 * (1 + (drafts or 0)), "block_size": 32}
-    return LLM(
-        folder, load_format="dummy", dtype="float32", skip_tokenizer_init=True, enforce_eager=True, seed=0,
+    size = {"max_model_len": 256, "max_num_batched_tokens": 64 * (1 + drafts), "block_size": 32}
+    llm = LLM(
+        folder, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, seed=0,
         disable_log_stats=False, **{"max_num_seqs": 4, **size, **chosen, **options},
     )  # fmt: skip
+    if settings.second_runner and not llm.llm_engine.vllm_config.use_v2_model_runner:
+        raise MismatchError("vLLM has its first model runner.")
+    return llm
 
 
 def _params(kind: str | None) -> Any:
@@ -169,6 +197,16 @@ def _serve(
     grown = max(_resident() - settled, 0.0) if settled else 0.0
     _check_leaks(core, llm, grown)
     return {"seconds": time.monotonic() - began, "grown_mib": grown, **counts}
+
+
+def _drafted(llm: Any) -> dict[str, float]:
+    """How many tokens were drafted, and rejected; raises `MismatchError` if none was."""
+    found = {metric.name.removeprefix("vllm:spec_decode_num_"): metric.value for metric in llm.get_metrics()
+             if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")}  # fmt: skip
+    drafted, accepted = found["draft_tokens"], found["accepted_tokens"]
+    if not 0 < accepted < drafted:
+        raise MismatchError(f"of {drafted} drafts {accepted} were accepted: that proves nothing.")
+    return {"drafts": drafted, "rejected": drafted - accepted}
 
 
 def _check(name: str, tokens: list[int], right: list[int], preempted: bool, kind: str | None) -> None:

@@ -151,17 +151,19 @@ def test_the_probe_finds_nothing_on_a_cpu_and_finds_what_is_there(tmp_path, monk
         assert "off their definition" in capfd.readouterr().err
 
 
-def test_clients_of_all_kinds_get_their_tokens(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--drafts", "3"]], ids=["hybrid", "lossless"])
+def test_clients_of_all_kinds_get_their_tokens(tmp_path, monkeypatch, options):
     """A short form of `python -m experiments serving-soak`."""
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
     for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
         monkeypatch.setitem(os.environ, name, value)
-    assert run(experiments, "serving-soak", "--minutes", "0.3", "--json", str(tmp_path / "result.json")) == 0
+    assert run(experiments, "serving-soak", "--minutes", "0.3", *options, "--json", str(tmp_path / "result.json")) == 0
     result = json.loads((tmp_path / "result.json").read_text())["result"]
     [row] = result["rows"]
     assert min(row[f"finished, {kind}"] for kind in ("off", "hybrid", "budget_tokens=48")) > 0
     assert row["aborted"] > 0
     assert row["preempted"] > 0
+    assert "rejected" not in row or 0 < row["rejected"] < row["drafts"]
     assert min(result["steps"].values()) >= 0
 
 
