@@ -22,6 +22,8 @@ if settings.drafts_in_v2(parts.version):
             "drafts_that_see_everything_are_all_accepted[asynchronous]",
             "drafts_that_see_little_change_nothing[both]",
             "texts_end_where_they_end_without_drafts",
+            "requests_that_begin_alike_or_end_soon",
+            "a_seed_gives_its_text_again",
             "requests_choose_the_budget_of_their_drafts",
             "graphs_are_captured_and_used_for_batches_that_they_hold",
         )

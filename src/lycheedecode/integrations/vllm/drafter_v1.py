@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .lossless import TargetDrafts
 from .parts import CommonAttentionMetadata, CUDAGraphMode, current_platform
 
 import vllm.v1.sample.rejection_sampler  # isort: skip  (`parts` refuses unknown versions)
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p  # isort: skip
 from vllm.v1.spec_decode.draft_model import DraftModelProposer  # isort: skip
 
 
@@ -18,6 +20,7 @@ def install(runner: Any) -> None:
     """Make a new model runner draft with its own model."""
     if current_platform.is_cpu():
         vllm.v1.sample.rejection_sampler.expand_batch_to_tokens = _expanded
+        vllm.v1.sample.rejection_sampler.apply_top_k_top_p = _of_some_rows
     runner.drafter = TargetDrafter(runner.vllm_config, runner.device, runner)
 
 
@@ -80,12 +83,20 @@ class TargetDrafter(TargetDrafts, DraftModelProposer):
         def sample(hidden: Tensor, index: int) -> Tensor:
             tokens, of_all = self._sample_draft_tokens(hidden, sampling_metadata)
             probs.append(of_all)
-            return tokens
+            return tokens if of_all is None else self._drawn_by_seed(tokens, of_all, sampling_metadata.generators)
 
         at_most, longest = self._runner.optimistic_seq_lens_cpu[:rows], common_attn_metadata.max_seq_len
         drafts = self._round(num_speculative_tokens, next_token_ids, verified, at_most, longest, sample)
         self._last_draft_probs = torch.stack(probs, 1).contiguous() if probs and probs[0] is not None else None
         return drafts
+
+    def _drawn_by_seed(self, tokens: Tensor, probs: Tensor, generators: Mapping[int, torch.Generator]) -> Tensor:
+        """Drafts of requests with a seed drawn again, by it; vLLM draws what draft models say without."""
+        tokens = tokens.clone()
+        for row, generator in generators.items():
+            if not self._runner.discard_request_mask.np[row]:  # else in prefill, which may be of any number of steps
+                tokens[row] = (probs[row] / torch.empty_like(probs[row]).exponential_(generator=generator)).argmax()
+        return tokens
 
     def _page_table(self, cache: int, rows: int) -> Tensor:
         return self._runner.input_batch.block_table[cache].get_device_tensor(rows)
@@ -98,3 +109,11 @@ def _expanded(x: Tensor, ends: Tensor, num_tokens: int, replace_from: int = 0, r
     """
     counts = ends.diff(prepend=ends.new_zeros(1))
     return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts.long(), output_size=num_tokens)
+
+
+def _of_some_rows(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
+    """Logits with all but the most probable tokens masked: on CPUs vLLM fails for no rows, and stops (0.32.0).
+
+    There are none in a step that verifies no draft, as the first of a lone request that asks for `top_k`.
+    """
+    return apply_top_k_top_p(logits, k, p) if len(logits) else logits
