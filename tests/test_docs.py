@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from experiments import api, stages
 from experiments.__main__ import TOOLS
+from experiments.__main__ import app as experiments
 from experiments.report import front_table, render
 from lycheedecode import HeadPlan
 from lycheedecode.cli import app
@@ -69,6 +70,7 @@ def test_options_named_in_the_text_exist():
         )
         + "--only "  # of `python -m experiments.models_sweep`
         + CliRunner().invoke(app, ["identify", "--help-all"], env={"COLUMNS": "300"}).stdout
+        + CliRunner().invoke(experiments, ["serving-soak", "--help"], env={"COLUMNS": "300"}).stdout
     )
     for page in PAGES:
         for option in re.findall(r"`[^`\n]*?(--[a-z-]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
