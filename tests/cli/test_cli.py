@@ -1,6 +1,7 @@
 """The command line: what it prints and writes, and how it refuses."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -592,6 +593,16 @@ def test_what_the_harness_refuses_is_one_sentence(monkeypatch):
     assert said.endswith("lm-evaluation-harness cannot do this: Tasks not found: nope.")
     refuses["__name__"] = "elsewhere"
     assert runner.invoke(app, ["evaluate", "harness", "run"]).exit_code == 70
+
+
+def test_what_the_hub_tries_again_is_shown_on_request_alone():
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    before = hub.getEffectiveLevel()
+    with quiet(verbose=False):
+        assert hub.getEffectiveLevel() == logging.ERROR
+    assert hub.getEffectiveLevel() == before < logging.ERROR
+    with quiet(verbose=True):
+        assert hub.getEffectiveLevel() == before
 
 
 def test_the_harness_knows_the_model_class():

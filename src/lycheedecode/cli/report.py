@@ -91,9 +91,11 @@ def quiet(verbose: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as hf_logging
 
-    before = hf_logging.get_verbosity()
+    before, before_hub = hf_logging.get_verbosity(), hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # else two lines each time that it tries again, where there is no network
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -107,6 +109,7 @@ def quiet(verbose: bool) -> Iterator[None]:
     finally:
         logging.captureWarnings(False)
         hf_logging.set_verbosity(before)
+        hub_logging.set_verbosity(before_hub)
         if bar:
             hf_logging.enable_progress_bar()
 
