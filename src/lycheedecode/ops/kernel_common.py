@@ -246,11 +246,15 @@ def load_query(
 def load_tokens(
     cache, page, entry, head, exists, stride_page, stride_head, stride_slot, D: tl.constexpr, DP: tl.constexpr
 ):
-    """`[tokens, DP]`: rows of the cache, zeros where nothing exists."""
+    """`[tokens, DP]`: rows of the cache, zeros where nothing exists (None: everything does)."""
     d = tl.arange(0, DP)[None, :]
     row = page * stride_page + head.to(tl.int64) * stride_head + entry * stride_slot
-    mask = exists[:, None] if DP == D else exists[:, None] & (d < D)
-    return tl.load(cache + row[:, None] + d, mask=mask, other=0.0)
+    at = cache + row[:, None] + d
+    if exists is None:
+        tokens = tl.load(at) if DP == D else tl.load(at, mask=d < D, other=0.0)
+    else:
+        tokens = tl.load(at, mask=exists[:, None] if DP == D else exists[:, None] & (d < D), other=0.0)
+    return tokens
 
 
 @triton.jit
