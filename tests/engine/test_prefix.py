@@ -198,6 +198,46 @@ def test_an_interrupt_leaves_what_was_read(llama, monkeypatch):
     same_as_fresh(results, engine, longer)
 
 
+def test_an_interrupt_while_sequences_move_leaves_nothing_to_rely_on(llama, monkeypatch):
+    """Some layers have moved then, and others have not."""
+    engine, rows = engine_of(llama), tiny.prompts(60, 9)
+    context, layers = engine.prefill(rows), llama.config.num_hidden_layers
+    longer = [rows[0] + [5], rows[1] + tiny.prompts(41)[0]]
+    moved = iter(range(layers // 2))
+
+    def clone(tensor):
+        if next(moved, None) is None:
+            raise KeyboardInterrupt
+        return tensor + 0
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.Tensor, "clone", clone)
+        engine.prefill(longer, context=context)
+    with pytest.raises(InputError, match="interrupted"):
+        engine.generate(context, 4)
+    for again in (rows, longer):
+        results = engine.generate(again, 9, context=context, ignore_eos=True)
+        same_as_fresh(results, engine, again)
+    assert results[0].cached_tokens
+
+
+def test_an_interrupt_while_prompts_get_other_positions_leaves_nothing_to_rely_on(monkeypatch):
+    engine, rows = Engine(tiny.longrope(64)), tiny.prompts(62)
+    context, dense = engine.prefill(rows), engine._dense
+
+    def interrupted(*arguments):
+        dense(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_dense", interrupted)
+        engine.generate(context, 9, ignore_eos=True)
+    with pytest.raises(InputError, match="interrupted"):
+        engine.generate(context, 4)
+    for _ in range(2):
+        same_as_fresh(engine.generate(rows, 9, context=context, ignore_eos=True), engine, rows)
+
+
 @pytest.mark.parametrize("changes", [{}, {"correction_every": 4}], ids=["hybrid", "correction"])
 def test_positions_that_change_with_the_length_are_read_anew(changes, monkeypatch):
     model, turn = tiny.longrope(64), 64

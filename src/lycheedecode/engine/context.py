@@ -67,8 +67,15 @@ class Context:
     def take(self, token_ids: Tensor, logits: Tensor) -> None:
         """For engines: tokens int64 `[B, T]` of the prompts were read, and these are the logits after them."""
         assert self.token_ids is not None
-        self.token_ids, self.logits = torch.cat([self.token_ids, token_ids], 1), logits
-        self.prompt_lengths = [max(self.token_ids.shape[1] - start, 0) for start in self._starts()]
+        read = torch.cat([self.token_ids, token_ids], 1)
+        lengths = [max(read.shape[1] - start, 0) for start in self._starts()]
+        self.token_ids, self.logits, self.prompt_lengths = read, logits, lengths  # all or, after an interrupt, nothing
+
+    def hold_nothing(self) -> None:
+        """For engines: entries of the prompts are about to be moved or rewritten; an interrupt leaves none to rely on."""
+        assert self.token_ids is not None
+        lengths = [0] * len(self.prompt_lengths)
+        self.is_whole, self.token_ids, self.prompt_lengths = False, self.token_ids[:, :0], lengths
 
     def _starts(self) -> list[int]:
         return self.cache.first_slots(len(self.prompt_lengths))

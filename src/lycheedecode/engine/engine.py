@@ -362,11 +362,9 @@ class Engine:
         cache, length = context.cache, context.cache.length + 1
         if context.token_ids is None:
             raise ModelError(f"Only a prompt that this engine read can grow past {self._positions.turn} tokens.")
-        cache.truncate(0)
         context._uncorrected.clear()
-        context.is_long = self._positions.is_long(length)
         token_ids = torch.cat([context.token_ids, torch.stack(context._decoded, 1)], 1)
-        logits = self._dense(cache, token_ids, context.padding)
+        logits = self._rewrite(context, token_ids, self._positions.is_long(length))
         self._full.count_bytes(context.kv_bytes, cache.token_counts(), None, True, cache.key_bytes)
         return logits
 
@@ -375,9 +373,18 @@ class Engine:
         is_long = self._positions.is_long(max(context.prompt_lengths))
         if context._decoded or context.is_long == is_long or context.token_ids is None:
             return
+        self._rewrite(context, context.token_ids, is_long)
+
+    def _rewrite(self, context: Context, token_ids: Tensor, is_long: bool) -> Tensor:
+        """Read tokens `[B, T]` from the first one on, in place of all entries; returns the logits after the last."""
+        prompts, padding = (context.token_ids, context.prompt_lengths), context.padding
+        context.hold_nothing()
         context.cache.truncate(0)
         context.is_long = is_long
-        self._dense(context.cache, context.token_ids, context.padding)
+        logits = self._dense(context.cache, token_ids, padding)
+        context.token_ids, context.prompt_lengths = prompts
+        context.is_whole = True
+        return logits
 
     def _now(self) -> float:
         if self.device.type == "cuda":

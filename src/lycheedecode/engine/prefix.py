@@ -63,6 +63,7 @@ def replace_prompts(context: Context, rows: list[list[int]], is_long: bool, room
     unread = max(1, *(len(row) - count for row, count in zip(rows, shared, strict=True)))
     kept = [max(len(row) - unread, 0) for row in rows]
     padding = left_padding([len(row) for row in rows])
+    context.hold_nothing()
     cache.start_at(padding, kept)
     padded = torch.tensor(
         [[0] * unused + row for unused, row in zip(padding or [0] * len(rows), rows, strict=True)],
@@ -71,6 +72,6 @@ def replace_prompts(context: Context, rows: list[list[int]], is_long: bool, room
     )
     columns = padded.shape[1] - unread
     cache.truncate(columns)
-    context.is_whole, context.is_long = False, is_long
+    context.is_long = is_long
     context.token_ids, context.prompt_lengths, context.cached_tokens = padded[:, :columns], kept, kept
     return padded[:, columns:]
