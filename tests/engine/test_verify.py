@@ -311,14 +311,15 @@ def test_the_first_round_reads_no_means_that_were_not_written(llama):
         torch.testing.assert_close(means.of_layer(0)[0][b, :, written], store.sum(1) / last)
 
 
-def test_what_full_steps_wrote_is_followed_before_drafts(llama, monkeypatch):
-    """Also after more of them in a row than are followed at once."""
+@pytest.mark.parametrize(("execution", "lengths"), [("graph", (60, 37)), ("eager", (3, 2))])
+def test_what_full_steps_wrote_is_followed_before_drafts(llama, monkeypatch, execution, lengths):
+    """Also after more of them in a row than are followed at once, and of prompts that only a scan would have copied."""
     schedules = iter([Schedule(0, 1)] * 70 + [Schedule(8, 8)] * 2 + [Schedule(0, 1)] * 3 + [Schedule(8, 8)] * 9)
     monkeypatch.setattr(Pace, "next", lambda self: next(schedules))
     engine = lossless(
-        llama, "auto", "graph", budget_tokens=64, scan_keys="float8", completion="centroid", completion_chunk=8
+        llama, "auto", execution, budget_tokens=64, scan_keys="float8", completion="centroid", completion_chunk=8
     )
-    rows, sampling = tiny.prompts(60, 37), SAMPLERS["hot"]
+    rows, sampling = tiny.prompts(*lengths), SAMPLERS["hot"]
     context = engine.prefill(rows, room=200)
     results = engine.generate(context, 88, sampling=sampling)
     assert tokens(results) == tokens(Engine(llama).generate(rows, 88, sampling=sampling))

@@ -72,7 +72,7 @@ class Context:
         self.token_ids, self.logits, self.prompt_lengths = read, logits, lengths  # all or, after an interrupt, nothing
 
     def hold_nothing(self) -> None:
-        """For engines: entries of the prompts are about to be moved or rewritten; an interrupt leaves none to rely on."""
+        """For engines: entries of the prompts are about to move or to be rewritten; after an interrupt none count."""
         assert self.token_ids is not None
         lengths = [0] * len(self.prompt_lengths)
         self.is_whole, self.token_ids, self.prompt_lengths = False, self.token_ids[:, :0], lengths

@@ -195,7 +195,9 @@ class Rounds:
         cache, context = self._context.cache, self._context
         self._sampler.reseed(sampling)
         self._filled.fill_(cache.length)
-        self._followed.fill_(cache.length)
+        every = self._decoder.attention.refresh_every
+        # A copy of keys may lack the newest, which a scan right here would write.
+        self._followed.fill_(max(cache.length - every, 0))
         self._starts.zero_()
         if cache.starts is not None:
             self._starts.copy_(cache.starts)
@@ -205,11 +207,11 @@ class Rounds:
         self._window.zero_()
         self._window[:, 0] = self._sampler(context.logits, self._sequences, 0)
         self._note_nan(context.logits)
-        self._follow(2 * self.tokens)  # chunks that end in the first round's drafts
+        self._follow(every + self.tokens)  # also chunks that end in the first round's drafts
         self._finished: set[int] = set()
         self._behind = 0
         self._tallies = [Tally() for _ in context.prompt_lengths]
-        fixed, every = self._config.verify_every != "auto", self._decoder.attention.refresh_every
+        fixed = self._config.verify_every != "auto"
         refreshes = sorted({every} if fixed else {1, every})
         self._pace = Pace(most_drafts(self._config) if self._hybrid else 0, fixed, refreshes)
 
