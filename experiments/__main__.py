@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -116,9 +117,8 @@ def _tool(name: str) -> Callable[..., None]:
 
         asked, keep = settings(**given), None if str(json_file) == "-" else partial(save, json_file)
         work = getattr(loaded, function)
-        result = measure(f"experiments {name}", asked, work, name not in _ANYWHERE, keep, without_gpu="")
-        for line in getattr(loaded, "lines", lambda result: ())(result):
-            screen(json_file).print(line, soft_wrap=True, markup=False)
+        with redirect_stdout(screen(json_file).file):  # rows are printed as they come
+            result = measure(f"experiments {name}", asked, work, name not in _ANYWHERE, keep, without_gpu="")
         save(json_file, result)
 
     run.__doc__ = what

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.figures import Figures
+from lycheedecode.bench.harness import say
 from lycheedecode.config import HybridConfig
 from lycheedecode.errors import InputError, LycheeError
 from lycheedecode.identify import Cell, IdentifySettings, Stages, settle
@@ -314,7 +315,7 @@ class Study:
 
     def _say(self, what: str) -> None:
         self.keep(seconds={**self.result.summary["seconds"], what: round(self.seconds, 1)})
-        print(f"{self.seconds:7.1f} s  {what}", flush=True)
+        say(f"{self.seconds:7.1f} s  {what}")
 
 
 def parse_cell(text: str) -> Cell:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lycheedecode.bench.harness import show
 from lycheedecode.config import BlockScore, HybridConfig
 from lycheedecode.identify import Cell, IdentifySettings, Stages
 from lycheedecode.identify.donors import Reach, choose_by_coverage, remap
@@ -141,8 +141,8 @@ class WaysStudy:
             "seconds": round(seconds, 1),
             "donors": plan.to_json()["donors"],
         }
-        print(f"{name:>34}  KL {self.results[name]['kl_mean']:.4f}  {seconds:6.1f} s  "
-              + " ".join(f"{value:.4f}" for value in kl.values()), file=sys.stderr, flush=True)  # fmt: skip
+        show(f"{name:>34}  KL {self.results[name]['kl_mean']:.4f}  {seconds:6.1f} s  "
+             + " ".join(f"{value:.4f}" for value in kl.values()))  # fmt: skip
         self.found.add(variants=self.results).save(self.path)
 
     def plan_of(self, name: str) -> HeadPlan:

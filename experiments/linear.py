@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.tune_step import evenly, words
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.settings import BenchSettings, check_names
 from lycheedecode.bench.timing import Call, read_bandwidth, rotations, time_calls
 from lycheedecode.bench.verify import check_close
@@ -216,7 +216,7 @@ class LinearMeter:
         us = time_calls(calls, self.seconds).ms * 1e3
         share = size / self.bandwidth * 1e6 / us
         self.rows.append({"projection": name, "batch": batch, "by": by, "us": us, "bytes": size, "share": share})
-        say(f"{name:10} {batch:5} {by:24} {us:8.2f} {size / us / 1e6:6.2f} {share:8.1%}")
+        show(f"{name:10} {batch:5} {by:24} {us:8.2f} {size / us / 1e6:6.2f} {share:8.1%}")
 
 
 @torch.inference_mode()
@@ -238,7 +238,7 @@ def time_projections(settings: LinearSettings) -> dict[str, Any]:
     errors = {f"{name}, batch {batch}": verify(problem, f"{name}, batch {batch}", linear)
               for (name, batch), problem in everything.items()}  # fmt: skip
     meter = LinearMeter(measured_bandwidth(), settings.seconds, [])
-    say(f"verified; read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s\n{HEADER}")
+    show(f"verified; read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s\n{HEADER}")
     for (name, batch), problem in everything.items():
         size = problem.projection.bytes
         if not settings.eight_bits:
@@ -271,7 +271,7 @@ def time_steps(layers: int, batches: Sequence[int], seconds: float) -> dict[str,
         "Inductor": {"options": tuned},
         "ours, norms apart": {"backend": partial(backend, norms=False)},
     }
-    say(f"read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s; {layers} layers\n{HEADER}")
+    show(f"read bandwidth: {meter.bandwidth / 1e12:.2f} TB/s; {layers} layers\n{HEADER}")
     for batch in batches:
         ids = torch.arange(batch, device=DEVICE)[:, None]
         right = model(input_ids=ids, use_cache=False).logits
@@ -350,9 +350,9 @@ def tune(settings: TuneLinearSettings, device: str) -> dict[str, Any]:
         starts = [{"prefetch": 128}, {"prefetch": 2048}, {"overlap": 4}, {"overlap": 64}, {"prefetch": 0}]
         rows += _time_launches(problem, [t._replace(**new) for new in starts for t in best], bandwidth, until)
         rows.sort(key=lambda row: row["us"])
-        say(f"{name}, batch {batch}: {len(rows)} launches")
+        show(f"{name}, batch {batch}: {len(rows)} launches")
         shown = rows[:7] + [row for row in rows[7:] if row["tuning"] is None]
-        say("\n".join(f"  {row['us']:8.2f} us {row['share']:6.1%}  {_words(row['tuning'])}" for row in shown))
+        show("\n".join(f"  {row['us']:8.2f} us {row['share']:6.1%}  {_words(row['tuning'])}" for row in shown))
         found += [{"projection": name, "batch": batch, **row, "tuning": _words(row["tuning"])} for row in rows]
     return {"read_tb_s": bandwidth / 1e12, "candidates": found}
 

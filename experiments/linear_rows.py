@@ -10,7 +10,7 @@ The layers decide: they have Inductor's norms, gates and sums around cuBLAS. Res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -24,7 +24,7 @@ from experiments import linear as study
 from experiments.linear import LinearProblem, Projection
 from experiments.tune_step import words
 from experiments.with_rows import launches_of, linear_rows_up_to
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.settings import BenchSettings, check_names
 from lycheedecode.bench.timing import Call
 from lycheedecode.bench.verify import check_close
@@ -109,7 +109,7 @@ def run(settings: LinearRowsSettings, device: str) -> Iterator[dict[str, Any]]:
     every = {p for projections in shapes.values() for p in projections.values()}
     study.compile_ahead([(p, rows, t) for p, rows in product(every, settings.rows) for t in [None, *candidates(p)]])
     bandwidth = study.measured_bandwidth()
-    say(f"compiled; read bandwidth: {bandwidth / 1e12:.2f} TB/s")
+    show(f"compiled; read bandwidth: {bandwidth / 1e12:.2f} TB/s\n{HEADER}")
     for model, projections in shapes.items():
         best: dict[int, list[dict[str, Any]]] = {rows: [] for rows in settings.rows}
         for name, projection in projections.items():
@@ -118,13 +118,17 @@ def run(settings: LinearRowsSettings, device: str) -> Iterator[dict[str, Any]]:
                 found = time_projection(problem.with_batch(rows), rows, settings.seconds)
                 row = {"model": model, "projection": name, "rows": rows, **found}
                 best[rows].append(row)
-                yield row | {"bound_us": projection.bytes / bandwidth * 1e6}
+                row = {**row, "bound_us": projection.bytes / bandwidth * 1e6}
+                show(format_row(row))
+                yield row
             del problem
         weights = random_layers(SHAPES[model])
         for rows in settings.rows:
             times = time_layers(SHAPES[model], weights, rows, best[rows], settings.seconds)
             size = 2 * sum(weight.numel() for weight in weights[0])
-            yield {"model": model, "projection": "2 layers", "rows": rows, **times, "bound_us": size / bandwidth * 1e6}
+            row = {"model": model, "projection": "2 layers", "rows": rows, **times, "bound_us": size / bandwidth * 1e6}
+            show(format_row(row))
+            yield row
         del weights
 
 
@@ -164,8 +168,6 @@ def time_projection(problem: LinearProblem, rows: int, seconds: float) -> dict[s
         "kind": {"rows": rows, **kind},
         "launches": {words(launch): us for launch, us in times.items()},
     }
-    say(f"{projection.sizes} x {projection.columns}, {rows} rows: cuBLAS {found['cublas_us']:.1f}, "
-        f"ours {found['ours_us']:.1f} us: {words(fastest)}")  # fmt: skip
     return found
 
 
@@ -229,19 +231,21 @@ def time_layers(
     head = next(row for row in best if row["projection"] == "head")
     fastest = min(times["ours_us"], times["norms_apart_us"])
     gain = (times["cublas_us"] - fastest) * shape.layers / 2 + head["cublas_us"] - head["ours_us"]
-    say(f"two layers, {rows} rows: " + ", ".join(f"{name} {us:.1f}" for name, us in times.items()))
     return {**times, "pass_gains_ms": gain / 1e3}
 
 
 # ---------------------------------------------------------------------- table
 
 
-def lines(result: Any) -> Iterator[str]:
-    """A table of the rows."""
-    yield f"{'model':13} {'':9} {'rows':>4} {'bound':>8} {'cuBLAS':>8} {'ours':>8} {'default':>8} {'apart':>8}  fastest"
-    for row in result.rows:
-        times = {name: row.get(f"{name}_us") for name in ("cublas", "ours", "default", "norms_apart")}
-        shown = " ".join(f"{us:8.1f}" if us is not None else " " * 8 for us in times.values())
-        fastest = min((name for name in times if times[name] is not None), key=times.__getitem__)
-        gain = f"; a pass gains {row['pass_gains_ms']:+.2f} ms" if "pass_gains_ms" in row else ""
-        yield f"{row['model']:13} {row['projection']:9} {row['rows']:4} {row['bound_us']:8.1f} {shown}  {fastest}{gain}"
+HEADER = f"{'model':13} {'':9} {'rows':>4} {'bound':>8} {'cuBLAS':>8} {'ours':>8} {'default':>8} {'apart':>8}  fastest"
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """A line of the table under `HEADER`."""
+    times: dict[str, Any] = {name: row.get(f"{name}_us") for name in ("cublas", "ours", "default", "norms_apart")}
+    shown = " ".join(f"{us:8.1f}" if us is not None else " " * 8 for us in times.values())
+    fastest = min((name for name in times if times[name] is not None), key=times.__getitem__)
+    more = f"; a pass gains {row['pass_gains_ms']:+.2f} ms" if "pass_gains_ms" in row else ""
+    if "launch" in row:
+        more = "; ours by " + " ".join(f"{name} {value}" for name, value in row["launch"].items())
+    return f"{row['model']:13} {row['projection']:9} {row['rows']:4} {row['bound_us']:8.1f} {shown}  {fastest}{more}"

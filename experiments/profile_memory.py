@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 
 from experiments.profile_step import record
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import show
 from lycheedecode.bench.memory_steps import ReplayedCase, cases
 from lycheedecode.bench.settings import MemorySettings
 from lycheedecode.engine.engine import Context, Engine
@@ -33,7 +33,7 @@ def run(settings: MemorySettings, device: str) -> dict[str, Any]:
         if isinstance(case, ReplayedCase):
             for row, engine, context in case.filled():
                 rows.append({**row, **waits(_trace(engine, context), _STEPS)})
-                say("\n".join(_lines(rows[-1])))
+                show("\n".join(_lines(rows[-1])))
     return {"rows": rows}
 
 

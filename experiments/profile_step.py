@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import show
 from lycheedecode.bench.lossless import make_rounds
 from lycheedecode.bench.models import build, random_context, release
 from lycheedecode.bench.settings import LosslessSettings, StepSettings
@@ -51,7 +51,7 @@ def run(settings: StepSettings, device: str) -> dict[str, Any]:
         context = random_context(model, batch, length, ROOM)
         for form in settings.forms:
             kernels = profile_step(make_engine(model, form, settings, settings.execution), context)
-            say(f"{form}, batch {batch}, {length} tokens\n{format_kernels(kernels)}")
+            show(f"{form}, batch {batch}, {length} tokens\n{format_kernels(kernels)}")
             case = {"form": form, "batch": batch, "context": length}
             profiles.append({**case, "kernels": [asdict(kernel) for kernel in kernels]})
         del context
@@ -72,7 +72,7 @@ def run_rounds(settings: LosslessSettings, device: str) -> dict[str, Any]:
             for name, part in rounds.parts.items():
                 found[name] = trace(part, rounds.rewind)
         for name, kernels in found.items():
-            say(f"{name}, batch {batch}, {length} tokens\n{format_kernels(kernels)}")
+            show(f"{name}, batch {batch}, {length} tokens\n{format_kernels(kernels)}")
             profiles.append({**case, "part": name, "kernels": [asdict(kernel) for kernel in kernels]})
         del context, rounds, engine
         release()

@@ -14,21 +14,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.models import build_from, random_config
 from lycheedecode.bench.serving import closing, plan_of, require_vllm
 from lycheedecode.bench.settings import BenchSettings
 from lycheedecode.engine.prefix import shared_tokens
 from lycheedecode.errors import ConfigError, MismatchError
 from lycheedecode.plan import HeadPlan
-from lycheedecode.results import Result
 
 _LENGTHS = (2000, 700, 60, 1500)
 """Tokens of the prompts, on a GPU; a tenth of that elsewhere."""
@@ -79,6 +78,11 @@ def run(settings: RanksSettings, device: str) -> dict[str, Any]:
             with closing(_start(folder / "model", folder / "plan.json", size, settings, device)) as llm:
                 answers.append(generate(llm, prompts, settings.tokens))
         rows = [compare(one, many, _TIES[device]) for one, many in zip(*answers, strict=True)]
+        for row in rows:
+            show(
+                f"{row['same_tokens']} of {row['tokens']} tokens are the same; log-probabilities differ by at most "
+                f"{row['logprob_difference']:.2g}"
+            )
         crossing = HeadPlan.from_donors([[(0, 0)] * config.num_key_value_heads] * config.num_hidden_layers)
         crossing.save(folder / "crossing.json")
         narrow = _save_model(folder / "narrow", device, ranks, num_key_value_heads=1)
@@ -87,6 +91,8 @@ def run(settings: RanksSettings, device: str) -> dict[str, Any]:
             "a plan whose donors cross ranks": _refusal(folder / "model", folder / "crossing.json", ranks, settings),
             "more ranks than KV heads": _refusal(folder / "narrow", folder / "narrow.json", ranks, settings),
         }
+        for what, why in refused.items():
+            show(f"refused, {what}: {why}")
     return {"rows": rows, "refused": refused}
 
 
@@ -169,17 +175,6 @@ def _refusal(folder: Path, plan: Path, ranks: int, settings: RanksSettings) -> s
             f"vLLM should have refused {plan.stem} on {ranks} ranks: {(done.stdout + done.stderr)[-300:]}"
         )
     return said[1].strip()
-
-
-def lines(result: Result) -> Iterator[str]:
-    """What was found, a line each."""
-    for row in result.rows:
-        yield (
-            f"{row['same_tokens']} of {row['tokens']} tokens are the same; log-probabilities differ by at most "
-            f"{row['logprob_difference']:.2g}"
-        )
-    for what, why in result.summary["refused"].items():
-        yield f"refused, {what}: {why}"
 
 
 if __name__ == "__main__":  # what `_refusal` starts

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from experiments.near_ties import StockTexts, said
 from experiments.ranks import generate
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import show
 from lycheedecode.bench.lossless_texts import prompts_of
 from lycheedecode.bench.served import TOO_SHORT, decode
 from lycheedecode.bench.serving import closing, require_vllm
@@ -27,7 +27,6 @@ from lycheedecode.bench.settings import BenchSettings, LosslessSettings, as_pair
 from lycheedecode.errors import ConfigError, MismatchError
 from lycheedecode.models.load import load_model
 from lycheedecode.plan import HeadPlan, bundled_plan_of
-from lycheedecode.results import Result
 
 _WAYS = ("stock", "hybrid", "lossless")
 _ROUNDS, _DRAFTED, _ACCEPTED = (
@@ -105,7 +104,7 @@ def run(settings: ServedTextSettings, device: str) -> Iterator[dict[str, Any]]:
                         row |= truths[case].compare(answers, way == "lossless")
                     row["speedup"] = _speedup(row, stock.get(case))
                     wrong += row.get("wrong", ())
-                    say(_line(row))
+                    show(_line(row))
                     yield row
             del llm
     if wrong:
@@ -175,8 +174,3 @@ def _line(row: Mapping[str, Any]) -> str:
     if "same_tokens" in row:
         parts += said(row)
     return f"{row['way']:8} {row['batch']} x {row['context']}: {'; '.join(parts)}"
-
-
-def lines(result: Result) -> Iterator[str]:
-    """The rows, a line each."""
-    yield from map(_line, result.rows)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from typing import Any
 import torch
 
 from experiments.ranks import RankAnswer, compare, generate
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.models import random_config
 from lycheedecode.bench.serving import closing, plan_of, require_vllm
 from lycheedecode.bench.settings import KV_CACHE_DTYPES, SERVERS, BenchSettings, check_names
 from lycheedecode.errors import MismatchError
-from lycheedecode.results import Result
 
 _LENGTHS = (3000, 1700, 60, 2500, 900, 2100)
 _SHARED = 800
@@ -102,7 +101,21 @@ def run(settings: ProbeSettings, device: str) -> dict[str, Any]:
     for kind in ("", ", off", ", mixed") if "graphs" in answers else ():
         pair = answers[f"eager{kind}"], answers[f"graphs{kind}"]
         rows.append({"compared": f"graphs with eager{kind}", **_all(*pair, tie)})
+    show(said_of_steps(seen))
+    for row in rows:
+        show(
+            f"{row['compared']}: {row['same_tokens']} of {row['tokens']} tokens of {row['sequences']} sequences, "
+            f"log-probabilities {row['logprob_difference']:.2g} apart at most, ties of {row['gap_of_the_tie']:.2g}"
+        )
     return {"rows": rows, "steps": seen}
+
+
+def said_of_steps(seen: Mapping[str, Any]) -> str:
+    """What `watch` saw, in a line."""
+    return (
+        f"{seen['steps']} layers of steps at most {seen['largest']:.2%} off their definition; "
+        f"{seen['means']} means and {seen['copies']} copied keys are those of their pages"
+    )
 
 
 def _all(one: Sequence[RankAnswer], other: Sequence[RankAnswer], tie: float) -> dict[str, Any]:
@@ -229,17 +242,3 @@ def compare_beside(beside: Any, layer: int, kv: Any, heads: tuple[int, ...]) -> 
 def _first_bytes(pages: torch.Tensor, tokens: int) -> torch.Tensor:
     """The bytes of the first tokens in pages `[n, R, page, ...]`."""
     return pages.view(torch.uint8).transpose(0, 1).flatten(1, 2)[:, : max(tokens, 0)]
-
-
-def lines(result: Result) -> Iterator[str]:
-    """What was found, a line each."""
-    seen = result.summary["steps"]
-    yield (
-        f"{seen['steps']} layers of steps at most {seen['largest']:.2%} off their definition; "
-        f"{seen['means']} means and {seen['copies']} copied keys are those of their pages"
-    )
-    for row in result.rows:
-        yield (
-            f"{row['compared']}: {row['same_tokens']} of {row['tokens']} tokens of {row['sequences']} sequences, "
-            f"log-probabilities {row['logprob_difference']:.2g} apart at most, ties of {row['gap_of_the_tie']:.2g}"
-        )

@@ -22,7 +22,6 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,12 @@ from typing import Any
 import torch
 
 from experiments import second_runner
-from experiments.serving_probe import watch
-from lycheedecode.bench.harness import say
+from experiments.serving_probe import said_of_steps, watch
+from lycheedecode.bench.harness import show
 from lycheedecode.bench.models import build_from, random_config
 from lycheedecode.bench.serving import closing, plan_of, require_vllm
 from lycheedecode.bench.settings import BenchSettings
 from lycheedecode.errors import MismatchError
-from lycheedecode.results import Result
 
 _KINDS: tuple[str | None, ...] = (None, "off", "budget_tokens=48")
 _PROMPTS, _TOKENS, _PAGES = 24, 40, 40
@@ -111,6 +109,9 @@ def run(settings: SoakSettings, device: str) -> dict[str, Any]:
         logging.getLogger("vllm").removeHandler(errors)
     if errors.lines:
         raise MismatchError(f"vLLM logged {len(errors.lines)} errors, the first: {errors.lines[0]}")
+    show("no wrong token, no leak, no error in the log")
+    show(", ".join(f"{name} {value:.0f}" for name, value in counts.items()))
+    show(said_of_steps(seen))
     return {"rows": [counts], "steps": seen}
 
 
@@ -241,15 +242,3 @@ def _resident() -> float:
         return pages * resource.getpagesize() / 2**20
     except OSError:  # not on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def lines(result: Result) -> Iterator[str]:
-    """What happened, a line each."""
-    say("no wrong token, no leak, no error in the log")
-    [row] = result.rows
-    seen = result.summary["steps"]
-    yield ", ".join(f"{name} {value:.0f}" for name, value in row.items())
-    yield (
-        f"{seen['steps']} layers of steps at most {seen['largest']:.2%} off their definition; "
-        f"{seen['means']} means and {seen['copies']} copied keys are those of their pages"
-    )

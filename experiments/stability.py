@@ -10,7 +10,6 @@ is written at once, and skipped when the command runs again with the same result
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +29,7 @@ from experiments.identification import (
     study_fingerprint,
     uncompleted,
 )
+from lycheedecode.bench.harness import show
 from lycheedecode.identify import Cell, IdentifySettings, Stages
 from lycheedecode.identify.donors import Reach
 from lycheedecode.identify.search import Judge
@@ -118,8 +118,7 @@ class Stability:
                 **kl,
             }
             self.rows.append(row)
-            print(f"{variant.name:>20}  Jaccard {row['jaccard_with_first']:.2f}  KL {row['kl_mean']:.4f}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            show(f"{variant.name:>20}  Jaccard {row['jaccard_with_first']:.2f}  KL {row['kl_mean']:.4f}")
             self._write()
         if self._plans is not None:
             plan = HeadPlan.from_donors(self.donors[variant.name], model={"name": ModelShape.of(self._model).name})

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import show
 from lycheedecode.bench.memory_steps import ReplayedCase, cases, intervals
 from lycheedecode.bench.settings import MemorySettings
 from lycheedecode.bench.step import event_now
@@ -81,7 +81,7 @@ def _timed(case: ReplayedCase, changes: dict[str, int], steps: int) -> tuple[flo
             name = f"{what['form']}, {what['reading']}, {what['store_percent']}%"
             times[name] = median(_step_ms(engine, context, steps))
     ms = mean(times.values())
-    say(f"{ms:8.3f} ms  {changes or 'defaults'}")
+    show(f"{ms:8.3f} ms  {changes or 'defaults'}")
     return ms, {"batch": what["batch"], "context": what["context"], "changes": changes, "ms": ms, "ms_by_way": times}
 
 

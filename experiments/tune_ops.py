@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.settings import BenchSettings, check_names
 from lycheedecode.bench.timing import Call, read_bandwidth, rotations, time_calls
 from lycheedecode.bench.verify import relative_error
@@ -111,15 +111,15 @@ def tune(settings: TuneOpsSettings, device: str) -> dict[str, Any]:
     _compile_ahead([(c, work[2]) for work, grid in grids.items() for c in grid], budget_tokens)
     pool = make_pool(shape, max(8 * 131072, max(batches) * (max(contexts) + ROOM)), "cuda")
     bandwidth = read_bandwidth(pool)
-    say(f"read bandwidth: {bandwidth / 1e12:.2f} TB/s")
+    show(f"read bandwidth: {bandwidth / 1e12:.2f} TB/s")
     found = []
     for (kernel, batch, context, block), grid in grids.items():
         work = Workload(shape, pool, batch, context)
         config = HybridConfig(budget_tokens=budget_tokens, block_size=block)
         for heads in sorted({candidate.heads for candidate in grid}):
             rows, left_out = _time_grid(work, config, [c for c in grid if c.heads == heads], bandwidth)
-            say(f"{kernel}, {heads} heads, batch {batch}, context {context}, blocks of {block}{left_out}")
-            say("\n".join(map(_format, rows[:6])))
+            show(f"{kernel}, {heads} heads, batch {batch}, context {context}, blocks of {block}{left_out}")
+            show("\n".join(map(_format, rows[:6])))
             found += [{"kernel": kernel, "heads": heads, "batch": batch, "context": context, "block": block, **row}
                       for row in rows]  # fmt: skip
     return {"read_tb_s": bandwidth / 1e12, "candidates": found}

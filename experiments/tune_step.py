@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lycheedecode.bench.harness import say
+from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.models import build, random_context
 from lycheedecode.bench.settings import StepSettings
 from lycheedecode.bench.step import ROOM, make_engine, step_times
@@ -69,7 +69,7 @@ def tune_step(
     grids = {kind: list(evenly(candidates(kind), most)) for kind in launches}
     compile_ahead([(kind, launch) for kind, grid in grids.items() for launch in grid])
     best_ms, tried = step_ms(), []
-    say(f"{best_ms:.4f} ms  as it is")
+    show(f"{best_ms:.4f} ms  as it is")
     for kind, grid in grids.items():
         for launch in _and_starts(grid, launches, kind):
             before, launches[kind] = launches[kind], launch
@@ -81,7 +81,7 @@ def tune_step(
             tried.append({"layer": words(kind), "launch": words(launch), "step_ms": ms})
             if ms < best_ms:
                 best_ms = ms
-                say(f"{ms:.4f} ms  {words(kind)}: {words(launch)}")
+                show(f"{ms:.4f} ms  {words(kind)}: {words(launch)}")
             else:
                 launches[kind] = before
     return sorted((row for row in tried if row["step_ms"] != float("inf")), key=lambda row: row["step_ms"])

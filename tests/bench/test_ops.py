@@ -117,7 +117,7 @@ def test_without_a_gpu_one_line_says_so():
     assert "--smoke verifies" in done.stderr
 
 
-def test_every_row_of_the_table(monkeypatch):
+def test_every_row_of_the_table(monkeypatch, capsys):
     """The whole benchmark with a clock that always says a millisecond."""
 
     def time_calls(calls, _):
@@ -134,7 +134,8 @@ def test_every_row_of_the_table(monkeypatch):
     shape = Shape(query_heads=4, kv_heads=2, dim=16, layers=4, retrieval_heads=4)
     settings = OpsSettings(batches=(1, 2), contexts=(200,), block_sizes=(8, 16), budget_tokens=64, pool_gib=0.001)
     found = measure("bench ops", settings, lambda settings, _: bench.run(settings, "cpu", shape))
-    table, result = list(bench.lines(found)), found.to_json()["result"]
+    result, (out, err) = found.to_json()["result"], capsys.readouterr()
+    speed, header, *table = out.splitlines()
     names = {row["op"] for row in found.rows}
     assert {
         "read only, keys and values",
@@ -146,6 +147,8 @@ def test_every_row_of_the_table(monkeypatch):
         "all of a step",
     } <= names
     assert len(result["errors"]) == 4
+    assert (speed, header, err) == ("This GPU reads 1.00 TB/s.", bench.HEADER, "")
+    assert len(table) == len(found.rows) + len(result["notes"])  # each once
     assert any("flashinfer" in line for line in table)
     json.dumps(result)
     step = next(row for row in result["rows"] if row["op"] == "all of a step")

@@ -37,7 +37,14 @@ def test_smoke_writes_its_report(tmp_path):
     assert rows[1]["bytes"] < rows[0]["bytes"]
     assert report["result"]["left_out"] == []
     assert len(done.stdout.splitlines()) == 2 + 2 * len(FORMS)
+    assert done.stderr == ""  # a terminal shows each row once
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_result_on_stdout_is_alone_there():
+    done = run("step", "--smoke", "--forms", "full", "--json", "-")
+    assert json.loads(done.stdout)["command"] == "bench step"
+    assert done.stderr.splitlines()[0] == step.HEADER
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
@@ -54,8 +61,8 @@ def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
 
 def test_a_cpus_memory_has_an_end_as_well():
     done = run("step", "--smoke", "--batches", "2147483647", "--forms", "full")
-    assert "left out: batch 2147483647, context 300: " in done.stderr
-    assert "GB of memory are missing" in done.stderr
+    assert "left out: batch 2147483647, context 300: " in done.stdout
+    assert "GB of memory are missing" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def test_study_and_its_launches(tiny, tmp_path, capsys):
     assert [row["projection"] for row in rows] == [
         *[name for name in ("qkv", "o", "gate_up", "down", "head") for _ in range(2)], "2 layers", "2 layers"
     ]  # fmt: skip
-    assert "a pass gains" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert (said.out.count("llama-3-8b"), said.out.count("a pass gains"), said.err) == (12, 2, "")
     assert all(row["ours_us"] == min(row["launches"].values()) for row in rows[:10])
     launches = with_rows.launches_of(rows)
     assert len(launches) == 2 * (5 + 2)  # with norms inside and apart

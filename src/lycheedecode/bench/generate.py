@@ -25,8 +25,7 @@ from ..engine.prefix import shared_tokens
 from ..errors import DeviceError
 from ..models.versions import attention_name
 from ..policies.base import roles_of
-from ..results import Result
-from .harness import say
+from .harness import show
 from .models import build, check_positions, prompts_for, release
 from .settings import FORMS, GenerateSettings
 from .step import make_engine
@@ -41,6 +40,7 @@ def run(settings: GenerateSettings, device: str) -> dict[str, Any]:
     model = build(settings.model, settings.layers, device, torch.bfloat16 if device == "cuda" else torch.float32)
     check_positions(model, max(settings.contexts), settings.tokens)
     rows = []
+    show(HEADER)
     for context in settings.contexts:
         for batch in settings.batches:
             prompts = prompts_for(model, batch, context)
@@ -56,6 +56,9 @@ def run(settings: GenerateSettings, device: str) -> dict[str, Any]:
                 release()
             shape = {"batch": batch, "context": context}
             rows += _compared([{"way": way, **shape, **found[way]} for way in settings.ways])
+    show("Speeds are those of decoding, without prefill; same: tokens equal to the first row's before one differs.")
+    for way, execution in dict.fromkeys((row["way"], row["execution"]) for row in rows):
+        show(f"{way}: {execution}")
     return {"rows": rows}
 
 
@@ -159,7 +162,7 @@ def _compared(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         del case["token_ids"]
         case["speedup"] = base and base["ms"] / case["ms"]
-        say(format_row(case))
+        show(format_row(case))
     return cases
 
 
@@ -173,12 +176,3 @@ def format_row(row: Mapping[str, Any]) -> str:
     speedup = f"{row['speedup']:6.2f}x" if row["speedup"] else " " * 7
     speed = f"{row['prefill_seconds']:9.2f} {row['ms']:8.3f} {row['tokens_per_second']:8.1f} {speedup}"
     return f"{row['way']:16} {row['batch']:5} {row['context']:8} {speed} {row['same_tokens']:5}"
-
-
-def lines(result: Result) -> Iterator[str]:
-    """The measurements, a line each."""
-    yield HEADER
-    yield from (format_row(row) for row in result.rows)
-    yield "Speeds are those of decoding, without prefill; same: tokens equal to the first row's before one differs."
-    for way, execution in dict.fromkeys((row["way"], row["execution"]) for row in result.rows):
-        yield f"{way}: {execution}"

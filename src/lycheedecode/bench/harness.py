@@ -1,4 +1,4 @@
-"""What benchmarks share: a device that suits them, and progress on stderr."""
+"""What benchmarks share: a device that suits them, rows on stdout as they come, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def measure(
     return result
 
 
+def show(line: str) -> None:
+    """A line of what was found, on stdout: once, as soon as it is known."""
+    print(line, flush=True)
+
+
 def say(line: str) -> None:
-    """Progress, on stderr."""
+    """Progress, on stderr; nothing that `show` shows."""
     print(line, file=sys.stderr, flush=True)

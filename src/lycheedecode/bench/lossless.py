@@ -29,10 +29,9 @@ from ..errors import DeviceError
 from ..ops import KV
 from ..ops.attend import triton_dense, triton_rows
 from ..ops.kernel_common import Tuning
-from ..results import Result
-from .harness import say
-from .lossless_exact import check_exact, format_exact
-from .lossless_texts import bench_real, format_real
+from .harness import say, show
+from .lossless_exact import check_exact
+from .lossless_texts import bench_real
 from .models import MODELS, build, plan_for, random_context, release
 from .settings import LosslessSettings
 from .timing import read_bandwidth, time_calls
@@ -56,12 +55,6 @@ def run(settings: LosslessSettings, device: str) -> Iterator[dict[str, Any]]:
             yield {"part": part, **row}
 
 
-def lines(result: Result) -> Iterator[str]:
-    """The measurements, a line each."""
-    shown = {"attend": format_attend, "rounds": format_round, "real": format_real, "exact": format_exact}
-    yield from (shown[row["part"]](row) for row in result.rows)
-
-
 # ---------------------------------------------------------------------- attention
 
 
@@ -80,7 +73,7 @@ def bench_attend(settings: LosslessSettings, _: str) -> Iterator[dict[str, Any]]
                 for row in _attend_rows(kv, heads, settings.tune):
                     row |= {"batch": batch, "context": context, "dtype": str(dtype).removeprefix("torch.")}
                     row |= {"tb_s": store.nbytes / row["ms"] / 1e9, "share": store.nbytes / row["ms"] * 1e3 / bandwidth}
-                    say(format_attend(row))
+                    show(format_attend(row))
                     yield row
                 del store, kv
                 release()
@@ -139,7 +132,7 @@ def bench_rounds(settings: LosslessSettings, device: str) -> Iterator[dict[str, 
                     case = {"drafts": drafts, "refresh": refresh, "weights": weights}
                     row: dict[str, Any] = {"batch": batch, "context": length, "full_ms": full_ms, **case}
                     row |= _round(model, context, settings, drafts, refresh, weights, full_ms)
-                    say(format_round(row))
+                    show(format_round(row))
                     yield row
             del context
             release()

@@ -30,7 +30,7 @@ from ..engine.verify import spare_slots
 from ..errors import ConfigError, MismatchError
 from ..models.load import load_model
 from ..plan import HeadPlan, bundled_plan_of
-from .harness import say
+from .harness import show
 from .lossless_texts import config_of, forget, prompts_of
 from .models import check_positions, plan_for
 from .settings import LosslessSettings
@@ -180,7 +180,7 @@ def check_exact(settings: LosslessSettings, device: str) -> Iterator[dict[str, A
                     row: dict[str, Any] = {"budget_tokens": budget, "way": way, "weights": weights, "context": length}
                     row |= _row(truth, case, case.write(engine, truth.context, settings.tokens), shaped.get(case))
                     wrong += row["wrong"]
-                    say(format_exact(row))
+                    show(format_exact(row))
                     yield row
                 forget(truth.context)
     if wrong:

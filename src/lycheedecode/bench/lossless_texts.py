@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..models.load import load_model
 from ..plan import HeadPlan, bundled_plan_of
 from ..prompts.text import load_text
-from .harness import say
+from .harness import say, show
 from .models import check_positions, release
 from .settings import LosslessSettings
 
@@ -96,7 +96,7 @@ def _real_case(
         first = first or results
         row = _real_row(name, results, first, length)
         row |= {"cpu_seconds": cpu_seconds, "prefill_seconds": context.prefill_seconds}
-        say(format_real(row))
+        show(format_real(row))
         yield row
         del engine
         forget(context)

@@ -16,8 +16,7 @@ import torch
 from ..config import HybridConfig
 from ..engine.engine import Engine
 from ..errors import MismatchError
-from ..results import Result
-from .harness import say
+from .harness import show
 from .memory_steps import bench_steps
 from .memory_texts import bench_texts
 from .models import build, plan_for, prompts_for, release
@@ -31,11 +30,13 @@ _TOLERANCE = 1e-2
 def run(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
     """Rows of all parts, as they come."""
     parts = {"steps": bench_steps, "prefill": bench_prefill, "texts": bench_texts}
+    show(HEADER)
     for part in settings.parts:
         for row in parts[part](settings, device):
             row = {"part": part, **row}
-            say(format_row(row))
+            show(format_row(row))
             yield row
+    show(_LEGEND)
 
 
 def bench_prefill(settings: MemorySettings, device: str) -> Iterator[dict[str, Any]]:
@@ -83,6 +84,12 @@ HEADER = (
     f"{'':7} {'cache':>8} {'store':>5} {'budget':>6} {'batch':>5} {'context':>8} {'prefill s':>9} {'ms/step':>8} "
     f"{'tokens/s':>8} {'slower':>6} {'GPU MB':>8} {'host MB':>8} {'peak MB':>8} {'new':>6} {'fetched MB':>10}  form"
 )
+_LEGEND = (
+    "store: in percent of a selection; new: share of selected blocks that were fetched, for every head; slower: "
+    "than with a resident cache, for prompts with the time to make the cache; at once: nothing is fetched ahead; "
+    "form: of attention, and whether new blocks are those of a real model's selections of the same budget or of "
+    "the same share of the context. Without a GPU, texts have no times."
+)
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -103,15 +110,3 @@ def format_row(row: Mapping[str, Any]) -> str:
     more = f"{number('slower', '6.1%')} {sizes} {number('miss_rate', '6.1%')} {number('fetched_bytes', '10.1f', 1e-6)}"
     what = f"  {row['form']}, {row['reading']}" if "form" in row else ""
     return f"{row['part']:7} {cache:>8} {store} {number('budget_tokens', '6.0f')} {size} {times} {more}{what}".rstrip()
-
-
-def lines(result: Result) -> Iterator[str]:
-    """The measurements, a line each."""
-    yield HEADER
-    yield from (format_row(row) for row in result.rows)
-    yield (
-        "store: in percent of a selection; new: share of selected blocks that were fetched, for every head; slower: "
-        "than with a resident cache, for prompts with the time to make the cache; at once: nothing is fetched ahead; "
-        "form: of attention, and whether new blocks are those of a real model's selections of the same budget or of "
-        "the same share of the context. Without a GPU, texts have no times."
-    )

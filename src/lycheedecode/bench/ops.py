@@ -8,7 +8,7 @@ share of the bound is how long reading them alone takes, over how long the opera
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,9 +17,8 @@ import torch
 from .. import ops
 from ..config import HybridConfig
 from ..errors import MismatchError, first_line
-from ..results import Result
 from .baselines import all_baselines
-from .harness import say
+from .harness import show
 from .settings import OpsSettings
 from .timing import Call, read_bandwidth, rotations, time_calls
 from .verify import check_close, verify
@@ -69,7 +68,7 @@ class Meter:
         spread = timing.slow_ms / timing.fast_ms
         row = OpRow(op, work.batch, work.context, block, timing.ms, spread, size, share, speedup)
         self.rows.append(row)
-        say(format_row(row))
+        show(format_row(row))
         return row
 
 
@@ -82,6 +81,7 @@ def run(settings: OpsSettings, device: str, shape: Shape | None = None) -> dict[
     tokens = int(settings.pool_gib * 2**30) // (2 * shape.kv_heads * shape.key_bytes)
     pool = make_pool(shape, max(tokens, max(settings.batches) * (max(settings.contexts) + ROOM)), device)
     meter = Meter(read_bandwidth(pool), settings.seconds, [])
+    show(f"This GPU reads {meter.bandwidth / 1e12:.2f} TB/s.\n{HEADER}")
     errors: list[dict[str, Any]] = []
     notes: list[str] = []
     configs = [HybridConfig(budget_tokens=settings.budget_tokens, block_size=size) for size in settings.block_sizes]
@@ -131,6 +131,7 @@ def _time_full(meter: Meter, work: Workload, notes: list[str]) -> float:
                 raise
             why = f"{type(error).__name__}: {first_line(error)}"
             notes.append(f"full, {name}, batch {work.batch}, context {work.context}: {why}")
+            show(notes[-1])
     return best
 
 
@@ -177,6 +178,7 @@ def smoke(device: str) -> dict[str, Any]:
                 work = Workload(shape, pool, batch, context)
                 what = {"dtype": str(dtype), "batch": batch, "context": context, "block": block}
                 errors.append({**what, **verify(work, config)})
+    show(f"verified {len(errors)} workloads")
     return {"rows": [], "errors": errors}
 
 
@@ -194,17 +196,6 @@ def format_row(row: OpRow) -> str:
     speedup = f"{row.speedup:7.2f}x" if row.speedup is not None else ""
     block = row.block or ""
     return f"{row.op:24} {row.batch:5} {row.context:8} {block:>5} {row.ms:9.4f} {speed} {share} {speedup}".rstrip()
-
-
-def lines(result: Result) -> Iterator[str]:
-    """The measurements, a line each."""
-    if not result.rows:
-        yield f"verified {len(result.summary['errors'])} workloads"
-        return
-    yield f"This GPU reads {result.summary['read_tb_s']:.2f} TB/s."
-    yield HEADER
-    yield from (format_row(OpRow(**row)) for row in result.rows)
-    yield from result.summary["notes"]
 
 
 def _heads(count: int) -> str:

@@ -31,8 +31,7 @@ import torch
 from ..engine.prefix import shared_tokens
 from ..errors import ConfigError, PackageError
 from ..plan import HeadPlan
-from ..results import Result
-from .harness import say
+from .harness import show
 from .models import random_config
 from .served import TOO_SHORT, Decoded, decode
 from .settings import SERVERS, ServingSettings
@@ -61,6 +60,7 @@ def run(settings: ServingSettings, device: str) -> Iterator[dict[str, Any]]:
     longest = max(context for _, context in cases)
     texts = torch.randint(4, config.vocab_size, (max(batch for batch, _ in cases), longest)).tolist()
     stock: dict[tuple[int, int], dict[str, Any]] = {}
+    show(HEADER)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         plan.save(Path(folder) / "plan.json")
@@ -72,8 +72,10 @@ def run(settings: ServingSettings, device: str) -> Iterator[dict[str, Any]]:
                     if way == "stock":
                         stock[row["batch"], row["context"]] = row
                     compared = _compared(row, stock.get((row["batch"], row["context"])))
+                    show(format_row(compared))
                     yield {**compared, "start_seconds": started, "plan_retrieval_heads": len(plan.retrieval)}
             del llm  # in this process it would keep its memory
+    show("same: tokens of the first sequence equal to the stock backend's before one differs.")
 
 
 def require_vllm(plugin: bool = True) -> None:
@@ -176,10 +178,7 @@ def _time_cases(
         if settings.mixed and SERVERS[way] is not None and batch > 1:
             kinds.append(("mixed", (None, "off", f"budget_tokens={settings.budget_tokens // 2}")))
         for name, asked in kinds:
-            timed = {**row, "requests": name, **_times(llm, prompts, settings, asked)}
-            found = TOO_SHORT if timed["ms"] is None else f"{timed['ms']:.3f} ms a token"
-            say(f"{way} {batch} x {context}, {name}: {found}")
-            yield timed
+            yield {**row, "requests": name, **_times(llm, prompts, settings, asked)}
 
 
 def _times(
@@ -235,10 +234,3 @@ def format_row(row: Mapping[str, Any]) -> str:
     prefill = f"{row['prefill_ms']:9.1f}" if row.get("prefill_ms") else " " * 9
     way = row["way"] + (", mixed" if row.get("requests") == "mixed" else "")
     return f"{way:15} {row['batch']:5} {row['context']:8} {times} {speedup} {prefill} {same:>5}"
-
-
-def lines(result: Result) -> Iterator[str]:
-    """The measurements, a line each."""
-    yield HEADER
-    yield from (format_row(row) for row in result.rows)
-    yield "same: tokens of the first sequence equal to the stock backend's before one differs."

@@ -24,8 +24,7 @@ from ..engine.engine import Context, Engine, Execution
 from ..engine.memory import free_bytes, slot_bytes
 from ..errors import MismatchError
 from ..models.shape import ModelShape
-from ..results import Result
-from .harness import say
+from .harness import show
 from .models import build, plan_for, random_context, release, weight_bytes
 from .settings import FORMS, ModelSettings, StepSettings
 from .timing import read_bandwidth
@@ -82,14 +81,18 @@ def run(settings: StepSettings, device: str) -> dict[str, Any]:
         settings = replace(settings, execution="graph")
     rows: list[StepRow] = []
     left_out: list[str] = []
+    show(HEADER)
     for context in settings.contexts:
         for batch in settings.batches:
             missing = missing_bytes(model, batch, context)
             if missing > 0:
                 left_out.append(f"batch {batch}, context {context}: {missing / 1e9:.0f} GB of memory are missing")
-                say(f"left out: {left_out[-1]}")
+                show(f"left out: {left_out[-1]}")
                 continue
             rows += _bench_case(model, batch, context, speed, settings)
+    if rows:
+        ways = ", ".join(sorted({row.way for row in rows}))
+        show(f"Steps ran {ways}; the error is that of the logits against an eager step.")
     return {
         "read_tb_s": speed and speed / 1e12,
         "weight_bytes": weight_bytes(model),
@@ -124,7 +127,7 @@ def _bench_case(
             way=engine.way,
             first_seconds=first_seconds,
         )
-        say(format_row(row))
+        show(format_row(row))
         yield row
         context.rewind()
     del context, engine, eager
@@ -218,12 +221,3 @@ def format_row(row: StepRow) -> str:
     speedup = f"{row.speedup:7.2f}x" if row.speedup is not None else " " * 8
     speed = f"{row.ms:8.3f} {row.bytes / row.ms / 1e9:6.2f} {share} {speedup}"
     return f"{row.form:16} {row.batch:5} {row.context:8} {speed} {row.error:8.1e}"
-
-
-def lines(result: Result) -> Iterator[str]:
-    """The measurements, a line each."""
-    yield HEADER
-    yield from (format_row(StepRow(**row)) for row in result.rows)
-    yield from (f"Left out: {case}." for case in result.summary["left_out"])
-    ways = sorted({row["way"] for row in result.rows})
-    yield f"Steps ran {', '.join(ways)}; the error is that of the logits against an eager step." if ways else ""

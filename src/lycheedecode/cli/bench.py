@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -63,7 +64,7 @@ def bench() -> None:
 def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = True, runs_anywhere: str = "") -> None:
     """`runs_anywhere`: options with which the command runs without a GPU, too."""
     check_writable(json_file)
-    with quiet(verbose=False):
+    with quiet(verbose=False), redirect_stdout(screen(json_file).file):  # rows are printed as they come
         try:
             module, harness = (import_module(f"...bench.{part}", __name__) for part in (name, "harness"))
         except ModuleNotFoundError as error:
@@ -75,9 +76,6 @@ def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = T
         keep = None if str(json_file) == "-" else partial(save, json_file)
         without_gpu = "--smoke verifies" + (f", and {runs_anywhere} runs" if runs_anywhere else "")
         result = harness.measure(f"bench {name}", settings, module.run, needs_gpu, keep, without_gpu)
-    out = screen(json_file)
-    for line in module.lines(result):
-        out.print(line, soft_wrap=True, markup=False)
     save(json_file, result)
 
 
