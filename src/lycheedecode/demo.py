@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,12 @@ def tell_of_text(comparison: Comparison) -> None:
     print(f"\n{comparison.prompt_tokens} tokens of prose go on like this:\n")
     for name, run in (("full attention", comparison.full), ("hybrid", comparison.hybrid)):
         print(f"  {name:14}  {' '.join(run.answer.split())[:160]} ...")
+    print(f"\nBoth are alike for {comparison.equal_tokens} of {len(comparison.full.token_ids)} tokens.")
+    if comparison.parting is not None:
+        print(f"Where they part, {comparison.parting}.\nFrom there on, each continues a text of its own.")
     print(
-        f"\nBoth are alike for {comparison.equal_tokens} of {len(comparison.full.token_ids)} tokens. Fed the full "
-        f"answer, they agree in {comparison.top1_agreement:.0%} of the steps (mean KL {comparison.kl_mean:.4f} nats)."
+        f"Fed the full answer, they agree in {comparison.top1_agreement:.0%} of the steps "
+        f"(mean KL {comparison.kl_mean:.4f} nats)."
     )
 
 
@@ -157,6 +161,7 @@ def _brief(comparison: Comparison) -> dict[str, Any]:
     return {
         **{name: {each: getattr(run, each) for each in of_run} for name, run in runs.items()},
         **{name: getattr(comparison, name) for name in of_both},
+        "parting": comparison.parting and asdict(comparison.parting),
     }
 
 

@@ -1,13 +1,15 @@
 """Both ways of decoding from one prefill, and the demo that shows them."""
 
+import math
 import random
 import sys
 
 import pytest
 import tiny
+import torch
 
 from lycheedecode import Engine, HybridConfig, demo
-from lycheedecode.evaluate.side_by_side import compare
+from lycheedecode.evaluate.side_by_side import Parting, compare
 from lycheedecode.results import Result
 
 SMALL = HybridConfig(budget_tokens=48, block_size=8, sink_tokens=4, recent_tokens=8)
@@ -32,11 +34,38 @@ def test_each_side_is_what_its_engine_generates(engines):
     assert comparison.prompt_tokens == 150
 
 
+def test_where_answers_part_both_candidates_are_measured(engines):
+    full, hybrid = engines
+    [prompt] = tiny.prompts(150)
+    comparison = compare(full, hybrid, prompt, 40)
+    at, parting = comparison.equal_tokens, comparison.parting
+    chosen = [run.token_ids[at] for run in (comparison.full, comparison.hybrid)]
+    for engine, found in ((full, parting.full), (hybrid, parting.hybrid)):
+        context = engine.prefill([prompt], room=40)
+        logits = context.logits
+        for token_id in comparison.full.token_ids[:at]:
+            logits = engine.decode_one_token(context, torch.tensor([token_id]))
+        assert found == pytest.approx(logits[0].softmax(-1)[chosen].tolist(), rel=1e-4)
+    assert parting.full[0] > parting.full[1]
+    assert parting.hybrid[0] < parting.hybrid[1]
+    assert parting.nats == pytest.approx(math.log(parting.full[0]) - math.log(parting.full[1]))
+
+
+def test_a_near_tie_is_said_to_be_one_and_nothing_else_is():
+    near = str(Parting(" a", " the", (0.21, 0.2), (0.2, 0.21)))
+    assert near == (
+        "full attention finds ' a' 21.0% and ' the' 20.0% probable (0.05 nats apart, a near tie), "
+        "hybrid 20.0% and 21.0%"
+    )
+    assert "(0.69 nats apart), hybrid" in str(Parting(" a", " the", (0.4, 0.2), (0.2, 0.21)))
+    assert "inf nats apart" in str(Parting(" a", " the", (1.0, 0.0), (0.2, 0.21)))
+
+
 def test_a_budget_that_covers_all_agrees_in_everything(llama, byte_tokenizer):
     full, hybrid = Engine(llama, byte_tokenizer), Engine(llama, byte_tokenizer, plan=tiny.plan())
     comparison = compare(full, hybrid, tiny.prompts(90)[0], 12)
     assert comparison.full.token_ids == comparison.hybrid.token_ids
-    assert (comparison.equal_tokens, comparison.top1_agreement) == (12, 1.0)
+    assert (comparison.equal_tokens, comparison.parting, comparison.top1_agreement) == (12, None, 1.0)
     assert comparison.kl_mean == pytest.approx(0, abs=1e-6)
 
 
@@ -87,6 +116,7 @@ def test_the_demo_writes_what_it_found(byte_tokenizer, tmp_path, monkeypatch, ca
     assert record["pass_key"] in said
     continued = record["continuation"]
     assert f"alike for {continued['equal_tokens']} of 64 tokens" in said
+    assert f"Where they part, {Parting(**continued['parting'])}." in said
     assert (continued["prompt_tokens"], set(record) - set(continued)) == (400, {"pass_key", "continuation", "plan"})
 
     monkeypatch.setattr(sys, "argv", ["demo", "--plan", "nothing"])

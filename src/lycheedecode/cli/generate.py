@@ -305,8 +305,10 @@ def _show(comparison: Comparison, console: Console) -> None:
     table.add_row("tokens/s", f"{full.tokens_per_second:.1f}", f"{hybrid.tokens_per_second:.1f}")
     table.add_row("KV cache per token", megabytes(full.kv_bytes_per_token), megabytes(hybrid.kv_bytes_per_token))
     console.print(table)
+    parting = "" if comparison.parting is None else f", then {comparison.parting}"
     console.print(
-        f"\nequal for {comparison.equal_tokens} tokens; on the full answer: top-1 agreement "
+        f"\nequal for {comparison.equal_tokens} tokens{parting}; on the full answer: top-1 agreement "
         f"{comparison.top1_agreement:.1%}, mean KL {comparison.kl_mean:.4f} nats; "
-        f"{comparison.speedup:.2f}x the speed, after {comparison.prompt_tokens} tokens"
+        f"{comparison.speedup:.2f}x the speed, after {comparison.prompt_tokens} tokens",
+        markup=False,
     )

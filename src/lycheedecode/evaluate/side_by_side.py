@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,9 @@ from ..engine.prefix import shared_tokens
 from ..errors import ConfigError
 from ..models.positions import Positions
 from ..models.shape import inner_model, text_config
+
+NEAR_TIE = 0.25
+"""Nats that two tokens of a near tie are apart at most: one is no more than 1.3 times as probable as the other."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,41 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Parting:
+    """The first place where two answers differ: what each way of decoding thought of both tokens there.
+
+    Attributes:
+        full_text, hybrid_text: the token that full attention chose, and the one that hybrid chose.
+        full: probabilities of these two, in this order, with full attention.
+        hybrid: the same with hybrid attention; both have read the same tokens.
+    """
+
+    full_text: str
+    hybrid_text: str
+    full: tuple[float, float]
+    hybrid: tuple[float, float]
+
+    @property
+    def nats(self) -> float:
+        """How far the two tokens are apart for full attention: the difference of their log-probabilities."""
+        return math.log(self.full[0] / self.full[1]) if self.full[1] else math.inf
+
+    def __str__(self) -> str:
+        near = ", a near tie" if self.nats <= NEAR_TIE else ""
+        return (
+            f"full attention finds {self.full_text!r} {self.full[0]:.1%} and {self.hybrid_text!r} {self.full[1]:.1%} "
+            f"probable ({self.nats:.2f} nats apart{near}), hybrid {self.hybrid[0]:.1%} and {self.hybrid[1]:.1%}"
+        )
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Full attention beside hybrid decoding.
 
     Attributes:
         full, hybrid: both runs.
         equal_tokens: tokens until the two answers part.
+        parting: what both thought of their tokens there; None: the answers are equal.
         top1_agreement: share of steps at which both find the same token most probable, on the full answer's tokens.
         kl_mean: mean KL(full || hybrid) of those steps, in nats.
         speedup: tokens per second, hybrid over full.
@@ -51,6 +84,7 @@ class Comparison:
     full: Run
     hybrid: Run
     equal_tokens: int
+    parting: Parting | None
     top1_agreement: float
     kl_mean: float
     speedup: float
@@ -91,15 +125,21 @@ def compare(
     for _ in range(repeats):
         for name, engine in (("full", full), ("hybrid", hybrid)):
             runs[name].append(_decode(engine, context, max_new_tokens, timed_tokens, ends))
-    (full_run, logits), (hybrid_run, _) = (
+    (full_run, logits), (hybrid_run, hybrid_logits) = (
         max(tried, key=lambda run: run[0].tokens_per_second) for tried in runs.values()
     )
 
     agreement, kl = 1.0, 0.0
     if len(full_run.token_ids) > 1:  # the first token comes from the prefill, which both share
         agreement, kl = _agreement(logits[1:], hybrid.score(context, [full_run.token_ids[:-1]])[0])
+    equal, parting = shared_tokens(full_run.token_ids, hybrid_run.token_ids), None
+    if equal < len(full_run.token_ids):
+        chosen = [run.token_ids[equal] for run in (full_run, hybrid_run)]
+        first, second = (full.tokenizer.decode([one]) if full.tokenizer else str(one) for one in chosen)
+        (a, b), (c, d) = (one[equal].double().softmax(-1)[chosen].tolist() for one in (logits, hybrid_logits))
+        parting = Parting(first, second, (a, b), (c, d))
     return Comparison(
-        full_run, hybrid_run, shared_tokens(full_run.token_ids, hybrid_run.token_ids), agreement, kl,
+        full_run, hybrid_run, equal, parting, agreement, kl,
         hybrid_run.tokens_per_second / full_run.tokens_per_second if full_run.tokens_per_second else 0.0,
         len(prompt_ids), context.prefill_seconds,
     )  # fmt: skip
