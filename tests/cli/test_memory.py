@@ -67,7 +67,7 @@ def test_the_numbers_of_llama():
     less = ways["host, 8-bit scan"]["gpu_bytes"] - ways["host, 4-bit scan"]["gpu_bytes"]
     assert less == 3 * 131072 * 32 * 60
     assert result["weight_bytes"] == 2 * 8030261248
-    assert (result["retrieval_heads"], result["fits"]) == (32, "full attention")
+    assert (result["retrieval_heads"], result["fits"]) == (32, "hybrid")
 
 
 def test_the_time_of_a_step_is_that_of_what_it_reads():
@@ -120,8 +120,8 @@ def test_budgets_of_heads_are_resident(tmp_path):
     settings = {"budget_tokens": 32, "block_size": 4, "sink_tokens": 4, "recent_tokens": 4}
     options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     call = "memory", "--model", str(tmp_path), "--context", "256", "--plan", str(tmp_path / "plan.json"), *options
-    full, hybrid = found(*call)["rows"]
-    assert (full["way"], hybrid["way"]) == ("full attention", "hybrid")
+    hybrid, full = found(*call)["rows"]
+    assert (hybrid["way"], full["way"]) == ("hybrid", "full attention")
     state = HybridAttention(plan, HybridConfig(**settings)).allocate(1, 256, "cpu")
     assert hybrid["tables"] == state.selections.blocks.nbytes + state.selections.counts.nbytes
     assert hybrid["selected"] == 2 * 2 * 16 * 4 * (4 + 16 + 8 + 16 + 3 + 4 + 8 + 8)
@@ -133,7 +133,14 @@ def test_budgets_of_heads_are_resident(tmp_path):
 def test_it_says_which_setting_fits():
     six = [*LLAMA, "--context", "131072", "--batch", "6"]
     done = run(*six)
-    assert "Fits: host (--cache host)." in done.stdout
+    assert "Fits: host (--cache host), " in done.stdout
+    assert "Full attention (--full) does not fit: 25.3 ms, 96.00 GiB of cache." in " ".join(done.stdout.split())
+    one = found(*LLAMA, "--context", "131072")
+    assert [row["way"] for row in one["rows"] if row["fits"]][:: len(one["rows"]) - 1] == ["hybrid", "full attention"]
+    said = run(*LLAMA, "--context", "131072").stdout
+    alone = run(*LLAMA, "--context", "131072", "--gpu", "31", "--host", "1").stdout
+    assert "Fits: full attention (--full) alone, 6.9 ms a step at least." in alone
+    assert said.index("Fits: hybrid, ") < said.index("Full attention (--full) also fits: 6.9 ms")
     assert found(*six, "--gpu", "26")["fits"] == "host, 8-bit scan"
     result = found(*six, "--gpu", "17", status=1)
     assert (result["fits"], result["most"]) == (None, 2)
@@ -153,8 +160,8 @@ def test_a_config_is_enough(tmp_path):
         assert (beyond in run("memory", "--model", str(tmp_path), "--context", context).stdout) == said
     given = ("memory", "--model", "smollm2-135m", "--context", "5000")
     result, unplanned = found(*given, "--plan", "smollm2-135m"), found(*given)
-    assert result["rows"][2]["own"] > result["retrieval_heads"] / 2 / 90  # of some donors, heads of their layer read
-    assert unplanned["rows"][2]["own"] == unplanned["retrieval_heads"] / 2 / 90
+    assert result["rows"][1]["own"] > result["retrieval_heads"] / 2 / 90  # of some donors, heads of their layer read
+    assert unplanned["rows"][1]["own"] == unplanned["retrieval_heads"] / 2 / 90
     assert 2 * 130e6 < result["weight_bytes"] < 2 * 140e6
 
 

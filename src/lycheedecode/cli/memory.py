@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, get_args
 
@@ -24,6 +24,7 @@ from .report import check_writable, save, screen, show_table
 
 app = typer.Typer(add_completion=False)
 GIB = 2**30
+FULL = "full attention"
 BITS = {"float8": 8, "int4": 4}
 MISSES = {1.0: 0.262, 1.5: 0.185, 2.0: 0.135, 3.0: 0.085}
 """Share of selected blocks that a full store lacks, by its size in budgets: Qwen2.5-Coder-1.5B, 30K tokens, budget 1024
@@ -129,7 +130,7 @@ def memory(
     if found is None:
         advice = f"Nothing fits: {most} sequences of {context} tokens would." if most else "Not even one sequence fits."
     else:
-        advice = f"Fits: {found.name}{f' ({found.options})' if found.options else ''}."
+        advice = _advice({row["way"]: row for row in rows}, found)
     console.print(advice)
     if 0 < shape.max_positions < context:
         console.print(f"But this model has {shape.max_positions} positions, and refuses longer texts.")
@@ -153,11 +154,19 @@ def _ways(
     ratio: float,
     plan: HeadPlan | None = None,
 ) -> Iterator[Placement]:
-    """Ways to decode, from most to least memory on the GPU; with budgets of heads, only those that keep all there."""
-    yield Placement("full attention", "--full", resident_size(shape, batch, slots, 2))
+    """Ways of hybrid attention, from most to least memory on the GPU, then full attention to compare them with.
+
+    With budgets of heads, all is on the GPU.
+    """
     yield Placement("hybrid", "", resident_size(shape, batch, slots, 2, config, retrieval, plan))
-    if plan is not None and plan.budgets is not None:
-        return
+    if plan is None or plan.budgets is None:
+        yield from _from_host(shape, batch, slots, config, retrieval, ratio)
+    yield Placement(FULL, "--full", resident_size(shape, batch, slots, 2))
+
+
+def _from_host(
+    shape: ModelShape, batch: int, slots: int, config: HybridConfig, retrieval: int, ratio: float
+) -> Iterator[Placement]:
     forms = [("host", config, ratio)]
     smaller = list(get_args(ScanKeys))[get_args(ScanKeys).index(config.scan_keys) + 1 :]
     forms += [(f"host, {BITS[keys]}-bit scan", replace(config, scan_keys=keys), ratio) for keys in smaller]
@@ -168,6 +177,19 @@ def _ways(
         options += f" --scan-keys {form.scan_keys}" if form.scan_keys != "cache" else ""
         options += f" --store-ratio {kept:g}" if kept != 2 else ""
         yield Placement(name, options, offloaded_size(shape, batch, slots, 2, form, retrieval, kept), kept)
+
+
+def _advice(rows: Mapping[str, Any], found: Placement) -> str:
+    """The first way that fits, beside full attention."""
+    way, full = rows[found.name], rows[FULL]
+    said = f"Fits: {found.name}{f' ({found.options})' if found.options else ''}"
+    if found.name == FULL:
+        return f"{said} alone, {way['step_ms']:.1f} ms a step at least."
+    also = "also fits" if full["fits"] else "does not fit"
+    return (
+        f"{said}, {way['step_ms']:.1f} ms a step at least. Full attention (--full) {also}: {full['step_ms']:.1f} ms, "
+        f"{_gib(full['gpu_bytes'])} GiB of cache."
+    )
 
 
 def _fetching(
