@@ -1,7 +1,7 @@
 """`python newer_vllm.py 0.33.0`: that version's Python code over the kernels of the CPU build installed here.
 
-CPU builds of vLLM come later than its releases. What the plugin relies on is Python; the kernels under it change less, so
-the code of a release without a CPU build runs over those of the last one, which show in `vllm.__version__` no more.
+CPU builds of vLLM come later than its releases. What the plugin relies on is Python; the kernels under it change less.
+So the code of a release without a CPU build runs over the kernels of the last one.
 """
 
 from __future__ import annotations

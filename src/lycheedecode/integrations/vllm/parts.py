@@ -1,7 +1,7 @@
 """Everything that the plugin takes from vLLM. When a version breaks the plugin, it breaks here.
 
-Seen to work: 0.26.0 (GPU and CPU build), 0.27.1 and 0.32.0 (CPU builds, with both model runners); read, as its CPU
-build does not exist: 0.33.0.
+Seen to work: 0.26.0 (GPU and CPU build), 0.27.1 and 0.32.0 (CPU builds, with both model runners), 0.33.0 (the same, its
+Python code over 0.32's kernels).
 `tests/integrations/test_vllm_parts.py` holds what is relied on besides the names, and says which version breaks it.
 The classes that `cpu`, `cuda`, `lossless`, `drafter_v1` and `drafter_v2` extend are imported there.
 
