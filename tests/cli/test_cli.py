@@ -90,6 +90,18 @@ def test_the_list_of_commands_says_what_their_own_help_says(name):
     assert COMMANDS[name].split()[0] in run("--help").stdout
 
 
+@pytest.mark.parametrize("name", ["generate", "identify", "memory", "evaluate fidelity", "evaluate tasks"])
+def test_help_is_what_one_decides_in_brief_and_help_all_is_everything(name):
+    assert len(run(*name.split(), "--help", env={"COLUMNS": "80"}).stdout.splitlines()) <= 60  # two screens
+    brief, full = (run(*name.split(), option, env={"COLUMNS": "300"}).stdout for option in ("--help", "--help-all"))
+    shown, known = (set(re.findall(r"^│ \*? *(--[a-z-]+)", text, re.MULTILINE)) for text in (brief, full))
+    assert {"--model", "--json", "--budget-tokens", "--block-size", "--help-all"} <= shown
+    assert shown < known
+    assert "--completion-chunk" in known - shown
+    assert "Small blocks are" in full
+    assert "Small blocks are" not in brief
+
+
 def test_every_setting_has_an_option_with_help():
     text = run("identify", "--help-all", env={"COLUMNS": "300"}).stdout
     tables = {"config", "train_cells", "calibrate_cells", "texts", "completion_factors", "budget_scales"}

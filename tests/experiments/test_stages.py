@@ -32,10 +32,9 @@ def help_of(words: list[str], capsys, monkeypatch) -> str:
     wide = {"COLUMNS": "300"}
     module, *rest = words
     if module == "lycheedecode":
+        command = rest[: 1 + (rest[0] in ("bench", "evaluate"))]
         return runner.invoke(
-            lycheedecode,
-            [*rest[: 1 + (rest[0] in ("bench", "evaluate"))], "--help-all" if rest[0] == "identify" else "--help"],
-            env=wide,
+            lycheedecode, [*command, "--help" if rest[0] == "bench" else "--help-all"], env=wide
         ).stdout
     if module == "experiments":
         return runner.invoke(app, [rest[0], "--help"], env=wide).stdout

@@ -41,13 +41,14 @@ from .options import (
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, say_what_is_covered, screen, show_table
 from .resumable import options_of, resumable, say_it_begins, says_what_is_kept
-from .tasks import tasks
+from .tasks import FIRST_OF_TASKS, tasks
+from .tiers import HelpAll, tiered
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-app.command()(tasks)
+app.command(cls=FIRST_OF_TASKS)(tasks)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -64,7 +65,12 @@ def evaluate() -> None:
     """Measure what hybrid attention changes."""
 
 
-@app.command()
+@app.command(
+    cls=tiered(
+        "cells policies budgets match_bytes prompts batch_size minutes max_kl resume "
+        "form_budget_tokens form_block_size form_scan_keys"
+    )
+)
 @resumable(options_of("evaluate fidelity"))
 @takes_form_with_top_p
 def fidelity(
@@ -75,7 +81,7 @@ def fidelity(
         list[str] | None,
         typer.Option(
             "--plan", "-p",
-            help="Head plan: a bundled name or a file; may be repeated. \\[default: the model's bundled plan]",
+            help="A bundled head plan's name, or a file; may be repeated. \\[default: the model's bundled plan]",
         ),
     ] = None,
     cells: Annotated[
@@ -125,6 +131,7 @@ def fidelity(
     dtype: Dtype = "auto",
     json_file: Json = None,
     verbose: Verbose = False,
+    help_all: HelpAll = False,
 ) -> None:  # fmt: skip
     """Compare policies' next-token distributions with full attention's, on fresh prompts."""
     check_writable(json_file)

@@ -27,6 +27,7 @@ from ..plan import HeadPlan
 from ..results import Result, fingerprint
 from ..roles import check_budgets
 from .options import (
+    ATTENTION,
     Device,
     DeviceMap,
     Dtype,
@@ -50,6 +51,7 @@ from .report import (
     say_what_is_covered,
     screen,
 )
+from .tiers import HelpAll, tiered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,16 +59,22 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 
-@app.command(no_args_is_help=False)
+@app.command(
+    no_args_is_help=False,
+    cls=tiered(
+        "prompt prompt_file full against max_new_tokens chat stop lossless cache html "
+        "form_budget_tokens form_block_size form_scan_keys drawing_temperature drawing_top_p drawing_seed"
+    ),
+)
 @takes("drawing", Sampling)
 @takes_form
 def generate(
     form: dict[str, Any],
     drawing: dict[str, Any],
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; default: standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt. \\[default: standard input]")] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the prompt from a UTF-8 file."),
+        typer.Option("--prompt-file", "-f", metavar="FILE", help="A file with the prompt; UTF-8."),
     ] = None,
     model: Model = DEFAULT_MODEL,
     plan: Annotated[
@@ -74,16 +82,16 @@ def generate(
         typer.Option(
             "--plan",
             "-p",
-            help="Head plan: a bundled name, a file, or auto, which finds one if none is known. "
+            help="A bundled head plan's name, a file, or auto; auto finds one if none is known. "
             "\\[default: the model's bundled plan]",
         ),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Decode with full attention, without a plan.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Use full attention; no plan.")] = False,
     against: Annotated[
         Literal["full"] | None,
-        typer.Option("--compare", help="Also decode greedily with full attention, and show both."),
+        typer.Option("--compare", metavar="full", help="Show full attention, too; both are greedy."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum number of new tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most new tokens.")] = 256,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. \\[default: if the model has one]"),
@@ -92,26 +100,37 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the model's end token.")] = False,
     lossless: Annotated[
         bool,
-        typer.Option("--lossless", help="Write what full attention would: one dense pass verifies several drafts."),
+        typer.Option(
+            "--lossless", help="Write what full attention would: one dense pass verifies several drafts.",
+            rich_help_panel=ATTENTION,
+        ),
     ] = False,
     verify_every: Annotated[
         str | None,
-        typer.Option("--verify-every", metavar="N", help="Drafts per verifying pass, or auto; implies --lossless."),
+        typer.Option(
+            "--verify-every", metavar="N", help="Drafts per verifying pass, or auto; implies --lossless.",
+            rich_help_panel=ATTENTION,
+        ),
     ] = None,
     cache: Annotated[
         Literal["resident", "host", "auto"],
-        typer.Option(help="Where the KV cache is kept: on the device, in host memory, or wherever it fits (auto)."),
+        typer.Option(
+            metavar="WHERE", rich_help_panel=ATTENTION,
+            help="The KV cache is resident, host or auto: on the device, in host memory, or wherever it fits.",
+        ),
     ] = "resident",
     store_ratio: Annotated[
         float,
         typer.Option(
-            metavar="X", help="With the cache in host memory: blocks kept on the device, as a multiple of the budget."
+            metavar="X", help="With the cache in host memory: blocks kept on the device, as a multiple of the budget.",
+            rich_help_panel=ATTENTION,
         ),
     ] = 2.0,
     html: Annotated[
         Path | None,
         typer.Option(
-            "--html", metavar="FILE", help="Write a page that shows which blocks each token of the answer selected."
+            "--html", metavar="FILE",
+            help="Write a page of selections; it shows which blocks each token of the answer selected.",
         ),
     ] = None,
     revision: Revision = None,
@@ -120,7 +139,8 @@ def generate(
     dtype: Dtype = "auto",
     json_file: Json = None,
     verbose: Verbose = False,
-) -> None:
+    help_all: HelpAll = False,
+) -> None:  # fmt: skip
     """Continue a prompt."""
     check_writable(json_file, html)
     if lossless or verify_every is not None:

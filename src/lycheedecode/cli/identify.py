@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from ..checks import check_model_path
 from ..config import HybridConfig
@@ -39,43 +38,13 @@ from .options import (
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, screen
 from .resumable import resumable, say_it_begins, says_what_is_kept
+from .tiers import HelpAll, tiered
 
 app = typer.Typer(add_completion=False)
 
 
 _TABLES = ("config", "train_cells", "calibrate_cells", "texts", "completion_factors", "budget_scales")
 """Settings that are no single value; what of them a command line should say has options of its own."""
-
-
-class Tiered(TyperCommand):
-    """Help in two tiers: what one decides, and everything."""
-
-    first = (
-        "output model preset text calibrate resume png device device_map dtype json_file help_all help",
-        "changes_num_retrieval_heads changes_head_budgets changes_batch_size changes_calibrate_prompts",
-        "form_budget_tokens form_block_size form_completion",
-    )
-    """Parameters that `--help` shows."""
-    everything = False
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        shown = " ".join(self.first).split()
-        hidden: list[Any] = [p for p in self.get_params(ctx) if not (self.everything or p.name in shown)]
-        for parameter in hidden:
-            parameter.hidden = True
-        super().format_help(ctx, formatter)
-        for parameter in hidden:
-            parameter.hidden = False
-
-
-def show_all(context: typer.Context, wanted: bool) -> None:
-    """What `--help-all` does."""
-    if wanted:
-        command: Any = context.command
-        command.everything = True
-        print(context.get_help())
-        command.everything = False
-        raise typer.Exit
 
 
 def _state(output: Path) -> Path:
@@ -88,7 +57,12 @@ def _kept(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return Result.load(state / "call.json").options if (state / STATE).is_file() else None
 
 
-@app.command(cls=Tiered)
+@app.command(
+    cls=tiered(
+        "output preset text calibrate resume png dtype changes_num_retrieval_heads changes_head_budgets "
+        "changes_batch_size changes_calibrate_prompts form_budget_tokens form_block_size form_completion"
+    )
+)
 @resumable(_kept)
 @takes("changes", IdentifySettings, leave_out=_TABLES)
 @takes_form_with_top_p
@@ -112,7 +86,7 @@ def identify(
     train: Annotated[list[str] | None, Cells] = None,
     calibrate: Annotated[list[str] | None, Cells] = None,
     resume: Resume = False,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw roles and donors (extra: plot).")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw roles and donors; extra: plot.")] = None,
     gates_png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the gates as they polarise (with --roles gates).")
     ] = None,
@@ -122,9 +96,7 @@ def identify(
     dtype: Dtype = "auto",
     json_file: Json = None,
     verbose: Verbose = False,
-    help_all: Annotated[
-        bool, typer.Option("--help-all", is_eager=True, callback=show_all, help="Show all options and exit.")
-    ] = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Find the retrieval heads and donors of a model."""
     check_writable(output, png, gates_png, json_file)

@@ -21,6 +21,7 @@ from ..results import Result
 from ..roles import check_budgets
 from .options import Json, Revision, check_model_path, takes_form
 from .report import check_writable, save, screen, show_table
+from .tiers import HelpAll, tiered
 
 app = typer.Typer(add_completion=False)
 GIB = 2**30
@@ -62,7 +63,10 @@ class Placement:
         return max(near + far * (self.own + BESIDE * (self.pulled - self.own)), far * self.pulled)
 
 
-@app.command(no_args_is_help=False)
+@app.command(
+    no_args_is_help=False,
+    cls=tiered("context batch gpu host form_budget_tokens form_block_size form_scan_keys form_completion"),
+)
 @takes_form
 def memory(
     form: dict[str, Any],
@@ -92,6 +96,7 @@ def memory(
     ] = None,
     revision: Revision = None,
     json_file: Json = None,
+    help_all: HelpAll = False,
 ) -> None:
     """Compute how much memory a KV cache needs, on the GPU and on the host, and what makes it fit."""
     check_writable(json_file)

@@ -22,24 +22,25 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="smollm2-135m (embedded), a directory, a GGUF file, or a hub id.")
-]
+Model = Annotated[str, typer.Option("--model", "-m", help="A folder, GGUF file or hub id; smollm2-135m is embedded.")]
 Plan = Annotated[
     str | None,
-    typer.Option("--plan", "-p", help="Head plan: a bundled name or a file. \\[default: the model's bundled plan]"),
+    typer.Option("--plan", "-p", help="A bundled head plan's name, or a file. \\[default: the model's bundled plan]"),
 ]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+LOADING = "Loading the model"
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.", rich_help_panel=LOADING)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=LOADING)]
 DeviceMap = Annotated[
     str | None,
-    typer.Option(help="Spread the model over several devices: auto, balanced, ... (needs accelerate)."),
+    typer.Option(
+        help="Spread the model over several devices: auto, balanced, ... (needs accelerate).", rich_help_panel=LOADING
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=LOADING)]
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write the result as JSON, with settings, machine, versions and commit."
+        "--json", metavar="FILE", help="Write the result as JSON; with settings, machine, versions and commit."
     ),
 ]
 Cells = typer.Option(
@@ -53,7 +54,8 @@ Resume = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show messages of the underlying libraries.")]
 
 
-_TITLES = {"HybridConfig": "Hybrid attention", "IdentifySettings": "Identification", "Sampling": "Sampling"}
+ATTENTION = "Hybrid attention"
+_TITLES = {"HybridConfig": ATTENTION, "IdentifySettings": "Identification", "Sampling": "Sampling"}
 """Headings of the help."""
 
 

@@ -42,6 +42,7 @@ from .options import (
 )
 from .report import Steps, check_writable, errors, progress, quiet, save, screen, show_table
 from .resumable import options_of, resumable, say_it_begins, says_what_is_kept
+from .tiers import HelpAll, tiered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
 _CALIBRATION_TOKENS = 2048
 _FREE = ("tasks", "lengths", "limit", "samples", "text", "data", "policy", "budgets", "batch_size", "execution")
 """Options that may change when an evaluation continues: answers are kept by policy, task and prompt."""
+
+
+FIRST_OF_TASKS = tiered(
+    "tasks policy budgets lengths limit samples data batch_size resume "
+    "form_budget_tokens form_block_size form_scan_keys"
+)
 
 
 @resumable(options_of("evaluate tasks"), free=_FREE)
@@ -108,6 +115,7 @@ def tasks(
     json_file: Json = None,
     resume: Resume = False,
     verbose: Verbose = False,
+    help_all: HelpAll = False,
 ) -> None:  # fmt: skip
     """Score policies on tasks: RULER, LongBench, mathematics, and any of lm-evaluation-harness."""
     check_writable(json_file)
