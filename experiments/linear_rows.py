@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments import linear as study
-from experiments.linear import LinearProblem, Projection
-from experiments.tune_step import words
+from experiments.linear import LinearProblem
+from experiments.projections import Projection, words
 from experiments.with_rows import launches_of, linear_rows_up_to
 from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.settings import BenchSettings, check_names

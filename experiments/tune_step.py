@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from experiments import linear
+from experiments.projections import Projection, candidates, evenly, words
 from lycheedecode.bench.harness import say, show
 from lycheedecode.bench.models import build, random_context
 from lycheedecode.bench.settings import StepSettings
 from lycheedecode.bench.step import ROOM, make_engine, step_times
 from lycheedecode.errors import first_line
+from lycheedecode.fusion.launches import Kind, LinearTuning, tuned
 
 STARTS = ({"prefetch": 128}, {"prefetch": 512}, {"prefetch": 2048}, {"overlap": 4}, {"overlap": 16}, {"overlap": 64})
 """How a launch overlaps with its neighbours; tried without compiling anything."""
@@ -26,9 +29,6 @@ STARTS = ({"prefetch": 128}, {"prefetch": 512}, {"prefetch": 2048}, {"overlap": 
 
 def tune(settings: StepSettings, device: str) -> dict[str, Any]:
     """Launches of the linear layers for the first context and batch, with the last form of attention."""
-    from experiments import linear
-    from lycheedecode.fusion.launches import Kind, LinearTuning, tuned
-
     model = build(settings.model, settings.layers, device, torch.bfloat16)
     context = random_context(model, settings.batches[0], settings.contexts[0], ROOM)
     launches: dict[Kind, LinearTuning] = {}
@@ -41,18 +41,16 @@ def tune(settings: StepSettings, device: str) -> dict[str, Any]:
         return ms
 
     def compile_ahead(pairs: list[tuple[Any, Any]]) -> None:
-        linear.compile_ahead([(linear.Projection.of(kind), kind.rows, launch) for kind, launch in pairs])
+        linear.compile_ahead([(Projection.of(kind), kind.rows, launch) for kind, launch in pairs])
 
     step_ms()  # compiles the model, and finds the kinds of layers
-    rows = tune_step(
-        launches, lambda kind: linear.candidates(linear.Projection.of(kind), kind.rows), compile_ahead, step_ms
-    )
+    rows = tune_step(launches, lambda kind: candidates(Projection.of(kind), kind.rows), compile_ahead, step_ms)
     return {"rows": rows, "launches": {str(tuple(kind)): launch._asdict() for kind, launch in launches.items()}}
 
 
 def tune_step(
     launches: MutableMapping[Any, Any],
-    candidates: Callable[[Any], Sequence[Any]],
+    candidates_of: Callable[[Any], Sequence[Any]],
     compile_ahead: Callable[[list[tuple[Any, Any]]], None],
     step_ms: Callable[[], float],
     most: int = 12,
@@ -61,12 +59,12 @@ def tune_step(
 
     Args:
         launches: the launch of each kind of layer in the step, as `fusion.launches.tuned` takes them.
-        candidates: other launches of a kind.
+        candidates_of: other launches of a kind.
         compile_ahead: takes pairs of a kind and a launch.
         step_ms: captures the step with the launches as they are, and times it; raises where one of them cannot run.
         most: candidates of a kind, at most, taken evenly.
     """
-    grids = {kind: list(evenly(candidates(kind), most)) for kind in launches}
+    grids = {kind: list(evenly(candidates_of(kind), most)) for kind in launches}
     compile_ahead([(kind, launch) for kind, grid in grids.items() for launch in grid])
     best_ms, tried = step_ms(), []
     show(f"{best_ms:.4f} ms  as it is")
@@ -94,13 +92,3 @@ def _and_starts(grid: Sequence[Any], launches: MutableMapping[Any, Any], kind: A
         launch = launches[kind]._replace(**changes)
         if launch != launches[kind]:
             yield launch
-
-
-def evenly(grid: Sequence[Any], most: int) -> Sequence[Any]:
-    """At most so many of them, from all over the grid."""
-    return grid[:: max(-(-len(grid) // most), 1)]
-
-
-def words(fields: Any) -> str:
-    """Names and values of a named tuple."""
-    return " ".join(f"{name} {value}" for name, value in fields._asdict().items())

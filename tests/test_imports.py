@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,18 @@ def test_no_two_classes_of_one_name():
         if len(paths) > 1 and {Path(path).name for path in paths if "integrations/vllm/" in path} != twins
     }
     assert several == {}
+
+
+def test_experiments_do_not_import_each_other_in_a_circle():
+    """Anywhere in a file; `__main__` and packages, which gather what lies in them, aside."""
+    folder = ROOT.parents[1] / "experiments"
+    names = {path.stem: path for path in folder.glob("*.py") if not path.stem.startswith("__")}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "experiments":
+                within = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                graph[name] |= set(within) & set(names)
+    assert graph["tune_step"] >= {"linear", "projections"}
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError
