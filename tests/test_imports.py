@@ -15,7 +15,7 @@ import lycheedecode
 ROOT = Path(lycheedecode.__file__).parent
 LEVELS = [
     {"errors"},
-    {"checks", "files"},
+    {"checks", "files", "scoped"},
     {"config"},
     {"plan"},
     {"ops", "plan_views", "prompts", "results"},

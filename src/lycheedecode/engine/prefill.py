@@ -10,8 +10,8 @@ Dimensions as in `ops`; `T` tokens of the chunk, the last of `S`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..models.versions import cache_argument
 from ..ops import KV, torch_private
 from ..ops.attend import MAX_TOKENS
 from ..ops.types import constant
+from ..scoped import scoped
 from .cache import KVCache
 
 _TILE = 1024
@@ -68,14 +69,9 @@ class ChunkAttention:
 _passing: ContextVar[ChunkAttention] = ContextVar("lycheedecode_chunk")
 
 
-@contextmanager
-def passing(chunk: ChunkAttention) -> Iterator[None]:
+def passing(chunk: ChunkAttention) -> AbstractContextManager[None]:
     """Attention layers of `route` that this thread passes belong to `chunk` while this is open."""
-    before = _passing.set(chunk)
-    try:
-        yield
-    finally:
-        _passing.reset(before)
+    return scoped(_passing, chunk)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

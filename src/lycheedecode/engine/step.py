@@ -15,8 +15,8 @@ Dimensions as in `ops`; `V` the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ from ..models.versions import cache_argument
 from ..ops import KV
 from ..ops.append.rope import Rotation
 from ..ops.torch_private import many_compilations
+from ..scoped import scoped
 from .cache import KVCache
 
 Forward = Callable[[nn.Module, Tensor, Tensor, "Tensor | int"], Tensor]
@@ -203,14 +204,9 @@ class FixedStep:
 _running: ContextVar[Step | Pass] = ContextVar("lycheedecode_step")
 
 
-@contextmanager
-def running(step: Step | Pass) -> Iterator[None]:
+def running(step: Step | Pass) -> AbstractContextManager[None]:
     """Attention layers of `route` that this thread passes belong to `step` while this is open."""
-    before = _running.set(step)
-    try:
-        yield
-    finally:
-        _running.reset(before)
+    return scoped(_running, step)
 
 
 def _attend(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.types import power_of_two
+from ..scoped import scoped
 from .operator import EIGHT_BITS
 
 PROGRAMS = 396
@@ -58,17 +59,12 @@ class Kind(NamedTuple):
 _launches: ContextVar[MutableMapping[Kind, LinearTuning] | None] = ContextVar("lycheedecode_launches", default=None)
 
 
-@contextmanager
-def tuned(launches: MutableMapping[Kind, LinearTuning]) -> Iterator[None]:
+def tuned(launches: MutableMapping[Kind, LinearTuning]) -> AbstractContextManager[None]:
     """Layers that this thread computes while this is open take their launches from `launches`.
 
     Kinds of layers that it lacks are added to it, with their default.
     """
-    before = _launches.set(launches)
-    try:
-        yield
-    finally:
-        _launches.reset(before)
+    return scoped(_launches, launches)
 
 
 def launch_of(kind: Kind) -> LinearTuning:
