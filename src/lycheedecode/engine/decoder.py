@@ -64,7 +64,7 @@ class Decoder:
         self.model, self.windows = model, windows
         self._backend, self._config = backend, config
         self._state: ModelState | None = None
-        self.follow()
+        self.catch_up()
         self._ways = [execution]
         self._may_fall_back = execution == "auto"
         if execution == "auto":
@@ -77,7 +77,7 @@ class Decoder:
         """How the next step runs."""
         return self._ways[0]
 
-    def follow(self) -> ModelState:
+    def catch_up(self) -> ModelState:
         """The model's present state. If the model was changed, steps of later contexts run a new copy of it."""
         state = ModelState(self.model)
         if state != self._state:

@@ -164,7 +164,7 @@ class Engine:
         longest, padding = max(lengths), left_padding(lengths)
         check_length(longest, self.shape, self._positions)
         is_long = self._positions.is_long(longest)
-        state = self._decoder.follow()
+        state = self._decoder.catch_up()
         if context is None:
             starts = None if padding is None else torch.tensor(padding, dtype=torch.int32, device=self.device)
             size = len(rows), longest + room
@@ -218,7 +218,7 @@ class Engine:
         """
         context = prompt if isinstance(prompt, Context) else self.prefill(prompt)
         check_context(context, self.model)
-        check_unchanged(context, self._decoder.follow())
+        check_unchanged(context, self._decoder.catch_up())
         answers = right_padded(answer_ids, self._vocabulary, self.device)
         if answers.shape[0] != len(context.prompt_lengths):
             raise InputError(f"There are {answers.shape[0]} answers for {len(context.prompt_lengths)} prompts.")
@@ -279,7 +279,7 @@ class Engine:
         sampling = settings_from(Sampling, sampling, "sampling")
         if isinstance(prompts, Context):
             check_context(prompts, self.model)
-            check_unchanged(prompts, self._decoder.follow())
+            check_unchanged(prompts, self._decoder.catch_up())
         else:
             prompts = encode(prompts, self.tokenizer, chat, self._vocabulary)
         if context is not None:

@@ -132,9 +132,7 @@ def measure_fidelity(
     makers = makers_for(tokenizer, cells, "evaluate")
     variants = [variants[0], _rounding(variants[0].config), *variants[1:]]
     results, cells = dict(finished or {}), tuple(dict.fromkeys(cells))
-    for name, number in Counter(map(str, cells)).items():
-        if number > 1:
-            raise ConfigError(f"{number} kinds of prompts would be called {name!r}: rename a text file.")
+    _check_names(cells)
     open_cells = [cell for cell in cells if str(cell) not in results]
     shares = _Shares(minutes, [cell.length for cell in open_cells])
     for cell in open_cells:
@@ -150,17 +148,19 @@ def measure_fidelity(
             if start and time.perf_counter() >= deadline:
                 break
             batch = drawn[start : start + batch_size]
-            if tokens := generated_tokens(cell):
-                choose = Choice(temperature, f"{name}/{start}")
-                _decode_long(engines, batch, tokens, choose, sums)
-            else:
-                _decode_batch(engines, batch, temperature, sums)
+            _decode(engines, batch, generated_tokens(cell), Choice(temperature, f"{name}/{start}"), sums)
             report(str(cell), start + len(batch), prompts)
         for label, each in sums.items():
             scores[label] |= asdict(each.score())
         results[str(cell)] = scores
         on_cell(str(cell), scores)
     return results
+
+
+def _check_names(cells: Sequence[Cell | Long]) -> None:
+    for name, number in Counter(map(str, cells)).items():
+        if number > 1:
+            raise ConfigError(f"{number} kinds of prompts would be called {name!r}: rename a text file.")
 
 
 class _Shares:
@@ -241,6 +241,16 @@ class _Reference(NamedTuple):
     answers: Tensor
     logits: list[Tensor]
     mask: Tensor
+
+
+def _decode(
+    engines: Mapping[str, Engine], prompts: Sequence[Prompt], tokens: int, choose: Choice, sums: Mapping[str, Sums]
+) -> None:
+    """Prompts to which full attention generates `tokens` tokens, or with true answers where that is 0."""
+    if tokens:
+        _decode_long(engines, prompts, tokens, choose, sums)
+    else:
+        _decode_batch(engines, prompts, choose.temperature, sums)
 
 
 def _decode_batch(
