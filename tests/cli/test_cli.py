@@ -102,6 +102,14 @@ def test_help_is_what_one_decides_in_brief_and_help_all_is_everything(name):
     assert "Small blocks are" not in brief
 
 
+@pytest.mark.parametrize("name", ["ops", "step", "lossless", "memory", "generate", "serving"])
+def test_help_of_a_benchmark_has_all_options_in_brief(name):
+    brief, full = (run("bench", name, option, env={"COLUMNS": "300"}).stdout for option in ("--help", "--help-all"))
+    shown, known = (re.findall(r"^│ (--[a-z-]+)", text, re.MULTILINE) for text in (brief, full))
+    assert shown == known
+    assert len("".join(brief.split())) < len("".join(full.split()))
+
+
 def test_every_setting_has_an_option_with_help():
     text = run("identify", "--help-all", env={"COLUMNS": "300"}).stdout
     tables = {"config", "train_cells", "calibrate_cells", "texts", "completion_factors", "budget_scales"}

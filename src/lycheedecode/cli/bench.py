@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
 from ..bench.settings import (
     BenchSettings,
@@ -23,6 +22,7 @@ from ..bench.settings import (
 from ..errors import PackageError
 from .options import Json, takes
 from .report import check_writable, quiet, save, screen
+from .tiers import HelpAll, Tiered
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -35,7 +35,7 @@ _RENAMED = {
 _SEVERAL = ("--batches", "--contexts", "--block-sizes", "--forms", "--ways", "--cases")
 
 
-class _Benchmark(TyperCommand):
+class _Benchmark(Tiered):
     """Also takes options as they were before 0.2: `--batches 1 4` for `--batches 1,4`, `--budget`, `--block`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -81,30 +81,30 @@ def _run(name: str, settings: BenchSettings, json_file: Any, needs_gpu: bool = T
 
 @app.command(cls=_Benchmark)
 @takes("given", OpsSettings, panels={})
-def ops(given: dict[str, Any], json_file: Json = None) -> None:
+def ops(given: dict[str, Any], json_file: Json = None, help_all: HelpAll = False) -> None:
     """Verify and time the operations of a decode step."""
     _run("ops", OpsSettings(**given), json_file)
 
 
 @app.command(cls=_Benchmark)
 @takes("given", StepSettings, panels={})
-def step(given: dict[str, Any], json_file: Json = None) -> None:
+def step(given: dict[str, Any], json_file: Json = None, help_all: HelpAll = False) -> None:
     """Verify and time whole decode steps of a model."""
     _run("step", StepSettings(**given), json_file)
 
 
-@app.command()
+@app.command(cls=Tiered)
 @takes("given", LosslessSettings, panels={})
-def lossless(given: dict[str, Any], json_file: Json = None) -> None:
+def lossless(given: dict[str, Any], json_file: Json = None, help_all: HelpAll = False) -> None:
     """Verify and time lossless rounds: drafts and the pass that verifies them."""
     settings = LosslessSettings(**given)
     needs_gpu = not set(settings.parts) <= {"real", "exact"}
     _run("lossless", settings, json_file, needs_gpu, "--parts real or exact (--model smollm2-135m)")
 
 
-@app.command()
+@app.command(cls=Tiered)
 @takes("given", MemorySettings, leave_out=("budget_tokens",), panels={})
-def memory(given: dict[str, Any], json_file: Json = None) -> None:
+def memory(given: dict[str, Any], json_file: Json = None, help_all: HelpAll = False) -> None:
     """Verify and time generation with the KV cache in host memory."""
     settings = MemorySettings(**given)
     _run("memory", settings, json_file, settings.parts != ("texts",), "--parts texts")
@@ -112,7 +112,7 @@ def memory(given: dict[str, Any], json_file: Json = None) -> None:
 
 @app.command(cls=_Benchmark)
 @takes("given", GenerateSettings, panels={})
-def generate(given: dict[str, Any], json_file: Json = None) -> None:
+def generate(given: dict[str, Any], json_file: Json = None, help_all: HelpAll = False) -> None:
     """Time generation, ours and Hugging Face's."""
     settings = GenerateSettings(**given)
     from ..bench.models import MODELS
@@ -122,6 +122,6 @@ def generate(given: dict[str, Any], json_file: Json = None) -> None:
 
 @app.command(cls=_Benchmark)
 @takes("given", ServingSettings, panels={})
-def serving(given: dict[str, Any], json_file: Json = None) -> None:
+def serving(given: dict[str, Any], json_file: Json = None, help_all: HelpAll = False) -> None:
     """Time vLLM with its own attention and with the plugin."""
     _run("serving", ServingSettings(**given), json_file)

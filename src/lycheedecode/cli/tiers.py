@@ -15,7 +15,7 @@ class Tiered(TyperCommand):
     """A command with `help_all: HelpAll`; `tiered` makes subclasses."""
 
     first: tuple[str, ...] = ()
-    """Parameters that `--help` shows."""
+    """Parameters that `--help` shows; none: all of them, in brief."""
     everything = False
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -25,7 +25,8 @@ class Tiered(TyperCommand):
         parameters: list[Any] = self.get_params(ctx)
         before = [(one, one.hidden, one.help) for one in parameters]
         for one in parameters:
-            one.hidden, one.help = one.name not in self.first, brief(one.help or "")
+            one.hidden = one.hidden or (bool(self.first) and one.name not in self.first)
+            one.help = brief(one.help or "")
         try:
             super().format_help(ctx, formatter)
         finally:
