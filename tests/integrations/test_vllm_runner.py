@@ -28,6 +28,11 @@ if settings.drafts_in_v2(parts.version):
             "graphs_are_captured_and_used_for_batches_that_they_hold",
         )
     ]
+    TESTS += [
+        "test_vllm_structured.py::test_hybrid",
+        "test_vllm_structured.py::test_lossless[asynchronous]",
+        "test_vllm_structured.py::test_drafts_for_a_given_form_are_certain",
+    ]
 
 
 def test_tokens_and_requests(monkeypatch):

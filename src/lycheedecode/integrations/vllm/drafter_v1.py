@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from .lossless import TargetDrafts
 from .parts import CommonAttentionMetadata, CUDAGraphMode, current_platform
@@ -80,10 +81,18 @@ class TargetDrafter(TargetDrafts, DraftModelProposer):
         if num_rejected_tokens_gpu is not None:
             verified = verified - num_rejected_tokens_gpu
 
+        certain = self._certain(self._runner.input_batch.req_ids)
+
         def sample(hidden: Tensor, index: int) -> Tensor:
             tokens, of_all = self._sample_draft_tokens(hidden, sampling_metadata)
             probs.append(of_all)
-            return tokens if of_all is None else self._drawn_by_seed(tokens, of_all, sampling_metadata.generators)
+            if of_all is None:
+                return tokens
+            tokens = self._drawn_by_seed(tokens, of_all, sampling_metadata.generators)
+            if certain is not None:
+                tokens[certain] = of_all[certain].argmax(-1).to(tokens.dtype)
+                of_all[certain] = one_hot(tokens[certain].long(), of_all.shape[-1]).to(of_all.dtype)
+            return tokens
 
         at_most, longest = self._runner.optimistic_seq_lens_cpu[:rows], common_attn_metadata.max_seq_len
         drafts = self._round(num_speculative_tokens, next_token_ids, verified, at_most, longest, sample)

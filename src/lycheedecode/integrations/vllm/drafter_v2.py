@@ -13,6 +13,9 @@ from .parts import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture  # isort: skip  (`parts` refuses unknown versions)
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator  # isort: skip
 
+_NEVER = -1e4
+"""The logit of a token that has no probability beside one of 0. Kernels would subtract infinity from itself."""
+
 
 def install(runner: Any) -> None:
     """Make a new model runner draft with its own model."""
@@ -83,9 +86,17 @@ class TargetSpeculator(TargetDrafts, DraftModelSpeculator):
             return self.draft_tokens[:rows]
         count = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
 
+        certain = self._certain(input_batch.req_ids)
+
         def sample(hidden: Tensor, index: int) -> Tensor:
             drawn = self.positions[:rows], places, temperature, seeds, self._columns[index]
-            return self.sample_draft(hidden, *drawn, self.draft_logits)
+            tokens = self.sample_draft(hidden, *drawn, self.draft_logits)
+            if certain is not None:
+                logits = self.draft_logits[places[certain], index]
+                tokens[certain] = best = logits.argmax(-1)
+                logits = torch.full_like(logits, _NEVER).scatter_(1, best[:, None], 0.0)
+                self.draft_logits[places[certain], index] = logits
+            return tokens
 
         verified, at_most = input_batch.seq_lens[:rows] - num_rejected, input_batch.seq_lens_cpu_upper_bound[:rows]
         tokens = last_sampled[places, 0]

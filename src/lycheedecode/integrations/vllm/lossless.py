@@ -13,7 +13,7 @@ runner by `drafter_v1` or `drafter_v2`, one for each of vLLM's two model runners
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,17 @@ class TargetDrafts:
             raise ServingError("A lossless server needs layers that can be hybrid, and the log says why none is.")
         if any(getattr(group, "kernel_block_size", None) is not None for group in flat):
             raise ServingError("A lossless server needs pages that attention does not cut: choose another block_size.")
+
+    def _certain(self, names: Sequence[str]) -> Tensor | None:
+        """Rows of a batch whose drafts have to be the most probable tokens, drawn with certainty; None: none.
+
+        vLLM drops a draft that a grammar refuses, and then samples as if there had been none. A sampled text keeps its
+        distribution only if the draft was no matter of chance.
+        """
+        builders = (group.get_metadata_builder() for of_cache in self._groups for group in of_cache)
+        requests = next(builder.hybrid.requests for builder in builders if getattr(builder, "hybrid", None) is not None)
+        rows = requests.formed(names)
+        return torch.tensor(rows, device=self._lengths.device) if rows else None
 
     def _make_graphs(self, target: torch.nn.Module, cudagraph_mode: CUDAGraphMode) -> None:
         """If vLLM has graphs for steps in which all decode, drafts get them for powers of two of sequences."""

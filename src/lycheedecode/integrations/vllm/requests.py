@@ -103,6 +103,7 @@ class Requests:
         self._limits, self._loads = limits, loads
         self._asked: dict[str, int] = {}
         self._seen: dict[str, int] = {}
+        self._formed: set[str] = set()
         self._rows: Sequence[str] = ()
 
     def note(
@@ -122,12 +123,17 @@ class Requests:
                 self._asked[name] = blocks
             else:
                 self._asked.pop(name, None)
+            self._formed.discard(name)
+            if getattr(params, "structured_outputs", None) is not None:
+                self._formed.add(name)
         for name in (*new, *moved):
             self._seen.pop(name, None)
         for kept in (self._asked, self._seen):
             if len(kept) > len(alive):
                 for name in [name for name in kept if name not in alive and name not in new]:
                     del kept[name]
+        if len(self._formed) > len(alive):
+            self._formed.intersection_update((*alive, *new))
         self._rows = rows
 
     def take(self) -> Sequence[str]:
@@ -138,6 +144,10 @@ class Requests:
     def blocks(self, rows: Sequence[str]) -> list[int | None]:
         """Most blocks of each row's selections; None: the default."""
         return [self._asked.get(name) for name in rows] if self._asked else [None] * len(rows)
+
+    def formed(self, rows: Sequence[str]) -> list[int]:
+        """Which rows may only have an output of a given form (JSON, a choice, a pattern)."""
+        return [row for row, name in enumerate(rows) if name in self._formed] if self._formed else []
 
     def grow(self, rows: Sequence[str], lengths: Sequence[int], decoding: int) -> list[int]:
         """Note the tokens that sequences have now; returns those at their last single token (0: there was none).
