@@ -118,7 +118,7 @@ def _tool(name: str) -> Callable[..., None]:
         asked, keep = settings(**given), None if str(json_file) == "-" else partial(save, json_file)
         work = getattr(loaded, function)
         with redirect_stdout(screen(json_file).file):  # rows are printed as they come
-            result = measure(f"experiments {name}", asked, work, name not in _ANYWHERE, keep, without_gpu="")
+            result = measure(f"experiments {name}", asked, work, name not in _ANYWHERE, keep)
         save(json_file, result)
 
     run.__doc__ = what

@@ -134,7 +134,6 @@ def _refused_as_it_is(architecture: str) -> Outcome | None:
 
 
 def _judged(differs: Any, model: nn.Module, right: tuple[Tensor, Tensor]) -> Outcome:
-
     try:
         why = differs(model, *right)
     except LycheeError as error:

@@ -22,7 +22,7 @@ def measure(
     run: Callable[[Settings, str], dict[str, Any] | Iterator[dict[str, Any]]],
     needs_gpu: bool = True,
     keep: Callable[[Result], None] | None = None,
-    without_gpu: str = "--smoke verifies",
+    without_gpu: str = "",
 ) -> Result:
     """The result of a benchmark.
 

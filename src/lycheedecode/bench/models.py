@@ -13,7 +13,7 @@ from ..engine.cache import KVCache
 from ..engine.engine import Context
 from ..errors import ConfigError
 from ..models.load import load_model, load_tokenizer
-from ..models.shape import ModelShape
+from ..models.shape import ModelShape, positions_of
 from ..plan import HeadPlan, bundled_plan_of, bundled_plans
 from ..prompts.text import load_text
 from .workload import Shape, spread_plan
@@ -87,7 +87,7 @@ def build_from(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
 
 def check_positions(model: nn.Module, context: int, tokens: int) -> None:
     """Refuse a generation that would end early: its time would be divided among steps that it never made."""
-    most = ModelShape.of(model).max_positions
+    most = positions_of(model).most
     if 0 < most < context + tokens - 1:
         raise ConfigError(
             f"{context} tokens and {tokens} new ones do not fit the model's {most} positions: ask for fewer."

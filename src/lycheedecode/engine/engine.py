@@ -21,9 +21,8 @@ from ..attention import DecodeAttention, FullAttention, HybridAttention
 from ..checks import check_number, check_tokenizer, check_type, settings_from, shown
 from ..config import ConfigLike, HybridConfig
 from ..errors import ConfigError, InputError
-from ..models.positions import Positions
 from ..models.routing import Window, supported_shape
-from ..models.shape import ModelError, inner_model, text_config, vocabulary_of
+from ..models.shape import ModelError, inner_model, positions_of, vocabulary_of
 from . import prefill
 from .arguments import check_context, check_continued, check_length, check_rounds, check_step, check_unchanged
 from .cache import KVCache
@@ -120,7 +119,7 @@ class Engine:
         self._prefill_chunk, self._windows = prefill_chunk, Window.of_layers(model, self.shape)
         self._decoder = Decoder(model, self.attention, self._windows, execution, backend, self.config)
         self._route = prefill.route(model)
-        self._positions = Positions.of(text_config(inner_model(model)))
+        self._positions = positions_of(model)
         if check:
             prove(model, self.shape, self._windows)
 

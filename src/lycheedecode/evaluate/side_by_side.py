@@ -15,8 +15,7 @@ from ..engine.engine import Context, Engine
 from ..engine.generation import stop_token_ids
 from ..engine.prefix import shared_tokens
 from ..errors import ConfigError
-from ..models.positions import Positions
-from ..models.shape import inner_model, text_config
+from ..models.shape import positions_of
 
 NEAR_TIE = 0.25
 """Nats that two tokens of a near tie are apart at most: one is no more than 1.3 times as probable as the other."""
@@ -118,7 +117,7 @@ def compare(
     """
     if max_new_tokens < 2:
         raise ConfigError(f"A comparison needs at least 2 new tokens, not {max_new_tokens}.")
-    max_new_tokens = Positions.of(text_config(inner_model(full.model))).new_tokens(max_new_tokens, len(prompt_ids))
+    max_new_tokens = positions_of(full.model).new_tokens(max_new_tokens, len(prompt_ids))
     context = full.prefill([list(prompt_ids)], room=max(max_new_tokens, timed_tokens))
     ends = set() if ignore_eos else stop_token_ids(full.model, full.tokenizer)
     runs: dict[str, list[tuple[Run, Tensor]]] = {"full": [], "hybrid": []}

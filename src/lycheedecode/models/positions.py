@@ -45,14 +45,18 @@ class Positions(NamedTuple):
                 turn, kind = original, name
         return cls(longest, turn, kind)
 
+    @property
+    def most(self) -> int:
+        """Tokens of the longest text that `Engine` decodes; 0: not known."""
+        return self.turn if self.kind == "dynamic" else self.longest
+
     def is_long(self, tokens: int) -> bool:
         """Whether a text of so many tokens is read with other frequencies than a short one."""
         return 0 < self.turn < tokens
 
     def new_tokens(self, wanted: int, prompt: int) -> int:
         """How many of `wanted` tokens can be decoded after a prompt of so many; at least 1, which takes no position."""
-        most = self.turn if self.kind == "dynamic" else self.longest
-        return max(min(wanted, most - prompt + 1), 1) if most else wanted
+        return max(min(wanted, self.most - prompt + 1), 1) if self.most else wanted
 
 
 def _scalings(config: Any) -> list[dict[str, Any]]:

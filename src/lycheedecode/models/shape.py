@@ -97,5 +97,10 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def positions_of(model: nn.Module) -> Positions:
+    """How the position encoding of a model, or of the one in a wrapper, depends on the length of the text."""
+    return Positions.of(text_config(inner_model(model)))
+
+
 def _kv_heads(config: Any) -> int | None:
     return 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None)

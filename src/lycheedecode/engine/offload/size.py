@@ -119,10 +119,8 @@ def _read(
         of_heads = [of_rows[row] for layer in shape.global_layers for row in plan.donor_rows(layer)]
     tokens = batch * sum(min(each * config.block_size, slots) for each in of_heads)
     selected = tokens * 2 * shape.head_dim * itemsize
-    scanned, means = (
-        _scanned(shape, batch, slots, itemsize, config, retrieval),
-        _means(shape, batch, slots, itemsize, config),
-    )
+    scanned = _scanned(shape, batch, slots, itemsize, config, retrieval)
+    means = _means(shape, batch, slots, itemsize, config)
     return {"means": means, "read": scanned + means + selected, "selected": selected}
 
 

@@ -15,8 +15,7 @@ from ...attention import HybridAttention, HybridState
 from ...engine.engine import Context, Engine
 from ...engine.sampling import Sampling, TokenText
 from ...errors import ConfigError
-from ...models.positions import Positions
-from ...models.shape import inner_model, text_config
+from ...models.shape import positions_of
 from ...ops import KV
 from ...policies.base import roles_of
 
@@ -115,7 +114,7 @@ def watch(
     attention, tokenizer = engine.attention, engine.tokenizer
     if not isinstance(attention, HybridAttention) or tokenizer is None:
         raise ConfigError("Only an engine with a head plan and a tokenizer has selections to show.")
-    max_new_tokens = Positions.of(text_config(inner_model(engine.model))).new_tokens(max_new_tokens, len(prompt_ids))
+    max_new_tokens = positions_of(engine.model).new_tokens(max_new_tokens, len(prompt_ids))
     context = engine.prefill([list(prompt_ids)], room=max_new_tokens)
     [made] = engine.generate(context, max_new_tokens, sampling=sampling, stop=stop, ignore_eos=ignore_eos)
     watched = _Watched(attention)

@@ -78,8 +78,10 @@ class TargetDrafts:
         self._groups = groups
         self._slots = [torch.full_like(self._lengths, -1, dtype=torch.int64) for _ in groups]
         flat = [group for of_cache in groups for group in of_cache]
-        if all(getattr(group.get_metadata_builder(), "hybrid", None) is None for group in flat):
+        hybrid = [getattr(group.get_metadata_builder(), "hybrid", None) for group in flat]
+        if not any(hybrid):
             raise ServingError("A lossless server needs layers that can be hybrid, and the log says why none is.")
+        self._requests = next(filter(None, hybrid)).requests  # every group knows all of them
         if any(getattr(group, "kernel_block_size", None) is not None for group in flat):
             raise ServingError("A lossless server needs pages that attention does not cut: choose another block_size.")
 
@@ -89,9 +91,7 @@ class TargetDrafts:
         vLLM drops a draft that a grammar refuses, and then samples as if there had been none. A sampled text keeps its
         distribution only if the draft was no matter of chance.
         """
-        builders = (group.get_metadata_builder() for of_cache in self._groups for group in of_cache)
-        requests = next(builder.hybrid.requests for builder in builders if getattr(builder, "hybrid", None) is not None)
-        rows = requests.formed(names)
+        rows = self._requests.formed(names)
         return torch.tensor(rows, device=self._lengths.device) if rows else None
 
     def _make_graphs(self, target: torch.nn.Module, cudagraph_mode: CUDAGraphMode) -> None:

@@ -103,7 +103,7 @@ class Requests:
         self._limits, self._loads = limits, loads
         self._asked: dict[str, int] = {}
         self._seen: dict[str, int] = {}
-        self._formed: set[str] = set()
+        self._formed: dict[str, bool] = {}
         self._rows: Sequence[str] = ()
 
     def note(
@@ -123,17 +123,16 @@ class Requests:
                 self._asked[name] = blocks
             else:
                 self._asked.pop(name, None)
-            self._formed.discard(name)
             if getattr(params, "structured_outputs", None) is not None:
-                self._formed.add(name)
+                self._formed[name] = True
+            else:
+                self._formed.pop(name, None)
         for name in (*new, *moved):
             self._seen.pop(name, None)
-        for kept in (self._asked, self._seen):
+        for kept in (self._asked, self._seen, self._formed):
             if len(kept) > len(alive):
                 for name in [name for name in kept if name not in alive and name not in new]:
                     del kept[name]
-        if len(self._formed) > len(alive):
-            self._formed.intersection_update((*alive, *new))
         self._rows = rows
 
     def take(self) -> Sequence[str]:
