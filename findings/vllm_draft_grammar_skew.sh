@@ -73,7 +73,7 @@ pair = torch.stack([first[row, 0], apart[row].argmin()])
 form = f"a[{''.join(string.ascii_letters[i] for i in pair)}]"
 right = (wanted[row, pair[0]] / wanted[row, pair].sum()).item()
 given = [f"{letter} {share:.3f}" for letter, share in zip(form[2:4], drafted[row, pair].tolist())]
-print(f"{form}: the model gives {form[2]} {right:.3f} of the two; the draft model {', '.join(given)} of all", flush=True)
+print(f"{form}: the model gives {form[2]} {right:.3f} of the two, the draft model {', '.join(given)} of all", flush=True)
 sampling = SamplingParams(
     n=SAMPLES, max_tokens=2, temperature=1, structured_outputs=StructuredOutputsParams(regex=form)
 )

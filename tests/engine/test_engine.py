@@ -8,7 +8,9 @@ import tiny
 import torch
 
 from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError, Sampling
+from lycheedecode.engine.memory import CacheMemoryError
 from lycheedecode.engine.sampling import TokenText
+from lycheedecode.errors import InputError
 from lycheedecode.models.shape import ModelError
 
 TIGHT = tiny.config(16)
@@ -134,6 +136,56 @@ def test_refresh_every_selects_less_often(llama):
     assert len(selected) == 1
     assert {i for i, changed in enumerate(changes, 1) if changed} <= {3, 6}
     assert any(changes)
+
+
+CORRECTED = pytest.mark.parametrize("config", [TIGHT, replace(TIGHT, correction_every=3)], ids=["hybrid", "corrected"])
+
+
+@CORRECTED
+@pytest.mark.parametrize("after", ["half of the layers", "all layers"])
+def test_a_step_that_was_interrupted_is_not_continued(llama, after, config):
+    """Some layers have its token then, or all of them; of a correction, some have the new entries."""
+    engine, rows, answers = Engine(llama, plan=tiny.plan(), config=config), tiny.prompts(60, 31), tiny.prompts(3, 3)
+    right = engine.score(rows, answers)
+    context, tokens = engine.prefill(rows), torch.tensor(answers).unbind(1)
+
+    def interrupt(*_):
+        if context.steps == 2:
+            raise KeyboardInterrupt
+
+    def feed():
+        return torch.stack([engine.decode_one_token(context, token_ids) for token_ids in tokens], 1)
+
+    module = llama.lm_head if after == "all layers" else llama.model.layers[tiny.LAYERS // 2]
+    hook = module.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            feed()
+    finally:
+        hook.remove()
+    with pytest.raises(InputError, match="rewind"):
+        engine.decode_one_token(context, tokens[2])
+    context.rewind()
+    assert torch.equal(feed(), right)
+
+
+@CORRECTED
+def test_a_step_that_was_refused_can_be_made_again(llama, config, monkeypatch):
+    engine, rows, answers = Engine(llama, plan=tiny.plan(), config=config), tiny.prompts(60, 31), tiny.prompts(7, 7)
+    right = engine.score(rows, answers)
+    context, logits = engine.prefill(rows), []
+
+    def refuse(slots):
+        raise CacheMemoryError(f"{slots} slots do not fit.")
+
+    for token_ids in torch.tensor(answers).unbind(1):
+        with monkeypatch.context() as patch:
+            patch.setattr(context.cache, "reserve", refuse)
+            with pytest.raises(CacheMemoryError):
+                engine.decode_one_token(context, token_ids)
+        logits.append(engine.decode_one_token(context, token_ids))
+    assert torch.equal(torch.stack(logits, 1), right)
+    assert context.steps == 7
 
 
 # ---------------------------------------------------------------------- Cache Correction

@@ -210,10 +210,13 @@ def test_what_does_not_go_is_one_sentence(llama, options, words):
 
 
 def test_attention_that_reads_everything_does_not_decode_from_there(llama):
-    context = engine_of(llama, cache="host").prefill(tiny.prompts(20))
+    """What can goes on as if nobody had asked."""
+    engine = engine_of(llama, cache="host")
+    context = engine.prefill(tiny.prompts(20))
     for other in (Engine(llama), engine_of(llama)):
         with pytest.raises(ConfigError, match=r"cache of this context .* host memory"):
             other.decode_one_token(context, torch.tensor([5]))
+    assert torch.equal(decode(engine, context, [[5]]), engine.score(tiny.prompts(20), [[5]]))
 
 
 def test_too_little_host_memory(llama, monkeypatch):

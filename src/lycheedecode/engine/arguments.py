@@ -51,8 +51,10 @@ def check_unchanged(context: Context, state: ModelState) -> None:
 
 
 def check_step(context: Context, token_ids: Tensor, model: nn.Module, vocabulary: int) -> None:
-    """Refuse a Context as above, and what is not one token of the vocabulary a sequence."""
+    """Refuse a Context as above or in the middle of a step, and what is not one token of the vocabulary a sequence."""
     check_context(context, model)
+    if context._in_step:
+        raise InputError("A decode step over this Context did not end: rewind() it and feed its tokens again.")
     sequences = len(context.prompt_lengths)
     whole = isinstance(token_ids, Tensor) and token_ids.dtype in (torch.int64, torch.int32)
     if not whole or token_ids.shape != (sequences,):

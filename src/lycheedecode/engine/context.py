@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import LycheeError
 from ..models.state import ModelState
 from .cache import KVCache
 
@@ -51,6 +53,7 @@ class Context:
     _decoded: list[Tensor] = field(default_factory=list)
     _uncorrected: list[Tensor] = field(default_factory=list)
     _kept_steps: dict[Any, Any] = field(default_factory=dict)
+    _in_step: bool = False
     _place: int = -1
     _turn: int = 0
 
@@ -77,6 +80,24 @@ class Context:
         lengths = [0] * len(self.prompt_lengths)
         self.is_whole, self.token_ids, self.prompt_lengths = False, self.token_ids[:, :0], lengths
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """For engines: around a decode step.
+
+        Refused before it wrote entries, it leaves all as it was; after an interrupt some layers may have its token.
+        """
+        filled, decoded, uncorrected = self.cache.length, len(self._decoded), len(self._uncorrected)
+        self._in_step = True
+        try:
+            yield
+        except LycheeError:
+            if self.cache.length == filled:
+                del self._decoded[decoded:], self._uncorrected[uncorrected:]
+                self._in_step = False
+            raise
+        self.steps += 1
+        self._in_step = False
+
     def _starts(self) -> list[int]:
         return self.cache.first_slots(len(self.prompt_lengths))
 
@@ -88,6 +109,7 @@ class Context:
         self.steps = 0
         self._uncorrected.clear()
         self._decoded.clear()
+        self._in_step = False
 
     def memory(self, sequence: int) -> dict[str, Any]:
         """For engines: what a `Generation` of this sequence says of the memory that the cache takes."""

@@ -186,23 +186,23 @@ class Engine:
         """Feed one token for each sequence, int64 `[B]`; returns float32 `[B, V]`, the logits of the token after it.
 
         With Cache Correction, every n-th call is a dense pass over the last n tokens instead, which rewrites their
-        cache entries and gives the logits.
+        cache entries and gives the logits. After a step that was interrupted, only `Context.rewind` helps.
         """
         if self.config.verify_every:
             raise ConfigError("Only generations verify: for single steps and scores, leave out verify_every.")
         check_step(context, token_ids, self.model, self._vocabulary)
         check_length(context.cache.length + 1, self.shape, self._positions, "With this token, the text")
-        context.steps += 1
-        if self._positions.turn:
-            self._restore_prompts(context)
-            context._decoded.append(token_ids.clone())
-            if self._positions.is_long(context.cache.length + 1) != context.is_long:
-                return self._read_again(context)
-        if self.config.correction_every:
-            context._uncorrected.append(token_ids.clone())
-            if len(context._uncorrected) >= self.config.correction_every:
-                return correct(context, self._decoder, self._full)
-        return self._decoder.logits(context, token_ids).clone()
+        with context.step():
+            if self._positions.turn:
+                self._restore_prompts(context)
+                context._decoded.append(token_ids.clone())
+                if self._positions.is_long(context.cache.length + 1) != context.is_long:
+                    return self._read_again(context)
+            if self.config.correction_every:
+                context._uncorrected.append(token_ids.clone())
+                if len(context._uncorrected) >= self.config.correction_every:
+                    return correct(context, self._decoder, self._full)
+            return self._decoder.logits(context, token_ids).clone()
 
     def score(self, prompt: Context | TokenIds, answer_ids: TokenIds) -> Tensor:
         """Feed answers through decode steps, one token of each sequence at a time.

@@ -112,9 +112,9 @@ def correct(context: Context, decoder: Decoder, full: FullAttention) -> Tensor:
         float32 `[B, V]`, the logits after the newest token.
     """
     cache, tokens = context.cache, torch.stack(context._uncorrected, 1)
+    cache.reserve(cache.length + 1)  # if that is refused, the call can be made again
     context._uncorrected.clear()
     cache.truncate(cache.length - tokens.shape[1] + 1)
-    cache.reserve(cache.length + tokens.shape[1])
     for part in tokens.split(MAX_TOKENS, 1):
         logits = decoder.attempt(context, partial(_pass_logits, context, decoder, full, part))
         cache.advance(part.shape[1])
