@@ -169,6 +169,15 @@ def test_several_tokens(compiled, tokens, group, dim, dtype, page, tmp_path, mon
     check(compiled, tmp_path, 2)
 
 
+@pytest.mark.parametrize("page", [0, 16])
+def test_several_tokens_over_a_long_cache(compiled, page, tmp_path):
+    """Tiles of 128 tokens, with as many in flight as fit into shared memory; addresses may lie on the stack."""
+    kv = make_cache(128, torch.bfloat16, page, slots=2**20)
+    kernels.attend_tokens(torch.empty(1, 9, 8, 128, dtype=torch.bfloat16), kv, 0.1)
+    check(compiled, tmp_path, 2, spills=96)
+    assert compiled[0].metadata.shared >= 2 * 128 * 512
+
+
 @pytest.mark.parametrize(("tokens", "page"), [(0, 0), (0, 16), (1, 0)])
 def test_programs_of_8_bit_caches_wait_for_each_other(compiled, tokens, page, tmp_path):
     """For a single token a processor holds three of them. 0 tokens: the dense operation's one."""

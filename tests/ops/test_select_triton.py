@@ -128,6 +128,29 @@ def test_select_from_rows_of_any_length(levels, held, monkeypatch):
         assert as_sets(out) == as_sets(expected)
 
 
+@pytest.mark.parametrize("wanted", [20, 31, 40, 200])
+@pytest.mark.parametrize("order", ["one lane", "all but one lane", "ascending", "zeros"])
+def test_select_wherever_the_best_are(order, wanted):
+    """More blocks than lanes, and fewer; the search begins at what the best of every lane say."""
+    scores = torch.rand(1000) * 1e-3
+    if order == "one lane":
+        scores[5::32] += 0.1
+    elif order == "all but one lane":
+        scores[torch.arange(1000) % 32 != 5] += 0.1
+    elif order == "ascending":
+        scores = scores.sort().values
+    else:
+        scores[torch.rand(1000) < 0.99] = 0.0
+    config = HybridConfig(block_size=8, budget_tokens=8 * wanted, sink_tokens=10, recent_tokens=9)
+    lengths = torch.tensor([7997], dtype=torch.int32, device=DEVICE)
+    kv = KV(*[torch.empty(1, 1, 8000, 16, device=DEVICE)] * 2, lengths)
+    expected, out = (Selections.allocate(1, 1, wanted, DEVICE) for _ in range(2))
+    scores = scores[None, None].to(DEVICE)
+    reference.select_blocks(scores, kv, config, expected)
+    select.select_blocks(scores, kv, select.Rule.of(config), out, Tuning(1, 32, 1, 1))
+    assert as_sets(out) == as_sets(expected)
+
+
 SHARES = Shares.of_factors(heads=(0, 0, 0, 2, 1), factors=(0.5, 4, 1, 0.6, 1.2), budget=10, least=5)
 """Rows of three heads: one head is read with three budgets, and the heads are not in order."""
 SHARE_LIMITS = {"none": None, "some": [10, 4, EVERYTHING, 7, 10]}

@@ -110,7 +110,7 @@ def _attend_rows(kv: KV, heads: int, tune: bool) -> Iterator[dict[str, Any]]:
 def _tunings(usual: Tuning, pairs: int) -> list[Tuning]:
     """Launches around the usual one."""
     splits = [16, 33, 49] if pairs <= 16 else [4, 8, 12]
-    shapes = (64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 3), (32, 4, 5)
+    shapes = (64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 4), (32, 4, 3)
     return [usual, *(Tuning(s, *shape, usual.pdl) for s in splits for shape in shapes)]
 
 

@@ -289,9 +289,11 @@ def for_8_bit_keys(q, scale):
 
 @triton.jit
 def logits_of(q, k, exists, scale):
-    """`[GP, tokens]` logits in base 2; -inf where nothing exists."""
+    """`[GP, tokens]` logits in base 2; -inf where nothing exists (None: everything does)."""
     x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    return tl.where(exists[None, :], x, float("-inf"))
+    if exists is not None:
+        x = tl.where(exists[None, :], x, float("-inf"))
+    return x
 
 
 @triton.jit

@@ -173,10 +173,11 @@ def most_rows(kv: KV) -> int:
 def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     """What was fastest on an H100 and on an H200; `bench lossless --parts attend --tune` measures it.
 
-    A single token in 8 bits is read as by `triton_dense`. With more than 16 rows a tile's arithmetic takes half as
-    long as its bytes on an H200: two programs a processor, of three stages, so that one computes while the other
-    waits. On an H100, whose memory is slower, one program computes beside its own loads, and there is half as much to
-    merge. In 8 bits it takes about as long as in 16: it waits for conversions, not for bytes.
+    A single token in 8 bits is read as by `triton_dense`. Up to 64 rows of 16 bits a processor has one program, which
+    computes beside its own loads, and there is half as much to merge as with two: on an H100 with tiles of 64, on an
+    H200, whose memory is faster, of 128, or of 64 in four stages where few of them come to a program. Otherwise one of
+    two programs computes while the other waits. In 8 bits attention takes about as long as in 16: it waits for
+    conversions, not for bytes.
     """
     device, pdl = kv.keys.device, common.has_pdl(kv.keys.device)
     size = kv.keys.element_size()
@@ -190,6 +191,9 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     row_tile = min(common.power_of_two(rows), most_rows(kv))
     held = row_tile * common.power_of_two(kv.keys.shape[3])
     warps = 8 if held > 64 * 128 or size == 4 else 4
-    programs = 1 if row_tile == 64 and size == 2 and common.read_rate(device) < 30e9 else 2
-    splits = common.filling_splits(pairs, programs * common.processors(device))
-    return common.fitting(Tuning(min(splits, max(tiles, 1)), tile, warps, 3, pdl), kv)
+    one = row_tile == 64 and size == 2 and (held <= 64 * 128 or common.read_rate(device) < 30e9)
+    splits = min(common.filling_splits(pairs, (1 if one else 2) * common.processors(device)), tiles)
+    stages = 3
+    if one and common.read_rate(device) > 30e9:
+        tile, stages = (2 * tile, 3) if tiles >= 256 * splits else (tile, 4)
+    return common.fitting(Tuning(splits, tile, warps, stages, pdl), kv)

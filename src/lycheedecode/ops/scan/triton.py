@@ -115,39 +115,46 @@ def _scan_kernel(
     line = ((r * tl.num_programs(2) + b) * G + g).to(tl.int64)
     peak = tl.full([GP, TURNS, LANES], float("-inf"), tl.float32)
     total = tl.zeros([GP, TURNS, LANES], tl.float32)
-    tiles = tl.where(count > common.whole_of(b, whole_up_to, limits, BLOCK), tl.cdiv(count, TILE), 0)
-    for tile in range(split, tiles, SPLITS):
-        token = tile * TILE + dealt
-        exists = token < count
-        page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
-        if pairs is not None:
-            scales = coming  # they are no operand of a product, and the compiler would wait for each tile's
-            coming = _load_pairs(
-                pairs, stride_pb, stride_pr, stride_ps, b, r, first, token + SPLITS * TILE, count,
-                page_table, stride_table, PAGE,
-            )  # fmt: skip
-            n = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D // 2, q.shape[1])
-            x = logits_of_4_bits(q, q_high, less, less_high, n, scales, exists, scale)
-        else:
-            if copy is None:
-                k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+    scanned = tl.where(count > common.whole_of(b, whole_up_to, limits, BLOCK), count, 0)
+    tile_0 = split
+    for masked in tl.static_range(pairs is not None, 2):  # whole tiles need no masks
+        tile_1 = tl.cdiv(scanned, TILE) if masked else scanned // TILE
+        for tile in range(tile_0, tile_1, SPLITS):
+            token = tile * TILE + dealt
+            exists = None
+            if masked:
+                exists = token < count
+            page, entry = common.locate(b, first + token, exists, page_table, stride_table, PAGE)
+            if pairs is not None:
+                scales = coming  # they are no operand of a product, and the compiler would wait for each tile's
+                coming = _load_pairs(
+                    pairs, stride_pb, stride_pr, stride_ps, b, r, first, token + SPLITS * TILE, count,
+                    page_table, stride_table, PAGE,
+                )  # fmt: skip
+                HALF: tl.constexpr = D // 2
+                n = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, HALF, q.shape[1])
+                x = logits_of_4_bits(q, q_high, less, less_high, n, scales, exists, scale)
             else:
-                k = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D, DP)
-            if copy is not None or key_scales is not None:
-                k = k.to(q.dtype)
-            x = common.logits_of(q, k, exists, scale)
-        x = tl.reshape(x, [GP, TURNS, ROUNDS, LANES, EIGHT])
-        largest = tl.max(tl.max(x, 2), 3)  # [GP, TURNS, LANES]
-        shift = common.finite(largest)
-        part = tl.sum(tl.sum(tl.exp2(x - shift[:, :, None, :, None]), 2), 3)
+                if copy is None:
+                    k = common.load_tokens(keys, page, entry, head, exists, stride_kp, stride_kh, stride_ks, D, DP)
+                else:
+                    k = common.load_tokens(copy, page, entry, r, exists, stride_cb, stride_cr, stride_cs, D, DP)
+                if copy is not None or key_scales is not None:
+                    k = k.to(q.dtype)
+                x = common.logits_of(q, k, exists, scale)
+            x = tl.reshape(x, [GP, TURNS, ROUNDS, LANES, EIGHT])
+            largest = tl.max(tl.max(x, 2), 3)  # [GP, TURNS, LANES]
+            shift = common.finite(largest)
+            part = tl.sum(tl.sum(tl.exp2(x - shift[:, :, None, :, None]), 2), 3)
 
-        new_peak = tl.maximum(peak, largest)
-        new_shift = common.finite(new_peak)
-        total = total * tl.exp2(peak - new_shift) + part * tl.exp2(shift - new_shift)
-        peak = new_peak
-        value = tl.reshape(largest if LARGEST else shift + tl.log2(part), [GP, TURNS * LANES])
-        n = tile * (TILE // BLOCK) + tl.arange(0, TURNS * LANES)
-        tl.store(worth + line[:, None] * N + n[None, :], value, mask=(g < G)[:, None] & (n < N)[None, :])
+            new_peak = tl.maximum(peak, largest)
+            new_shift = common.finite(new_peak)
+            total = total * tl.exp2(peak - new_shift) + part * tl.exp2(shift - new_shift)
+            peak = new_peak
+            value = tl.reshape(largest if LARGEST else shift + tl.log2(part), [GP, TURNS * LANES])
+            n = tile * (TILE // BLOCK) + tl.arange(0, TURNS * LANES)
+            tl.store(worth + line[:, None] * N + n[None, :], value, mask=(g < G)[:, None] & (n < N)[None, :])
+        tile_0 += tl.cdiv(tl.maximum(tile_1 - tile_0, 0), SPLITS) * SPLITS
     highest = tl.max(tl.max(peak, 2), 1)
     mass = tl.sum(tl.sum(total * tl.exp2(peak - common.finite(highest)[:, None, None]), 2), 1)
     if sinks is not None:

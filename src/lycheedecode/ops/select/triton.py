@@ -38,8 +38,6 @@ _FORCED = tl.constexpr(0x7FFFFFFF)
 _PARTS = tl.constexpr(PARTS)
 _LARGEST = tl.constexpr(0x7F800000)  # of a score
 _ABSENT = tl.constexpr(-1)
-_BITS = tl.constexpr(21)  # of each of three counts in one integer
-_LOW_BITS = tl.constexpr((1 << 21) - 1)
 _LANE_BITS = tl.constexpr(10)  # of each of a lane's three counts in a chunk: it has at most `IN_REGISTERS + 1` keys
 _LOW_LANE_BITS = tl.constexpr((1 << 10) - 1)
 _TWO_CUTS = tl.constexpr(1 | 1 << 10)  # what a key adds to them
@@ -108,16 +106,17 @@ def _reach(keys, one, two, three):
 @triton.jit
 def _count(one, two, three, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
     """How many keys are at least `one`, at least `two`, at least `three`, which ascend."""
-    packed = tl.zeros([LANES], tl.int64)
+    counts = tl.zeros([LANES, 2, 2], tl.int32)
     for c in range(_chunks(row, LANES, EACH, HELD)):
         many, rest = keys if HELD else _read(row, c, LANES, EACH)
         lane = _reach(many, one, two, three) + _reach(rest, one, two, three)
-        packed += (lane & _LOW_LANE_BITS).to(tl.int64)
-        packed += ((lane >> _LANE_BITS) & _LOW_LANE_BITS).to(tl.int64) << _BITS
-        packed += (lane >> 2 * _LANE_BITS).to(tl.int64) << 2 * _BITS
-    found = tl.sum(packed, 0)
-    of_one, of_two, of_three = found & _LOW_BITS, (found >> _BITS) & _LOW_BITS, found >> 2 * _BITS
-    return of_one.to(tl.int32), of_two.to(tl.int32), of_three.to(tl.int32)
+        of_two = (lane >> _LANE_BITS) & _LOW_LANE_BITS
+        of_one_and_two = tl.join(lane & _LOW_LANE_BITS, of_two)
+        counts += tl.join(of_one_and_two, tl.join(lane >> 2 * _LANE_BITS, of_two))
+    of_one_and_two, of_three_and_two = tl.split(tl.sum(counts, 0))
+    of_one, of_two = tl.split(of_one_and_two)
+    of_three, _ = tl.split(of_three_and_two)
+    return of_one, of_two, of_three
 
 
 @triton.jit
@@ -184,6 +183,16 @@ def _blocks_of_mass(amount, forced, keys, row, LANES: tl.constexpr, EACH: tl.con
 
 
 @triton.jit
+def _interval(more, keys, LANES: tl.constexpr):
+    """Keys between which the `more`-th best score lies: each lane has a key that is not below the worst lane's best."""
+    many, rest = keys
+    many, rest = tl.where(many == _FORCED, _ABSENT, many), tl.where(rest == _FORCED, _ABSENT, rest)
+    best = tl.maximum(tl.max(many, 0), tl.max(rest, 0))
+    high, low = tl.split(tl.max(tl.join(best, -best), 0))
+    return tl.where(more <= LANES, tl.maximum(-low, 0), 0), high
+
+
+@triton.jit
 def _search(wanted, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr):
     """Where the selection ends: larger keys are selected, and blocks before `end` that have the key `low`."""
     exist = row[4]
@@ -192,7 +201,9 @@ def _search(wanted, forced, keys, row, LANES: tl.constexpr, EACH: tl.constexpr, 
         low, high, above, reach = _FORCED, _FORCED, 0, forced
     elif wanted == exist:
         high = low
-    while low < high:  # `above` keys are larger than `high`; `reach` are at least `low`, no fewer than wanted
+    elif HELD:
+        low, high = _interval(wanted - forced, keys, LANES)
+    while low < high:  # `above` keys are larger than `high`; at most `reach` are at least `low`, no fewer than wanted
         quarter = (high - low) // 4 + 1
         one, two, three = low + quarter, tl.minimum(low + 2 * quarter, high), tl.minimum(low + 3 * quarter, high)
         of_one, of_two, of_three = _count(one, two, three, keys, row, LANES, EACH, HELD)
