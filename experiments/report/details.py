@@ -47,14 +47,14 @@ NOTES = {
     "pass, 27 rows, are cuBLAS's.",
     "h100-lossless-rounds-3x128k-64-rows": "As above, with 64: those layers are our kernel's, with launches that were "
     "timed on this GPU.",
-    "h200-lossless-attend-tune": "With `--tune`; the run ended in 1 x 128K. The launch of one token in use since was "
-    "chosen by it: `(33, 32, 4, 4, 1)`.",
-    "h200-lossless-rounds-1x128k": "`bench step` finds a full step of 8.19 ms on the same GPU "
-    "(`h200-step-completion`). By that, rounds are 1.64 and, with 8-bit drafts, 2.22 times as fast.",
-    "h200-lossless-rounds-1x512k": "The full step is 1.2 ms slower than the pass over 9 tokens, for a reason that is "
-    "not known. Beside a step as fast as the pass, rounds would be 2.99 and, with 8-bit drafts, 3.57 times as fast.",
+    "h200-lossless-attend-tune": "With `--tune`, before its choice; the run ended in 1 x 128K. 9 tokens are launched "
+    "as `(16, 64, 4, 4, 1)` since.",
+    "h200-lossless-rounds-1x512k": "The full step is 0.9 ms slower than the pass over 9 tokens, for a reason that is "
+    "not known. Beside a step as fast as the pass, rounds would be 2.97 and, with 8-bit drafts, 3.63 times as fast.",
     "h200-lossless-rounds-4x128k-16-rows": "Made with `python -m experiments.with_rows 16`: the linear layers of the "
-    "pass, 36 rows, are cuBLAS's; in `h200-lossless-rounds-4x128k`, from the same GPU, they are our kernel's.",
+    "pass, 36 rows, are cuBLAS's.",
+    "h200-lossless-rounds-4x128k-64-rows": "From the same GPU as the file above: those layers are our kernel's, as "
+    "they are by default. Kernels of attention have become faster since (`h200-lossless-rounds`).",
     **dict.fromkeys(
         ("h200-generate", "h200-step-llama-3-8b", "h200-step-qwen3-8b"),
         "Since then, full attention of one token at 1 x 128K is launched otherwise on an H200: a full step of "
@@ -85,13 +85,12 @@ NOTES = {
     "steps after its start, `later miss rate` the later half.",
     "h100-serving-lossless-32x30k": "In bfloat16. The row of stock compares its texts with those that it writes one at "
     "a time. `wrong` is empty: where lossless texts leave stock's, rounding moves stock's own tokens as far.",
-    "h100-serving-qwen3-30b-a3b": "Half of the layers. Made with `python -m experiments.moe_ops`: this build of "
-    "vLLM lacks the operations that route tokens to experts and add up what they return (`_moe_C`). Plain PyTorch does "
-    "both, in many small launches a layer, and the engine runs in the benchmark's process. That lengthens the steps of "
-    "both sides alike, and so makes their ratio smaller than a complete build would show.",
     "h100-serving-lossless-coder-1.5b": "In bfloat16. The file says where texts leave stock's; that they may do so at "
     "near ties only has been checked since.",
-    "h200-serving-llama-3-8b": "Under `NHD`, the layout that vLLM 0.26 takes by itself.",
+    "h200-serving-llama-3-8b": "Under `NHD`, the layout that vLLM 0.26 takes by itself. At 1 x 1K neither way of the "
+    "plugin scans: between them are 4% for a reason that is not known. Two earlier runs, on other GPUs of the kind, "
+    "had `hybrid` within 1% of stock there.",
+    "h200-serving-qwen3-30b-a3b": "All 48 layers, with vLLM's own kernels for experts.",
     "h100-serving-lossless-smollm2": "In bfloat16, as above. Without the rows of 4 x 1000, whose speeds were "
     "differences of times too short to measure: one was negative.",
 }

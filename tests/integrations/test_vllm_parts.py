@@ -8,10 +8,12 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it.")
 
 import vllm
+from vllm.v1.worker import cpu_worker, gpu_worker
 
 from lycheedecode.integrations import vllm as plugin
 from lycheedecode.integrations.vllm import parts, settings
@@ -65,6 +67,19 @@ def test_drafters_are_called_as_we_override_them():
             assert found == expected, f"{HERE}: {theirs.__name__}.{name} takes {found}."
 
 
+def test_every_worker_leaves_room_beside_its_cache(monkeypatch):
+    """Also where vLLM has decorated the method: GPUs once kept all memory for the cache."""
+    workers = [gpu_worker.Worker, cpu_worker.CPUWorker]
+    for worker in workers:
+        assert "determine_available_memory" in vars(worker), f"{HERE}: {worker.__name__} takes it from another class."
+        stock = inspect.unwrap(worker.determine_available_memory)
+        assert list(inspect.signature(stock).parameters) == ["self"]
+        monkeypatch.setattr(worker, "determine_available_memory", torch.inference_mode()(lambda self: 1000))
+    for _ in range(2):
+        parts.reserve(lambda worker: 0.75)
+    assert [worker.determine_available_memory(object()) for worker in workers] == [750, 750]
+
+
 SELECTED = """
 import json, sys, torch
 import lycheedecode.integrations.vllm as plugin
@@ -98,7 +113,7 @@ def test_who_does_not_ask_for_it_gets_what_vllm_has():
     stock["paths"].pop("CUSTOM")
     assert ours["paths"] == stock["paths"]
     assert ours["overridden"] == ["CUSTOM"]
-    assert ours["loaded"] == []
+    assert ours["loaded"] == ["lycheedecode.integrations.vllm.wrap"]
 
 
 def test_an_unknown_version_is_refused_by_who_asks_for_it(monkeypatch):

@@ -15,14 +15,17 @@ lossless    the model drafts for itself, hybrid, and verifies with full attentio
 drafter_v1  what vLLM's first model runner asks of that
 drafter_v2  what the second one does
 fill        a KV connector for `bench serving`
+wrap        replaces methods of vLLM's classes, once
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from .wrap import wrap
 
 
 def register() -> None:
@@ -60,11 +63,10 @@ def _let_cpus_have_it(platform: type, backends: type) -> None:
 
 def _prepare_engines(arguments: type) -> None:
     """Once arguments have become a configuration that asks for CUSTOM, see `frontend.prepare`."""
-    stock = arguments.create_engine_config
-    if hasattr(stock, "__wrapped__"):
-        return
+    wrap(arguments, "create_engine_config", _preparing)
 
-    @functools.wraps(stock)
+
+def _preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *others: Any, **named: Any) -> Any:
         from . import settings
 
@@ -81,4 +83,4 @@ def _prepare_engines(arguments: type) -> None:
             frontend.prepare(vllm_config)
         return vllm_config
 
-    arguments.create_engine_config = create_engine_config
+    return create_engine_config

@@ -6,9 +6,8 @@ of another process; it refuses requests; and it shows what workers count.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +15,7 @@ from ...ops import EVERYTHING
 from . import counters, settings
 from .parts import VLLMValidationError, get_pp_indices, input_processor, version
 from .requests import NAME, Limits, RequestError, ServingError
+from .wrap import wrap
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -89,13 +89,13 @@ def _check_requests(processor: type) -> None:
 
     The prefix cache also holds what hybrid attention decoded; a salt hides it from requests for full attention.
     """
-    validate, process = processor._validate_params, processor.process_inputs
-    if hasattr(validate, "__wrapped__"):
-        return
+    wrap(processor, "_validate_params", _refusing)
+    wrap(processor, "process_inputs", _salting)
 
-    @functools.wraps(validate)
+
+def _refusing(stock: Callable[..., Any]) -> Callable[..., Any]:
     def _validate_params(self: Any, params: Any, *others: Any, **named: Any) -> Any:
-        result = validate(self, params, *others, **named)
+        result = stock(self, params, *others, **named)
         given = getattr(params, "extra_args", None)
         if given and NAME in given and settings.is_chosen(self.vllm_config):
             try:
@@ -104,16 +104,19 @@ def _check_requests(processor: type) -> None:
                 raise VLLMValidationError(str(error)) from None
         return result
 
-    @functools.wraps(process)
+    return _validate_params
+
+
+def _salting(stock: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *others: Any, **named: Any) -> Any:
-        request = process(self, *others, **named)
+        request = stock(self, *others, **named)
         given = getattr(request.sampling_params, "extra_args", None)
         asks = given and NAME in given and settings.is_chosen(self.vllm_config)
         if asks and _limits(self).blocks(given) == EVERYTHING:
             request.cache_salt = f"{NAME}: off {request.cache_salt or ''}"
         return request
 
-    processor._validate_params, processor.process_inputs = _validate_params, process_inputs
+    return process_inputs
 
 
 def _limits(processor: Any) -> Limits:

@@ -18,6 +18,7 @@ from typing import Any
 import vllm
 
 from .settings import check_version
+from .wrap import wrap
 
 check_version(vllm.__version__)  # before names are imported that another version may lack
 
@@ -88,8 +89,8 @@ def follow_requests() -> None:
     """
     for module, (method, rows_of) in _RUNNERS.items():
         runner = getattr(sys.modules.get(module), "GPUModelRunner", None)
-        if runner is not None and not hasattr(getattr(runner, method), "__wrapped__"):
-            setattr(runner, method, _telling(getattr(runner, method), rows_of))
+        if runner is not None:
+            wrap(runner, method, functools.partial(_telling, rows_of))
 
 
 def swap_whole_rows() -> None:
@@ -99,11 +100,11 @@ def swap_whole_rows() -> None:
     what another asked for.
     """
     batch = getattr(sys.modules.get("vllm.v1.worker.gpu_input_batch"), "InputBatch", None)
-    if batch is None or hasattr(batch.swap_states, "__wrapped__"):
-        return
-    stock = batch.swap_states
+    if batch is not None:
+        wrap(batch, "swap_states", _swapping_masks)
 
-    @functools.wraps(stock)
+
+def _swapping_masks(stock: Callable[..., None]) -> Callable[..., None]:
     def swap_states(self: Any, first: int, second: int) -> None:
         mask = self.allowed_token_ids_mask_cpu_tensor
         swapped = None if mask is None else mask[[second, first]]  # a copy
@@ -111,7 +112,7 @@ def swap_whole_rows() -> None:
         if mask is not None:
             mask[[first, second]] = swapped
 
-    batch.swap_states = swap_states
+    return swap_states
 
 
 def reserve(left: Callable[[Any], float]) -> None:
@@ -122,23 +123,18 @@ def reserve(left: Callable[[Any], float]) -> None:
     """
     for module, name in (("vllm.v1.worker.gpu_worker", "Worker"), ("vllm.v1.worker.cpu_worker", "CPUWorker")):
         worker = getattr(sys.modules.get(module), name, None)
-        if worker is None or hasattr(worker.determine_available_memory, "__wrapped__"):
-            continue
-        stock = worker.determine_available_memory
-        if worker.__dict__.get("determine_available_memory") is stock:
-            worker.determine_available_memory = _reserving(stock, left)
+        if worker is not None:
+            wrap(worker, "determine_available_memory", functools.partial(_reserving, left))
 
 
-def _reserving(stock: Callable[[Any], int], left: Callable[[Any], float]) -> Callable[[Any], int]:
-    @functools.wraps(stock)
+def _reserving(left: Callable[[Any], float], stock: Callable[[Any], int]) -> Callable[[Any], int]:
     def determine_available_memory(self: Any) -> int:
         return int(stock(self) * left(self))
 
     return determine_available_memory
 
 
-def _telling(stock: Callable[..., Any], rows_of: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[..., Any]:
-    @functools.wraps(stock)
+def _telling(rows_of: Callable[[Any, Any], tuple[Any, Any]], stock: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(self: Any, scheduler_output: Any, *others: Any, **named: Any) -> Any:
         result = stock(self, scheduler_output, *others, **named)
         alive, batch = rows_of(self, result)
