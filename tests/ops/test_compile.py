@@ -11,6 +11,7 @@ from hopper import SHARED_MEMORY, programs_at_once, spilled_bytes
 
 from lycheedecode import HybridConfig
 from lycheedecode.bench import read
+from lycheedecode.errors import ConfigError
 from lycheedecode.ops import KV, Completion, Selections, Shares, SmallKeys
 from lycheedecode.ops import kernel_common as common
 from lycheedecode.ops import operators as kernels
@@ -77,6 +78,36 @@ def test_less_shared_memory(compiled, tmp_path, monkeypatch):
     launch_all(make_cache(256, torch.bfloat16))
     check(compiled, tmp_path, 5)
     assert max(kernel.metadata.shared for kernel in compiled) <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "page"),
+    [(128, torch.bfloat16, 0), (256, torch.bfloat16, 16), (256, torch.float8_e4m3fn, 16)],
+    ids=str,
+)
+def test_less_shared_memory_for_several_tokens(compiled, dim, dtype, page, tmp_path, monkeypatch):
+    """Beside keys and values lie many queries and, in 8 bits, a tile in 16; a scan of 8 bits has larger tiles."""
+    monkeypatch.setattr(common, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(common, "read_rate", lambda device: 9e9)
+    kv, scales = make_cache(dim, dtype, page), (torch.ones(2), torch.ones(2)) if dtype.itemsize == 1 else None
+    query = torch.empty(1, 9, 8, dim, dtype=torch.bfloat16)
+    kernels.attend_tokens(query, kv, 0.1, None, scales)
+    kernels.scan_blocks(query[:, 0], kv, (1,), 32, 0.1, scales=scales)
+    check(compiled, tmp_path, 4)
+    assert max(kernel.metadata.shared for kernel in compiled) <= 99 * 1024
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_largest_blocks_of_wide_heads(compiled, page, tmp_path):
+    """A tile, which holds a whole block, fills most of the shared memory."""
+    launch_all(make_cache(256, torch.bfloat16, page), block_size=256)
+    check(compiled, tmp_path, 5)
+
+
+def test_blocks_that_exceed_shared_memory_are_refused(compiled):
+    with pytest.raises(ConfigError, match="A block of 256 float32 keys exceeds"):
+        kernels.scan_blocks(torch.empty(1, 8, 256), make_cache(256, torch.float32), (1,), 256, 0.1)
+    assert not compiled
 
 
 def test_early_start(compiled, tmp_path, monkeypatch):

@@ -139,11 +139,21 @@ def read_rate(device: torch.device) -> float:
     return known["mem_clock_rate"] * 1e3 * 2 * known["mem_bus_width"] / 8 / known["multiprocessor_count"]
 
 
-def fitting(tuning: Tuning, kv: KV) -> Tuning:
-    """The tuning, with smaller tiles if keys and values in flight would not fit into this GPU's shared memory."""
-    token = 2 * power_of_two(kv.keys.shape[3]) * kv.keys.element_size()
-    most = (shared_memory(kv.keys.device) - 8192) // (max(tuning.stages - 1, 1) * token)
+def fitting(tuning: Tuning, kv: KV, rows: int = 16) -> Tuning:
+    """The tuning, with smaller tiles if keys and values in flight would not fit into this GPU's shared memory.
+
+    Beside them lie `rows` of the query and, where matrix instructions read a tile of an 8-bit cache from there, that
+    tile in 16 bits.
+    """
+    dim, size = power_of_two(kv.keys.shape[3]), kv.keys.element_size()
+    token = tuning.stages * 2 * dim * size + (2 * dim if rows >= 64 and size == 1 else 0)
+    most = room_for_tiles(kv, rows) // token
     return tuning._replace(tile=max(min(tuning.tile, power_of_two(most + 1) // 2), 16))
+
+
+def room_for_tiles(kv: KV, rows: int) -> int:
+    """Bytes of shared memory that are left beside `rows` of the query."""
+    return shared_memory(kv.keys.device) - 8192 - rows * power_of_two(kv.keys.shape[3]) * max(kv.keys.element_size(), 2)
 
 
 def head_index(heads: tuple[int, ...] | None, kv: KV) -> Tensor | None:

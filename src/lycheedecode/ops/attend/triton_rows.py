@@ -196,4 +196,4 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     stages = 3
     if one and common.read_rate(device) > 30e9:
         tile, stages = (2 * tile, 3) if tiles >= 256 * splits else (tile, 4)
-    return common.fitting(Tuning(splits, tile, warps, stages, pdl), kv)
+    return common.fitting(Tuning(splits, tile, warps, stages, pdl), kv, row_tile)

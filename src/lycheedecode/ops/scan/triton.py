@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import ConfigError
 from .. import kernel_common as common
 from ..kernel_common import LOG2_E, Tuning
 from ..small_keys import SmallKeys
@@ -294,4 +295,9 @@ def default_tuning(pairs: int, block_size: int, kv: KV, copied: bool = False) ->
     tile = max(common.tile_of(kv, 32768 if copied else 16384), block_size)
     warps = 8 if kv.keys.dtype == torch.float32 else max(tile // 32, 2)  # float32 takes more registers
     splits = common.even_splits(pairs, triton.cdiv(kv.slots, tile), 256, 256)
-    return Tuning(splits, tile, warps, 4, common.has_pdl(kv.keys.device))
+    tile_bytes = tile * common.power_of_two(kv.keys.shape[3]) * kv.keys.element_size()
+    room = common.room_for_tiles(kv, 16)
+    if kv.keys.dtype == torch.float32 and tile_bytes > room:  # those of other types can stay in registers
+        raise ConfigError(f"A block of {block_size} float32 keys exceeds this GPU's shared memory: halve block_size.")
+    stages = min(room // tile_bytes + 1, 4)  # of large blocks, fewer fit
+    return Tuning(splits, tile, warps, stages, common.has_pdl(kv.keys.device))
