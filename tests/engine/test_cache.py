@@ -95,9 +95,7 @@ def test_an_allocator_that_refuses_is_one_sentence(llama, monkeypatch):
     monkeypatch.setattr(memory, "_free_host_bytes", lambda: 2**62)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (used + 2**37, before[1])
-    )  # else some systems give whatever is asked for
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**37, before[1]))  # else some systems give whatever is asked for
     try:
         with pytest.raises(CacheMemoryError, match=r"does not give 512\.0 GiB for the keys of 2 x 2147483904 tokens"):
             Engine(llama).prefill(tiny.prompts(20, 30), room=MOST)
