@@ -128,8 +128,8 @@ def test_select_from_rows_of_any_length(levels, held, monkeypatch):
         assert as_sets(out) == as_sets(expected)
 
 
-@pytest.mark.parametrize("wanted", [20, 31, 40, 200])
-@pytest.mark.parametrize("order", ["one lane", "all but one lane", "ascending", "zeros"])
+@pytest.mark.parametrize("wanted", [20, 36, 37, 200])  # of which 4 are forced: as many more as there are lanes, and one
+@pytest.mark.parametrize("order", ["one lane", "all but one lane", "one of every lane", "ascending", "zeros"])
 def test_select_wherever_the_best_are(order, wanted):
     """More blocks than lanes, and fewer; the search begins at what the best of every lane say."""
     scores = torch.rand(1000) * 1e-3
@@ -137,6 +137,8 @@ def test_select_wherever_the_best_are(order, wanted):
         scores[5::32] += 0.1
     elif order == "all but one lane":
         scores[torch.arange(1000) % 32 != 5] += 0.1
+    elif order == "one of every lane":
+        scores[32:64] += 0.1
     elif order == "ascending":
         scores = scores.sort().values
     else:
