@@ -15,6 +15,7 @@ from lycheedecode import Engine, HeadPlan, HybridConfig, PlanError
 from lycheedecode.integrations.vllm import cuda, verify
 from lycheedecode.integrations.vllm.backend import from_row
 from lycheedecode.integrations.vllm.group import shard_of_this_process
+from lycheedecode.integrations.vllm.rows import Rows
 from lycheedecode.integrations.vllm.settings import ServingError
 from lycheedecode.models.load import load_model
 from lycheedecode.ops import KV, attend_tokens
@@ -221,16 +222,18 @@ def batch(tokens, lengths, prefilling=None):
 
 
 STEPS = {
-    "all decode": (batch([1, 1], [20, 30], [False, False]), 2, 2),
-    "beside prefill": (batch([1, 1, 5], [20, 30, 40], [False, False, True]), 2, 2),
-    "all prefill": (batch([5, 7], [5, 40], [True, True]), 0, 0),
-    "padded": (batch([1, 1, 0, 0], [20, 30, 0, 0], [False, False]), 4, 2),
-    "one token of a prompt": (batch([1, 1], [20, 30], [False, True]), 1, 1),
+    "all decode": (batch([1, 1], [20, 30], [False, False]), 2, 2, 2),
+    "beside prefill": (batch([1, 1, 5], [20, 30, 40], [False, False, True]), 2, 2, 2),
+    "all prefill": (batch([5, 7], [5, 40], [True, True]), 0, 0, 0),
+    "padded": (batch([1, 1, 0, 0], [20, 30, 0, 0], [False, False]), 4, 2, 2),
+    "one token of a prompt": (batch([1, 1], [20, 30], [False, True]), 1, 1, 2),
+    "not causal": (batch([1, 1], [20, 30], [False, False]).replace(causal=False), 0, 0, 2),
 }
 
 
-@pytest.mark.parametrize(("common", "rows", "tokens"), STEPS.values(), ids=STEPS)
-def test_steps_are_split(gpu_builder, common, rows, tokens):
+@pytest.mark.parametrize(("common", "rows", "tokens", "single"), STEPS.values(), ids=STEPS)
+def test_steps_are_split(gpu_builder, common, rows, tokens, single):
+    assert Rows.of(common) == (rows, tokens, single)
     before = dict(gpu_builder.hybrid.counters)
     metadata = gpu_builder.build(0, common)
     assert gpu_builder.hybrid.counters["hybrid_tokens"] - before["hybrid_tokens"] == tokens
@@ -300,8 +303,8 @@ def test_drafts_are_verified_at_once(checkpoint, monkeypatch):
 def test_sequences_with_fewer_drafts_than_others_are_verified_beside_them():
     """And the rest of the batch is left to the backend."""
     common = batch([1, 4, 2, 9], [20, 30, 2, 9])
-    rows = verify.Verifying(frozenset(), 4).rows(common)
-    step = verify.step_of(frozenset(), common, rows, None)
+    counts = verify.Verifying(frozenset(), 4).counts(common)
+    step = verify.step_of(frozenset(), common, counts, None)
     assert (step.rows, step.tokens, step.most) == (3, 7, 4)
     query, (keys, values) = torch.randn(16, 6, 32), torch.randn(2, 8, 2, 32, 32)
     found = verify.attend(step, query, (keys, values), 0.2, None)
@@ -310,7 +313,7 @@ def test_sequences_with_fewer_drafts_than_others_are_verified_beside_them():
         kv = KV(keys, values, common.seq_lens[row : row + 1], None, common.block_table_tensor[row : row + 1])
         alone = attend_tokens(query[None, begin:end], kv, 0.2)
         torch.testing.assert_close(found[begin:end], alone[0])
-    rest = from_row(common, rows)
+    rest = from_row(common, step.rows)
     assert (rest.num_reqs, rest.num_actual_tokens, rest.query_start_loc.tolist()) == (1, 9, [0, 9])
     assert rest.slot_mapping.tolist() == list(range(7, 16))
 

@@ -21,7 +21,7 @@ from ...attention import HybridState
 from ...ops import KV
 from . import self_check, settings, verify
 from .beside import Grown
-from .group import Group, Rows, memory_left, shard_of_this_process, speculates_only
+from .group import Group, memory_left, shard_of_this_process, speculates_only
 from .parts import (
     FIELDS_OF_ROWS,
     FIELDS_OF_TOKENS,
@@ -33,6 +33,7 @@ from .parts import (
     reserve,
     swap_whole_rows,
 )
+from .rows import Rows
 from .settings import FLOAT8
 
 
@@ -106,10 +107,7 @@ class HybridBuilder:
     ) -> Any:
         if self._speculates:
             return self._build_verifying(common_prefix_len, common_attn_metadata, fast_build)
-        hybrid = self.hybrid is not None and not common_prefix_len
-        rows = decode_rows(common_attn_metadata) if hybrid else 0
-        if self.hybrid is not None:
-            self._begin(rows, common_attn_metadata)
+        rows = 0 if self.hybrid is None else self._begin(common_prefix_len, common_attn_metadata)
         return self._build(rows, common_prefix_len, common_attn_metadata, fast_build)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
@@ -125,9 +123,9 @@ class HybridBuilder:
             return super().build_for_drafting(common_attn_metadata, draft_index)
         self._fit()
         if draft_index is not None:
-            lengths = common_attn_metadata.seq_lens_cpu_upper_bound.tolist()
             kv_of = self._kv_of(common_attn_metadata, common_attn_metadata.num_reqs)
-            self.hybrid.begin_draft(draft_index, self._drafts, kv_of, lengths)
+            on_host = common_attn_metadata.seq_lens_cpu_upper_bound.tolist
+            self.hybrid.begin_draft(draft_index, self._drafts, kv_of, on_host)
         metadata = self._build(common_attn_metadata.num_reqs, 0, common_attn_metadata, True)
         grown = self.hybrid.grown(common_attn_metadata.seq_lens, self._drafts)
         metadata.hybrid = metadata.hybrid._replace(grown=grown)
@@ -138,33 +136,35 @@ class HybridBuilder:
         ours = self.hybrid is not None or self.verifying is not None
         return not ours and super().use_cascade_attention(*arguments, **options)
 
-    def _begin(self, rows: int, common: CommonAttentionMetadata) -> None:
+    def _begin(self, common_prefix_len: int, common: CommonAttentionMetadata) -> int:
+        """Begin a step; returns how many sequences, the first of the batch, are hybrid."""
         self._fit()
-        tokens = common.query_start_loc_cpu.diff()[: common.num_reqs]
-        single = int((tokens == 1).int().cumprod(0).sum())
+        rows = Rows.of(common)
+        if common_prefix_len:
+            rows = rows._replace(decoding=0, tokens=0)
 
         def on_host() -> list[int]:
             known = common.seq_lens_cpu_upper_bound  # exact, without speculation
-            return (common.seq_lens[:single].cpu() if known is None else known[:single]).tolist()
+            return (common.seq_lens[: rows.single].cpu() if known is None else known[: rows.single]).tolist()
 
-        tokens_decoding = int(common.query_start_loc_cpu[rows])  # padding has no tokens
-        self.hybrid.begin_step(Rows(rows, tokens_decoding, single), self._kv_of(common, single), on_host)
+        self.hybrid.begin_step(rows, self._kv_of(common, rows.single), on_host)
+        return rows.decoding
 
     def _kv_of(self, common: CommonAttentionMetadata, rows: int) -> Callable[[int], KV]:
         """A layer's cache, with the first rows of a step."""
-        lengths, table = common.seq_lens[:rows], common.block_table_tensor[:rows]
 
-        def kv_of(layer: int) -> KV:
+        def kv_of(layer: int) -> KV:  # most steps do not ask
             module = self._modules[layer]
+            lengths, table = common.seq_lens[:rows], common.block_table_tensor[:rows]
             return KV(*module.impl.views(module.kv_cache), lengths, None, table)
 
         return kv_of
 
     def _fit(self) -> None:
         """Make room beside the pages of vLLM's cache, which exists by now, before a CUDA graph needs it."""
-        module = next(iter(self._modules.values()))
-        if module.kv_cache.numel():
-            self.hybrid.beside.fit(len(module.impl.cache(module.kv_cache)[0]))
+        pages = next(iter(self._modules.values())).kv_cache.shape[0]  # the first dimension with every backend
+        if pages:
+            self.hybrid.beside.fit(pages)
 
     def _build(self, rows: int, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
         # The backend need not plan work that it will not do.
@@ -176,11 +176,11 @@ class HybridBuilder:
     def _build_verifying(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool) -> Any:
         metadata = super().build(common_prefix_len, common, fast_build)
         metadata.verify = None
-        rows = 0 if common_prefix_len or self.verifying is None else self.verifying.rows(common)
-        if rows:
-            left = int(common.query_start_loc_cpu[-1] - common.query_start_loc_cpu[rows])  # padding has no tokens
-            others = super().build(0, from_row(common, rows), True) if left else None
-            metadata.verify = verify.step_of(self.verifying.layers, common, rows, others)
+        counts = [] if common_prefix_len or self.verifying is None else self.verifying.counts(common)
+        if counts:
+            left = int(common.query_start_loc_cpu[-1]) - sum(counts)  # padding has no tokens
+            others = super().build(0, from_row(common, len(counts)), True) if left else None
+            metadata.verify = verify.step_of(self.verifying.layers, common, counts, others)
         return metadata
 
     def _step(self, common: CommonAttentionMetadata, rows: int) -> BatchStep:
@@ -285,16 +285,6 @@ class HybridLayer:
 def _as_output(layer: torch.nn.Module, query: Tensor, output: Tensor) -> Tensor:
     """Queries in the output's dtype: beside an 8-bit cache, vLLM may hand them over in 8 bits."""
     return query if query.dtype == output.dtype else (query.float() * layer._q_scale).to(output.dtype)
-
-
-def decode_rows(common: CommonAttentionMetadata) -> int:
-    """How many sequences, from the first on, decode at this step; 0 where attention is not simply causal."""
-    if common.causal is not True or common.mm_req_doc_ranges is not None:
-        return 0
-    prefill = common.query_start_loc_cpu.diff()[: common.num_reqs] > 1
-    if common.is_prefilling is not None:  # it may leave out padding
-        prefill[: len(common.is_prefilling)] |= common.is_prefilling[: len(prefill)]
-    return int(prefill.int().argmax()) if prefill.any() else common.num_reqs
 
 
 def from_row(common: CommonAttentionMetadata, rows: int) -> CommonAttentionMetadata:

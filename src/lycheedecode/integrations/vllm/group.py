@@ -33,6 +33,7 @@ from .parts import (
     init_logger,
 )
 from .requests import Requests
+from .rows import Rows
 from .settings import FLOAT8
 
 logger = init_logger("vllm.lycheedecode")  # below `vllm`, whose handlers print it
@@ -55,21 +56,6 @@ def shard_of_this_process(vllm_config: Any) -> Shard:
     stage, rank = pipeline.rank_in_group, get_tensor_model_parallel_rank()
     own = settings.of_rank(plan, rank, parallel.tensor_parallel_size, stages, stage)
     return Shard(own, told, stages[stage][0])
-
-
-class Rows(NamedTuple):
-    """Counts of a step.
-
-    Attributes:
-        decoding: how many sequences decode, the first of the batch; padding of a CUDA graph counts.
-        tokens: how many of these have a token: all but the padding.
-        single: how many sequences get a single token, the first of the batch without padding; in a CUDA graph all of
-            them are hybrid.
-    """
-
-    decoding: int
-    tokens: int
-    single: int
 
 
 class Group:
@@ -115,6 +101,7 @@ class Group:
         capacity = self._state.selections.blocks.shape[-1]
         self._default = capacity if limits.default is None else min(limits.default, capacity)
         self._state.limits = torch.full((rows,), self._default, dtype=torch.int32, device=device)
+        self._states: dict[int, PagedState] = {}
         self._some_ask = False
         self._drafting: Sequence[str] = ()
         self._grown = torch.zeros((2, rows), dtype=torch.int32, device=device)
@@ -129,8 +116,10 @@ class Group:
         follow_requests()
 
     def state(self, rows: int) -> PagedState:
-        """The state of the first `rows` sequences of a step."""
-        return self._state.first_rows(rows)
+        """The state of the first `rows` sequences of a step: views of memory that stays where it is."""
+        if rows not in self._states:
+            self._states[rows] = self._state.first_rows(rows)
+        return self._states[rows]
 
     def add_bytes(self, lengths: Tensor, state: PagedState) -> None:
         """Count on the device what the step read: after its last layer; a CUDA graph repeats it."""
@@ -165,27 +154,30 @@ class Group:
             after = list(lengths())[: len(names)]
             before = self.requests.grow(names, after, rows.decoding)
             self.beside.write(self.beside.layers, kv_of, before, after)
-        off = sum(blocks == EVERYTHING for blocks in asked[: rows.tokens])
+        off = asked[: rows.tokens].count(EVERYTHING)
         self.counters["hybrid_steps" if rows.tokens else "dense_steps"] += 1
         self.counters["hybrid_tokens"] += rows.tokens - off
         self.counters["off_tokens"] += off
         self._report_now_and_then()
 
-    def begin_draft(self, index: int, drafts: int, kv_of: Callable[[int], KV], lengths: Sequence[int]) -> None:
+    def begin_draft(
+        self, index: int, drafts: int, kv_of: Callable[[int], KV], lengths: Callable[[], Sequence[int]]
+    ) -> None:
         """As `begin_step`, for a token that all sequences draft; nothing is final until it is verified.
 
         Args:
             index: of the token in its round.
             drafts: of a round.
             kv_of: a layer's cache, with all sequences.
-            lengths: tokens of these, this one included, as if all drafts of the last two rounds had been accepted.
+            lengths: tokens of these on the host, this one included, as if all drafts of the last two rounds had been
+                accepted.
         """
         if index == 0:
             self._drafting = self.requests.take()
             self._limit(self._drafting)
             self.counters["dense_steps"] += 1  # which verified
             if self._drafting and self.beside.is_used:
-                self._write_verified(drafts, kv_of, lengths[: len(self._drafting)])
+                self._write_verified(drafts, kv_of, lengths()[: len(self._drafting)])
         self.counters["hybrid_steps"] += 1
         self.counters["hybrid_tokens"] += len(self._drafting)
         self._report_now_and_then()
@@ -210,15 +202,15 @@ class Group:
         if not self.beside.means:
             return None
         chunk, since = self.beside.chunk, 2 * drafts + 1
-        before, first = (each[: len(lengths)] for each in self._grown)
-        before.copy_(lengths.sub(1).clamp_(min=0))
-        first.copy_((before - since).clamp_(min=0).div_(chunk, rounding_mode="floor"))
+        before, first = self._grown[:, : len(lengths)].unbind()
+        torch.sub(lengths, 1, out=before).clamp_(min=0)
+        torch.sub(before, since, out=first).clamp_(min=0).div_(chunk, rounding_mode="floor")
         return Grown(before, first, since // chunk + 1)
 
     def _limit(self, names: Sequence[str]) -> list[int | None]:
         """Set the budgets of the first rows to what their requests ask for; returns that."""
         asked = self.requests.blocks(names)
-        if any(blocks is not None for blocks in asked):
+        if asked.count(None) < len(asked):
             given = [self._default if blocks is None else blocks for blocks in asked]
             pinned = self._state.limits.is_cuda
             limits = self.limits_of(len(given))

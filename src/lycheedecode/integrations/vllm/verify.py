@@ -8,6 +8,7 @@ Nothing is hybrid then: what is verified is full attention's, for every request.
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from ...ops.attend import MAX_TOKENS
 from . import settings
 from .group import able_layers, logger, why_all_dense, why_dense
 from .parts import CommonAttentionMetadata
+from .rows import is_causal, tokens_of
 
 
 class VerifyStep(NamedTuple):
@@ -76,23 +78,21 @@ class Verifying:
         logger.info_once("%s %d layers.", said, len(able))
         return cls(frozenset(able), most)
 
-    def rows(self, common: CommonAttentionMetadata) -> int:
-        """How many sequences, from the first on, have few enough tokens; 0 where attention is not simply causal."""
-        if common.causal is not True or common.mm_req_doc_ranges is not None:
-            return 0
-        tokens = common.query_start_loc_cpu.diff()[: common.num_reqs]
-        return int(((tokens > 0) & (tokens <= self.most)).int().cumprod(0).sum())
+    def counts(self, common: CommonAttentionMetadata) -> list[int]:
+        """Tokens of the first sequences, as far as they have few enough; none where attention is not simply causal."""
+        if not is_causal(common):
+            return []
+        return list(takewhile(lambda count: 0 < count <= self.most, tokens_of(common)))
 
 
-def step_of(layers: frozenset[str], common: CommonAttentionMetadata, rows: int, others: Any) -> VerifyStep:
-    """The part of a step that its first `rows` sequences are."""
-    starts = common.query_start_loc_cpu[: rows + 1].long()
-    counts = starts.diff()
-    most, tokens, index, back = int(counts.max()), int(starts[-1]), None, None
+def step_of(layers: frozenset[str], common: CommonAttentionMetadata, counts: list[int], others: Any) -> VerifyStep:
+    """The part of a step that its first sequences are, which have so many tokens each."""
+    rows, most, tokens, index, back = len(counts), max(counts), sum(counts), None, None
     if tokens < rows * most:
         device = common.seq_lens.device
-        column = torch.arange(most) - (most - counts)[:, None]  # [rows, T]
-        index = (starts[:-1, None] + column.clamp(min=0)).to(device)
+        given = torch.tensor(counts)
+        column = torch.arange(most) - (most - given)[:, None]  # [rows, T]
+        index = ((given.cumsum(0) - given)[:, None] + column.clamp(min=0)).to(device)
         back = (column >= 0).flatten().nonzero().flatten().to(device)
     table = common.block_table_tensor[:rows]
     return VerifyStep(layers, rows, tokens, most, common.seq_lens[:rows], table, index, back, others)
