@@ -5,6 +5,7 @@ requests    options of a request for its attention
 parts       everything that is taken from vLLM, and the versions it was seen in
 frontend    what the process does that starts an engine: refuse early, refuse requests, show counters
 group       the layers of a KV-cache group that use hybrid attention, and what they share
+rows        which rows of a step do what
 backend     the hooks into vLLM's attention: metadata of a step, one layer of it
 self_check  compares a hybrid step with vLLM's own before accepting requests
 counters    from workers to the server's metrics
