@@ -88,8 +88,8 @@ NOTES = {
     "h100-serving-lossless-coder-1.5b": "In bfloat16. The file says where texts leave stock's; that they may do so at "
     "near ties only has been checked since.",
     "h200-serving-llama-3-8b": "Under `NHD`, the layout that vLLM 0.26 takes by itself. At 1 x 1K neither way of the "
-    "plugin scans: between them are 4% for a reason that is not known. Two earlier runs, on other GPUs of the kind, "
-    "had `hybrid` within 1% of stock there.",
+    "plugin scans: between them are 4% for a reason that is not known. Of three earlier runs, on other GPUs, two had "
+    "`hybrid` within 1% of stock there, and one 2.4% above it.",
     "h200-serving-qwen3-30b-a3b": "All 48 layers, with vLLM's own kernels for experts.",
     "h100-serving-lossless-smollm2": "In bfloat16, as above. Without the rows of 4 x 1000, whose speeds were "
     "differences of times too short to measure: one was negative.",
