@@ -139,6 +139,11 @@ def read_rate(device: torch.device) -> float:
     return known["mem_clock_rate"] * 1e3 * 2 * known["mem_bus_width"] / 8 / known["multiprocessor_count"]
 
 
+def reads_fast(device: torch.device) -> bool:
+    """Whether memory has as much for each processor as an H200's, which an H100's has not."""
+    return read_rate(device) > 30e9
+
+
 def fitting(tuning: Tuning, kv: KV, rows: int = 16) -> Tuning:
     """The tuning, with smaller tiles if keys and values in flight would not fit into this GPU's shared memory.
 
@@ -265,6 +270,12 @@ def load_tokens(
     else:
         tokens = tl.load(at, mask=exists[:, None] if DP == D else exists[:, None] & (d < D), other=0.0)
     return tokens
+
+
+@triton.jit
+def tile_after(tile, end, SPLITS: tl.constexpr):
+    """The first tile from `end` on that falls to the split whose next one is `tile`."""
+    return tile + tl.cdiv(tl.maximum(end - tile, 0), SPLITS) * SPLITS
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def _attend_kernel(
             if key_scales is not None:
                 k, v = k.to(q.dtype), v.to(q.dtype)
             acc, peak, total = common.attend_tile(acc, peak, total, q, k, v, exists, scale)
-        tile_0 += tl.cdiv(tl.maximum(tile_1 - tile_0, 0), SPLITS) * SPLITS
+        tile_0 = common.tile_after(tile_0, tile_1, SPLITS)
 
     if value_scales is not None:
         acc *= tl.load(value_scales + head)
@@ -108,7 +108,7 @@ def default_tuning(pairs: int, kv: KV) -> Tuning:
     """
     device, pdl = kv.keys.device, common.has_pdl(kv.keys.device)
     size = kv.keys.element_size()
-    if size == 1 or (size == 2 and pairs <= 16 and common.read_rate(device) > 30e9):
+    if size == 1 or (size == 2 and pairs <= 16 and common.reads_fast(device)):
         tuning = common.fitting(Tuning(1, min(common.tile_of(kv, 8192), 64), 4, 4, pdl), kv)
         splits = common.filling_splits(pairs, (3 if size == 1 else 2) * common.processors(device))
         return tuning._replace(splits=max(min(splits, triton.cdiv(kv.slots, tuning.tile)), 1))

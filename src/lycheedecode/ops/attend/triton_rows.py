@@ -63,7 +63,7 @@ def _attend_rows_kernel(
     # Before `edge` every row sees whole tiles: without masks, a third of a tile's instructions are saved. Both loops
     # compute the same bits, hence `fma`, which a compiler may use in one and not in the other.
     edge = tile_0 if begins is not None else tl.maximum(count - (T - 1), 0) // TILE
-    begin = tile_0 + (split + SPLITS - tile_0 % SPLITS) % SPLITS
+    begin = common.tile_after(split, tile_0, SPLITS)
     for masked in tl.static_range(2):
         until = tile_1 if masked else edge
         for tile in range(begin, until, SPLITS):
@@ -87,7 +87,7 @@ def _attend_rows_kernel(
             fade = tl.exp2(peak - shift)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
             peak, total = new_peak, total * fade + tl.sum(p, 1)
-        begin += tl.cdiv(tl.maximum(until - begin, 0), SPLITS) * SPLITS
+        begin = common.tile_after(begin, until, SPLITS)
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     if value_scales is not None:
@@ -191,9 +191,10 @@ def default_tuning(pairs: int, rows: int, kv: KV) -> Tuning:
     row_tile = min(common.power_of_two(rows), most_rows(kv))
     held = row_tile * common.power_of_two(kv.keys.shape[3])
     warps = 8 if held > 64 * 128 or size == 4 else 4
-    one = row_tile == 64 and size == 2 and (held <= 64 * 128 or common.read_rate(device) < 30e9)
+    fast = common.reads_fast(device)
+    one = row_tile == 64 and size == 2 and (held <= 64 * 128 or not fast)
     splits = min(common.filling_splits(pairs, (1 if one else 2) * common.processors(device)), tiles)
     stages = 3
-    if one and common.read_rate(device) > 30e9:
+    if one and fast:
         tile, stages = (2 * tile, 3) if tiles >= 256 * splits else (tile, 4)
     return common.fitting(Tuning(splits, tile, warps, stages, pdl), kv, row_tile)

@@ -155,7 +155,7 @@ def _scan_kernel(
             value = tl.reshape(largest if LARGEST else shift + tl.log2(part), [GP, TURNS * LANES])
             n = tile * (TILE // BLOCK) + tl.arange(0, TURNS * LANES)
             tl.store(worth + line[:, None] * N + n[None, :], value, mask=(g < G)[:, None] & (n < N)[None, :])
-        tile_0 += tl.cdiv(tl.maximum(tile_1 - tile_0, 0), SPLITS) * SPLITS
+        tile_0 = common.tile_after(tile_0, tile_1, SPLITS)
     highest = tl.max(tl.max(peak, 2), 1)
     mass = tl.sum(tl.sum(total * tl.exp2(peak - common.finite(highest)[:, None, None]), 2), 1)
     if sinks is not None:

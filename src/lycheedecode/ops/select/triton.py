@@ -3,8 +3,8 @@
     keys       the bits of a score that is not negative, read as an integer, rank like the score;
                blocks that are always selected get the largest key, absent ones the least
     wanted     how many blocks: from the strategy and the capacity of the buffers
-    search     cut an interval of keys in four until exactly `wanted` keys reach a cut, or it is one key:
-               then of the blocks with this key the earlier ones win
+    search     cut an interval of keys, at first that from the worst lane's best one to the best of all, in four until
+               exactly `wanted` keys reach a cut, or it is one key: then the earlier ones of the blocks with it win
     write      the selected blocks, in an order that means nothing, then -1; and how many there are of each chunk
 
     row        | lanes | lanes | .. | lanes | lan     `EACH` vectors of keys, a power of two, and one more: contexts
